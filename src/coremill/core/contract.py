@@ -1,0 +1,122 @@
+"""The contract between an exported graph and those who run it: names, dtypes, shapes, and what was checked."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+
+from coremill.core.documents import Document, Record, read_json
+from coremill.core.errors import DocumentError
+
+Dim = int | str
+"""A size, or the name of a symbolic dimension such as `T`."""
+
+
+class DType(str, enum.Enum):
+    INT32 = "int32"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class TensorSpec(Record):
+    """One input, output or state of a graph."""
+
+    name: str
+    dtype: DType
+    shape: tuple[Dim, ...]
+
+    def at(self, **sizes: int) -> tuple[int, ...]:
+        """The shape with its symbolic dimensions filled in: `spec.at(T=128)`."""
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
+
+
+class ModelArch(Record):
+    """Which optional parts the architecture has."""
+
+    use_halt_head: bool
+    tie_embeddings: bool
+
+
+class TokenizerRef(Record):
+    """The tokenizer a model was trained with."""
+
+    vocab_size: int
+    digest: str
+
+
+class Toolchain(Record):
+    """What a stage ran with."""
+
+    python: str
+    platform: str
+    packages: dict[str, str]
+
+
+class ShapeSet(Record):
+    """The sequence lengths of a graph; `primary` blocks a build, the others are recorded.
+
+    Raises:
+        ValueError: the list is empty, repeats a length, or lacks the primary one.
+    """
+
+    primary: int
+    all: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.primary not in self.all:
+            raise ValueError(f"the primary shape {self.primary} is not one of {list(self.all)}")
+        if len(set(self.all)) != len(self.all) or min(self.all) < 1:
+            raise ValueError(f"shapes must be distinct and positive, found {list(self.all)}")
+
+    def fitting(self, length: int) -> int | None:
+        """The smallest sequence length that holds `length` tokens, or None."""
+        return min((shape for shape in self.all if shape >= length), default=None)
+
+
+def shape_key(seq_len: int) -> str:
+    """The name of a sequence length in reports: `T128`."""
+    return f"T{seq_len}"
+
+
+class ShapeOk(Record, tag_field="status", tag="ok"):
+    max_abs_err: float
+
+
+class ShapeFailed(Record, tag_field="status", tag="error"):
+    error: str
+
+
+ShapeValidation = ShapeOk | ShapeFailed
+
+
+class Contract(Document):
+    """What `export_pytorch` promises of the graph it saved; nothing in it that the graph lacks."""
+
+    model_type: str
+    model_arch: ModelArch
+    graph: str
+    """File name of the TorchScript program that this describes, beside the contract."""
+    graph_digest: str
+    checkpoint_digest: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[TensorSpec, ...] = ()
+    shapes: ShapeSet
+    shape_validation: dict[str, ShapeValidation]
+    tokenizer: TokenizerRef
+    toolchain: Toolchain
+
+    def __post_init__(self) -> None:
+        expected = [shape_key(seq_len) for seq_len in self.shapes.all]
+        if sorted(self.shape_validation) != sorted(expected):
+            raise ValueError(f"shape_validation covers {sorted(self.shape_validation)}, the shapes are {expected}")
+
+
+def read_contract(path: Path) -> Contract:
+    """Read a contract.
+
+    Raises:
+        DocumentError: missing, not JSON, or not a contract; names the JSON path.
+        SchemaVersionError: of an unknown major version.
+    """
+    return read_json(path, Contract, error=DocumentError, run="python -m coremill.conversion.export_pytorch --help")

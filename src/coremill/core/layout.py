@@ -1,0 +1,90 @@
+"""The only place that spells paths under build/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+MANIFEST = "manifest.json"
+
+
+class RunLayout(msgspec.Struct, frozen=True):
+    """Where the artifacts of one run lie: `build/<run>/`."""
+
+    build: Path
+    run: str
+
+    @property
+    def root(self) -> Path:
+        return self.build / self.run
+
+    @property
+    def lock(self) -> Path:
+        """Outside the run's folder, so that removing the run cannot remove a held lock."""
+        return self.build / f".{self.run}.lock"
+
+    def stage(self, name: str, lane: str | None = None) -> Path:
+        """The folder of a stage; `lane` is a torch version for the stages that run once a lane."""
+        return self.root / name if lane is None else self.root / f"torch-{lane}" / name
+
+
+def dataset_file(stage: Path) -> Path:
+    return stage / "train.jsonl"
+
+
+def heldout_file(stage: Path) -> Path:
+    return stage / "heldout.jsonl"
+
+
+def tokenizer_file(stage: Path) -> Path:
+    return stage / "tokenizer.json"
+
+
+def checkpoint_file(stage: Path, run: str) -> Path:
+    return stage / f"{_stem(run)}.ckpt"
+
+
+def metrics_file(stage: Path) -> Path:
+    return stage / "metrics.jsonl"
+
+
+def torchscript_file(stage: Path, run: str) -> Path:
+    return stage / f"{_stem(run)}.pt"
+
+
+def contract_file(stage: Path, run: str) -> Path:
+    return stage / f"{_stem(run)}_contract.json"
+
+
+def package_dir(stage: Path, run: str) -> Path:
+    return stage / f"{_stem(run)}.mlpackage"
+
+
+def placeholder_file(stage: Path) -> Path:
+    """The labelled record of a failed conversion; its name looks like no package."""
+    return stage / "conversion_failed.json"
+
+
+def diagnostics_file(stage: Path) -> Path:
+    return stage / "diagnostics.json"
+
+
+def conversion_log(stage: Path) -> Path:
+    return stage / "conversion.log"
+
+
+def verification_report(stage: Path) -> Path:
+    return stage / "verification_report.json"
+
+
+def summary_file(stage: Path) -> Path:
+    return stage / "summary.json"
+
+
+def status_file(stage: Path) -> Path:
+    return stage / "STATUS.md"
+
+
+def _stem(run: str) -> str:
+    return run.replace("-", "_")

@@ -1,0 +1,178 @@
+"""VerificationReport and RunSummary: what was checked, what was measured, and how it came out."""
+
+from __future__ import annotations
+
+import enum
+import math
+
+from coremill.core.contract import Toolchain, shape_key
+from coremill.core.documents import Document, Record
+from coremill.core.gates import Gate, Outcome, gates_ok
+
+
+class Backend(str, enum.Enum):
+    """What ran the package. Only `coreml` says anything about a device."""
+
+    COREML = "coreml"
+    MIL_REFERENCE = "mil-reference"
+
+
+class ShapeMeasured(Record, tag_field="status", tag="ok"):
+    """A shape that ran; agreement with the checkpoint's eager logits on real prompts.
+
+    Raises:
+        ValueError: a figure is not finite; a shape whose logits are not is a :class:`ShapeError`.
+    """
+
+    backend: Backend
+    max_abs_err: float
+    """Largest absolute difference of logits."""
+    sqnr_db: float
+    """10·log10(Σ reference² / Σ difference²), at most 300."""
+    kl_nats: float
+    """Mean over positions of KL(reference ‖ package)."""
+    top1_agreement: float
+    """Share of the positions compared whose argmax agrees."""
+    positions: int
+    excluded: int
+    """Positions left out of `top1_agreement` because the reference's top-1 − top-2 gap is below the margin."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_abs_err", "sqnr_db", "kl_nats", "top1_agreement"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"`{name}` is {getattr(self, name)}")
+
+
+class ShapeError(Record, tag_field="status", tag="error"):
+    """A shape that did not run, or whose logits are not finite."""
+
+    backend: Backend
+    error: str
+
+
+ShapeReport = ShapeMeasured | ShapeError
+
+
+class Answer(Record):
+    """One question answered through the package."""
+
+    prompt: str
+    answer: str
+    mood: str | None
+    """The mood that the question asked for; None for a question of fact."""
+    right: bool
+    """A classic answer of the question's mood, or the tool call that it asks for."""
+
+
+class HeldoutAnswers(Record):
+    """Held-out questions answered greedily through the package."""
+
+    asked: int
+    exact: int
+    """Answers that are, to the letter, one of the classic ones or a valid tool call."""
+    right_mood: int
+    """Of the questions with a mood, answers in that mood."""
+    with_mood: int
+    right_tool_call: int
+    """Of the questions of fact, answers that are the tool call asked for."""
+    with_tool_call: int
+    out_of_vocabulary: int
+    """Token ids, of prompts and answers, at or beyond the model's vocabulary; they are counted, never clamped."""
+    teacher_kl_nats: float
+    """Mean KL(teacher ‖ package) per answer token."""
+    teacher_entropy_nats: float
+    """Mean entropy of the teacher per answer token: the floor of the cross entropy."""
+    cross_entropy_nats: float
+    """Mean cross entropy of the package with the teacher's distribution, per answer token."""
+
+
+class VerificationReport(Document):
+    """`verification_report.json`.
+
+    Raises:
+        ValueError: `gates_ok` contradicts the gates, or a listed shape has no report.
+    """
+
+    run: str
+    lane: str
+    model_type: str
+    package_digest: str
+    contract_digest: str
+    primary: str
+    shapes: dict[str, ShapeReport]
+    heldout: HeldoutAnswers | None
+    """None where the contract is not of a model that answers questions."""
+    sampled_seed: int
+    sampled: tuple[Answer, ...]
+    gates: tuple[Gate, ...]
+    gates_ok: bool
+
+    def __post_init__(self) -> None:
+        if self.gates_ok != gates_ok(self.gates):
+            raise ValueError(f"`gates_ok` is {self.gates_ok}, the gates say {gates_ok(self.gates)}")
+        if self.primary not in self.shapes:
+            raise ValueError(f"the primary shape {self.primary} has no report")
+
+    def shape(self, seq_len: int) -> ShapeReport:
+        return self.shapes[shape_key(seq_len)]
+
+
+class StageSummary(Record):
+    """One row of the table of stages.
+
+    Raises:
+        ValueError: the stage did not pass, and no reason is given.
+    """
+
+    stage: str
+    lane: str | None
+    python: str
+    torch: str | None
+    """None where the stage's environment holds no torch."""
+    duration_s: float
+    started_at: str
+    outcome: Outcome
+    """Failed for a conversion that made no package, and for a verification whose must-gates did not all pass."""
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.outcome is not Outcome.PASSED and not self.reason:
+            raise ValueError(f"stage {self.stage!r} is {self.outcome.value} without a reason")
+
+
+class LaneSummary(Record):
+    """One lane's verification."""
+
+    lane: str
+    toolchain: Toolchain
+    """What the package was converted with."""
+    primary: str
+    gates_ok: bool
+    gates: tuple[Gate, ...]
+    shapes: dict[str, ShapeReport]
+    heldout: HeldoutAnswers | None
+    package_size_bytes: int | None
+    """None where the conversion made no package."""
+    convert_duration_s: float
+    converter_notices: dict[str, int]
+    """Converter messages by kind."""
+
+
+class RunSummary(Document):
+    """`summary.json`: one run in one page of figures."""
+
+    run: str
+    model_type: str
+    created_at: str
+    """UTC, ISO 8601."""
+    stages: tuple[StageSummary, ...]
+    lanes: tuple[LaneSummary, ...]
+    figures: dict[str, float | int | str]
+    """What the stages before the lanes measured: `training.parameters`, …"""
+    sampled_seed: int
+    sampled: tuple[Answer, ...]
+    gates_ok: bool
+
+    def __post_init__(self) -> None:
+        if self.gates_ok != (bool(self.lanes) and all(lane.gates_ok for lane in self.lanes)):
+            raise ValueError(f"`gates_ok` is {self.gates_ok}, the lanes say otherwise")

@@ -1,0 +1,33 @@
+"""`python -m coremill.core.schemas DIR`: write the JSON Schema of every file format into DIR."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from coremill.core.config import RunConfig
+from coremill.core.contract import Contract
+from coremill.core.documents import Document, json_schemas, write_atomic
+from coremill.core.manifest import StageManifest
+from coremill.core.reports import RunSummary, VerificationReport
+from coremill.core.runtime_config import RuntimeConfig
+
+FORMATS: list[type[Document]] = [
+    RunConfig,
+    StageManifest,
+    Contract,
+    VerificationReport,
+    RunSummary,
+    RuntimeConfig,
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    folder = Path((sys.argv[1:] if argv is None else argv)[0])
+    for name, schema in json_schemas(FORMATS).items():
+        write_atomic(folder / name, schema)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Whether a stage is fresh, and if not, why: digests decide, not modification times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from coremill.core.config import RunConfig
+from coremill.core.digest import digest, value_digest
+from coremill.core.errors import CoremillError
+from coremill.core.layout import MANIFEST, RunLayout
+from coremill.core.manifest import Fingerprint, StageManifest, read_manifest
+from coremill.pipeline.environments import Toolset
+from coremill.pipeline.sources import source_digest
+from coremill.pipeline.stages import STAGES, Stage, find_stage, stage_folder
+
+
+class Freshness(msgspec.Struct, frozen=True):
+    """The state of one stage; fresh when there is no reason to run it."""
+
+    stage: str
+    lane: str | None
+    reasons: tuple[str, ...]
+
+    @property
+    def fresh(self) -> bool:
+        return not self.reasons
+
+
+def input_digests(
+    layout: RunLayout, stage: Stage, lane: str | None, stages: tuple[Stage, ...] = STAGES
+) -> dict[str, str]:
+    """What the producers' manifests say of their outputs, by `<stage>/<file>`.
+
+    Raises:
+        StageError: a producer has not run.
+    """
+    inputs: dict[str, str] = {}
+    for need in stage.needs:
+        folder = stage_folder(layout, find_stage(need, stages), lane)
+        manifest = read_manifest(folder)
+        inputs |= {f"{need}/{name}": output.digest for name, output in manifest.outputs.items()}
+    return inputs
+
+
+def fingerprint(stage: Stage, config: RunConfig, toolset: Toolset, inputs: dict[str, str]) -> Fingerprint:
+    """What the stage would run with, if it ran now."""
+    return Fingerprint(
+        definition=value_digest([stage.name, stage.module, stage.reads, stage.needs, stage.per_lane]),
+        config=value_digest(stage.config_slice(config)),
+        sources=source_digest(stage.module),
+        lock=toolset.lock_digest,
+        interpreter=toolset.interpreter,
+        inputs=inputs,
+    )
+
+
+def freshness(
+    stage: Stage,
+    config: RunConfig,
+    layout: RunLayout,
+    toolset: Toolset | None,
+    lane: str | None,
+    stages: tuple[Stage, ...] = STAGES,
+) -> Freshness:
+    """Compare what the stage's manifest recorded with what holds now; `toolset` None means no environment."""
+    lane = lane if stage.per_lane else None
+    folder = stage_folder(layout, stage, lane)
+    if not (folder / MANIFEST).is_file():
+        return Freshness(stage.name, lane, ("never ran",))
+    if toolset is None:
+        return Freshness(stage.name, lane, (f"no environment {stage.environment(lane).name!r}",))
+    try:
+        manifest = read_manifest(folder)
+    except CoremillError as error:
+        return Freshness(stage.name, lane, (f"unreadable manifest: {error.found}",))
+    try:
+        inputs = input_digests(layout, stage, lane, stages)
+    except CoremillError as error:
+        return Freshness(stage.name, lane, (f"an input is missing: {error.found}",))
+    now = fingerprint(stage, config, toolset, inputs)
+    reasons = [*_differences(manifest, now, stage.config_slice(config)), *_damage(folder, manifest)]
+    return Freshness(stage.name, lane, tuple(reasons))
+
+
+def _differences(manifest: StageManifest, now: Fingerprint, config: dict[str, Any]) -> list[str]:
+    then = manifest.fingerprint
+    reasons = []
+    if then.definition != now.definition:
+        reasons.append("the stage's definition changed")
+    if then.config != now.config:
+        reasons += [f"configuration: {change}" for change in _config_changes(manifest.config, config)]
+    if then.sources != now.sources:
+        reasons.append("its source files changed")
+    if then.lock != now.lock:
+        reasons.append("its environment's lock changed")
+    if then.interpreter != now.interpreter:
+        reasons.append(f"interpreter: {then.interpreter} → {now.interpreter}")
+    reasons += [
+        f"input {name} changed"
+        for name in sorted(then.inputs.keys() | now.inputs.keys())
+        if then.inputs.get(name) != now.inputs.get(name)
+    ]
+    return reasons
+
+
+def _config_changes(then: Any, now: Any, path: str = "") -> list[str]:
+    """Each knob that differs, as `training.epochs 3 → 4`."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return [
+            change
+            for key in sorted(then.keys() | now.keys())
+            for change in _config_changes(then.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    # The manifest has been through JSON, where a tuple comes back as a list.
+    return [] if msgspec.json.encode(then) == msgspec.json.encode(now) else [f"{path} {then} → {now}"]
+
+
+def _damage(folder: Path, manifest: StageManifest) -> list[str]:
+    reasons = []
+    for name, output in manifest.outputs.items():
+        path = folder / name
+        if not path.exists():
+            reasons.append(f"output {name} is missing")
+        elif digest(path) != output.digest:
+            reasons.append(f"output {name} was altered")
+    return reasons

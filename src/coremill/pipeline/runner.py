@@ -1,0 +1,115 @@
+"""Running one stage, in its own interpreter: check the inputs, do the work, publish, record."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import logging
+import platform
+import sys
+import time
+from pathlib import Path
+
+from coremill.core.command import exit_on_error
+from coremill.core.config import RunConfig
+from coremill.core.contract import Toolchain
+from coremill.core.documents import write_json
+from coremill.core.layout import MANIFEST, RunLayout
+from coremill.core.manifest import StageManifest, check_outputs, measure_outputs, read_manifest
+from coremill.core.stage import StageContext
+from coremill.pipeline.environments import LANES, Toolset, running
+from coremill.pipeline.freshness import fingerprint, freshness, input_digests
+from coremill.pipeline.lock import RunLock
+from coremill.pipeline.project import add_run_options, chosen_run, project_root
+from coremill.pipeline.publish import publishing, recover
+from coremill.pipeline.stages import STAGES, Stage, find_stage, stage_folder
+
+log = logging.getLogger(__name__)
+
+_RECORDED_PACKAGES = ("torch", "coremltools", "numpy", "tokenizers")
+
+
+def toolchain() -> Toolchain:
+    """The interpreter, the platform and the packages of this process that bear on numbers."""
+    installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
+    return Toolchain(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        packages={name: installed[name] for name in _RECORDED_PACKAGES if name in installed},
+    )
+
+
+def run_stage(
+    stage: Stage,
+    config: RunConfig,
+    layout: RunLayout,
+    toolset: Toolset,
+    lane: str | None,
+    *,
+    force: bool = False,
+    stages: tuple[Stage, ...] = STAGES,
+) -> StageManifest:
+    """Run `stage` unless it is fresh, and publish its folder with a manifest.
+
+    Raises:
+        RunLockedError: another build of this run is at work.
+        StageError: a stage that this one needs has not run.
+        DigestError: an input is not what its producer made.
+    """
+    lane = lane if stage.per_lane else None
+    folder = stage_folder(layout, stage, lane)
+    with RunLock(layout.lock):
+        recover(folder)
+        if not force and freshness(stage, config, layout, toolset, lane, stages).fresh:
+            return read_manifest(folder)
+        producers = {need: stage_folder(layout, find_stage(need, stages), lane) for need in stage.needs}
+        for producer in producers.values():
+            check_outputs(producer, read_manifest(producer))
+        # Taken before the work: what changes while the stage runs leaves it stale.
+        before = fingerprint(stage, config, toolset, input_digests(layout, stage, lane, stages))
+        started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        start = time.perf_counter()
+        with publishing(folder) as fresh:
+            figures = stage.function()(StageContext(config=config, lane=lane, inputs=producers, out=fresh))
+            manifest = StageManifest(
+                stage=stage.name,
+                run=config.name,
+                lane=lane,
+                fingerprint=before,
+                config=stage.config_slice(config),
+                toolchain=toolchain(),
+                outputs=measure_outputs(fresh),
+                figures=figures,
+                started_at=started_at,
+                duration_s=round(time.perf_counter() - start, 3),
+            )
+            write_json(fresh / MANIFEST, manifest)
+    log.info("%s: published %s", stage.name, _relative(folder))
+    return manifest
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="coremill stage", description=__doc__)
+    parser.add_argument("name", choices=[stage.name for stage in STAGES])
+    parser.add_argument("--torch", choices=LANES, help="the lane, for a stage that runs once a lane")
+    parser.add_argument("--force", action="store_true", help="run it even if it is fresh")
+    add_run_options(parser)
+    options = parser.parse_args(argv)
+    stage = find_stage(options.name)
+    if stage.per_lane != (options.torch is not None):
+        parser.error(
+            f"stage {stage.name} runs " + ("once a lane: give --torch" if stage.per_lane else "in no lane")
+        )
+    config, layout = chosen_run(options)
+    toolset = running(project_root(), stage.environment(options.torch))
+    run_stage(stage, config, layout, toolset, options.torch, force=options.force)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_on_error(main))

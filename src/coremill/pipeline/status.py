@@ -1,0 +1,68 @@
+"""The state of every stage of a run: fresh, or stale and why."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from coremill.core.command import exit_on_error
+from coremill.core.config import RunConfig
+from coremill.core.layout import RunLayout
+from coremill.pipeline.environments import LANES, PRIMARY_LANE, installed
+from coremill.pipeline.freshness import Freshness, freshness
+from coremill.pipeline.project import add_run_options, chosen_run, project_root
+from coremill.pipeline.stages import STAGES
+
+
+def run_status(root: Path, config: RunConfig, layout: RunLayout, lanes: Sequence[str]) -> list[Freshness]:
+    """One entry a stage, the per-lane ones once a lane, in the order in which they run.
+
+    A stage that is unchanged itself but needs a stale one is stale: running that one may change its inputs.
+    """
+    toolsets = installed(root)
+    states: dict[tuple[str, str | None], Freshness] = {}
+    for lane in lanes:
+        for stage in STAGES:
+            own_lane = lane if stage.per_lane else None
+            key = (stage.name, own_lane)
+            if key in states:
+                continue
+            state = freshness(stage, config, layout, toolsets.get(stage.environment(own_lane).name), own_lane)
+            stale = [need for need in stage.needs if not (states.get((need, own_lane)) or states[need, None]).fresh]
+            reasons = (*state.reasons, *(f"needs {need}, which is stale" for need in stale))
+            states[key] = Freshness(state.stage, state.lane, reasons)
+    return list(states.values())
+
+
+def status_table(run: str, states: Sequence[Freshness]) -> Table:
+    table = Table(title=f"build/{run}", title_justify="left", title_style="bold")
+    for column in ("stage", "lane", "state", "why"):
+        table.add_column(column, overflow="fold")
+    for state in states:
+        word = "[green]fresh[/]" if state.fresh else "[yellow]stale[/]"
+        table.add_row(state.stage, state.lane or "", word, Text("\n".join(state.reasons)))
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="coremill status", description=__doc__)
+    parser.add_argument(
+        "--torch", choices=(*LANES, "all"), default=PRIMARY_LANE, help="the lane (default: %(default)s)"
+    )
+    add_run_options(parser)
+    options = parser.parse_args(argv)
+    config, layout = chosen_run(options)
+    lanes = LANES if options.torch == "all" else (options.torch,)
+    states = run_status(project_root(), config, layout, lanes)
+    Console().print(status_table(config.name, states))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_on_error(main))

@@ -1,0 +1,46 @@
+"""What holds for every test: only a platform that this machine is not excuses one from running; it is counted."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from hypothesis import settings
+
+# Two busy cores make single examples slow without anything being wrong.
+settings.register_profile("coremill", deadline=None, max_examples=60)
+settings.load_profile("coremill")
+
+PLATFORMS = {
+    "needs_macos": ("needs macOS", sys.platform == "darwin"),
+    "needs_cuda": ("needs a CUDA device", False),
+}
+_NOT_RUN = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_NOT_RUN] = {}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, (reason, present) in PLATFORMS.items():
+        if item.get_closest_marker(marker) and not present:
+            counts = item.config.stash[_NOT_RUN]
+            counts[reason] = counts.get(reason, 0) + 1
+            pytest.skip(f"not_run: {reason}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Any other skip is a failure: a missing dependency means that the environment is wrong."""
+    report = yield
+    if report.skipped and not any(item.get_closest_marker(marker) for marker in PLATFORMS):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} skipped itself; only a platform marker may: {', '.join(PLATFORMS)}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    counts = config.stash[_NOT_RUN]
+    reasons = "; ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+    terminalreporter.write_line(f"not_run: {sum(counts.values())}" + (f" ({reasons})" if reasons else ""))

@@ -1,0 +1,97 @@
+"""Gates: no outcome without a reason, and the rules for `gates_ok` and the exit code."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coremill.core.gates import (
+    Gate,
+    Outcome,
+    PlatformReason,
+    Severity,
+    at_least,
+    at_most,
+    failed,
+    gates_ok,
+    must_gates_ok,
+    not_run,
+    passed,
+)
+
+MUST, SHOULD, NICE = Severity.MUST, Severity.SHOULD, Severity.NICE
+MAC = PlatformReason.NEEDS_MACOS
+
+
+@pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.NOT_RUN])
+def test_a_gate_that_did_not_pass_says_why(outcome):
+    with pytest.raises(ValueError, match=f"gate 'g' is {outcome.value} without a reason"):
+        Gate(name="g", severity=MUST, outcome=outcome)
+
+
+def test_only_a_gate_that_did_not_run_has_a_platform_reason():
+    with pytest.raises(ValueError, match="gate 'g' is failed and gives a platform reason"):
+        Gate(name="g", severity=SHOULD, outcome=Outcome.FAILED, reason="x", platform_reason=MAC)
+
+
+@pytest.mark.parametrize(
+    ("gates", "ok", "must"),
+    [
+        ([], False, False),
+        ([passed("a", MUST)], True, True),
+        ([passed("a", NICE)], False, False),
+        ([passed("a", SHOULD)], True, False),
+        ([passed("a", MUST), failed("b", SHOULD, "r")], False, True),
+        ([passed("a", MUST), failed("b", NICE, "r")], True, True),
+        ([passed("a", MUST), not_run("b", NICE, "r")], True, True),
+        ([passed("a", MUST), not_run("b", SHOULD, "r")], False, True),
+        ([passed("a", MUST), not_run("b", SHOULD, "r", MAC)], True, True),
+        ([passed("a", MUST), not_run("b", MUST, "r")], False, False),
+        ([passed("a", MUST), not_run("b", MUST, "r", MAC)], False, False),
+        ([failed("a", MUST, "r")], False, False),
+    ],
+)
+def test_the_rules(gates, ok, must):
+    assert (gates_ok(gates), must_gates_ok(gates)) == (ok, must)
+
+
+GATES = st.builds(
+    lambda severity, outcome, platform: Gate(
+        name="g",
+        severity=severity,
+        outcome=outcome,
+        reason="r",
+        platform_reason=platform if outcome is Outcome.NOT_RUN else None,
+    ),
+    st.sampled_from(Severity),
+    st.sampled_from(Outcome),
+    st.sampled_from([None, *PlatformReason]),
+)
+
+
+@given(st.lists(GATES, max_size=5))
+def test_gates_ok_with_a_must_gate_implies_the_must_gates(gates):
+    if gates_ok(gates) and any(gate.severity is MUST for gate in gates):
+        assert must_gates_ok(gates)
+
+
+@given(st.lists(GATES, max_size=5), GATES)
+def test_a_further_gate_never_mends_a_failed_one(gates, gate):
+    if any(each.outcome is Outcome.FAILED and each.severity is not NICE for each in gates):
+        assert not gates_ok([*gates, gate])
+
+
+def test_figures_are_compared_and_kept():
+    assert at_least("sqnr", MUST, 41.0, 40.0).outcome is Outcome.PASSED
+    assert at_most("kl", MUST, 0.02, 0.02).outcome is Outcome.PASSED
+    gate = at_least("sqnr", MUST, 39.5, 40.0, " dB")
+    assert (gate.outcome, gate.reason) == (Outcome.FAILED, "39.5 dB is below 40 dB")
+    assert at_most("kl", MUST, 0.5, 0.02, " nats").reason == "0.5 nats is above 0.02 nats"
+
+
+def test_a_nan_passes_no_gate():
+    assert at_least("a", MUST, math.nan, 0.0).outcome is Outcome.FAILED
+    assert at_most("a", MUST, math.nan, 0.0).outcome is Outcome.FAILED

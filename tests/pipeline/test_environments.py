@@ -1,0 +1,91 @@
+"""Environments: what is in place is read from disk, and a half-filled one is not in place."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from coremill.core.errors import MachineError
+from coremill.pipeline.environments import (
+    ENVIRONMENTS,
+    STAMP,
+    Environment,
+    installed,
+    is_current,
+    running,
+    write_stamp,
+)
+
+ROOT = Path(__file__).parents[2]
+TOY = Environment("toy", "3.11")
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "requirements").mkdir()
+    TOY.lock(tmp_path).write_text("packaging==26.3\n")
+    folder = tmp_path / ".nox" / "env-toy"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").symlink_to(sys.executable)
+    (folder / "pyvenv.cfg").write_text("home = /x\nimplementation = CPython\nversion_info = 3.11.7\n")
+    write_stamp(tmp_path, TOY, folder)
+    return tmp_path
+
+
+def test_what_is_in_place(root):
+    toolset = installed(root)["toy"]
+    assert toolset.interpreter == "3.11.7"
+    assert toolset.python == root / ".nox" / "env-toy" / "bin" / "python"
+    assert is_current(root, TOY, toolset.folder)
+
+
+@pytest.mark.parametrize("line", ["version_info = 3.13.0.final.0", "version = 3.13.0"])
+def test_versions_as_uv_and_venv_write_them(root, line):
+    (root / ".nox" / "env-toy" / "pyvenv.cfg").write_text(f"home = /x\n{line}\n")
+    assert installed(root)["toy"].interpreter == "3.13.0"
+
+
+def test_a_changed_lock_outdates_it(root):
+    TOY.lock(root).write_text("packaging==26.4\n")
+    assert not is_current(root, TOY, root / ".nox" / "env-toy")
+
+
+def test_one_without_a_stamp_is_not_there(root):
+    (root / ".nox" / "env-toy" / STAMP).unlink()
+    assert installed(root) == {}
+    assert not is_current(root, TOY, root / ".nox" / "env-toy")
+
+
+def test_one_whose_interpreter_is_gone_is_not_there(root):
+    (root / ".nox" / "env-toy" / "bin" / "python").unlink()
+    assert installed(root) == {}
+
+
+def test_another_python_is_refused_with_the_command_to_run(root):
+    with pytest.raises(MachineError) as caught:
+        running(root, TOY)
+    assert str(caught.value) == (
+        f"this Python is {sys.prefix}\n  expected: the environment 'toy' (Python 3.11)\n  run: nox -s env-toy"
+    )
+    assert caught.value.exit_code == 32
+
+
+def test_this_environment_is_accepted_until_its_lock_changes(root, monkeypatch):
+    folder = root / ".nox" / "env-toy"
+    monkeypatch.setattr(sys, "prefix", str(folder))
+    assert running(root, TOY).folder == folder
+    TOY.lock(root).write_text("packaging==26.4\n")
+    with pytest.raises(MachineError, match="was filled from another lock"):
+        running(root, TOY)
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda environment: environment.name)
+def test_every_environment_has_a_hashed_lock(environment):
+    text = environment.lock(ROOT).read_text()
+    pins = [line for line in text.splitlines() if "==" in line and not line.startswith((" ", "#"))]
+    assert pins
+    assert text.count("--hash=sha256:") >= len(pins)
+    assert "index-url" not in text
+    assert "find-links" not in text
