@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 from coremill.core.documents import Record
 
-
 Figure = float | int | str | None
 
 

@@ -171,6 +171,8 @@ class RunSummary(Document):
     """What the stages before the lanes measured: `training.parameters`, …"""
     sampled_seed: int
     sampled: tuple[Answer, ...]
+    fell_back_from: str | None = None
+    """The lane that was asked for, where its conversion failed and `--fallback` built another one."""
     gates_ok: bool
 
     def __post_init__(self) -> None:

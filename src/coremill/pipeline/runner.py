@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import logging
-import platform
 import sys
 import time
 from pathlib import Path
 
 from coremill.core.command import exit_on_error
 from coremill.core.config import RunConfig
-from coremill.core.contract import Toolchain
 from coremill.core.documents import write_json
 from coremill.core.layout import MANIFEST, RunLayout
 from coremill.core.manifest import StageManifest, check_outputs, measure_outputs, read_manifest
 from coremill.core.stage import StageContext
+from coremill.core.toolchain import current_toolchain
 from coremill.pipeline.environments import LANES, Toolset, running
 from coremill.pipeline.freshness import fingerprint, freshness, input_digests
 from coremill.pipeline.lock import RunLock
@@ -26,18 +24,6 @@ from coremill.pipeline.publish import publishing, recover
 from coremill.pipeline.stages import STAGES, Stage, find_stage, stage_folder
 
 log = logging.getLogger(__name__)
-
-_RECORDED_PACKAGES = ("torch", "coremltools", "numpy", "tokenizers")
-
-
-def toolchain() -> Toolchain:
-    """The interpreter, the platform and the packages of this process that bear on numbers."""
-    installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
-    return Toolchain(
-        python=platform.python_version(),
-        platform=platform.platform(),
-        packages={name: installed[name] for name in _RECORDED_PACKAGES if name in installed},
-    )
 
 
 def run_stage(
@@ -78,7 +64,7 @@ def run_stage(
                 lane=lane,
                 fingerprint=before,
                 config=stage.config_slice(config),
-                toolchain=toolchain(),
+                toolchain=current_toolchain(),
                 outputs=measure_outputs(fresh),
                 figures=figures,
                 started_at=started_at,

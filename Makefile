@@ -1,0 +1,50 @@
+# The short commands; nox does the work, from a small environment of its own.
+
+# The first Python from 3.10 up that runs (a shim may exist and fail).
+PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$python && break; done)
+NOX := .venv/bin/nox
+# Named after the lock's content: a checkout that touches the file installs nothing again.
+TOOLS := .venv/.lock-$(shell cksum < requirements/tools.txt | tr ' ' '-')
+
+.PHONY: help e2e test matrix lint lock bench clean distclean
+
+help:
+	@echo "make e2e      the whole build, from dataset to verified package (ARGS=\"--force\" for more)"
+	@echo "make test     the tests of all rooms, each in its interpreter"
+	@echo "make matrix   export, convert and verify with every torch, compared"
+	@echo "make lint     style, types, the arrows between rooms"
+	@echo "make lock     remake the hashed locks"
+	@echo "make bench    measurements (ARGS=\"training\" or \"conversion\")"
+	@echo "make clean    remove build/; distclean removes the environments too"
+
+e2e: $(TOOLS)
+	$(NOX) -s pipeline -- $(ARGS)
+
+test: $(TOOLS)
+	$(NOX) -s tests -- $(ARGS)
+
+matrix: $(TOOLS)
+	$(NOX) -s matrix -- $(ARGS)
+
+lint: $(TOOLS)
+	$(NOX) -s lint
+
+lock: $(TOOLS)
+	$(NOX) -s lock -- $(ARGS)
+
+bench: $(TOOLS)
+	$(NOX) -s bench -- $(ARGS)
+
+clean:
+	rm -rf build
+
+distclean: clean
+	rm -rf .venv .nox
+
+$(TOOLS): requirements/tools.txt
+	@test -n "$(PYTHON)" || { echo "no Python from 3.10 up was found on PATH: install one, then run make again" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install --quiet --require-hashes -r requirements/tools.txt
+	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,336 @@
+"""Sessions and interpreter pins; the work is library code in src/coremill.
+
+Tags: `environment` (make or update one environment), `build` (a stage), `check` (tests, style, types),
+`upkeep` (locks, schemas, measurements).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import nox
+import uv
+from nox.command import CommandFailed
+
+from coremill.core.errors import CoremillError
+from coremill.core.layout import RunLayout
+from coremill.infra.interpreters import interpreter_directories
+from coremill.pipeline.environments import (
+    BUILD_ENVIRONMENTS,
+    CONVERT,
+    CONVERT_PYTHON,
+    ENVIRONMENTS,
+    LANES,
+    LINT,
+    PRIMARY_LANE,
+    STAMP,
+    TRAIN,
+    TRAIN_PYTHON,
+    Environment,
+    installed,
+    is_current,
+    write_stamp,
+)
+from coremill.pipeline.freshness import freshness
+from coremill.pipeline.lock import TOKEN_VARIABLE, RunLock
+from coremill.pipeline.project import add_run_options, chosen_run
+from coremill.pipeline.stages import STAGES, Stage, find_stage
+
+nox.needs_version = ">=2026.10.20"
+nox.options.default_venv_backend = "uv"
+nox.options.reuse_existing_virtualenvs = True
+# Without this a missing interpreter skips its session with exit code 0, and what requires it runs on.
+nox.options.error_on_missing_interpreters = True
+nox.options.sessions = ["pipeline"]
+# A reused environment would ignore a changed pin otherwise.
+os.environ["NOX_ENABLE_STALENESS_CHECK"] = "1"
+
+ROOT = Path(__file__).parent
+UV = uv.find_uv_bin()
+
+# A pyenv shim may exist and fail; the real interpreters go in front of it.
+os.environ["PATH"] = os.pathsep.join(
+    [*map(str, interpreter_directories([TRAIN_PYTHON, CONVERT_PYTHON])), os.environ["PATH"]]
+)
+# Imports are most of a short stage's time, and bytecode halves them.
+SESSION_ENV = {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPATH": None}
+
+parser = argparse.ArgumentParser(prog="nox -s pipeline --")
+add_run_options(parser)
+parser.add_argument("--torch", choices=LANES, default=PRIMARY_LANE, help="the lane to build (default: %(default)s)")
+parser.add_argument(
+    "--force", nargs="?", const="all", choices=["all", *(stage.name for stage in STAGES)],
+    help="run every stage, or the named one, even if it is fresh",
+)  # fmt: skip
+parser.add_argument("--dry-run", action="store_true", help="say what would run, and why, and run nothing")
+parser.add_argument(
+    "--fallback",
+    action="store_true",
+    help="if the lane's conversion fails, build the other lane instead, and say so",
+)
+# Read leniently here, where every session's arguments pass by, to know the lane; each build session is strict.
+POSARGS = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
+CHOSEN = parser.parse_known_args([] if {"-h", "--help"} & set(POSARGS) else POSARGS)[0]
+LANE: str = CHOSEN.torch
+OTHER_LANE = next(lane for lane in LANES if lane != LANE)
+
+
+# --- environments -----------------------------------------------------------------------------------
+
+
+def fill(session: nox.Session, environment: Environment) -> None:
+    """Install the environment's lock and coremill itself, unless its stamp says that both are there."""
+    folder = Path(session.virtualenv.location)
+    if is_current(ROOT, environment, folder):
+        return
+    if CHOSEN.dry_run:
+        session.log(f"would fill it from requirements/{environment.name}.txt")
+        return
+    (folder / STAMP).unlink(missing_ok=True)
+    pip = (UV, "pip")
+    quiet = ("--quiet", "--python", str(folder))
+    lock = str(environment.lock(ROOT).relative_to(ROOT))
+    session.run(*pip, "sync", *quiet, "--require-hashes", lock, external=True)
+    session.run(*pip, "install", *quiet, "--no-deps", "--no-build-isolation", "--editable", ".", external=True)
+    write_stamp(ROOT, environment, folder)
+
+
+def register_environment(environment: Environment) -> None:
+    @nox.session(name=environment.session, python=environment.python, tags=["environment"], default=False)
+    def env(session: nox.Session) -> None:
+        fill(session, environment)
+
+    env.__doc__ = f"Python {environment.python} with requirements/{environment.name}.txt."
+
+
+for _environment in ENVIRONMENTS:
+    register_environment(_environment)
+
+
+# --- the build --------------------------------------------------------------------------------------
+
+_held: dict[Path, RunLock] = {}
+_fell_back: list[str] = []
+
+
+def build_options(session: nox.Session) -> argparse.Namespace:
+    """The strict reading of what came behind `--`."""
+    try:
+        return parser.parse_args(session.posargs)
+    except SystemExit as stop:
+        if stop.code:
+            session.error("the arguments behind `--` were not understood")
+        session.skip("printed the help")
+
+
+def hold_run(session: nox.Session, layout: RunLayout) -> RunLock:
+    """Take the run lock once for this whole nox process; a second build of the run is refused."""
+    if layout.lock not in _held:
+        try:
+            _held[layout.lock] = RunLock(layout.lock)
+        except CoremillError as error:
+            session.error(str(error))
+    return _held[layout.lock]
+
+
+def run_stage(session: nox.Session, stage: Stage, lane: str | None) -> None:
+    """Run one stage in its interpreter, unless it is fresh."""
+    options = build_options(session)
+    try:
+        config, layout = chosen_run(options)
+        environment = stage.environment(lane)
+        toolset = installed(ROOT).get(environment.name)
+        state = freshness(stage, config, layout, toolset, lane)
+    except CoremillError as error:
+        session.error(str(error))
+    forced = options.force in ("all", stage.name)
+    if options.dry_run:
+        session.log("fresh" if state.fresh and not forced else f"would run: {'; '.join(state.reasons) or 'forced'}")
+        return
+    lock = hold_run(session, layout)
+    if state.fresh and not forced:
+        session.log("fresh")
+        return
+    session.log("; ".join(state.reasons) or "forced")
+    command = ["-m", "coremill", "stage", stage.name, "--config", str(options.config)]
+    command += ["--build-dir", str(options.build_dir)]
+    command += ["--torch", lane] if lane else []
+    command += ["--force"] if forced else []
+    env = {**SESSION_ENV, TOKEN_VARIABLE: lock.token}
+    session.run(str(toolset.python), *command, env=env, external=True)
+
+
+def run_lane(session: nox.Session, lane: str) -> bool:
+    """Run a lane's stages one after another; whether all of them ran."""
+    for stage in STAGES:
+        if stage.per_lane:
+            try:
+                run_stage(session, stage, lane)
+            except CommandFailed:
+                return False
+    return True
+
+
+def stage_session(stage: Stage, lane: str | None) -> str:
+    return f"{stage.name}(torch='{lane}')" if stage.per_lane else stage.name
+
+
+def register_stage(stage: Stage, lane: str | None) -> None:
+    environments = [stage.environment(lane)]
+    if CHOSEN.fallback and stage.name == "convert" and lane == LANE:
+        environments.append(CONVERT[OTHER_LANE])
+    needs = [stage_session(find_stage(need), lane) for need in stage.needs]
+
+    @nox.session(
+        name=stage_session(stage, lane),
+        venv_backend="none",
+        requires=[*(environment.session for environment in environments), *needs],
+        tags=["build"],
+        default=False,
+    )
+    def build(session: nox.Session) -> None:
+        if lane in _fell_back:
+            session.skip(f"the build fell back from torch {lane}")
+        try:
+            run_stage(session, stage, lane)
+        except CommandFailed:
+            if not (CHOSEN.fallback and stage.name == "convert"):
+                raise
+            session.warn(f"conversion failed with torch {lane}: building with torch {OTHER_LANE}, and saying so")
+            if not run_lane(session, OTHER_LANE):
+                raise
+            _fell_back.append(lane)
+
+    build.__doc__ = f"{stage.purpose} (Python {stage.environment(lane).python}{f', torch {lane}' if lane else ''})."
+
+
+for _stage in STAGES:
+    for _lane in LANES if _stage.per_lane else (None,):
+        register_stage(_stage, _lane)
+
+
+def report(session: nox.Session, *lanes: str) -> None:
+    """Print the run's tables; fails unless every must-gate passed."""
+    options = build_options(session)
+    if options.dry_run:
+        return
+    _, layout = chosen_run(options)
+    command = ["-m", "coremill", "report", "--config", str(options.config), "--build-dir", str(options.build_dir)]
+    for lane in lanes:
+        command += ["--torch", lane]
+    for lane in _fell_back:
+        command += ["--fell-back-from", lane]
+    env = {**SESSION_ENV, TOKEN_VARIABLE: hold_run(session, layout).token}
+    session.run(sys.executable, *command, env=env, external=True)
+
+
+@nox.session(venv_backend="none", requires=[stage_session(STAGES[-1], LANE)], tags=["build"])
+def pipeline(session: nox.Session) -> None:
+    """The whole build in one lane: dataset, training, export, convert, verify, report."""
+    report(session, OTHER_LANE if _fell_back else LANE)
+
+
+@nox.session(
+    venv_backend="none",
+    requires=[*(environment.session for environment in BUILD_ENVIRONMENTS), "training"],
+    tags=["build"],
+    default=False,
+)
+def matrix(session: nox.Session) -> None:
+    """Export, convert and verify in every lane, and compare them."""
+    # In a loop, not by `requires`: a lane that fails is a row of the comparison, not the end of it.
+    finished = [lane for lane in LANES if run_lane(session, lane)]
+    failed = [lane for lane in LANES if lane not in finished]
+    if finished:
+        report(session, *finished)
+    if failed:
+        session.error(f"these lanes did not finish: {', '.join(f'torch {lane}' for lane in failed)}")
+
+
+# --- checks -----------------------------------------------------------------------------------------
+
+TEST_ROOMS = {
+    "tests-light": ("tests-tools", ["core", "pipeline", "infra", "report", "test_noxfile.py", "test_cli.py"]),
+    "tests-train-rooms": ("tests-train", ["core", "data", "model", "training"]),
+    "tests-convert-rooms": (f"tests-convert-torch-{PRIMARY_LANE}", ["core", "model", "mil", "conversion"]),
+    "tests-e2e": ("tests-tools", ["e2e"]),
+}
+
+
+def register_tests(name: str, environment_name: str, rooms: list[str]) -> None:
+    environment = next(each for each in ENVIRONMENTS if each.name == environment_name)
+
+    @nox.session(name=name, venv_backend="none", requires=[environment.session], tags=["check"], default=False)
+    def tests(session: nox.Session) -> None:
+        paths = [a for a in session.posargs if a.startswith("tests/")] or [f"tests/{room}" for room in rooms]
+        flags = [a for a in session.posargs if not a.startswith("tests/")]
+        python = str(installed(ROOT)[environment.name].python)
+        session.run(python, "-m", "pytest", *flags, *paths, env=SESSION_ENV, external=True)
+
+    tests.__doc__ = f"Tests of {', '.join(rooms)} (Python {environment.python})."
+
+
+for _name, (_environment_name, _rooms) in TEST_ROOMS.items():
+    register_tests(_name, _environment_name, _rooms)
+
+
+@nox.session(venv_backend="none", requires=[*TEST_ROOMS], tags=["check"], default=False)
+def tests(session: nox.Session) -> None:
+    """The tests of all rooms, each in its interpreter."""
+
+
+@nox.session(venv_backend="none", requires=[LINT.session], tags=["check"], default=False)
+def lint(session: nox.Session) -> None:
+    """Style (ruff), types (mypy), the arrows between rooms (import-linter), the workflow (zizmor)."""
+    tools = installed(ROOT)[LINT.name].folder / "bin"
+    for command in (
+        ["ruff", "format", "--check", "."],
+        ["ruff", "check", "."],
+        ["mypy"],
+        ["lint-imports"],
+        ["zizmor", "--offline", "--quiet", ".github/workflows"],
+    ):
+        session.run(str(tools / command[0]), *command[1:], env=SESSION_ENV, external=True)
+
+
+# --- upkeep -----------------------------------------------------------------------------------------
+
+
+@nox.session(venv_backend="none", tags=["upkeep"], default=False)
+def lock(session: nox.Session) -> None:
+    """Remake the hashed locks from requirements/*.in; `-- --upgrade` takes newer versions."""
+    pythons = {environment.name: environment.python for environment in ENVIRONMENTS} | {"tools": "3.10"}
+    for name, python in pythons.items():
+        session.run(
+            UV, "pip", "compile", "--quiet", "--universal", "--python-version", python, "--generate-hashes",
+            "--no-emit-index-url", "--no-emit-find-links", "--custom-compile-command", "nox -s lock",
+            *session.posargs, f"requirements/{name}.in", "--output-file", f"requirements/{name}.txt",
+            external=True,
+        )  # fmt: skip
+
+
+@nox.session(venv_backend="none", tags=["upkeep"], default=False)
+def schemas(session: nox.Session) -> None:
+    """Regenerate docs/schemas from the types in coremill.core."""
+    session.run(sys.executable, "-m", "coremill.core.schemas", "docs/schemas", external=True)
+
+
+BENCHMARKS = {"training": TRAIN.name, "conversion": CONVERT[PRIMARY_LANE].name}
+
+
+@nox.session(
+    venv_backend="none",
+    requires=[TRAIN.session, CONVERT[PRIMARY_LANE].session],
+    tags=["upkeep"],
+    default=False,
+)
+def bench(session: nox.Session) -> None:
+    """Measurements, by hand: `nox -s bench -- training` or `-- conversion`, and the benchmark's own options."""
+    if not session.posargs or session.posargs[0] not in BENCHMARKS:
+        session.error(f"expected one of {', '.join(BENCHMARKS)}: nox -s bench -- {next(iter(BENCHMARKS))}")
+    name, *arguments = session.posargs
+    python = str(installed(ROOT)[BENCHMARKS[name]].python)
+    session.run(python, f"benchmarks/{name}.py", *arguments, env=SESSION_ENV, external=True)

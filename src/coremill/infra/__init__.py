@@ -1,0 +1,1 @@
+"""What the machine and its packages can do: compatibility cells, the version gate, interpreters, the doctor."""

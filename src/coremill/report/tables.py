@@ -1,0 +1,169 @@
+"""The summary in a terminal: stages, shapes, gates, answers, and the verdict in the last line.
+
+Read at 80 columns as at 120, and in a pipe: every outcome is a word, colour only repeats it, and texts wrap
+rather than being cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from coremill.core.reports import LaneSummary, RunSummary
+from coremill.report.rows import (
+    LANE_SHAPES,
+    Note,
+    Rows,
+    answer_text,
+    answers_title,
+    backends,
+    count_outcomes,
+    fallback_text,
+    final_line,
+    gate_notes,
+    gate_rows,
+    heldout_text,
+    in_lanes,
+    lane_gate_rows,
+    lane_name,
+    lane_rows,
+    megabytes,
+    notices,
+    rightness,
+    shape_notes,
+    shape_rows,
+    stage_notes,
+    stage_rows,
+)
+
+_LONGEST_FIGURE = 12
+"""Characters of what a gate measured beyond which it is given below the table."""
+_STYLES = {
+    "passed": "green",
+    "ok": "green",
+    "right": "green",
+    "true": "green",
+    "failed": "bold red",
+    "error": "bold red",
+    "wrong": "red",
+    "false": "bold red",
+    "not_run": "yellow",
+}
+"""Colours of the words that say how something came out."""
+
+
+def render(summary: RunSummary, console: Console) -> None:
+    """Print the summary; for several lanes, their comparison in the place of each one's figures."""
+    console.print(stages_table(summary))
+    if len(summary.lanes) == 1:
+        lane = summary.lanes[0]
+        console.print(shapes_table(lane))
+        console.print(gates_table(lane))
+    else:
+        console.print(comparison_table(summary))
+    console.print(answers_list(summary))
+    if fallback := fallback_text(summary):
+        console.print(Text(fallback, style="bold yellow"))
+    console.print(Text(final_line(summary), style="bold green" if summary.gates_ok else "bold red"))
+
+
+def stages_table(summary: RunSummary) -> RenderableType:
+    total_s = sum(row.duration_s for row in summary.stages)
+    title = f"{summary.run}: stages, {total_s:.1f} s in all, each as it last ran"
+    return Group(_title(title), _table(stage_rows(summary)), *_notes(stage_notes(summary)), "")
+
+
+def shapes_table(lane: LaneSummary) -> RenderableType:
+    title = f"{lane_name(lane.lane)}: shapes, run by {backends(lane)}, against the checkpoint in torch"
+    size = f"package {megabytes(lane.package_size_bytes)}; converter notices: {notices(lane.converter_notices)}"
+    return Group(_title(title), _table(shape_rows(lane)), *_notes(shape_notes(lane)), _below(Text(size)), "")
+
+
+def gates_table(lane: LaneSummary) -> RenderableType:
+    title = f"{lane_name(lane.lane)}: gates, {count_outcomes(lane)}"
+    rows, notes = gate_rows(lane, longest=_LONGEST_FIGURE), gate_notes(lane, longest=_LONGEST_FIGURE)
+    return Group(_title(title), _grouped(rows), *_notes(notes), "")
+
+
+def comparison_table(summary: RunSummary) -> RenderableType:
+    """The lanes side by side, of one run."""
+    return Group(
+        _title(f"{summary.run}: lanes; {LANE_SHAPES}"),
+        _table(lane_rows(summary)),
+        *_notes(in_lanes(summary, shape_notes)),
+        "",
+        _title(f"{summary.run}: gates in each lane"),
+        _grouped(lane_gate_rows(summary)),
+        *_notes(in_lanes(summary, gate_notes)),
+        "",
+    )
+
+
+def answers_list(summary: RunSummary) -> RenderableType:
+    """Each question, and the answer below it: side by side, a tool call would be cut into four lines."""
+    lines: list[RenderableType] = []
+    for answer in summary.sampled:
+        word = rightness(answer)
+        verdict = Text.assemble((f"{answer.mood or 'fact'}, ", "dim"), (word, _STYLES[word]))
+        lines.append(Text(answer.prompt))
+        lines.append(Padding(Text.assemble((answer_text(answer), "bold"), "  ", verdict), (0, 0, 0, 2)))
+    heldout = Text(heldout_text(summary.lanes[0].heldout))
+    return Group(_title(answers_title(summary)), *lines, _below(heldout), "")
+
+
+def _title(text: str) -> Text:
+    return Text(text, style="bold")
+
+
+def _below(content: RenderableType) -> RenderableType:
+    return Padding(content, (1, 0, 0, 2))
+
+
+def _notes(notes: Sequence[Note]) -> list[RenderableType]:
+    if not notes:
+        return []
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for note in notes:
+        grid.add_row(_cell(note.word), Text.assemble((note.subject, "bold"), f": {note.text}"))
+    return [_below(grid)]
+
+
+def _table(rows: Rows) -> Table:
+    table = _empty_table()
+    for column in rows.columns:
+        table.add_column(column.name, justify="right" if column.numeric else "left", overflow="fold")
+    for cells in rows.cells:
+        table.add_row(*(_cell(cell) for cell in cells))
+    return table
+
+
+def _grouped(rows: Rows) -> Table:
+    """A table whose first column becomes titles of groups, which leaves the others more room."""
+    table = _empty_table()
+    for column in rows.columns[1:]:
+        table.add_column(column.name, justify="right" if column.numeric else "left", overflow="fold")
+    group = ""
+    for first, *cells in rows.cells:
+        if first != group:
+            table.add_row(Text(first, style="bold"))
+            group = first
+        table.add_row(*(_cell(cell) for cell in cells))
+    return table
+
+
+def _cell(text: str) -> Text:
+    """Never parsed as markup: questions and reasons may hold brackets."""
+    word = text.split(",")[0]
+    return Text(text, style=_STYLES.get(word, ""), overflow="fold")
+
+
+def _empty_table() -> Table:
+    # No title: rich would wrap it to the width of the table.
+    return Table(box=SIMPLE_HEAD, header_style="dim", show_edge=False, pad_edge=False, collapse_padding=True)

@@ -1,0 +1,122 @@
+"""The texts that the terminal and the page share."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from coremill.core.gates import Gate, Outcome, PlatformReason, Severity, gates_ok
+from coremill.core.reports import RunSummary
+from coremill.report.rows import (
+    Note,
+    count_outcomes,
+    fallback_text,
+    figure,
+    final_line,
+    gate_notes,
+    gate_rows,
+    heldout_text,
+    is_blamed,
+    megabytes,
+    notices,
+    percent,
+)
+
+
+@st.composite
+def gates(draw: st.DrawFn) -> Gate:
+    outcome = draw(st.sampled_from(Outcome))
+    platform = draw(st.none() | st.sampled_from(PlatformReason)) if outcome is Outcome.NOT_RUN else None
+    return Gate(
+        name=draw(st.text("abc", min_size=1)),
+        severity=draw(st.sampled_from(Severity)),
+        outcome=outcome,
+        reason=None if outcome is Outcome.PASSED else "because",
+        platform_reason=platform,
+    )
+
+
+@given(st.lists(gates()))
+def test_gates_are_blamed_exactly_when_gates_ok_is_false(drawn: list[Gate]) -> None:
+    assume(any(gate.severity is not Severity.NICE for gate in drawn))
+    assert any(is_blamed(gate) for gate in drawn) == (not gates_ok(drawn))
+
+
+def test_the_final_line(good: RunSummary, bad: RunSummary, matrix: RunSummary) -> None:
+    assert final_line(good) == "gates_ok: true"
+    assert final_line(bad) == (
+        "gates_ok: false; must: SQNR at the primary shape (failed), "
+        "Held-out answers have the right mood (not_run), Every held-out answer is exact (not_run); "
+        "should: Secondary shapes validate (failed)"
+    )
+    assert final_line(matrix).startswith("gates_ok: false; must: torch-2.8.0 SQNR at the primary shape (failed), ")
+    assert final_line(matrix).endswith("; should: torch-2.8.0 Secondary shapes validate (failed)")
+
+
+def test_nothing_checked_is_not_all_right(good: RunSummary) -> None:
+    lane = msgspec.structs.replace(good.lanes[0], gates=(), gates_ok=False)
+    summary = msgspec.structs.replace(good, lanes=(lane,), gates_ok=False)
+    assert final_line(summary) == "gates_ok: false; no gate was checked"
+    assert count_outcomes(lane) == "no gates"
+
+
+def test_reasons_are_given_once_and_those_of_gates_that_did_not_pass_first(bad: RunSummary) -> None:
+    notes = gate_notes(bad.lanes[0])
+    assert [note.word for note in notes] == ["failed", "not_run", "failed", "not_run", "failed", "passed"]
+    assert notes[1] == Note(
+        "not_run",
+        "Held-out answers have the right mood; Every held-out answer is exact",
+        "no dataset with held-out questions was given",
+    )
+
+
+def test_a_long_measured_text_moves_below_the_table(good: RunSummary) -> None:
+    lane = good.lanes[0]
+    loads = "The Core ML model loads"
+
+    def measured(**options) -> str:
+        return next(row[3] for row in gate_rows(lane, **options).cells if row[2] == loads)
+
+    text = "312 operations lowered by coremill.mil"
+    assert measured() == text
+    assert measured(longest=len(text)) == text
+    assert measured(longest=12) == "see below"
+    assert Note("passed", loads, text) in gate_notes(lane, longest=12)
+    assert loads not in {note.subject for note in gate_notes(lane)}
+
+
+@given(st.floats(0, 1))
+def test_only_all_of_them_are_100_percent(share: float) -> None:
+    text = percent(share)
+    assert (text == "100 %") == (share == 1)
+    assert "100.00" not in text
+    assert float(text.removesuffix(" %")) <= share * 100 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0.98148148, "0.981481"),
+        (2.3e-7, "2.3e-07"),
+        (40.0, "40"),
+        (17, "17"),
+        ("a", "a"),
+        ("sha256:9f2c1d7e00", "9f2c1d7e…"),
+    ],
+)
+def test_figure(value: float | int | str | None, text: str) -> None:
+    assert figure(value) == text
+
+
+def test_the_rest(good: RunSummary) -> None:
+    assert megabytes(None) == "–"
+    assert megabytes(1_392_511) == "1.39 MB"
+    assert notices({"harmless": 8, "compatibility": 1, "warning": 0}) == "8 harmless, 1 compatibility"
+    assert notices({"harmless": 0}) == "none"
+    assert heldout_text(None) == "no held-out questions: the model does not answer any"
+    assert fallback_text(good) is None
+    fell_back = msgspec.structs.replace(good, fell_back_from="2.8.0")
+    assert fallback_text(fell_back) == "fell back: the conversion in torch-2.8.0 failed; this is torch-2.9.1"

@@ -1,0 +1,79 @@
+"""What a terminal and a pipe get, whole at every width."""
+
+from __future__ import annotations
+
+import io
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from coremill.core.reports import Answer, RunSummary
+from coremill.report.tables import render
+
+
+def printed(summary: RunSummary, width: int, **options) -> str:
+    out = io.StringIO()
+    render(summary, Console(file=out, width=width, highlight=False, **options))
+    return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
+
+
+@pytest.mark.parametrize("name", ["good", "bad", "matrix"])
+def test_what_a_pipe_of_80_columns_gets(name: str, summaries, golden) -> None:
+    golden(f"{name}.txt", printed(summaries[name], 80))
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+@pytest.mark.parametrize("name", ["good", "bad", "matrix"])
+def test_no_reason_is_cut_at_any_width(name: str, width: int, summaries) -> None:
+    summary = summaries[name]
+    text = printed(summary, width)
+    words = {part for word in text.split() for part in (word, word.rstrip(":"))}
+    assert max(map(len, text.splitlines())) <= width
+    for lane in summary.lanes:
+        for gate in lane.gates:
+            assert set(f"{gate.name} {gate.reason or ''}".split()) <= {word.rstrip(":") for word in words} | set(
+                words
+            )
+    for answer in summary.sampled:
+        assert set(answer.prompt.split()) <= words
+        assert f"\n  {answer.answer}" in text  # on a line of its own, to be copied or searched for
+    assert "…" not in text.replace("9f2c1d7e…", "")  # what tells a digest apart is all that is shown of it
+
+
+def test_the_order_and_the_last_line(good: RunSummary) -> None:
+    text = printed(good, 120)
+    titles = [
+        "stages, 44.2 s",
+        "shapes, run by mil-reference",
+        "gates, 13 passed, 1 failed, 1 not_run",
+        "7 questions answered",
+    ]
+    assert [text.index(title) for title in titles] == sorted(text.index(title) for title in titles)
+    assert text.splitlines()[-1] == "gates_ok: true"
+
+
+def test_a_pipe_has_no_colour_and_a_terminal_has(good: RunSummary) -> None:
+    assert "\x1b" not in printed(good, 80)
+    assert "\x1b[32mpassed" in printed(good, 80, force_terminal=True, color_system="standard")
+
+
+def test_words_in_brackets_are_not_markup(good: RunSummary) -> None:
+    odd = Answer(prompt="[red]Will[/red] [it]?", answer="[/]", mood="hopeful", right=False)
+    text = printed(msgspec.structs.replace(good, sampled=(odd,)), 80)
+    assert "[red]Will[/red] [it]?" in text
+    assert "[/]" in text
+
+
+def test_an_empty_answer_is_seen(good: RunSummary) -> None:
+    empty = Answer(prompt="Will it?", answer=" ", mood="hopeful", right=False)
+    text = printed(msgspec.structs.replace(good, sampled=(empty,)), 80)
+    assert "Will it?\n  (empty)  hopeful, wrong\n" in text
+
+
+def test_a_fallback_is_said_just_before_the_verdict(good: RunSummary) -> None:
+    text = printed(msgspec.structs.replace(good, fell_back_from="2.8.0"), 80)
+    assert text.splitlines()[-2:] == [
+        "fell back: the conversion in torch-2.8.0 failed; this is torch-2.9.1",
+        "gates_ok: true",
+    ]

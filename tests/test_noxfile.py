@@ -1,0 +1,115 @@
+"""The noxfile: its table of contents, its pins, and the traps of missing interpreters."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coremill.infra.interpreters import interpreter_directories
+from coremill.pipeline.environments import CONVERT_PYTHON, LANES, TRAIN_PYTHON
+
+ROOT = Path(__file__).parents[1]
+
+
+def nox(*arguments, cwd=ROOT, **env):
+    command = [sys.executable, "-m", "nox", "--noxfile", str(ROOT / "noxfile.py"), *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, "NO_COLOR": "1", **env}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def sessions():
+    listed = nox("--list-sessions", "--json", "-t", "environment", "build", "check", "upkeep")
+    assert listed.returncode == 0, listed.stderr
+    return {session["session"]: session for session in json.loads(listed.stdout)}
+
+
+def test_the_sessions_that_people_run_are_there(sessions):
+    assert {"pipeline", "matrix", "tests", "lint", "lock", "bench", "schemas"} <= sessions.keys()
+    for lane in LANES:
+        assert {f"{stage}(torch='{lane}')" for stage in ("export", "convert", "verify")} <= sessions.keys()
+    assert {"dataset", "training"} <= sessions.keys()
+
+
+def test_every_session_says_what_it_is(sessions):
+    assert [name for name, session in sessions.items() if not session["description"]] == []
+
+
+def test_interpreters_are_pinned(sessions):
+    pins = {name: session["python"] for name, session in sessions.items() if name.startswith("env-")}
+    assert pins["env-train"] == pins["env-tests-train"] == TRAIN_PYTHON == "3.13"
+    assert all(pin == CONVERT_PYTHON == "3.11" for name, pin in pins.items() if "train" not in name)
+
+
+def test_a_missing_interpreter_fails_and_what_needs_it_does_not_run(tmp_path):
+    """Nox's own default is to skip such a session with exit code 0 and to go on with the next."""
+    noxfile = tmp_path / "noxfile.py"
+    text = (ROOT / "noxfile.py").read_text()
+    assert "nox.options.error_on_missing_interpreters = True" in text
+    noxfile.write_text(
+        "import nox\n"
+        + next(line for line in text.splitlines() if line.startswith("nox.options.error_on_missing"))
+        + "\n@nox.session(python='3.99')\ndef first(session): pass\n"
+        "@nox.session(venv_backend='none', requires=['first'])\n"
+        "def second(session): session.log('ran on stale inputs')\n"
+    )
+    command = [sys.executable, "-m", "nox", "-f", str(noxfile), "-s", "second", "--download-python", "never"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "Python interpreter 3.99 not found" in ended.stderr
+    assert "ran on stale inputs" not in ended.stderr
+
+
+def test_a_broken_shim_in_front_of_path_is_passed_over(tmp_path):
+    """A pyenv shim exists for versions that are not selected, and fails when it is run."""
+    shims = tmp_path / "shims"
+    shims.mkdir()
+    for version in (TRAIN_PYTHON, CONVERT_PYTHON):
+        shim = shims / f"python{version}"
+        shim.write_text("#!/bin/sh\necho 'pyenv: command not found' >&2\nexit 127\n")
+        shim.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{shims}{os.pathsep}{os.environ['PATH']}"}
+    folders = interpreter_directories([TRAIN_PYTHON, CONVERT_PYTHON], environ)
+    path = os.pathsep.join([*map(str, folders), environ["PATH"]])
+    for version in (TRAIN_PYTHON, CONVERT_PYTHON):
+        found = shutil.which(f"python{version}", path=path)
+        answer = subprocess.run([found, "--version"], capture_output=True, text=True, check=True)
+        assert answer.stdout.startswith(f"Python {version}.")
+
+
+def test_an_unknown_argument_behind_the_dashes_is_refused(tmp_path):
+    ended = nox("-s", "dataset", "--", "--build-dir", str(tmp_path), "--forced")
+    assert ended.returncode == 1
+    assert "unrecognized arguments: --forced" in ended.stderr
+    assert "the arguments behind `--` were not understood" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_key_in_the_configuration_stops_the_build_at_once(tmp_path):
+    config = tmp_path / "magic-8-ball.toml"
+    config.write_text((ROOT / "configs/magic-8-ball.toml").read_text().replace("epochs =", "epoch ="))
+    ended = nox("-s", "dataset", "--", "--build-dir", str(tmp_path / "build"), "--config", str(config))
+    assert ended.returncode == 1
+    assert "unknown key `epoch` at `$.training`" in ended.stderr
+    assert "expected: `epochs`?" in ended.stderr
+
+
+def test_a_dry_run_says_what_would_run_and_runs_nothing(tmp_path):
+    ended = nox("-s", "pipeline", "--", "--build-dir", str(tmp_path / "build"), "--dry-run")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("would run: never ran") == 5
+    assert not (tmp_path / "build").exists()
+
+
+def test_the_lane_chooses_the_sessions(tmp_path):
+    ended = nox("-s", "pipeline", "--", "--build-dir", str(tmp_path / "build"), "--dry-run", "--torch", LANES[1])
+    assert ended.returncode == 0, ended.stderr
+    assert f"Running session verify(torch='{LANES[1]}')" in ended.stderr
+    assert f"Running session verify(torch='{LANES[0]}')" not in ended.stderr
