@@ -1,0 +1,180 @@
+"""Write a toy distillation dataset: training rows, held-out rows and the tokenizer that fits them.
+
+    python -m coremill.data.make_toy_kd --out magic_8_ball.jsonl --n 128 --magic-8-ball
+
+One JSON object a line; the fields are those of `coremill.data.rows.Row`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.progress import Progress
+
+from coremill.core.command import exit_on_error
+from coremill.core.config import DatasetConfig
+from coremill.core.layout import dataset_file, heldout_file, tokenizer_file
+from coremill.core.stage import Figures, StageContext
+from coremill.data import magic_8_ball, toy
+from coremill.data.grammar import Side, generate_rows
+from coremill.data.kinds import KINDS
+from coremill.data.rows import Row, write_rows
+from coremill.data.tokenizer import TOOL_CALL, Tokenizer
+
+TOKENIZER_ROWS = (256, 16_384)
+"""The tokenizer learns from the first `n` training rows, but no fewer than this, so that the smallest dataset has
+a vocabulary too, and no more, so that memory does not grow with the dataset."""
+
+_PROGRESS_FROM_ROWS = 20_000
+_ROWS_PER_UPDATE = 1_000
+
+Watch = Callable[[Iterable[Row], str, int], Iterable[Row]]
+"""Passes rows through, given what they are and how many; a command shows progress with it."""
+
+
+class DatasetFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a dataset goes."""
+
+    train: Path
+    heldout: Path
+    tokenizer: Path
+
+
+def make_dataset(config: DatasetConfig, files: DatasetFiles, *, watch: Watch | None = None) -> Figures:
+    """Write the dataset that `config` asks for to `files`; each is written whole or not at all.
+
+    Returns:
+        Row counts, each file's SHA-256, and the share of tool calls and the tokens a row (prompt, answer and
+        special tokens) over the `sampled_rows` first rows, those that the tokenizer learned from.
+
+    Raises:
+        TokenizerError: the rows do not yield a vocabulary of that size.
+        OutputError: a file cannot be written.
+    """
+    grammar = KINDS[config.kind].grammar()
+
+    def rows(side: Side, n: int) -> Iterable[Row]:
+        made = generate_rows(grammar, side=side, n=n, seed=config.seed)
+        return made if watch is None else watch(made, f"{side} rows", n)
+
+    # First, so that a vocabulary that cannot be had leaves all files as they were.
+    fewest, most = TOKENIZER_ROWS
+    sample_size = max(fewest, min(config.n, most))
+    sample = list(generate_rows(grammar, side="train", n=sample_size, seed=config.seed))
+    tokenizer = _train_tokenizer(sample, grammar.answers(), config.vocab_size)
+    train_digest = write_rows(files.train, rows("train", config.n))
+    heldout_digest = write_rows(files.heldout, rows("heldout", config.heldout_n))
+    tokenizer.save(files.tokenizer)
+    lengths = [
+        len(tokenizer.encode_prompt(row.prompt)) + len(tokenizer.encode_answer(row.teacher_text)) for row in sample
+    ]
+    return {
+        "rows": config.n,
+        "heldout_rows": config.heldout_n,
+        "vocab_size": tokenizer.vocab_size,
+        "sampled_rows": sample_size,
+        "tool_call_share": sum(row.teacher_text.startswith(TOOL_CALL) for row in sample) / sample_size,
+        "longest_row_tokens": max(lengths),
+        "mean_row_tokens": sum(lengths) / sample_size,
+        "train_sha256": train_digest.removeprefix("sha256:"),
+        "heldout_sha256": heldout_digest.removeprefix("sha256:"),
+        "tokenizer_sha256": tokenizer.digest.removeprefix("sha256:"),
+    }
+
+
+def _train_tokenizer(sample: Iterable[Row], answers: Iterable[str], vocab_size: int) -> Tokenizer:
+    def texts() -> Iterator[str]:
+        # The marker of a tool call is a special token, never bytes, so merges for its bytes would be wasted.
+        for row in sample:
+            yield row.prompt
+            yield row.teacher_text.removeprefix(TOOL_CALL)
+        for answer in answers:
+            yield answer.removeprefix(TOOL_CALL)
+
+    return Tokenizer.train(texts(), vocab_size)
+
+
+def run_stage(context: StageContext) -> Figures:
+    """The dataset stage of a pipeline: writes the three files into `context.out`."""
+    files = DatasetFiles(
+        train=dataset_file(context.out),
+        heldout=heldout_file(context.out),
+        tokenizer=tokenizer_file(context.out),
+    )
+    return make_dataset(context.config.dataset, files)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: writes a dataset and prints the SHA-256 and the name of each file, as `sha256sum` does."""
+    config, files = _parse_args(argv)
+    console = Console(stderr=True)
+    is_long = config.n + config.heldout_n >= _PROGRESS_FROM_ROWS
+    with Progress(console=console, disable=not (is_long and console.is_terminal), transient=True) as progress:
+        figures = make_dataset(config, files, watch=_watched(progress))
+    for name in DatasetFiles.__struct_fields__:
+        sys.stdout.write(f"{figures[f'{name}_sha256']}  {getattr(files, name)}\n")
+    return 0
+
+
+def _parse_args(argv: list[str] | None) -> tuple[DatasetConfig, DatasetFiles]:
+    parser = argparse.ArgumentParser(
+        prog="python -m coremill.data.make_toy_kd",
+        description="Write a toy distillation dataset, its held-out rows and its tokenizer.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the training rows, one JSON object a line")
+    parser.add_argument("--n", type=int, required=True, help="number of training rows")
+    parser.add_argument(
+        "--magic-8-ball", action="store_true", help="the Magic 8 Ball; without it, the plain toy of tiny actions"
+    )
+    parser.add_argument("--heldout-out", type=Path, help="the held-out rows (default: <stem>.heldout.jsonl)")
+    parser.add_argument(
+        "--heldout-n", type=int, help="number of held-out rows (default: a tenth of --n, at least 64)"
+    )
+    parser.add_argument("--tokenizer-out", type=Path, help="the tokenizer (default: tokenizer.json beside --out)")
+    parser.add_argument("--seed", type=int, default=8, help="same seed, same bytes (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=512, help="of the tokenizer (default: %(default)s)")
+    args = parser.parse_args(argv)
+    files = DatasetFiles(
+        train=args.out,
+        heldout=args.heldout_out or args.out.with_name(f"{args.out.stem}.heldout.jsonl"),
+        tokenizer=args.tokenizer_out or args.out.with_name("tokenizer.json"),
+    )
+    if len({path.resolve() for path in (files.train, files.heldout, files.tokenizer)}) < 3:
+        parser.error("--out, --heldout-out and --tokenizer-out must be three different files")
+    try:
+        config = DatasetConfig(
+            kind=magic_8_ball.KIND if args.magic_8_ball else toy.KIND,
+            n=args.n,
+            heldout_n=max(args.n // 10, 64) if args.heldout_n is None else args.heldout_n,
+            seed=args.seed,
+            vocab_size=args.vocab_size,
+        )
+    except ValueError as failure:
+        parser.error(str(failure))
+    return config, files
+
+
+def _watched(progress: Progress) -> Watch:
+    """A bar on `progress` for each set of rows.
+
+    The caller closes `progress`. Were it closed by this generator, as `rich.progress.track` does, then rows left
+    half-way by an error would close it when the interpreter ends, and wait for ever for a thread that is gone.
+    """
+
+    def watch(rows: Iterable[Row], what: str, n: int) -> Iterator[Row]:
+        bar = progress.add_task(what, total=n)
+        for number, row in enumerate(rows, start=1):
+            yield row
+            if number % _ROWS_PER_UPDATE == 0:
+                progress.update(bar, completed=number)
+
+    return watch
+
+
+if __name__ == "__main__":
+    sys.exit(exit_on_error(main))

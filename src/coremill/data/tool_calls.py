@@ -1,0 +1,48 @@
+"""Tool calls as answers: `<|tool_call|>{"name": …, "args": {…}}`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import msgspec
+
+from coremill.core.documents import Record
+from coremill.data.tokenizer import TOOL_CALL
+
+ArgumentType = type[str] | type[int] | type[bool]
+
+Tools = Mapping[str, Mapping[str, ArgumentType]]
+"""The tools of a dataset: each one's name, and the names and types of its arguments, all of them required."""
+
+
+class ToolCall(Record):
+    """A call of a tool by name."""
+
+    name: str
+    args: Mapping[str, str | int | float | bool]
+
+
+def render(call: ToolCall) -> str:
+    """The answer that makes `call`; equal calls with their arguments in the same order give equal text."""
+    return TOOL_CALL + json.dumps({"name": call.name, "args": call.args}, ensure_ascii=False)
+
+
+def parse(answer: str) -> ToolCall | None:
+    """The call that `answer` makes, or None if it is not a tool call: no marker, not JSON, or other keys."""
+    if not answer.startswith(TOOL_CALL):
+        return None
+    try:
+        return msgspec.json.decode(answer.removeprefix(TOOL_CALL), type=ToolCall)
+    except msgspec.DecodeError:  # a model's answer may be anything; one that does not parse calls nothing
+        return None
+
+
+def fits(call: ToolCall, tools: Tools) -> bool:
+    """Whether one of `tools` takes this call: its name, and exactly its arguments, each of its type."""
+    arguments = tools.get(call.name)
+    return (
+        arguments is not None
+        and call.args.keys() == arguments.keys()
+        and all(type(call.args[name]) is kind for name, kind in arguments.items())
+    )

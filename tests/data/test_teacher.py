@@ -1,0 +1,124 @@
+"""The token-level teacher against brute force over whole answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coremill.data.rows import Row
+from coremill.data.teacher import AnswerTrie, entropy, teacher_targets
+from coremill.data.tokenizer import Tokenizer
+
+END = 0
+
+# Few tokens and short answers, so that answers share beginnings; the same answer may come twice.
+answer_sets = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, 3), max_size=4).map(lambda content: (*content, END)),
+        st.floats(1e-6, 1.0),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def beginning(answers: Sequence[tuple[Sequence[int], float]], prefix: Sequence[int]) -> float:
+    return sum(share for ids, share in answers if tuple(ids[: len(prefix)]) == tuple(prefix))
+
+
+@given(answer_sets)
+def test_next_tokens_are_the_exact_conditionals(answers: list[tuple[tuple[int, ...], float]]) -> None:
+    trie = AnswerTrie(answers)
+    prefixes = {ids[:place] for ids, _ in answers for place in range(len(ids))}
+    for prefix in prefixes:
+        expected = {
+            token: beginning(answers, (*prefix, token)) / beginning(answers, prefix)
+            for token in range(4)
+            if beginning(answers, (*prefix, token)) > 0
+        }
+        assert trie.next_tokens(prefix) == pytest.approx(expected, rel=1e-12)
+        assert math.fsum(trie.next_tokens(prefix).values()) == pytest.approx(1.0, abs=1e-12)
+
+
+@given(answer_sets)
+def test_the_conditionals_of_an_answer_multiply_to_its_probability(
+    answers: list[tuple[tuple[int, ...], float]],
+) -> None:
+    trie = AnswerTrie(answers)
+    total = math.fsum(share for _, share in answers)
+    for ids, _ in answers:
+        product = math.prod(trie.next_tokens(ids[:place])[ids[place]] for place in range(len(ids)))
+        assert product == pytest.approx(beginning(answers, ids) / total, rel=1e-12)
+        assert trie.next_tokens(ids) == {}
+
+
+@given(answer_sets, st.randoms())
+def test_the_order_of_the_answers_does_not_matter(
+    answers: list[tuple[tuple[int, ...], float]], random: object
+) -> None:
+    shuffled = sorted(answers, key=lambda _: random.random())  # type: ignore[attr-defined]
+    for ids, _ in answers:
+        for place in range(len(ids)):
+            assert AnswerTrie(answers).next_tokens(ids[:place]) == AnswerTrie(shuffled).next_tokens(ids[:place])
+
+
+def test_an_answer_without_probability_is_no_path() -> None:
+    assert AnswerTrie([((1, END), 0.0), ((2, END), 0.5)]).next_tokens(()) == {2: 1.0}
+
+
+def test_a_prefix_of_no_answer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^no answer begins with \[1, 3\]$"):
+        AnswerTrie([((1, 2, END), 1.0)]).next_tokens([1, 3])
+
+
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [
+        ([], "no answer has a probability"),
+        ([((1, END), 0.0)], "no answer has a probability"),
+        ([((1, END), -0.5)], r"the answer \[1, 0\] has the probability -0.5"),
+        ([((1, END), math.nan)], r"the answer \[1, 0\] has the probability nan"),
+        ([((1,), 0.5), ((1, 2), 0.5)], r"the answer \[1\] is the beginning of another one"),
+        ([((), 0.5), ((1, 2), 0.5)], r"the answer \[\] is the beginning of another one"),
+    ],
+)
+def test_what_is_no_distribution_is_refused(answers: list[tuple[tuple[int, ...], float]], found: str) -> None:
+    with pytest.raises(ValueError, match=f"^{found}$"):
+        AnswerTrie(answers)
+
+
+def test_targets_follow_the_sampled_answer(tokenizer: Tokenizer, train_rows: list[Row]) -> None:
+    for row in train_rows[:200]:
+        answer = tokenizer.encode_answer(row.teacher_text)
+        targets = teacher_targets(row, tokenizer)
+        assert len(targets) == len(answer)
+        product = math.prod(target[token] for target, token in zip(targets, answer, strict=True))
+        assert product == pytest.approx(row.answers[row.teacher_text], rel=1e-12)
+
+
+def test_the_entropy_along_all_paths_is_that_of_the_answers(tokenizer: Tokenizer, train_rows: list[Row]) -> None:
+    # The chain rule of entropy: that of each token, weighted by how often it is reached, sums to the answers'.
+    for row in train_rows[:50]:
+        trie = AnswerTrie((tokenizer.encode_answer(text), share) for text, share in row.answers.items())
+        paths = [tuple(tokenizer.encode_answer(text)) for text in row.answers]
+        reached = {path[:place] for path in paths for place in range(len(path))}
+        by_token = math.fsum(
+            math.fsum(
+                share
+                for path, share in zip(paths, row.answers.values(), strict=True)
+                if path[: len(prefix)] == prefix
+            )
+            * entropy(trie.next_tokens(prefix))
+            for prefix in reached
+        )
+        by_answer = -math.fsum(share * math.log(share) for share in row.answers.values())
+        assert by_token == pytest.approx(by_answer, abs=1e-9)
+
+
+def test_entropy_is_in_nats() -> None:
+    assert entropy({1: 0.5, 2: 0.5}) == pytest.approx(math.log(2), abs=1e-15)
+    assert str(entropy({1: 1.0})) == "0.0"
