@@ -55,8 +55,9 @@ UV = uv.find_uv_bin()
 os.environ["PATH"] = os.pathsep.join(
     [*map(str, interpreter_directories([TRAIN_PYTHON, CONVERT_PYTHON])), os.environ["PATH"]]
 )
-# Imports are most of a short stage's time, and bytecode halves them.
-SESSION_ENV = {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPATH": None}
+# Imports are most of a short stage's time, and bytecode halves them. Waiting threads sleep: two that spin on cores
+# which something else uses make training ten times slower.
+SESSION_ENV = {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPATH": None, "OMP_WAIT_POLICY": "PASSIVE"}
 
 parser = argparse.ArgumentParser(prog="nox -s pipeline --")
 add_run_options(parser)

@@ -1,0 +1,349 @@
+"""Reads a function of an ML Program into a graph of operations over numbered values.
+
+A value has a slot. Constants are read here, once, and shared: a weight is a view of its file. The kernels'
+signatures decide which inputs of an operation are tensors and which are attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from coremill.core.errors import PackageError, UnsupportedOperationError
+from coremill.mil import ops
+from coremill.mil.loader import Package
+from coremill.mil.ops.registry import Definition, find, supported_operations
+from coremill.mil.values import ELEMENT_TYPES, STRING, TensorType, tensor_from_bytes, tensor_from_numbers
+from coremill.mil.weights import WeightStore
+
+NONE_SLOT = 0
+"""The slot that stands for an optional input that is not given."""
+
+BRANCH = "cond"
+LOOP = "while_loop"
+
+_IOS_VERSION = {"CoreML5": 15, "CoreML6": 16, "CoreML7": 17, "CoreML8": 18, "CoreML9": 26}
+"""Operation set of a function to the iOS version that introduced it; coremltools' `_OPSET`."""
+
+assert ops.__all__, "importing the package registers the operations"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A nested block: its graph, and the outer slots that its captured inputs are bound to.
+
+    The graph's inputs are the block's own inputs and then the captured values.
+    """
+
+    graph: Graph
+    captured: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation of a graph."""
+
+    op_type: str
+    name: str
+    definition: Definition | None
+    """None for a branch or a loop."""
+    tensors: tuple[tuple[int, ...], ...]
+    """Slots of each tensor parameter, in the kernel's order: one slot, or those of a list."""
+    lists: tuple[bool, ...]
+    """Which of `tensors` is a list."""
+    attributes: Mapping[str, tuple[int, ...]]
+    outputs: tuple[int, ...]
+    blocks: tuple[Block, ...] = ()
+
+    @property
+    def tensor_slots(self) -> tuple[int, ...]:
+        return tuple(slot for slots in self.tensors for slot in slots)
+
+    @property
+    def attribute_slots(self) -> tuple[int, ...]:
+        return tuple(slot for slots in self.attributes.values() for slot in slots)
+
+    def __str__(self) -> str:
+        return f"operation {self.name!r} ({self.op_type})"
+
+
+@dataclass(slots=True)
+class Graph:
+    """A function or a nested block: nodes in the order in which they run."""
+
+    ios_version: int
+    names: list[str] = field(default_factory=lambda: [""])
+    """By slot; the first is :data:`NONE_SLOT`."""
+    types: dict[int, TensorType] = field(default_factory=dict)
+    """Declared types by slot; a state's is the type of its tensor. Strings and lists have none."""
+    constants: dict[int, Any] = field(default_factory=dict)
+    """By slot: a tensor in its declared type's storage, or a string."""
+    inputs: tuple[int, ...] = ()
+    nodes: list[Node] = field(default_factory=list)
+    outputs: tuple[int, ...] = ()
+
+    def new_slot(self, name: str, value_type: TensorType | None) -> int:
+        self.names.append(name)
+        slot = len(self.names) - 1
+        if value_type is not None:
+            self.types[slot] = value_type
+        return slot
+
+
+def read_function(package: Package, function_name: str) -> Graph:
+    """Read one function of a package's program.
+
+    Raises:
+        PackageError: there is no such function, or it is malformed: a value that nothing gives, a missing input,
+            a weight that its file does not hold.
+        UnsupportedOperationError: it holds an operation that is not among the supported ones; all are named.
+    """
+    functions = package.spec.mlProgram.functions
+    if function_name not in functions:
+        raise PackageError(f"{package.name}: no function {function_name!r}", expected=f"one of {sorted(functions)}")
+    function = functions[function_name]
+    if function.opset not in function.block_specializations:
+        raise PackageError(
+            f"{package.name}: function {function_name!r} has no block for its operation set {function.opset!r}",
+            expected=f"one of {sorted(function.block_specializations)}",
+        )
+    if function.opset not in _IOS_VERSION:
+        raise UnsupportedOperationError(
+            f"{package.name}: function {function_name!r} uses operation set {function.opset!r}",
+            expected=f"one of {sorted(_IOS_VERSION)}",
+        )
+    block = function.block_specializations[function.opset]
+    _refuse_unsupported(package, block, _IOS_VERSION[function.opset])
+    reader = _BlockReader(package.weights, Graph(_IOS_VERSION[function.opset]), f"{package.name}: ")
+    return reader.read(function.inputs, block)
+
+
+def _operations(block: Any) -> Iterator[Any]:
+    for operation in block.operations:
+        yield operation
+        for nested in operation.blocks:
+            yield from _operations(nested)
+
+
+def _refuse_unsupported(package: Package, block: Any, ios_version: int) -> None:
+    unsupported: dict[str, str] = {}
+    for operation in _operations(block):
+        if operation.type in ("const", BRANCH, LOOP) or find(operation.type, ios_version) is not None:
+            continue
+        unsupported.setdefault(operation.type, operation_name(operation))
+    if unsupported:
+        listed = ", ".join(f"{op_type} (as {name!r})" for op_type, name in unsupported.items())
+        raise UnsupportedOperationError(
+            f"{package.name}: unsupported operations: {listed}",
+            expected=f"const, {BRANCH}, {LOOP}, {', '.join(supported_operations())}",
+        )
+
+
+def operation_name(operation: Any) -> str:
+    """An operation's name in the graph: its `name` attribute, else that of its first output."""
+    if "name" in operation.attributes:
+        strings = operation.attributes["name"].immediateValue.tensor.strings.values
+        if strings:
+            return str(strings[0])
+    return str(operation.outputs[0].name) if operation.outputs else ""
+
+
+def declared_type(value_type: Any, where: str) -> TensorType | None:
+    """The type that a `ValueType` message declares, a state's being its tensor's; None for what is no tensor.
+
+    Raises:
+        UnsupportedOperationError: an element type that no operation takes.
+    """
+    kind = value_type.WhichOneof("type")
+    if kind == "stateType":
+        value_type, kind = value_type.stateType.wrappedType, "tensorType"
+    if kind != "tensorType" or value_type.tensorType.dataType == STRING:
+        return None
+    tensor = value_type.tensorType
+    if tensor.dataType not in ELEMENT_TYPES:
+        raise UnsupportedOperationError(
+            f"{where} is of element type number {tensor.dataType}",
+            expected=f"one of {', '.join(each.name for each in ELEMENT_TYPES.values())}",
+        )
+    shape = tuple(
+        int(dimension.constant.size) if dimension.WhichOneof("dimension") == "constant" else None
+        for dimension in tensor.dimensions
+    )
+    return TensorType(ELEMENT_TYPES[tensor.dataType], shape)
+
+
+def read_value(value: Any, weights: WeightStore, where: str) -> tuple[Any, TensorType | None]:
+    """A constant of the program and its type: a tensor, or a string.
+
+    Raises:
+        PackageError: its numbers do not fill its shape, or its weight file does not hold it.
+        UnsupportedOperationError: a list or dictionary, or an element type that no operation takes.
+    """
+    value_type = declared_type(value.type, where)
+    if value_type is None:
+        strings = value.immediateValue.tensor.strings.values
+        if len(strings) != 1:
+            raise UnsupportedOperationError(f"{where} is a list or dictionary", expected="a tensor or one string")
+        return str(strings[0]), None
+    if None in value_type.shape:
+        raise PackageError(f"{where} is a constant of type {value_type}", expected="a type without unknown sizes")
+    shape = tuple(size for size in value_type.shape if size is not None)
+    if value.WhichOneof("value") == "blobFileValue":
+        blob = value.blobFileValue
+        return weights.tensor(blob.fileName, blob.offset, value_type.element, shape), value_type
+    tensor = value.immediateValue.tensor
+    kind = tensor.WhichOneof("value")
+    try:
+        if 0 in shape:
+            return torch.empty(shape, dtype=value_type.element.storage), value_type
+        if kind is None:
+            raise ValueError("it has no value")
+        numbers = getattr(tensor, kind).values
+        if kind == "bytes":
+            return tensor_from_bytes(numbers, value_type.element, shape), value_type
+        return tensor_from_numbers(numbers, value_type.element, shape), value_type
+    except (ValueError, RuntimeError) as error:
+        raise PackageError(f"{where}, a constant of type {value_type}: {error}") from error
+
+
+class _BlockReader:
+    """Reads one block, and by further readers those nested in it."""
+
+    def __init__(self, weights: WeightStore, graph: Graph, where: str, outer: _BlockReader | None = None) -> None:
+        self._weights = weights
+        self._graph = graph
+        self._where = where
+        self._outer = outer
+        self._slots: dict[str, int] = {}
+        self.captured: dict[int, int] = {}
+        """Own slot to the outer block's."""
+
+    def read(self, inputs: Any, block: Any) -> Graph:
+        graph = self._graph
+        own = tuple(self._define(each) for each in inputs)
+        for operation in block.operations:
+            self._read_operation(operation)
+        graph.outputs = tuple(self._resolve(name, "the block's output") for name in block.outputs)
+        graph.inputs = own + tuple(self.captured)
+        return graph
+
+    def _define(self, named: Any) -> int:
+        value_type = declared_type(named.type, f"{self._where}value {named.name!r}")
+        slot = self._graph.new_slot(named.name, value_type)
+        self._slots[named.name] = slot
+        return slot
+
+    def _lookup(self, name: str) -> int | None:
+        """The slot of a value of this block or, captured, of one around it."""
+        if name not in self._slots:
+            outer_slot = self._outer._lookup(name) if self._outer is not None else None
+            if self._outer is None or outer_slot is None:
+                return None
+            outer = self._outer._graph
+            slot = self._graph.new_slot(name, outer.types.get(outer_slot))
+            self._slots[name] = slot
+            if outer_slot in outer.constants:
+                self._graph.constants[slot] = outer.constants[outer_slot]
+            else:
+                self.captured[slot] = outer_slot
+        return self._slots[name]
+
+    def _resolve(self, name: str, reader: str) -> int:
+        slot = self._lookup(name)
+        if slot is None:
+            raise PackageError(
+                f"{self._where}{reader} is {name!r}, which no earlier operation gives",
+                expected="operations in the order in which they run, without a cycle",
+            )
+        return slot
+
+    def _constant(self, value: Any, name: str) -> int:
+        content, value_type = read_value(value, self._weights, f"{self._where}value {name!r}")
+        slot = self._graph.new_slot(name, value_type)
+        self._graph.constants[slot] = content
+        return slot
+
+    def _read_operation(self, operation: Any) -> None:
+        name = operation_name(operation)
+        if operation.type == "const":
+            if "val" not in operation.attributes or len(operation.outputs) != 1:
+                raise PackageError(f"{self._where}constant {name!r} has no value", expected="an attribute 'val'")
+            output = operation.outputs[0].name
+            self._slots[output] = self._constant(operation.attributes["val"], output)
+            return
+        arguments = self._arguments(operation, name)
+        if operation.type in (BRANCH, LOOP):
+            node = self._structured_node(operation, name, arguments)
+        else:
+            node = self._plain_node(operation, name, arguments)
+        self._graph.nodes.append(node)
+
+    def _arguments(self, operation: Any, name: str) -> dict[str, tuple[int, ...]]:
+        """Slots by parameter: inputs, and the attributes by which some operations carry theirs."""
+        found: dict[str, tuple[int, ...]] = {}
+        for parameter, argument in operation.inputs.items():
+            reader = f"input {parameter!r} of operation {name!r} ({operation.type})"
+            found[parameter] = tuple(
+                self._resolve(binding.name, reader)
+                if binding.WhichOneof("binding") == "name"
+                else self._constant(binding.value, f"{name}.{parameter}")
+                for binding in argument.arguments
+            )
+        for parameter, value in operation.attributes.items():
+            if parameter != "name":
+                found[parameter] = (self._constant(value, f"{name}.{parameter}"),)
+        return found
+
+    def _plain_node(self, operation: Any, name: str, arguments: dict[str, tuple[int, ...]]) -> Node:
+        definition = find(operation.type, self._graph.ios_version)
+        assert definition is not None, "unsupported operations are refused before reading"
+        where = f"{self._where}operation {name!r} ({operation.type})"
+        tensors: list[tuple[int, ...]] = []
+        for parameter in definition.tensors:
+            slots = arguments.pop(parameter.name, None)
+            if slots is None and parameter.required:
+                raise PackageError(f"{where} lacks its input {parameter.name!r}")
+            if slots is not None and len(slots) != 1 and not parameter.is_list:
+                raise PackageError(f"{where}: {len(slots)} values for input {parameter.name!r}", expected="one")
+            if slots is not None and not self._graph.types.keys() >= set(slots):
+                raise PackageError(f"{where}: its input {parameter.name!r} is no tensor")
+            tensors.append((NONE_SLOT,) if slots is None else slots)
+        for attribute in definition.attributes.values():
+            if attribute.required and attribute.name not in arguments:
+                raise PackageError(f"{where} lacks its input {attribute.name!r}")
+        unknown = sorted(set(arguments) - set(definition.attributes))
+        if unknown:
+            raise UnsupportedOperationError(
+                f"{where} has the inputs {unknown}",
+                expected=f"of {[each.name for each in definition.tensors] + sorted(definition.attributes)}",
+            )
+        return Node(
+            operation.type,
+            name,
+            definition,
+            tuple(tensors),
+            tuple(parameter.is_list for parameter in definition.tensors),
+            arguments,
+            tuple(self._define(output) for output in operation.outputs),
+        )
+
+    def _structured_node(self, operation: Any, name: str, arguments: dict[str, tuple[int, ...]]) -> Node:
+        expected = {"pred"} if operation.type == BRANCH else {"loop_vars"}
+        if set(arguments) != expected or len(operation.blocks) != 2:
+            raise PackageError(
+                f"{self._where}operation {name!r} ({operation.type}) has the inputs {sorted(arguments)} and "
+                f"{len(operation.blocks)} blocks",
+                expected=f"the input {expected.pop()!r} and 2 blocks",
+            )
+        blocks = []
+        for block in operation.blocks:
+            reader = _BlockReader(self._weights, Graph(self._graph.ios_version), self._where, self)
+            graph = reader.read(block.inputs, block)
+            blocks.append(Block(graph, tuple(reader.captured.values())))
+        (slots,) = arguments.values()
+        outputs = tuple(self._define(output) for output in operation.outputs)
+        tensors = (slots, *(block.captured for block in blocks))
+        return Node(operation.type, name, None, tensors, (True, True, True), {}, outputs, tuple(blocks))

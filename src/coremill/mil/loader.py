@@ -1,0 +1,97 @@
+"""Opens a Core ML package: the directory that `.mlpackage` is, or a coremltools model in memory.
+
+A package is a `Manifest.json` that lists items under `Data/` and names one of them as the root model; the root
+model is a serialized `Model` message (coremltools' protobuf definitions), its weight files lie beside it.
+
+The program is read from those messages themselves. coremltools' own reader (`frontend.milproto.load`) builds its
+converter's graph from them, which copies every weight and re-infers every type; see `coremill.mil.program`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package apart
+
+from coremill.core.errors import PackageError
+from coremill.mil.coremltools_quietly import CoreMLToolsModel, Model_pb2
+from coremill.mil.weights import WeightStore
+
+_SAVED = "an .mlpackage directory as coremltools or Xcode saves it"
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """An opened package."""
+
+    name: str
+    """What messages call it: its path, or "the coremltools model" for one in memory."""
+    spec: Any
+    """The `Model` message."""
+    weights: WeightStore
+
+
+def open_package(source: str | Path | CoreMLToolsModel) -> Package:
+    """Open a package.
+
+    Raises:
+        PackageError: it is no package, a part is missing or unreadable, or its model is not an ML Program.
+    """
+    if isinstance(source, CoreMLToolsModel):
+        if source.weights_dir is None:
+            raise PackageError("the coremltools model has no weights directory", expected="an ML Program")
+        package = Package("the coremltools model", source.get_spec(), WeightStore(Path(source.weights_dir).parent))
+    else:
+        path = Path(source)
+        model_path = _root_model(path)
+        package = Package(str(path), _read_spec(model_path), WeightStore(model_path.parent))
+    kind = package.spec.WhichOneof("Type")
+    if kind != "mlProgram":
+        raise PackageError(
+            f"{package.name}: the model is of type {kind or 'none'}",
+            expected="an ML Program (convert with convert_to='mlprogram')",
+        )
+    return package
+
+
+def _root_model(package: Path) -> Path:
+    """The file of the root model of a package directory."""
+    if not package.exists():
+        raise PackageError(f"{package}: no such package", expected=_SAVED)
+    if not package.is_dir():
+        raise PackageError(f"{package}: a file", expected=_SAVED)
+    manifest_path = package / "Manifest.json"
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PackageError(f"{package}: Manifest.json is missing", expected=_SAVED) from error
+    except (OSError, ValueError) as error:
+        raise PackageError(f"{manifest_path}: not readable as JSON ({error})", expected=_SAVED) from error
+    try:
+        relative = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
+    except (KeyError, TypeError) as error:
+        raise PackageError(
+            f"{manifest_path}: names no root model", expected="rootModelIdentifier and its entry with a path"
+        ) from error
+    if not isinstance(relative, str):
+        raise PackageError(f"{manifest_path}: the root model's path is {relative!r}", expected="a string")
+    model_path = package / "Data" / relative
+    if not model_path.resolve().is_relative_to(package.resolve()):
+        raise PackageError(
+            f"{manifest_path}: the root model's path {relative!r} leaves the package", expected="a path inside it"
+        )
+    if not model_path.is_file():
+        raise PackageError(f"{model_path}: the root model is missing", expected=_SAVED)
+    return model_path
+
+
+def _read_spec(path: Path) -> Any:
+    spec = Model_pb2.Model()
+    try:
+        spec.ParseFromString(path.read_bytes())
+    except (DecodeError, OSError) as error:
+        raise PackageError(f"{path}: not a Core ML model ({error})", expected=_SAVED) from error
+    return spec

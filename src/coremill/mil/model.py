@@ -1,0 +1,228 @@
+"""`MLModel`: predicts with a Core ML package as coremltools' class of the name does on a Mac."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from coremill.core.errors import PredictionInputError
+from coremill.mil.coremltools_quietly import CoreMLToolsModel
+from coremill.mil.description import TensorSpec, choose_function, describe_function
+from coremill.mil.loader import open_package
+from coremill.mil.program import Program
+from coremill.mil.values import Numerics, StateCell
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
+class State:
+    """The tensors that a stateful model keeps between predictions; made by :meth:`MLModel.make_state`.
+
+    One state serves every function that has states of the same names, types and shapes.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def read(self, name: str) -> Array:
+        """A copy of one state's content.
+
+        Raises:
+            PredictionInputError: there is no state of that name.
+        """
+        content: Array = self._tensor(name).numpy().copy()
+        return content
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise PredictionInputError(
+                f"the state object has no state {name!r}", expected=f"one of {sorted(self._tensors)}"
+            )
+        return self._tensors[name]
+
+
+class MLModel:
+    """A function of a Core ML package, run on this machine's CPU in reference numerics.
+
+    Args:
+        model: path of an .mlpackage directory, or a coremltools MLModel.
+        function_name: which function of the package; by default the one that the package names, else `main`.
+        mode: "declared" rounds every value to its declared type and accumulates in fp32; "oracle" holds and
+            computes fp16 values in fp32, and returns them so.
+
+    Raises:
+        PackageError: the package is broken, is no ML Program, or lacks the function.
+        UnsupportedOperationError: the function holds an operation that is not supported.
+        ValueError: an unknown mode.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | CoreMLToolsModel,
+        *,
+        function_name: str | None = None,
+        mode: Literal["declared", "oracle"] = "declared",
+    ) -> None:
+        self._numerics = Numerics(mode)
+        package = open_package(model)
+        self.function_name = choose_function(package, function_name)
+        self.program = Program(package, self.function_name)
+        self._description = describe_function(package, self.function_name, self.program.graph)
+        # Compiled now, so that a constant that cannot be computed is found on opening.
+        self.program.plan(self._numerics)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._description.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._description.outputs
+
+    @property
+    def states(self) -> tuple[TensorSpec, ...]:
+        return self._description.states
+
+    def supported_shapes(self, name: str) -> list[tuple[int, ...]] | None:
+        """The shapes that an input may have, the default first; None where ranges allow too many to list.
+
+        Raises:
+            PredictionInputError: there is no input of that name.
+        """
+        for spec in self.inputs:
+            if spec.name == name:
+                return spec.supported_shapes
+        raise PredictionInputError(f"no input {name!r}", expected=f"one of {[each.name for each in self.inputs]}")
+
+    def make_state(self) -> State:
+        """A new state, every element 0."""
+        graph = self.program.graph
+        types = {graph.names[slot]: graph.types[slot] for slot in graph.inputs}
+        return State(
+            {
+                spec.name: torch.zeros(
+                    tuple(size or 0 for size in spec.shape),
+                    dtype=self._numerics.storage(types[spec.name].element),
+                )
+                for spec in self.states
+            }
+        )
+
+    def predict(self, data: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+        """Run the function.
+
+        Args:
+            data: an array for each input. An integer array of any type is taken for an int32 input, and a
+                floating-point one of any type for a float input, if every value fits; nothing else is converted.
+            state: what :meth:`make_state` made, for a function with states. It is left as it was if this raises.
+
+        Returns:
+            An array for each output, of its declared type (in oracle mode float32 for float16), with the shape the
+            program gives; NaN and infinities as they came out.
+
+        Raises:
+            PredictionInputError: a missing or unknown input, a type or shape that the package does not admit, or
+                values that an operation does not (an id outside an embedding, …), which it names.
+            PackageError: an operation cannot run on the shapes that the package admits.
+        """
+        self._check_names(data)
+        given = {spec.name: _input_tensor(spec, data[spec.name]) for spec in self.inputs}
+        cells = self._cells(state)
+        graph = self.program.graph
+        values = {**given, **cells}
+        results = self.program.run([values[graph.names[slot]] for slot in graph.inputs], self._numerics)
+        outputs = self._output_arrays(dict(zip(graph.outputs, results, strict=True)), given, cells)
+        if state is not None:
+            for name, cell in cells.items():
+                state._tensors[name] = cell.tensor
+        return outputs
+
+    def _check_names(self, data: Mapping[str, Array]) -> None:
+        names = [spec.name for spec in self.inputs]
+        missing = [name for name in names if name not in data]
+        unknown = sorted(set(data) - set(names))
+        if missing or unknown:
+            found = [f"missing {missing}" if missing else "", f"unknown {unknown}" if unknown else ""]
+            raise PredictionInputError(
+                f"inputs {' and '.join(each for each in found if each)}", expected=f"exactly {names}"
+            )
+
+    def _cells(self, state: State | None) -> dict[str, StateCell]:
+        """A cell for each state, on the state's present tensors."""
+        if not self.states:
+            if state is not None:
+                raise PredictionInputError(f"a state for function {self.function_name!r}, which has none")
+            return {}
+        if state is None:
+            raise PredictionInputError(
+                f"no state for function {self.function_name!r}, which has {[spec.name for spec in self.states]}",
+                expected="predict(data, state) with what make_state() made",
+            )
+        cells = {}
+        for spec in self.states:
+            tensor = state._tensor(spec.name)
+            if tuple(tensor.shape) != spec.shape:
+                raise PredictionInputError(
+                    f"state {spec.name!r} is of shape {list(tensor.shape)}", expected=str(list(spec.shape))
+                )
+            cells[spec.name] = StateCell(tensor)
+        return cells
+
+    def _output_arrays(
+        self,
+        results: Mapping[int, torch.Tensor],
+        given: Mapping[str, torch.Tensor],
+        cells: Mapping[str, StateCell],
+    ) -> dict[str, Array]:
+        graph = self.program.graph
+        by_name = {graph.names[slot]: value for slot, value in results.items()}
+        # What the caller gets must not change with the next prediction, nor change this model when written to.
+        kept = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
+        kept |= {cell.tensor.untyped_storage().data_ptr() for cell in cells.values()}
+        kept |= self.program.plan(self._numerics).general.constant_storages
+        arrays = {}
+        for spec in self.outputs:
+            value = by_name[spec.name]
+            array = value.numpy()
+            dtype = np.dtype(spec.dtype)
+            if self._numerics is Numerics.ORACLE and dtype == np.float16:
+                dtype = np.dtype(np.float32)
+            is_shared = value.untyped_storage().data_ptr() in kept
+            arrays[spec.name] = np.array(array, dtype=dtype, order="C", copy=is_shared or None)
+        return arrays
+
+
+def _input_tensor(spec: TensorSpec, array: Array) -> torch.Tensor:
+    """An array as the tensor of an input.
+
+    Raises:
+        PredictionInputError: it is not an array of the input's kind and shapes, or a value does not fit.
+    """
+    if not isinstance(array, np.ndarray):
+        raise PredictionInputError(
+            f"input {spec.name!r} is a {type(array).__name__}", expected=f"a numpy array of {spec.dtype}"
+        )
+    dtype = np.dtype(spec.dtype)
+    same_kind = (array.dtype.kind in "iu") if dtype.kind == "i" else (array.dtype.kind == "f")
+    if not same_kind:
+        raise PredictionInputError(f"input {spec.name!r} is of {array.dtype}", expected=spec.dtype)
+    if not spec.admits(array.shape):
+        raise PredictionInputError(
+            f"input {spec.name!r} is of shape {list(array.shape)}", expected=spec.describe_shapes()
+        )
+    if dtype.kind == "i" and array.dtype != dtype and array.size:
+        info = np.iinfo(dtype)
+        for value in (array.min(), array.max()):
+            if not info.min <= value <= info.max:
+                raise PredictionInputError(
+                    f"input {spec.name!r} holds {value}", expected=f"{info.min} to {info.max}, as {spec.dtype}"
+                )
+    with np.errstate(over="ignore"):  # A float beyond the type's range becomes an infinity, as IEEE rounds it.
+        converted = np.ascontiguousarray(array, dtype=dtype)
+    if not converted.flags.writeable:
+        converted = converted.copy()  # torch warns of memory that it must not write, though nothing here does.
+    return torch.from_numpy(converted).reshape(array.shape)

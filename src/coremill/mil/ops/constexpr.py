@@ -1,0 +1,91 @@
+"""Compressed weights: operations on constants, computed once when a program is lowered.
+
+Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS16.constexpr_ops` and `iOS18.compression`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from coremill.mil.ops.quantization import along_axis
+from coremill.mil.ops.registry import Ints, OperationError, op
+from coremill.mil.values import BY_NAME, ElementType, unpack_bits
+
+
+@op("constexpr_affine_dequantize", since=16)
+def constexpr_affine_dequantize(quantized_data: Tensor, zero_point: Tensor, scale: Tensor, *, axis: int) -> Tensor:
+    """constexpr_affine_dequantize: scale · (quantized_data - zero_point)."""
+    rank = quantized_data.dim()
+    steps = quantized_data.to(scale.dtype) - along_axis(zero_point, rank, axis).to(scale.dtype)
+    return steps * along_axis(scale, rank, axis)
+
+
+@op("constexpr_cast", since=16, native=True)
+def constexpr_cast(source_val: Tensor, *, output_dtype: ElementType) -> Tensor:
+    """constexpr_cast: fp16 weights as fp32."""
+    return source_val.to(output_dtype.storage)
+
+
+@op("constexpr_lut_to_dense", since=16, native=True)
+def constexpr_lut_to_dense(indices: Tensor, lut: Tensor, *, shape: Ints) -> Tensor:
+    """constexpr_lut_to_dense: lut[index] for indices of log2(len(lut)) bits, packed least significant bit first."""
+    width = BY_NAME[f"uint{int(math.log2(lut.numel()))}"]
+    unpacked = unpack_bits(indices.numpy(), width, math.prod(shape))
+    return lut[torch.from_numpy(unpacked).long()].reshape(shape)
+
+
+@op("constexpr_sparse_to_dense", since=16, native=True)
+def constexpr_sparse_to_dense(nonzero_data: Tensor, mask: Tensor, *, shape: Ints) -> Tensor:
+    """constexpr_sparse_to_dense: the data where the packed mask has a 1, else 0."""
+    bits = torch.from_numpy(unpack_bits(mask.numpy(), BY_NAME["uint1"], math.prod(shape))).reshape(shape)
+    return sparse_to_dense(nonzero_data, bits)
+
+
+@op("constexpr_sparse_to_dense", since=18, native=True)
+def sparse_to_dense(nonzero_data: Tensor, mask: Tensor) -> Tensor:
+    """constexpr_sparse_to_dense of iOS18: the mask has the result's shape."""
+    dense = torch.zeros(mask.shape, dtype=nonzero_data.dtype)
+    dense[mask != 0] = nonzero_data
+    return dense
+
+
+def _spread(per_block: Tensor, shape: torch.Size) -> Tensor:
+    """One value a block as one an element: each axis repeated to the size in `shape`."""
+    for axis, size in enumerate(shape):
+        blocks = per_block.shape[axis]
+        if size % blocks:
+            raise OperationError(f"{blocks} blocks along axis {axis}, which has {size} elements")
+        if 1 < blocks < size:
+            per_block = per_block.repeat_interleave(size // blocks, axis)
+    return per_block
+
+
+@op("constexpr_blockwise_shift_scale", since=18)
+def constexpr_blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """constexpr_blockwise_shift_scale: scale · (data - offset), one scale and offset a block."""
+    steps = data.to(scale.dtype)
+    if offset is not None:
+        steps = steps - _spread(offset.to(scale.dtype), data.shape)
+    return steps * _spread(scale, data.shape)
+
+
+@op("constexpr_lut_to_dense", since=18, native=True)
+def lut_to_dense(indices: Tensor, lut: Tensor, *, vector_axis: int | None = None) -> Tensor:
+    """constexpr_lut_to_dense of iOS18: a table a block of indices; entries may be vectors along vector_axis.
+
+    indices (d0, …), lut (blocks of d0, …, entries, vector size).
+    """
+    entries, vector_size = lut.shape[-2:]
+    blocks = lut.shape[:-2]
+    table = torch.arange(math.prod(blocks)).reshape(blocks)
+    table = _spread(table, indices.shape).expand(indices.shape)
+    picked = lut.reshape(-1, entries, vector_size)[table, indices.long()]  # indices' shape and the vector
+    if vector_size == 1:
+        return picked.squeeze(-1)
+    if vector_axis is None:
+        raise OperationError(f"table entries of {vector_size} elements without a vector_axis")
+    axis = vector_axis % indices.dim()
+    return picked.movedim(-1, axis + 1).flatten(axis, axis + 1)

@@ -1,0 +1,185 @@
+"""The registry of operations: kernels over torch tensors, and what their signatures say.
+
+A kernel is a function. Its **positional** parameters are the operation's tensor inputs (`Tensor`, `Tensor | None`,
+`Tensors` for a list, `StateCell` for a state). Its **keyword-only** parameters are attributes: plain Python values,
+whether the program fixes them or computes them. A kernel's output shape depends on nothing but its tensor inputs'
+shapes and its attributes' values, unless it is registered with `data_dependent_shape`.
+
+Parameter names are those of the operation in coremltools' definitions, `coremltools.converters.mil.mil.ops.defs`,
+whose documentation is the source of the semantics unless a kernel names another.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType, UnionType
+from typing import Any
+
+from torch import Tensor
+
+from coremill.mil.values import ElementType, StateCell
+
+Tensors = tuple[Tensor, ...]
+Ints = tuple[int, ...]
+Bools = tuple[bool, ...]
+Kernel = Callable[..., Any]
+
+
+class OperationError(ValueError):
+    """Values that an operation does not admit; whoever runs it adds the operation's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a kernel."""
+
+    name: str
+    required: bool
+    is_list: bool = False
+    convert: Callable[[Any], Any] | None = None
+    """Turns a number, list or string of the program into an attribute's value; None for a tensor input."""
+    is_element_type: bool = False
+    """Whether it names an element type, which the kernel gets as an ElementType with the mode's storage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A registered operation at one version of its semantics."""
+
+    op_type: str
+    kernel: Kernel
+    since: int
+    """The first iOS version with these semantics."""
+    native: bool
+    """Whether the kernel computes in the storage type itself. Otherwise its fp16 inputs are widened to fp32 and its
+    fp16 results rounded once. Native are those that move or compare values, and those whose torch kernel for
+    fp16 itself computes in fp32 and rounds once; it reads and writes half the bytes."""
+    pure: bool
+    """Whether the same inputs always give the same outputs, and nothing else happens."""
+    data_dependent_shape: bool
+    tensors: tuple[Parameter, ...]
+    attributes: Mapping[str, Parameter]
+    returns_tuple: bool
+    """Whether the kernel may return a tuple of outputs."""
+
+
+@dataclass
+class _Registry:
+    definitions: dict[str, list[Definition]] = field(default_factory=dict)
+
+
+_REGISTRY = _Registry()
+
+
+def op(
+    *names: str,
+    since: int = 15,
+    native: bool = False,
+    pure: bool = True,
+    data_dependent_shape: bool = False,
+) -> Callable[[Kernel], Kernel]:
+    """Register a kernel as the operation of these names; see :class:`Definition` for the options."""
+
+    def register(kernel: Kernel) -> Kernel:
+        tensors, attributes = _parameters(kernel)
+        returns_tuple = inspect.signature(kernel, eval_str=True).return_annotation is not Tensor
+        for name in names:
+            definition = Definition(
+                name,
+                kernel,
+                since,
+                native,
+                pure,
+                data_dependent_shape,
+                tensors,
+                MappingProxyType(attributes),
+                returns_tuple,
+            )
+            versions = _REGISTRY.definitions.setdefault(name, [])
+            if any(other.since == since for other in versions):
+                raise ValueError(f"operation {name} of iOS{since} is registered twice")
+            versions.append(definition)
+            versions.sort(key=lambda each: each.since)
+        return kernel
+
+    return register
+
+
+def find(op_type: str, ios_version: int) -> Definition | None:
+    """The definition of an operation at the semantics of an iOS version, or None."""
+    found = None
+    for definition in _REGISTRY.definitions.get(op_type, []):
+        if definition.since <= ios_version:
+            found = definition
+    return found
+
+
+def definitions() -> list[Definition]:
+    """Every registered definition, by name and version."""
+    return [each for name in sorted(_REGISTRY.definitions) for each in _REGISTRY.definitions[name]]
+
+
+def supported_operations() -> list[str]:
+    """Names of the registered operations, sorted."""
+    return sorted(_REGISTRY.definitions)
+
+
+def _parameters(kernel: Kernel) -> tuple[tuple[Parameter, ...], dict[str, Parameter]]:
+    tensors: list[Parameter] = []
+    attributes: dict[str, Parameter] = {}
+    for parameter in inspect.signature(kernel, eval_str=True).parameters.values():
+        required = parameter.default is inspect.Parameter.empty
+        kind = _without_none(parameter.annotation)
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            attributes[parameter.name] = Parameter(
+                parameter.name, required, convert=_CONVERTERS[kind], is_element_type=kind is ElementType
+            )
+        elif kind in (Tensor, StateCell, Tensors):
+            tensors.append(Parameter(parameter.name, required, is_list=kind == Tensors))
+        else:
+            raise TypeError(f"{kernel.__name__}: positional parameter {parameter.name} is {kind}, not a tensor")
+    return tuple(tensors), attributes
+
+
+def _without_none(annotation: Any) -> Any:
+    if typing.get_origin(annotation) in (UnionType, typing.Union):
+        kinds = [each for each in typing.get_args(annotation) if each is not type(None)]
+        if len(kinds) == 1:
+            return kinds[0]
+    return annotation
+
+
+def _scalar(kind: type) -> Callable[[Any], Any]:
+    def convert(value: Any) -> Any:
+        while isinstance(value, (list, tuple)) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, (list, tuple)) or (isinstance(value, str) != (kind is str)):
+            raise OperationError(f"{value!r} is not one {kind.__name__}")
+        return kind(value)
+
+    return convert
+
+
+def _sequence(kind: type) -> Callable[[Any], Any]:
+    def convert(value: Any) -> tuple[Any, ...]:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(each, (list, tuple, str)) for each in values):
+            raise OperationError(f"{value!r} is not a list of {kind.__name__}")
+        return tuple(kind(each) for each in values)
+
+    return convert
+
+
+_CONVERTERS: dict[Any, Callable[[Any], Any]] = {
+    int: _scalar(int),
+    float: _scalar(float),
+    bool: _scalar(bool),
+    str: _scalar(str),
+    Ints: _sequence(int),
+    Bools: _sequence(bool),
+    # The lowering knows how a mode stores the named type.
+    ElementType: _scalar(str),
+}

@@ -1,0 +1,222 @@
+"""Gathers and scatters.
+
+Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.scatter_gather` and of the same name `iOS16`
+(`batch_dims`) and `iOS17` (`validate_indices`; an index below 0 is out of bounds).
+
+An index out of bounds is always an error here. iOS17's `validate_indices` says whether Core ML checks; without it
+the behavior "is undefined but memory safe". A reference that gave some value there would hide what fails on a
+device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coremill.mil.ops.registry import OperationError, op
+
+
+def _in_bounds(indices: Tensor, size: int, axis: int, *, negative: bool) -> Tensor:
+    """The indices as int64 of at least 0.
+
+    Raises:
+        OperationError: one lies outside [0, size), or [-size, size) where negative ones count from the end.
+    """
+    if indices.numel() == 0:
+        return indices.long()
+    low, high = (int(bound) for bound in torch.aminmax(indices))
+    lowest = -size if negative else 0
+    if low < lowest or high >= size:
+        found = low if low < lowest else high
+        raise OperationError(
+            f"index {found} is out of bounds: axis {axis} has {size} elements, indices are {lowest} to {size - 1}"
+        )
+    indices = indices.long()
+    return torch.where(indices < 0, indices + size, indices) if low < 0 else indices
+
+
+def _gather(x: Tensor, indices: Tensor, axis: int, batch_dims: int, *, negative: bool) -> Tensor:
+    axis = axis % x.dim()
+    flat = _in_bounds(indices, x.shape[axis], axis, negative=negative)
+    if batch_dims == 0:
+        if indices.dim() == 0:
+            return x.select(axis, int(flat))
+        picked = x.index_select(axis, flat.reshape(-1))
+        return picked.reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
+    batch = x.shape[:batch_dims]
+    rows = x.reshape((-1, *x.shape[batch_dims:]))
+    lists = flat.reshape((-1, *indices.shape[batch_dims:]))
+    gathered = [
+        _gather(row, each, axis - batch_dims, 0, negative=negative) for row, each in zip(rows, lists, strict=True)
+    ]
+    result = torch.stack(gathered)
+    return result.reshape(batch + result.shape[1:])
+
+
+@op("gather", native=True)
+def gather_from_either_end(x: Tensor, indices: Tensor, *, axis: int = 0, batch_dims: int = 0) -> Tensor:
+    """gather: slices of x along the axis, in the place of the axis the shape of `indices`; -1 is the last."""
+    return _gather(x, indices, axis, batch_dims, negative=True)
+
+
+@op("gather", since=17, native=True)
+def gather(
+    x: Tensor, indices: Tensor, *, axis: int = 0, batch_dims: int = 0, validate_indices: bool = False
+) -> Tensor:
+    """gather: as before iOS17, without indices below 0."""
+    return _gather(x, indices, axis, batch_dims, negative=False)
+
+
+def _gather_along_axis(x: Tensor, indices: Tensor, axis: int, *, negative: bool) -> Tensor:
+    axis = axis % x.dim()
+    return torch.gather(x, axis, _in_bounds(indices, x.shape[axis], axis, negative=negative))
+
+
+@op("gather_along_axis", native=True)
+def gather_along_axis_from_either_end(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
+    """gather_along_axis: at each position the element of x whose index along the axis is given there."""
+    return _gather_along_axis(x, indices, axis, negative=True)
+
+
+@op("gather_along_axis", since=17, native=True)
+def gather_along_axis(x: Tensor, indices: Tensor, *, axis: int = 0, validate_indices: bool = False) -> Tensor:
+    """gather_along_axis: as before iOS17, without indices below 0."""
+    return _gather_along_axis(x, indices, axis, negative=False)
+
+
+def _nd_index(indices: Tensor, sizes: torch.Size, *, negative: bool) -> tuple[Tensor, ...]:
+    """The columns of (…, K) indices, each checked against its axis."""
+    return tuple(
+        _in_bounds(column, sizes[axis], axis, negative=negative) for axis, column in enumerate(indices.unbind(-1))
+    )
+
+
+def _gather_nd(x: Tensor, indices: Tensor, batch_dims: int, *, negative: bool) -> Tensor:
+    if batch_dims == 0:
+        return x[_nd_index(indices, x.shape, negative=negative)]
+    batch = x.shape[:batch_dims]
+    rows = x.reshape((-1, *x.shape[batch_dims:]))
+    lists = indices.reshape((-1, *indices.shape[batch_dims:]))
+    result = torch.stack(
+        [_gather_nd(row, each, 0, negative=negative) for row, each in zip(rows, lists, strict=True)]
+    )
+    return result.reshape(batch + result.shape[1:])
+
+
+@op("gather_nd", native=True)
+def gather_nd_from_either_end(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
+    """gather_nd: slices of x at the positions that the last axis of `indices` spells."""
+    return _gather_nd(x, indices, batch_dims, negative=True)
+
+
+@op("gather_nd", since=17, native=True)
+def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0, validate_indices: bool = False) -> Tensor:
+    """gather_nd: as before iOS17, without indices below 0."""
+    return _gather_nd(x, indices, batch_dims, negative=False)
+
+
+_REDUCTIONS = {"mul": "prod", "max": "amax", "min": "amin"}
+
+
+def _combine(data: Tensor, axis: int, index: Tensor, updates: Tensor, mode: str) -> Tensor:
+    """`updates` put into a copy of `data` at `index` along the axis; all three of one rank, index as updates."""
+    if mode == "update":
+        return data.scatter(axis, index, updates)
+    if mode in ("add", "sub"):
+        return data.scatter_add(axis, index, updates if mode == "add" else -updates)
+    if mode in _REDUCTIONS:
+        return data.scatter_reduce(axis, index, updates, _REDUCTIONS[mode])
+    if mode == "div":
+        divisors = torch.ones_like(data).scatter_reduce(axis, index, updates, "prod")
+        return data / divisors if data.is_floating_point() else torch.div(data, divisors, rounding_mode="trunc")
+    raise OperationError(f"mode {mode!r}; update, add, sub, mul, div, max and min are the modes")
+
+
+def _scatter(data: Tensor, indices: Tensor, updates: Tensor, axis: int, mode: str, *, negative: bool) -> Tensor:
+    axis = axis % data.dim()
+    flat = _in_bounds(indices, data.shape[axis], axis, negative=negative)
+    expected = data.shape[:axis] + indices.shape + data.shape[axis + 1 :]
+    if updates.shape != expected:
+        raise OperationError(f"updates of shape {list(updates.shape)}, which must be {list(expected)}")
+    along = [1] * data.dim()
+    along[axis] = -1
+    updates = updates.reshape((*data.shape[:axis], -1, *data.shape[axis + 1 :]))
+    return _combine(data, axis, flat.reshape(along).expand_as(updates), updates, mode)
+
+
+@op("scatter")
+def scatter_from_either_end(
+    data: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, mode: str = "add"
+) -> Tensor:
+    """scatter: slices of `updates` combined into a copy of `data` at `indices` along the axis."""
+    return _scatter(data, indices, updates, axis, mode, negative=True)
+
+
+@op("scatter", since=17)
+def scatter(
+    data: Tensor,
+    indices: Tensor,
+    updates: Tensor,
+    *,
+    axis: int = 0,
+    mode: str = "add",
+    validate_indices: bool = False,
+) -> Tensor:
+    """scatter: as before iOS17, without indices below 0."""
+    return _scatter(data, indices, updates, axis, mode, negative=False)
+
+
+def _scatter_along_axis(
+    data: Tensor, indices: Tensor, updates: Tensor, axis: int, mode: str, *, negative: bool
+) -> Tensor:
+    axis = axis % data.dim()
+    return _combine(data, axis, _in_bounds(indices, data.shape[axis], axis, negative=negative), updates, mode)
+
+
+@op("scatter_along_axis")
+def scatter_along_axis_from_either_end(
+    data: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, mode: str = "add"
+) -> Tensor:
+    """scatter_along_axis: each update combined into a copy of `data` at the index along the axis given there."""
+    return _scatter_along_axis(data, indices, updates, axis, mode, negative=True)
+
+
+@op("scatter_along_axis", since=17)
+def scatter_along_axis(
+    data: Tensor,
+    indices: Tensor,
+    updates: Tensor,
+    *,
+    axis: int = 0,
+    mode: str = "add",
+    validate_indices: bool = False,
+) -> Tensor:
+    """scatter_along_axis: as before iOS17, without indices below 0."""
+    return _scatter_along_axis(data, indices, updates, axis, mode, negative=False)
+
+
+def _scatter_nd(data: Tensor, indices: Tensor, updates: Tensor, mode: str, *, negative: bool) -> Tensor:
+    depth = indices.shape[-1]
+    columns = _nd_index(indices, data.shape, negative=negative)
+    slice_shape = data.shape[depth:]
+    row = torch.zeros(indices.shape[:-1], dtype=torch.int64)
+    for column, size in zip(columns, data.shape[:depth], strict=True):
+        row = row * size + column
+    rows = data.reshape((-1, *slice_shape))
+    updates = updates.reshape((-1, *slice_shape))
+    index = row.reshape((-1,) + (1,) * len(slice_shape)).expand_as(updates)
+    return _combine(rows, 0, index, updates, mode).reshape(data.shape)
+
+
+@op("scatter_nd")
+def scatter_nd_from_either_end(data: Tensor, indices: Tensor, updates: Tensor, *, mode: str = "add") -> Tensor:
+    """scatter_nd: slices of `updates` combined into a copy of `data` where the last axis of `indices` points."""
+    return _scatter_nd(data, indices, updates, mode, negative=True)
+
+
+@op("scatter_nd", since=17)
+def scatter_nd(
+    data: Tensor, indices: Tensor, updates: Tensor, *, mode: str = "add", validate_indices: bool = False
+) -> Tensor:
+    """scatter_nd: as before iOS17, without indices below 0."""
+    return _scatter_nd(data, indices, updates, mode, negative=False)

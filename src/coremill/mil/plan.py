@@ -1,0 +1,465 @@
+"""Compiles a graph to a flat list of steps, and runs it.
+
+Lowering does once what does not depend on values: attributes become Python values bound to their kernels,
+operations on constants are computed, dead operations dropped, and each value's last use found, after which it is
+freed. The first run at an input shape also finds what follows from shapes alone (sizes, masks cut to length, …);
+later runs at that shape start with those values and skip the operations that gave them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from coremill.core.errors import CoremillError, PackageError, PredictionInputError
+from coremill.mil.graph import BRANCH, NONE_SLOT, Graph, Node
+from coremill.mil.ops.control_flow import run_cond, run_while_loop
+from coremill.mil.ops.registry import Definition, OperationError
+from coremill.mil.values import BY_NAME, ElementType, Numerics
+
+Observer = Callable[["Step", list[Any]], None]
+"""Called after each step with the step and the values of all slots, before those it frees are freed."""
+
+KERNEL_FAILURES = (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError)
+"""What torch and Python raise where shapes or attributes do not fit together."""
+
+_SHAPES_KEPT = 8
+"""Input shapes whose shape-only values are kept; the least recently used goes first."""
+
+_KEPT_VALUE_BYTES = 16 << 20
+"""A shape-only value above this is computed anew in each run, unless it is a part of a constant."""
+
+WIDE_CONSTANTS_BYTES = 512 << 20
+"""fp32 copies of fp16 constants are kept up to this total.
+
+Beyond it a constant is widened whenever it is used, which costs a matrix product of 1,024 rows a few percent and
+one of a single row most of its speed."""
+
+
+class WideConstants:
+    """fp32 copies of fp16 constants, one a constant however many operations use it."""
+
+    def __init__(self, limit_bytes: int = WIDE_CONSTANTS_BYTES) -> None:
+        self._left_bytes = limit_bytes
+        # The narrow tensor is kept beside its copy: an id is only unique while its object lives.
+        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def get(self, narrow: torch.Tensor) -> torch.Tensor | None:
+        """The fp32 copy of a constant, or None where the limit is reached."""
+        if id(narrow) not in self._copies:
+            size_bytes = narrow.numel() * 4
+            if size_bytes > self._left_bytes:
+                return None
+            self._left_bytes -= size_bytes
+            self._copies[id(narrow)] = (narrow, narrow.float())
+        return self._copies[id(narrow)][1]
+
+
+@dataclass(slots=True)
+class Step:
+    """One operation of a compiled graph."""
+
+    node: Node
+    call: Callable[..., Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    single: bool
+    """Whether `call` returns the value of its one output, not a tuple of values."""
+    frees: tuple[int, ...] = ()
+    """Slots whose last use this is."""
+
+
+@dataclass(slots=True)
+class Section:
+    """A compiled graph."""
+
+    graph: Graph
+    steps: list[Step]
+    template: list[Any]
+    """Values of all slots at the start: constants, None elsewhere."""
+    constant_storages: frozenset[int]
+    """Addresses of the memory that constants lie in."""
+
+    def run(self, arguments: Sequence[Any], observe: Observer | None = None) -> tuple[Any, ...]:
+        """Values of the graph's outputs for values of its inputs.
+
+        Raises:
+            PredictionInputError: an operation does not admit the values that reached it.
+            PackageError: an operation cannot run on the shapes that reached it.
+        """
+        values = self.template.copy()
+        for slot, argument in zip(self.graph.inputs, arguments, strict=True):
+            values[slot] = argument
+        step = None
+        try:
+            for step in self.steps:
+                result = step.call(*[values[slot] for slot in step.inputs])
+                if step.single:
+                    values[step.outputs[0]] = result
+                else:
+                    for slot, value in zip(step.outputs, result, strict=True):
+                        values[slot] = value
+                if observe is not None:
+                    observe(step, values)
+                for slot in step.frees:
+                    values[slot] = None
+        except CoremillError:
+            raise  # From a nested block: it names the innermost operation.
+        except OperationError as error:
+            assert step is not None
+            raise PredictionInputError(f"{step.node}: {error}") from error
+        except KERNEL_FAILURES as error:
+            assert step is not None
+            raise PackageError(f"{step.node} fails on {_describe(step, values)}: {error}") from error
+        return tuple(values[slot] for slot in self.graph.outputs)
+
+
+def _describe(step: Step, values: list[Any]) -> str:
+    """The inputs of a step, for a message."""
+    return ", ".join(
+        f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        for value in (values[slot] for slot in step.inputs)
+        if isinstance(value, torch.Tensor)
+    )
+
+
+class Plan:
+    """A function compiled for one mode."""
+
+    def __init__(self, graph: Graph, numerics: Numerics, wide: WideConstants | None = None) -> None:
+        self.graph = graph
+        self.numerics = numerics
+        self._wide = WideConstants() if wide is None else wide
+        self.general = compile_graph(graph, numerics, self._wide, {})
+        """The steps that run at any shape."""
+        self._shape_only = _shape_only_slots(self.general)
+        self._at_shapes: OrderedDict[tuple[Any, ...], Section] = OrderedDict()
+
+    def run(self, arguments: Sequence[Any], observe: Observer | None = None) -> tuple[Any, ...]:
+        """Values of the outputs for tensors (state cells where the function takes states); see Section.run.
+
+        An observer sees the steps of the general section.
+        """
+        if observe is not None or not self._shape_only:
+            return self.general.run(arguments, observe)
+        key = tuple(each.shape if isinstance(each, torch.Tensor) else None for each in arguments)
+        section = self._at_shapes.get(key)
+        if section is not None:
+            self._at_shapes.move_to_end(key)
+            return section.run(arguments)
+        outputs, self._at_shapes[key] = self._run_and_specialize(arguments)
+        if len(self._at_shapes) > _SHAPES_KEPT:
+            self._at_shapes.popitem(last=False)
+        return outputs
+
+    def _run_and_specialize(self, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], Section]:
+        """Run at a new shape, and compile for it with the shape-only values that came up as constants."""
+        found: dict[int, Any] = {}
+
+        def record(step: Step, values: list[Any]) -> None:
+            for slot in step.outputs:
+                if slot in self._shape_only and _is_worth_keeping(values[slot], self.general.constant_storages):
+                    found[slot] = values[slot]
+
+        outputs = self.general.run(arguments, record)
+        return outputs, compile_graph(self.graph, self.numerics, self._wide, found)
+
+
+def _is_worth_keeping(value: Any, constant_storages: frozenset[int]) -> bool:
+    if not isinstance(value, torch.Tensor):
+        return False
+    storage = value.untyped_storage()
+    return storage.nbytes() <= _KEPT_VALUE_BYTES or storage.data_ptr() in constant_storages
+
+
+def _shape_only_slots(section: Section) -> frozenset[int]:
+    """Slots whose values follow from the shapes of the inputs alone.
+
+    A kernel's output shape depends only on its tensor inputs' shapes and its attributes' values; see
+    `coremill.mil.ops.registry`.
+    """
+    constant = {slot for slot, value in enumerate(section.template) if value is not None} | {NONE_SLOT}
+    known_value = set(constant)
+    known_shape = constant | set(section.graph.inputs)
+    for step in section.steps:
+        node, definition = step.node, step.node.definition
+        if definition is None:
+            continue
+        values_known = definition.pure and known_value.issuperset(node.tensor_slots + node.attribute_slots)
+        shape_known = values_known or (
+            not definition.data_dependent_shape
+            and known_shape.issuperset(node.tensor_slots)
+            and known_value.issuperset(node.attribute_slots)
+        )
+        if shape_known:
+            known_shape.update(node.outputs)
+        if values_known or (shape_known and node.op_type == "shape"):
+            known_value.update(node.outputs)
+    return frozenset(known_value - constant)
+
+
+def compile_graph(graph: Graph, numerics: Numerics, wide: WideConstants, known: Mapping[int, Any]) -> Section:
+    """Compile a graph.
+
+    Args:
+        known: further values by slot, in the mode's storage; the operations that give them are left out.
+
+    Raises:
+        PackageError: an operation on constants cannot be computed.
+    """
+    compiler = _Compiler(graph, numerics, wide, known)
+    steps = []
+    for node in graph.nodes:
+        if node.outputs and compiler.values.keys() >= set(node.outputs):
+            continue
+        step = compiler.bind(node)
+        if node.definition is not None and node.definition.pure and compiler.values.keys() >= set(step.inputs):
+            compiler.fold(step)
+        else:
+            steps.append(step)
+    steps = _without_dead_steps(steps, graph.outputs)
+    _set_frees(steps, graph.outputs, frozenset(compiler.values))
+    template: list[Any] = [None] * compiler.slot_count
+    for slot, value in compiler.values.items():
+        template[slot] = value
+    storages = frozenset(
+        value.untyped_storage().data_ptr() for value in compiler.values.values() if isinstance(value, torch.Tensor)
+    )
+    return Section(graph, steps, template, storages)
+
+
+def _without_dead_steps(steps: list[Step], outputs: tuple[int, ...]) -> list[Step]:
+    needed = set(outputs)
+    live = []
+    for step in reversed(steps):
+        has_effect = step.node.definition is None or not step.node.definition.pure
+        if has_effect or needed.intersection(step.outputs):
+            needed.update(step.inputs)
+            live.append(step)
+    return live[::-1]
+
+
+def _set_frees(steps: list[Step], outputs: tuple[int, ...], constant: frozenset[int]) -> None:
+    """Give each step the slots that no later one reads."""
+    later = set(outputs) | constant | {NONE_SLOT}
+    for step in reversed(steps):
+        mentioned = dict.fromkeys(step.inputs + step.outputs)
+        step.frees = tuple(slot for slot in mentioned if slot not in later)
+        later.update(mentioned)
+
+
+class _Compiler:
+    """Binds nodes to calls; holds the values that are known while compiling."""
+
+    def __init__(self, graph: Graph, numerics: Numerics, wide: WideConstants, known: Mapping[int, Any]) -> None:
+        self._graph = graph
+        self._numerics = numerics
+        self._wide = wide
+        self._wide_slots: dict[int, int] = {}
+        self.slot_count = len(graph.names)
+        self.values: dict[int, Any] = {NONE_SLOT: None}
+        for slot, value in graph.constants.items():
+            self.values[slot] = self._stored(slot, value)
+        self.values.update(known)
+
+    def _stored(self, slot: int, value: Any) -> Any:
+        """A constant as the mode holds it."""
+        if isinstance(value, torch.Tensor) and self._numerics is Numerics.ORACLE and self._is_half(slot):
+            copy = self._wide.get(value)
+            return value.float() if copy is None else copy
+        return value
+
+    def _is_half(self, slot: int) -> bool:
+        value_type = self._graph.types.get(slot)
+        return value_type is not None and value_type.element.is_half
+
+    def fold(self, step: Step) -> None:
+        """Compute a step whose inputs are known."""
+        try:
+            result = step.call(*[self.values[slot] for slot in step.inputs])
+        except KERNEL_FAILURES as error:
+            raise PackageError(f"{step.node}, whose inputs are constants: {error}") from error
+        results = (result,) if step.single else result
+        self.values.update(zip(step.outputs, results, strict=True))
+
+    def bind(self, node: Node) -> Step:
+        if node.definition is None:
+            return self._bind_structured(node)
+        definition = node.definition
+        fixed: dict[str, Any] = {}
+        dynamic: dict[str, tuple[int, ...]] = {}
+        for name, slots in node.attributes.items():
+            if self.values.keys() >= set(slots):
+                fixed[name] = self._attribute(node, definition, name, [self.values[slot] for slot in slots])
+            else:
+                dynamic[name] = slots
+        counts = tuple(
+            len(slots) if is_list else None for slots, is_list in zip(node.tensors, node.lists, strict=True)
+        )
+        call: Callable[..., Any] = functools.partial(definition.kernel, **fixed) if fixed else definition.kernel
+        if dynamic or any(count is not None for count in counts):
+            converters = {name: functools.partial(self._attribute, node, definition, name) for name in dynamic}
+            sizes = {name: len(slots) for name, slots in dynamic.items()}
+            call = _assembling(call, counts, sizes, converters)
+        inputs = node.tensor_slots + tuple(slot for slots in dynamic.values() for slot in slots)
+        if self._numerics is Numerics.DECLARED and not definition.native:
+            inputs, call = self._with_rounding(node, inputs, call)
+        single = not definition.returns_tuple and len(node.outputs) == 1
+        if not single and definition.returns_tuple:
+            call = _as_tuple(call)
+        return Step(node, call, inputs, node.outputs, single)
+
+    def _attribute(self, node: Node, definition: Definition, name: str, values: Sequence[Any]) -> Any:
+        """The Python value of an attribute from the tensors or the string that the program gives."""
+        plain = [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
+        convert = definition.attributes[name].convert
+        assert convert is not None
+        try:
+            value = convert(plain[0] if len(plain) == 1 else plain)
+        except OperationError as error:
+            raise PackageError(f"{node}: input {name!r}: {error}") from error
+        if definition.attributes[name].is_element_type:
+            return self._element_type(node, value)
+        return value
+
+    def _element_type(self, node: Node, name: str) -> ElementType:
+        if name not in BY_NAME:
+            raise PackageError(f"{node}: no element type {name!r}", expected=f"one of {sorted(BY_NAME)}")
+        element = BY_NAME[name]
+        return replace(element, storage=self._numerics.storage(element))
+
+    def _with_rounding(
+        self, node: Node, inputs: tuple[int, ...], call: Callable[..., Any]
+    ) -> tuple[tuple[int, ...], Callable[..., Any]]:
+        """fp16 inputs widened to fp32 (constants beforehand), fp16 results rounded."""
+        slots = list(inputs)
+        positions = []
+        for position, slot in enumerate(node.tensor_slots):
+            if not self._is_half(slot):
+                continue
+            wide_slot = self._wide_slot(slot) if slot in self.values else None
+            if wide_slot is None:
+                positions.append(position)
+            else:
+                slots[position] = wide_slot
+        storages = tuple(
+            self._graph.types[slot].element.storage if self._is_half(slot) else None for slot in node.outputs
+        )
+        if not positions and not any(storages):
+            return tuple(slots), call
+        return tuple(slots), _rounding(call, tuple(positions), storages)
+
+    def _wide_slot(self, slot: int) -> int | None:
+        if slot not in self._wide_slots:
+            copy = self._wide.get(self.values[slot])
+            if copy is None:
+                return None
+            self._wide_slots[slot] = self.slot_count
+            self.values[self.slot_count] = copy
+            self.slot_count += 1
+        return self._wide_slots[slot]
+
+    def _bind_structured(self, node: Node) -> Step:
+        sections = []
+        for block in node.blocks:
+            captured_inputs = block.graph.inputs[len(block.graph.inputs) - len(block.captured) :]
+            inner = {
+                own: self.values[outer]
+                for own, outer in zip(captured_inputs, block.captured, strict=True)
+                if outer in self.values
+            }
+            sections.append(compile_graph(block.graph, self._numerics, self._wide, inner))
+        own, first, second = (len(slots) for slots in node.tensors)
+        call = (_branch if node.op_type == BRANCH else _loop)(sections[0], sections[1], own, first)
+        assert own + first + second == len(node.tensor_slots)
+        return Step(node, call, node.tensor_slots, node.outputs, single=False)
+
+
+def _branch(if_true: Section, if_false: Section, own: int, captured: int) -> Callable[..., tuple[Any, ...]]:
+    def call(*arguments: Any) -> tuple[Any, ...]:
+        split = own + captured
+        return run_cond(
+            arguments[0],
+            if_true=lambda: if_true.run(arguments[own:split]),
+            if_false=lambda: if_false.run(arguments[split:]),
+        )
+
+    return call
+
+
+def _loop(condition: Section, body: Section, own: int, captured: int) -> Callable[..., tuple[Any, ...]]:
+    def call(*arguments: Any) -> tuple[Any, ...]:
+        split = own + captured
+        return run_while_loop(
+            arguments[:own],
+            condition=lambda *values: condition.run(values + arguments[own:split]),
+            body=lambda *values: body.run(values + arguments[split:]),
+        )
+
+    return call
+
+
+def _assembling(
+    kernel: Callable[..., Any],
+    counts: tuple[int | None, ...],
+    sizes: Mapping[str, int],
+    converters: Mapping[str, Callable[[Sequence[Any]], Any]],
+) -> Callable[..., Any]:
+    """A call on flat arguments for a kernel that takes lists, or attributes that the program computes."""
+
+    def call(*arguments: Any) -> Any:
+        tensors: list[Any] = []
+        at = 0
+        for count in counts:
+            tensors.append(arguments[at] if count is None else arguments[at : at + count])
+            at += 1 if count is None else count
+        attributes = {}
+        for name, size in sizes.items():
+            attributes[name] = converters[name](arguments[at : at + size])
+            at += size
+        return kernel(*tensors, **attributes)
+
+    return call
+
+
+def _rounding(
+    call: Callable[..., Any], positions: tuple[int, ...], storages: tuple[torch.dtype | None, ...]
+) -> Callable[..., Any]:
+    """`call` with the arguments at `positions` widened to fp32 and its results rounded to `storages`."""
+
+    def widened(arguments: tuple[Any, ...]) -> list[Any]:
+        values = list(arguments)
+        for position in positions:
+            values[position] = values[position].float()
+        return values
+
+    if len(storages) == 1:
+        (storage,) = storages
+
+        def call_one(*arguments: Any) -> Any:
+            result = call(*widened(arguments))
+            return result if storage is None else result.to(storage)
+
+        return call_one
+
+    def call_many(*arguments: Any) -> tuple[Any, ...]:
+        results = call(*widened(arguments))
+        return tuple(
+            value if storage is None else value.to(storage)
+            for value, storage in zip(results, storages, strict=True)
+        )
+
+    return call_many
+
+
+def _as_tuple(call: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    def call_tuple(*arguments: Any) -> tuple[Any, ...]:
+        result = call(*arguments)
+        return result if isinstance(result, tuple) else (result,)
+
+    return call_tuple

@@ -1,0 +1,55 @@
+"""A function of a package, read once, and its plans by mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from coremill.mil.graph import Graph, read_function
+from coremill.mil.loader import Package
+from coremill.mil.plan import Observer, Plan, WideConstants
+from coremill.mil.values import Numerics
+
+
+class Program:
+    """One function of a package. Constants are shared between its plans.
+
+    Args:
+        function_name: a function of the package's program.
+
+    Raises:
+        PackageError: see `coremill.mil.graph.read_function`.
+        UnsupportedOperationError: likewise.
+    """
+
+    def __init__(self, package: Package, function_name: str) -> None:
+        self.graph: Graph = read_function(package, function_name)
+        self._wide = WideConstants()
+        self._plans: dict[Numerics, Plan] = {}
+
+    def plan(self, numerics: Numerics) -> Plan:
+        """The plan of a mode, compiled when first asked for.
+
+        Raises:
+            PackageError: an operation on constants cannot be computed.
+        """
+        if numerics not in self._plans:
+            self._plans[numerics] = Plan(self.graph, numerics, self._wide)
+        return self._plans[numerics]
+
+    def run(self, arguments: Sequence[Any], numerics: Numerics, observe: Observer | None = None) -> tuple[Any, ...]:
+        """Values of the function's outputs, in its order; see `coremill.mil.plan.Section.run`.
+
+        Args:
+            arguments: a tensor for each input and a cell for each state, in the function's order.
+        """
+        held = [
+            argument.to(numerics.storage(self.graph.types[slot].element))
+            if isinstance(argument, torch.Tensor)
+            else argument
+            for slot, argument in zip(self.graph.inputs, arguments, strict=True)
+        ]
+        with torch.inference_mode():
+            return self.plan(numerics).run(held, observe)

@@ -1,0 +1,174 @@
+"""Element types of the Model Intermediate Language, and how its values are held as torch tensors.
+
+Numbers of the types are those of `MIL_pb2.DataType` in coremltools' protobuf definitions.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ElementType:
+    """One element type of MIL.
+
+    `storage` is the torch type that holds its values: the type itself where torch computes with it, else the next
+    wider one (uint16 in int32, int4 in int8, …), which holds every value of it.
+    """
+
+    name: str
+    bits: int
+    storage: torch.dtype
+    packed: np.dtype[Any] | None
+    """numpy type of one element in a file, or None where elements are packed below a byte or are no numbers."""
+    low: int = 0
+    high: int = 0
+    """Range of an integer type; both 0 for any other."""
+
+    @property
+    def is_float(self) -> bool:
+        return bool(self.storage.is_floating_point)
+
+    @property
+    def is_integer(self) -> bool:
+        return self.high > 0
+
+    @property
+    def is_half(self) -> bool:
+        """Whether arithmetic on it is done in fp32 and rounded."""
+        return self.storage in (torch.float16, torch.bfloat16)
+
+
+def _integer(name: str, bits: int, storage: torch.dtype, *, packed: str | None = None) -> ElementType:
+    signed = not name.startswith("u")
+    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+    return ElementType(name, bits, storage, np.dtype(packed) if packed else None, low, high)
+
+
+FP16 = ElementType("fp16", 16, torch.float16, np.dtype("<f2"))
+FP32 = ElementType("fp32", 32, torch.float32, np.dtype("<f4"))
+INT32 = _integer("int32", 32, torch.int32, packed="<i4")
+BOOL = ElementType("bool", 8, torch.bool, np.dtype("?"))
+
+ELEMENT_TYPES: Mapping[int, ElementType] = MappingProxyType(
+    {
+        1: BOOL,
+        10: FP16,
+        11: FP32,
+        12: ElementType("fp64", 64, torch.float64, np.dtype("<f8")),
+        13: ElementType("bf16", 16, torch.bfloat16, np.dtype("<u2")),
+        21: _integer("int8", 8, torch.int8, packed="<i1"),
+        22: _integer("int16", 16, torch.int16, packed="<i2"),
+        23: INT32,
+        24: _integer("int64", 64, torch.int64, packed="<i8"),
+        25: _integer("int4", 4, torch.int8),
+        31: _integer("uint8", 8, torch.uint8, packed="<u1"),
+        32: _integer("uint16", 16, torch.int32, packed="<u2"),
+        33: _integer("uint32", 32, torch.int64, packed="<u4"),
+        35: _integer("uint4", 4, torch.uint8),
+        36: _integer("uint2", 2, torch.uint8),
+        37: _integer("uint1", 1, torch.uint8),
+        38: _integer("uint6", 6, torch.uint8),
+        39: _integer("uint3", 3, torch.uint8),
+    }
+)
+"""By the number in the file. uint64, the fp8 types and strings are missing: no tensor operation takes them."""
+
+STRING = 2
+"""The number of the string type."""
+
+BY_NAME: Mapping[str, ElementType] = MappingProxyType({each.name: each for each in ELEMENT_TYPES.values()})
+
+
+class Numerics(str, enum.Enum):
+    """How a program's floating-point values are held. Reference numerics: no device computes exactly so."""
+
+    DECLARED = "declared"
+    """Every value is rounded to its declared type; sums and products accumulate in fp32."""
+
+    ORACLE = "oracle"
+    """fp16 and bf16 values are held and computed in fp32: what the program means, without its rounding."""
+
+    def storage(self, element: ElementType) -> torch.dtype:
+        if self is Numerics.ORACLE and element.is_half:
+            return torch.float32
+        return element.storage
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """A declared type: element type and shape, None for a dimension that is only known at run time."""
+
+    element: ElementType
+    shape: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        return f"{self.element.name}[{', '.join('?' if size is None else str(size) for size in self.shape)}]"
+
+
+class StateCell:
+    """What a state input is bound to while a function runs: the state's tensor, replaced when it is written."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def unpack_bits(packed: np.ndarray[Any, Any], element: ElementType, count: int) -> np.ndarray[Any, Any]:
+    """Unpack elements below a byte: consecutive, least significant bit first, across byte borders.
+
+    Source: the layout that coremltools documents for `constexpr_lut_to_dense` (iOS16).
+
+    Args:
+        packed: uint8, at least `count` elements.
+        count: elements to read.
+
+    Returns:
+        (count,) int8 or uint8.
+    """
+    bits = np.unpackbits(packed, bitorder="little", count=count * element.bits).reshape(count, element.bits)
+    values = bits @ (1 << np.arange(element.bits, dtype=np.int16))
+    if element.low < 0:
+        values = np.where(values > element.high, values - (1 << element.bits), values)
+        return values.astype(np.int8)
+    return values.astype(np.uint8)
+
+
+def tensor_from_numbers(values: Sequence[Any], element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of Python numbers that a program carries inline.
+
+    Raises:
+        ValueError: their number does not fill the shape.
+    """
+    return torch.tensor(list(values), dtype=element.storage).reshape(shape)
+
+
+def tensor_from_bytes(data: bytes, element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of elements in their file layout, copied.
+
+    Raises:
+        ValueError: the bytes do not fill the shape.
+    """
+    count = int(np.prod(shape, dtype=np.int64))
+    if element.packed is None:
+        needed = -(-count * element.bits // 8)
+        if len(data) != needed:
+            raise ValueError(f"{len(data)} bytes for {count} elements of {element.name}, which take {needed}")
+        return torch.from_numpy(unpack_bits(np.frombuffer(data, np.uint8), element, count)).reshape(shape)
+    if len(data) != count * element.packed.itemsize:
+        raise ValueError(f"{len(data)} bytes for {count} elements of {element.name}")
+    raw = np.frombuffer(data, element.packed)
+    if element.storage is torch.bfloat16:
+        return torch.from_numpy(raw.view(np.int16).copy()).view(torch.bfloat16).reshape(shape)
+    native = raw.astype(element.packed.newbyteorder("="))
+    if element.storage in (torch.int32, torch.int64):
+        native = native.astype(np.int32 if element.storage is torch.int32 else np.int64)
+    return torch.from_numpy(native).reshape(shape)

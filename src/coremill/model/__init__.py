@@ -1,0 +1,1 @@
+"""The student: its architecture, its checkpoint format and the one decoding loop."""

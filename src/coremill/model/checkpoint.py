@@ -1,0 +1,313 @@
+"""The checkpoint format: a `torch.save` archive of plain types and tensors; nothing else in it is unpickled."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import re
+import sys
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import torch
+from torch import Tensor
+
+from coremill.core.config import ModelConfig
+from coremill.core.contract import ModelArch, TokenizerRef
+from coremill.core.documents import Document, from_builtins, write_atomic
+from coremill.core.errors import (
+    CheckpointContentError,
+    CheckpointUnreadableError,
+    OutputError,
+    UnsafeCheckpointError,
+    VocabularyMismatchError,
+)
+from coremill.model.student import Student
+
+_RETRAIN = "python -m coremill.training.run_toy_distill --help"
+_TENSOR_NAMES = re.compile(r"torch\._utils\._rebuild_tensor_v2|torch\.\w+Storage|collections\.OrderedDict")
+"""What the pickle of a plain tensor names."""
+
+
+class CheckpointHead(Document):
+    """What a checkpoint says beside its tensors; its keys are those of the archive's dict, less `state_dict`."""
+
+    model_type: str
+    model_arch: ModelArch
+    config: ModelConfig
+    step: int
+    """Optimizer steps taken; 0 is an untrained model."""
+    tokenizer: TokenizerRef
+    training: dict[str, Any]
+    """How it came about, in plain types: the ends of the loss curve, seed, dataset digest."""
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"`step` must not be negative, found {self.step}")
+        if self.config.arch != self.model_arch:
+            raise ValueError(f"`model_arch` is {self.model_arch}, `config.arch` is {self.config.arch}")
+        if self.config.vocab_size != self.tokenizer.vocab_size:
+            raise ValueError(
+                f"`config.vocab_size` is {self.config.vocab_size}, `tokenizer.vocab_size` is "
+                f"{self.tokenizer.vocab_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model at one step of its training.
+
+    Raises:
+        CheckpointContentError: the parts contradict each other, a tensor is missing, unexpected, of the wrong
+            shape or not of floats, or holds NaN or infinite values.
+    """
+
+    model_type: str
+    model_arch: ModelArch
+    config: ModelConfig
+    step: int
+    tokenizer: TokenizerRef
+    state_dict: Mapping[str, Tensor]
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _head(self, where="checkpoint")
+        _check_tensors(self.state_dict, self.config, where="checkpoint")
+
+
+class TokenizerLike(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
+
+
+def checkpoint_of(
+    student: Student,
+    *,
+    model_type: str,
+    step: int,
+    tokenizer: TokenizerRef,
+    training: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """A checkpoint of `student` as it is now; later changes to the student do not reach it."""
+    return Checkpoint(
+        model_type=model_type,
+        model_arch=student.config.arch,
+        config=student.config,
+        step=step,
+        tokenizer=tokenizer,
+        state_dict={name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()},
+        training=training or {},
+    )
+
+
+def save_checkpoint(path: Path, ckpt: Checkpoint) -> None:
+    """Write `ckpt` to `path`, whole or not at all; equal checkpoints give equal bytes, whatever the file's name.
+
+    Raises:
+        OutputError: `path` cannot be written; what was there is left.
+    """
+    head = _canonical(msgspec.to_builtins(_head(ckpt, where=str(path))))
+    # Fresh, contiguous copies: a view would drag its whole storage along, and a shared one be written once.
+    tensors = {
+        sys.intern(name): ckpt.state_dict[name].detach().cpu().contiguous().clone()
+        for name in sorted(ckpt.state_dict)
+    }
+    buffer = io.BytesIO()  # torch.save writes the stem of a path into the archive, but no name for a buffer
+    torch.save({**head, "state_dict": tensors}, buffer)
+    try:
+        write_atomic(path, buffer.getvalue())
+    except OSError as failure:
+        raise OutputError(f"cannot write {path}: {failure.strerror}", expected="a writable file") from failure
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and check the checkpoint at `path`; tensors come to the CPU as they were saved.
+
+    Raises:
+        CheckpointUnreadableError: missing, truncated, damaged, or not a checkpoint.
+        UnsafeCheckpointError: it holds more than plain types and tensors; none of that was executed.
+        SchemaVersionError: of an unknown major version.
+        CheckpointContentError: something in it is missing or contradicts the rest.
+    """
+    value = _read_plain(Path(path))
+    if not isinstance(value, dict):
+        raise CheckpointContentError(
+            f"{path}: found {type(value).__name__}", expected="a dict as coremill saves it", run=_RETRAIN
+        )
+    tensors = value.pop("state_dict", None)
+    where = str(path)
+    head = from_builtins(value, CheckpointHead, where=where, error=CheckpointContentError, run=_RETRAIN)
+    _check_tensors(tensors, head.config, where=where)
+    return Checkpoint(
+        model_type=head.model_type,
+        model_arch=head.model_arch,
+        config=head.config,
+        step=head.step,
+        tokenizer=head.tokenizer,
+        state_dict=tensors,
+        training=head.training,
+    )
+
+
+def build_student(ckpt: Checkpoint) -> Student:
+    """The checkpoint's model in float32, in evaluation mode."""
+    student = Student(ckpt.config)
+    student.load_state_dict(ckpt.state_dict)
+    student.eval()
+    return student
+
+
+def check_vocabulary(ckpt: Checkpoint, tokenizer: TokenizerLike) -> None:
+    """Check that `tokenizer` is the one that the model was trained with.
+
+    Raises:
+        VocabularyMismatchError: its size or its digest is another.
+    """
+    if tokenizer.vocab_size != ckpt.tokenizer.vocab_size:
+        raise VocabularyMismatchError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {ckpt.tokenizer.vocab_size}",
+            expected="the tokenizer.json that the model was trained with",
+            run=_RETRAIN,
+        )
+    if tokenizer.digest != ckpt.tokenizer.digest:
+        raise VocabularyMismatchError(
+            f"the tokenizer is {tokenizer.digest}, the model was trained with {ckpt.tokenizer.digest}",
+            expected="the tokenizer.json that the model was trained with",
+            run=_RETRAIN,
+        )
+
+
+def _head(ckpt: Checkpoint, *, where: str) -> CheckpointHead:
+    """The checkpoint's head, checked as if it had been read."""
+    value = {
+        "schema_version": CheckpointHead.format_version,
+        "model_type": ckpt.model_type,
+        "model_arch": msgspec.to_builtins(ckpt.model_arch),
+        "config": msgspec.to_builtins(ckpt.config),
+        "step": ckpt.step,
+        "tokenizer": msgspec.to_builtins(ckpt.tokenizer),
+        "training": dict(ckpt.training),
+    }
+    return from_builtins(value, CheckpointHead, where=where, error=CheckpointContentError)
+
+
+def _canonical(value: Any) -> Any:
+    """`value` with sorted keys, interned strings and no shared containers.
+
+    Pickle writes an object that it has seen before as a reference, so that equal values made of different
+    objects have different bytes.
+    """
+    if isinstance(value, dict):
+        return {sys.intern(key): _canonical(value[key]) for key in sorted(value)}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    return sys.intern(value) if isinstance(value, str) else value
+
+
+def _read_plain(path: Path) -> Any:
+    """What the archive at `path` holds: plain types and tensors, nothing else."""
+    try:
+        data = path.read_bytes()
+    except OSError as failure:
+        raise CheckpointUnreadableError(
+            f"cannot read {path}: {failure.strerror}", expected="a readable checkpoint", run=_RETRAIN
+        ) from failure
+    pickled = _pickle_in_archive(path, data)
+    # torch's own reader refuses these names too; this one knows every pickle protocol and names them all.
+    if names := [name for name in _names_in(pickled) if not _TENSOR_NAMES.fullmatch(name)]:
+        raise _unsafe(path, f"names {', '.join(names)}")
+    if pickled[:2] != b"\x80\x02":
+        raise _unreadable(path, "is not a checkpoint: its pickle is not of protocol 2, which torch.save writes")
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as failure:
+        raise _unsafe(path, str(failure).splitlines()[0]) from failure
+    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as failure:
+        # What torch's unpickler raises on a pickle that no torch.save wrote, beside its own error.
+        raise _unreadable(path, f"is not a checkpoint: {type(failure).__name__}: {failure}") from failure
+
+
+def _pickle_in_archive(path: Path, data: bytes) -> bytes:
+    """The pickle of a whole `torch.save` archive; every checksum is compared, which torch does not do."""
+    try:
+        if not zipfile.is_zipfile(io.BytesIO(data)):
+            if names := _names_in(data):
+                raise _unsafe(path, f"is a bare pickle that names {', '.join(names)}")
+            what = "is truncated" if data.startswith(b"PK\x03\x04") else "is not a checkpoint"
+            raise _unreadable(path, f"{what}: {len(data)} bytes")
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise _unreadable(path, f"is damaged: the checksum of {damaged} is wrong")
+            names = archive.namelist()
+            if any(name.endswith("/constants.pkl") for name in names):
+                raise _unreadable(path, "is a TorchScript program, not a checkpoint")
+            pickles = [name for name in names if name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise _unreadable(path, "is a zip archive, not a checkpoint")
+            # torch takes an entry with the directory attribute for empty and leaves its tensor uninitialised.
+            if odd := [entry.filename for entry in archive.infolist() if entry.external_attr]:
+                raise _unreadable(path, f"is damaged: {odd[0]} has attributes that torch.save does not write")
+            return archive.read(pickles[0])
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError, ValueError) as failure:
+        # zipfile's ways to say that an entry's header, compression or offset makes no sense.
+        raise _unreadable(path, f"is damaged: {failure}") from failure
+
+
+def _unreadable(path: Path, found: str) -> CheckpointUnreadableError:
+    return CheckpointUnreadableError(f"{path} {found}", expected="an archive that coremill saved", run=_RETRAIN)
+
+
+def _unsafe(path: Path, found: str) -> UnsafeCheckpointError:
+    return UnsafeCheckpointError(
+        f"{path} {found}", expected="plain types and tensors alone; nothing of the file was executed", run=_RETRAIN
+    )
+
+
+def _names_in(pickled: bytes) -> list[str]:
+    """Each `module.name` that the pickle would import, found by reading its opcodes; [] if it is no pickle."""
+    names: list[str] = []
+    strings: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(pickled):
+            if opcode.name in ("GLOBAL", "INST"):
+                names.append(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                names.append(".".join(strings[-2:]))  # pushed just before, module then name
+            elif isinstance(argument, str):
+                strings.append(argument)
+    except ValueError:
+        return []
+    return list(dict.fromkeys(names))
+
+
+def _check_tensors(tensors: Any, config: ModelConfig, *, where: str) -> None:
+    """Check that `tensors` are finite floats and the very ones that a model of `config` has."""
+
+    def refuse(found: str) -> CheckpointContentError:
+        return CheckpointContentError(
+            f"{where}: {found}", expected="the tensors of a model of the checkpoint's `config`", run=_RETRAIN
+        )
+
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise refuse("`state_dict` is missing" if tensors is None else "`state_dict` holds something but tensors")
+    with torch.device("meta"):  # shapes without memory
+        expected = {name: tensor.shape for name, tensor in Student(config).state_dict().items()}
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise refuse(f"`state_dict` lacks {', '.join(missing)}")
+    if unexpected := sorted(tensors.keys() - expected.keys()):
+        raise refuse(f"`state_dict` holds {', '.join(map(str, unexpected))}, which the model does not have")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name]:
+            raise refuse(f"`state_dict[{name!r}]` has shape {tuple(tensor.shape)}, not {tuple(expected[name])}")
+        if not tensor.is_floating_point():
+            raise refuse(f"`state_dict[{name!r}]` is {tensor.dtype}, not of floats")
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise refuse(f"`state_dict[{name!r}]` has {bad} NaN or infinite values")

@@ -1,0 +1,242 @@
+"""The student: a Llama-family decoder that traces at any length and converts to few operations.
+
+Legend: B batch, T sequence length, V vocabulary, C d_model, H heads, K key/value heads, G = H/K heads a
+key/value head, D head size, F d_ff.
+
+Grouped-query attention: Ainslie et al. 2023, arXiv:2305.13245. RoPE: Su et al. 2021, arXiv:2104.09864, in the
+rotate-half layout of Hugging Face's Llama, whose parameter names (without `model.`) this follows.
+RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467. SwiGLU: Shazeer 2020, arXiv:2002.05202.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coremill.core.config import ModelConfig
+
+MASKED_SCORE = -3.0e4
+"""What is added to the score of a key that must not be seen.
+
+Finite, so that no row computes inf - inf, and far from the end of float16's range, ±65,504: for scores within
+±1e4 a masked one lies between -4e4 and -2e4, and its softmax weight beside any visible one is exactly 0.
+"""
+
+
+def output_names(config: ModelConfig) -> tuple[str, ...]:
+    """Names of what `Student.forward` returns, in its order."""
+    return ("logits", "halt_logits") if config.arch.use_halt_head else ("logits",)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale x (..., C) to a root mean square of 1, then by `weight` (C,)."""
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle; x (B, H, T, D), cos and sin (T, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        kv_size = config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def _heads(self, x: Tensor, n_heads: int) -> Tensor:
+        # -1 for T: with one unknown size a reshape stays a constant shape in the converted graph.
+        return x.view(x.shape[0], -1, n_heads, self.head_dim).transpose(1, 2)  # (B, n_heads, T, D)
+
+    def _to_query_heads(self, x: Tensor) -> Tensor:
+        """Repeat each key/value head for its group of query heads: (B, K, T, D) to (B, H, T, D)."""
+        group = self.n_heads // self.n_kv_heads
+        if group == 1:
+            return x
+        # Copies, not expand(): coremltools turns that into a dozen operations that work the sizes out at run time.
+        x = torch.cat([x.unsqueeze(2)] * group, dim=2)  # (B, K, G, T, D)
+        return x.view(x.shape[0], self.n_heads, -1, self.head_dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        """x (B, T, C), cos and sin (T, D), mask (T, T) added to the scores; returns (B, T, C)."""
+        q = _rotate(self._heads(self.q_proj(x), self.n_heads), cos, sin)  # (B, H, T, D)
+        k = _rotate(self._heads(self.k_proj(x), self.n_kv_heads), cos, sin)  # (B, K, T, D)
+        v = self._heads(self.v_proj(x), self.n_kv_heads)  # (B, K, T, D)
+        mixed = F.scaled_dot_product_attention(
+            q, self._to_query_heads(k), self._to_query_heads(v), attn_mask=mask
+        )  # (B, H, T, D)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) to (B, T, C) through (B, T, F)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        """The half that mixes positions: x (B, T, C) to (B, T, C)."""
+        return x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The half that treats each position alone: x (..., C) to (..., C)."""
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        return self.transform(self.attend(x, cos, sin, mask))
+
+
+class Student(nn.Module):
+    """A causal decoder; its weights come from :func:`new_student` or from a checkpoint.
+
+    `state_dict` holds the weights alone: the rotary tables are computed from the configuration. With
+    `tie_embeddings` there is no `lm_head.weight`.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        if not config.arch.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.arch.use_halt_head:
+            self.halt_head = nn.Linear(config.d_model, 2, bias=False)
+        # One longer than the longest sequence: torch.export takes a T that can equal a table's length for
+        # that very length, and the exported program then runs at no other.
+        positions = torch.arange(config.max_seq_len + 1, dtype=torch.int32)
+        cos, sin = _rotary_tables(config, positions)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """Score each position's next token.
+
+        Args:
+            input_ids: (B, T) int32 or int64, T at most `max_seq_len`; right-padded where rows differ in length.
+
+        Returns:
+            `(logits,)` or `(logits, halt_logits)`, as :func:`output_names` says: (B, T, V) and (B, T, 2), float32.
+            Row i of either depends on tokens 0 to i alone. The halt columns are [continue, halt].
+
+        Raises:
+            ValueError: T is beyond `max_seq_len`. A traced graph does not check.
+        """
+        return self._heads(self.layers[-1].transform(self._attended(input_ids)))
+
+    def score_at(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` gives at some positions, without the work that serves the others alone.
+
+        Most tokens of a training row are its question's, which have no target: the last layer's feed-forward
+        and the logits are a good third of all the work there.
+
+        Args:
+            input_ids: (B, T), as for `forward`.
+            positions: (M,) int64, counted through the flattened (B·T) batch.
+
+        Returns:
+            `(logits,)` or `(logits, halt_logits)`: (M, V) and (M, 2).
+        """
+        x = self._attended(input_ids).flatten(0, 1).index_select(0, positions)  # (M, C)
+        return self._heads(self.layers[-1].transform(x))
+
+    def _attended(self, input_ids: Tensor) -> Tensor:
+        """(B, T) to (B, T, C): all that mixes positions, up to the attention of the last layer."""
+        seq_len = input_ids.shape[1]
+        if not torch.jit.is_tracing() and seq_len > self.config.max_seq_len:
+            raise ValueError(f"{seq_len} tokens, the model's max_seq_len is {self.config.max_seq_len}")
+        cos, sin = self.cos[:seq_len], self.sin[:seq_len]  # (T, D)
+        mask = _causal_mask(self.positions[:seq_len])  # (T, T)
+        x = self.embed_tokens(input_ids)  # (B, T, C)
+        for layer in self.layers[:-1]:
+            x = layer(x, cos, sin, mask)
+        return self.layers[-1].attend(x, cos, sin, mask)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (..., C) to logits (..., V) and, where there is a halt head, (..., 2)."""
+        x = self.norm(x)
+        unembedding = self.embed_tokens.weight if self.config.arch.tie_embeddings else self.lm_head.weight
+        logits = F.linear(x, unembedding)
+        return (logits, self.halt_head(x)) if self.config.arch.use_halt_head else (logits,)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def new_student(config: ModelConfig, *, seed: int) -> Student:
+    """An untrained student, in training mode; the same configuration and seed give the same weights.
+
+    Matrices are normal with a standard deviation of 1/√(columns), those that write into the residual stream a
+    further 1/√(2 · n_layers) smaller, so that its variance does not grow with depth (GPT-2). Embeddings are
+    normal with 2/√C: on the toy, double the 1/√C of a plain matrix brought the held-out KL from 0.018 to 0.012
+    in as many steps, four times did no better, and a quarter 0.034.
+    """
+    with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global generator
+        student = Student(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if parameter.dim() < 2:
+                continue  # the norms' weights start at 1
+            std = parameter.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std *= (2 * config.n_layers) ** -0.5
+            elif name == "embed_tokens.weight":
+                std *= 2
+            parameter.normal_(0.0, std, generator=generator)
+    return student
+
+
+def _causal_mask(positions: Tensor) -> Tensor:
+    """(T, T): 0 where a query may see a key, MASKED_SCORE where the key comes later; positions (T,) int32.
+
+    Built from the positions, not sliced from a (max_seq_len, max_seq_len) table, which the package would carry.
+    """
+    is_later = positions.unsqueeze(0) > positions.unsqueeze(1)
+    # A product and not torch.where: coremltools 9.0 gives a select between two scalars the rank of a scalar.
+    return is_later.to(torch.float32) * MASKED_SCORE
+
+
+def _rotary_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles: (positions, D) float32, the two halves of D alike.
+
+    Computed in float64: at position 8,192 a float32 angle is already off by 5e-4.
+    """
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device)
+    inverse_frequency = config.rope_theta ** -(half / config.head_dim)  # (D/2,)
+    angles = positions.to(torch.float64).unsqueeze(1) * inverse_frequency
+    angles = torch.cat((angles, angles), dim=1)  # (positions, D)
+    return angles.cos().float(), angles.sin().float()

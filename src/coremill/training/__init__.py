@@ -1,0 +1,1 @@
+"""Distillation: from a dataset with its teacher to a checkpoint."""

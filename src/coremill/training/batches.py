@@ -1,0 +1,148 @@
+"""From rows to tensors: token ids, the teacher's distribution at each answer token, and halt labels.
+
+Legend: B rows a batch, T longest row of the batch, V vocabulary, M scored positions of the batch, N answer tokens
+of the batch.
+
+A row's tokens are its prompt, `[bos, user, …, assistant]`, and its answer, `[…, end]`. The logits at position i
+score token i + 1, so that the answer is scored from the assistant token to the last content token. The halt
+label at position i is about token i itself: halt from the last content token on, continue before it; the
+assistant token is the first to have one and the end token the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coremill.core.errors import TrainingError
+from coremill.data.rows import Row
+from coremill.data.teacher import teacher_targets
+from coremill.data.tokenizer import Tokenizer
+
+CONTINUE, HALT = 0, 1
+"""Columns of the halt head."""
+
+_BUCKET_BATCHES = 16
+"""Batches are cut from runs of this many, sorted by length: little padding, and still almost any row beside any."""
+
+Targets = list[dict[int, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One row as token ids, with its teacher."""
+
+    tokens: tuple[int, ...]
+    answer_start: int
+    """Place of the first answer token; the assistant token is just before it."""
+    teacher: Targets
+    """The teacher's next-token probabilities, one distribution an answer token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows side by side. Scored positions run from each row's assistant token to its end token."""
+
+    input_ids: Tensor
+    """(B, T) int32, right-padded."""
+    scored_at: Tensor
+    """(M,) int64: the scored positions, counted through the flattened (B·T) batch; padding is none of them."""
+    halt_labels: Tensor
+    """(M,) int64: CONTINUE or HALT."""
+    answer_at: Tensor
+    """(N,) int64: which of the M score an answer token: all but each row's end token."""
+    answer_ids: Tensor
+    """(N,) int64: the answer tokens that were sampled."""
+    teacher: Tensor
+    """(N, V) float32: the teacher's probabilities."""
+    n_tokens: int
+    """Tokens without padding."""
+
+
+def encode_rows(rows: Iterable[Row], tokenizer: Tokenizer, *, max_seq_len: int) -> list[Example]:
+    """Tokenize `rows` and work their teachers out.
+
+    Raises:
+        TrainingError: a row is longer than `max_seq_len`.
+    """
+    known: dict[tuple[object, ...], Targets] = {}  # few distinct teachers stand behind many rows
+    examples = []
+    for row in rows:
+        prompt, answer = tokenizer.encode_prompt(row.prompt), tokenizer.encode_answer(row.teacher_text)
+        if len(prompt) + len(answer) > max_seq_len:
+            raise TrainingError(
+                f"row {row.id} has {len(prompt) + len(answer)} tokens",
+                expected=f"at most {max_seq_len}, the model's max_seq_len",
+            )
+        key = (row.teacher_text, *row.answers.items())
+        if key not in known:
+            known[key] = teacher_targets(row, tokenizer)
+        examples.append(Example(tokens=(*prompt, *answer), answer_start=len(prompt), teacher=known[key]))
+    return examples
+
+
+def halt_labels(example: Example) -> list[int]:
+    """The halt label of each position from the assistant token to the end token."""
+    last_content = len(example.tokens) - 2  # the end token comes after it
+    return [
+        HALT if place >= last_content else CONTINUE
+        for place in range(example.answer_start - 1, len(example.tokens))
+    ]
+
+
+def collate(examples: Sequence[Example], *, pad_id: int, vocab_size: int) -> Batch:
+    """Put `examples` side by side, padded to the longest."""
+    seq_len = max(len(example.tokens) for example in examples)
+    input_ids = torch.full((len(examples), seq_len), pad_id, dtype=torch.int32)
+    scored_at: list[int] = []
+    labels: list[int] = []
+    answer_at: list[int] = []
+    answer_ids: list[int] = []
+    taught: list[tuple[int, int, float]] = []  # (answer token, token id, probability)
+    for place, example in enumerate(examples):
+        input_ids[place, : len(example.tokens)] = torch.tensor(example.tokens, dtype=torch.int32)
+        row = place * seq_len
+        first = len(scored_at)
+        scored_at += range(row + example.answer_start - 1, row + len(example.tokens))
+        labels += halt_labels(example)
+        answer_at += range(first, len(scored_at) - 1)
+        for number, dist in enumerate(example.teacher, start=len(answer_ids)):
+            taught += [(number, token, share) for token, share in dist.items()]
+        answer_ids += example.tokens[example.answer_start :]
+    numbers, token_ids, shares = zip(*taught, strict=True)
+    teacher = torch.zeros(len(answer_ids), vocab_size)
+    teacher[torch.tensor(numbers), torch.tensor(token_ids)] = torch.tensor(shares)
+    return Batch(
+        input_ids=input_ids,
+        scored_at=torch.tensor(scored_at),
+        halt_labels=torch.tensor(labels),
+        answer_at=torch.tensor(answer_at),
+        answer_ids=torch.tensor(answer_ids),
+        teacher=teacher,
+        n_tokens=sum(len(example.tokens) for example in examples),
+    )
+
+
+def n_batches(n_examples: int, batch_size: int) -> int:
+    """Batches an epoch; the last one may be smaller."""
+    return -(-n_examples // batch_size)
+
+
+def epoch_batches(
+    examples: Sequence[Example], *, batch_size: int, generator: torch.Generator
+) -> Iterator[list[Example]]:
+    """Every example once, in an order that `generator` decides, examples of like length together."""
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    groups: list[list[Example]] = []
+    run = batch_size * _BUCKET_BATCHES
+    for start in range(0, len(order), run):
+        alike = sorted(order[start : start + run], key=lambda place: len(examples[place].tokens))
+        groups += [
+            [examples[place] for place in alike[first : first + batch_size]]
+            for first in range(0, len(alike), batch_size)
+        ]
+    for place in torch.randperm(len(groups), generator=generator).tolist():
+        yield groups[place]

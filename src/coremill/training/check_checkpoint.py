@@ -1,0 +1,90 @@
+"""Check a checkpoint: `python -m coremill.training.check_checkpoint F [--tokenizer T]`.
+
+Exit code 0 if every check that ran passed; else the code of the error that the first failed one is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from coremill.core.command import exit_on_error
+from coremill.core.errors import CheckpointContentError, exit_code_table
+from coremill.data.tokenizer import Tokenizer
+from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
+from coremill.model.student import output_names
+
+_TRIED_IDS = 128
+
+
+def check_checkpoint(path: Path, tokenizer: Path | None) -> Iterator[str]:
+    """Check the checkpoint at `path`, and say of each check, as it is done, what was found.
+
+    Raises:
+        CoremillError: the first check that fails, as its own kind.
+    """
+    ckpt = load_checkpoint(path)
+    yield f"structure: {ckpt.model_type}, {len(ckpt.state_dict)} tensors, all finite, as its config says"
+    flags = ", ".join(f"{name} {getattr(ckpt.model_arch, name)}" for name in ckpt.model_arch.__struct_fields__)
+    yield f"model_arch: {flags}"
+    if ckpt.step == 0:
+        raise CheckpointContentError(
+            f"{path}: `step` is 0",
+            expected="a trained model",
+            run="python -m coremill.training.run_toy_distill --help",
+        )
+    yield f"step: {ckpt.step}"
+    if tokenizer is None:
+        yield f"vocabulary: not run, there is no tokenizer.json beside {path.name}; name one with --tokenizer"
+    else:
+        check_vocabulary(ckpt, Tokenizer.load(tokenizer))
+        yield f"vocabulary: {ckpt.tokenizer.vocab_size} tokens, those of {tokenizer}"
+    yield _check_forward(ckpt, path)
+
+
+def _check_forward(ckpt: Checkpoint, path: Path) -> str:
+    """Score one row of ids from the whole vocabulary; a finite figure for each is what must come."""
+    student = build_student(ckpt)
+    n_ids = min(_TRIED_IDS, ckpt.config.max_seq_len, ckpt.config.vocab_size)
+    ids = torch.linspace(0, ckpt.config.vocab_size - 1, n_ids).to(torch.int32).unsqueeze(0)  # (1, T)
+    names = output_names(ckpt.config)
+    with torch.no_grad():
+        outputs = dict(zip(names, student(ids), strict=True))
+    expected = {"logits": (1, n_ids, ckpt.config.vocab_size), "halt_logits": (1, n_ids, 2)}
+    for name, values in outputs.items():
+        if tuple(values.shape) != expected[name] or not bool(torch.isfinite(values).all()):
+            raise CheckpointContentError(
+                f"{path}: `{name}` of a forward pass is {tuple(values.shape)} with "
+                f"{int((~torch.isfinite(values)).sum())} values that are not finite",
+                expected=f"finite values of shape {expected[name]}",
+                run="python -m coremill.training.run_toy_distill --help",
+            )
+    return "forward: " + ", ".join(f"{name} {expected[name]}" for name in names) + ", finite"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: prints each check as it passes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m coremill.training.check_checkpoint",
+        description="Check a checkpoint's structure, arch flags, step, vocabulary and a forward pass.",
+        epilog="exit codes:\n" + exit_code_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument(
+        "--tokenizer", type=Path, help="default: tokenizer.json beside the checkpoint, if there is one"
+    )
+    args = parser.parse_args(argv)
+    beside = args.checkpoint.with_name("tokenizer.json")
+    tokenizer = args.tokenizer or (beside if beside.exists() else None)
+    for line in check_checkpoint(args.checkpoint, tokenizer):
+        sys.stdout.write(f"{line}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_on_error(main))

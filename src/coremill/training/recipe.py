@@ -1,0 +1,49 @@
+"""What to train and how: from a run's configuration, or the seed command's own settings."""
+
+from __future__ import annotations
+
+from coremill.core.config import ModelConfig, RunConfig, TrainingConfig
+from coremill.core.contract import ModelArch
+from coremill.core.documents import Record
+
+
+class Recipe(Record):
+    """A model and its training."""
+
+    model_type: str
+    model: ModelConfig
+    training: TrainingConfig
+
+
+def recipe_of(config: RunConfig) -> Recipe:
+    """What the configuration of a run says of training."""
+    return Recipe(model_type=config.model_type, model=config.model, training=config.training)
+
+
+def default_recipe(model_type: str, *, vocab_size: int) -> Recipe:
+    """The settings of `run_toy_distill` without `--config`: 128 rows, twice, in batches of 4, are 64 steps."""
+    return Recipe(
+        model_type=model_type,
+        model=ModelConfig(
+            vocab_size=vocab_size,
+            d_model=128,
+            n_layers=2,
+            n_heads=4,
+            n_kv_heads=2,
+            d_ff=640,
+            max_seq_len=256,
+            arch=ModelArch(use_halt_head=True, tie_embeddings=True),
+        ),
+        training=TrainingConfig(
+            epochs=2,
+            batch_size=4,
+            learning_rate=3e-3,
+            warmup_steps=6,
+            weight_decay=0.01,
+            grad_clip=1.0,
+            temperature=1.0,
+            kd_weight=0.9,
+            halt_weight=0.1,
+            seed=8,
+        ),
+    )

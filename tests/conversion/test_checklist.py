@@ -1,0 +1,295 @@
+"""What each kind of evidence is worth; the evidence itself is measured in test_verify_contract.py."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+
+from coremill.conversion.checklist import ROWS, SUMMARY_ROWS, Evidence, evaluate, evaluate_failure
+from coremill.conversion.checks import Heldout
+from coremill.conversion.verify_contract import DEFAULTS
+from coremill.core import layout
+from coremill.core.contract import ShapeFailed, ShapeOk, Toolchain
+from coremill.core.diagnostics import ConversionDiagnostics, Notice, NoticeKind, count_notices
+from coremill.core.documents import read_json
+from coremill.core.gates import Gate, Outcome, PlatformReason, Severity, gates_ok, must_gates_ok
+from coremill.core.reports import Answer, Backend, HeldoutAnswers, ShapeError, ShapeMeasured
+
+MEASURED = ShapeMeasured(
+    backend=Backend.MIL_REFERENCE,
+    max_abs_err=0.02,
+    sqnr_db=60.0,
+    kl_nats=1e-6,
+    top1_agreement=1.0,
+    positions=1000,
+    excluded=20,
+)
+
+
+@pytest.fixture(scope="module")
+def good(pristine) -> Evidence:
+    """Evidence of a package without fault, on a machine without Core ML."""
+    return Evidence(
+        contract=pristine.read_contract(),
+        config=DEFAULTS,
+        graph_problem=None,
+        checkpoint_problem=None,
+        contract_problem=None,
+        diagnostics=read_json(layout.diagnostics_file(pristine.package.parent), ConversionDiagnostics),
+        diagnostics_problem=None,
+        interface_problems=(),
+        operations=100,
+        shapes={"T80": MEASURED, "T96": MEASURED, "T128": MEASURED},
+        leak=0.0,
+        padding_sqnr_db=60.0,
+        heldout=Heldout(
+            answers=HeldoutAnswers(
+                asked=64,
+                exact=64,
+                right_mood=60,
+                with_mood=60,
+                right_tool_call=1,
+                with_tool_call=4,
+                out_of_vocabulary=0,
+                teacher_kl_nats=0.01,
+                teacher_entropy_nats=0.2,
+                cross_entropy_nats=0.21,
+            ),
+            halt_agreement=1.0,
+        ),
+        sampled=tuple(Answer(prompt="?", answer=str(i), mood=None, right=True) for i in range(10)),
+        core_ml_sqnr_db=None,
+        core_ml_problem=None,
+        parameters=100,
+        package_bytes=400,
+    )
+
+
+def gate(evidence: Evidence, name: str, **changes) -> Gate:
+    (found,) = [gate for gate in evaluate(msgspec.structs.replace(evidence, **changes)) if gate.name == name]
+    return found
+
+
+def heldout(evidence: Evidence, **changes) -> Heldout:
+    assert evidence.heldout is not None
+    return Heldout(
+        answers=msgspec.structs.replace(evidence.heldout.answers, **changes),
+        halt_agreement=evidence.heldout.halt_agreement,
+    )
+
+
+def test_good_evidence_is_good(good):
+    gates = evaluate(good)
+    assert gates_ok(gates)
+    assert must_gates_ok(gates)
+
+
+def test_every_row_is_there_whatever_the_evidence(good):
+    names = [gate.name for gate in evaluate(good)]
+    assert names == [*(row.name for row in ROWS), *(name for name, _ in SUMMARY_ROWS)]
+    assert len(set(names)) == len(names)
+    failed = evaluate_failure("no package")
+    assert [gate.name for gate in failed] == names
+    assert not must_gates_ok(failed)
+    assert not gates_ok(failed)
+
+
+def test_the_checklists_own_rows_have_its_severities(good):
+    severities = {gate.name: gate.severity for gate in evaluate(good)}
+    must = [name for name, severity in severities.items() if severity is Severity.MUST]
+    assert must[:7] == [
+        "Python 3.11 available for export and conversion",
+        "Checkpoint loads and validates",
+        "Export completes",
+        "Contract file generated and valid",
+        "Primary shape validation succeeds",
+        "Core ML conversion completes",
+        "The Core ML model loads",
+    ]
+    should = {"All shape enumerations succeed", "No compatibility warnings", "Verification shows all gates OK"}
+    should |= {"Secondary shapes validate"}
+    assert {severities[name] for name in should} == {Severity.SHOULD}
+    nice = {"All shapes validate without errors", "Zero warnings in conversion logs", "Perfect verification report"}
+    nice |= {"Optimal model size and performance"}
+    assert {severities[name] for name in nice} == {Severity.NICE}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("Export completes", {"graph_problem": "no graph"}, "no graph"),
+        ("Checkpoint loads and validates", {"checkpoint_problem": "another"}, "another"),
+        ("Contract file generated and valid", {"contract_problem": "another"}, "another"),
+        ("Inputs, outputs and shapes are the contract's", {"interface_problems": ("a", "b")}, "a; b"),
+        ("No position sees a later token", {"leak": 1e-9}, "1e-09 logits before the changed token is above 0"),
+        ("No position sees a later token", {"leak": math.nan}, "nan logits before the changed token is above 0"),
+        ("Padding does not change the logits", {"padding_sqnr_db": 39.9}, "39.9 dB is below 40 dB"),
+        ("Padding does not change the logits", {"padding_sqnr_db": math.nan}, "nan dB is below 40 dB"),
+        ("Core ML loads and predicts", {"core_ml_problem": "Core ML: no"}, "Core ML: no"),
+        ("Core ML loads and predicts", {"core_ml_sqnr_db": 12.0}, "12 dB is below 40 dB"),
+        ("Sampled answers differ", {"sampled": ()}, "0 different answers is below 10"),
+    ],
+)
+def test_each_fault_fails_its_gate_and_says_why(good, name, changes, reason):
+    found = gate(good, name, **changes)
+    assert found.outcome is Outcome.FAILED
+    assert found.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "measured"),
+    [
+        ("SQNR at the primary shape", {"sqnr_db": 39.9}, 39.9),
+        ("KL divergence at the primary shape", {"kl_nats": 2e-3}, 2e-3),
+        ("Top-1 agreement at the primary shape", {"top1_agreement": 0.999}, 0.999),
+        ("Top-1 agreement at the primary shape", {"excluded": 21}, 1.0),
+    ],
+)
+def test_a_primary_shape_that_disagrees_fails_its_gate(good, name, changes, measured):
+    shapes = {**good.shapes, "T96": msgspec.structs.replace(MEASURED, **changes)}
+    found = gate(good, name, shapes=shapes)
+    assert (found.outcome, found.measured) == (Outcome.FAILED, measured)
+    assert gate(good, "Secondary shapes validate", shapes=shapes).outcome is Outcome.PASSED
+    assert gate(good, "All shapes validate without errors", shapes=shapes).outcome is Outcome.FAILED
+    secondary = {**good.shapes, "T80": shapes["T96"]}
+    assert gate(good, name, shapes=secondary).outcome is Outcome.PASSED
+    assert gate(good, "Secondary shapes validate", shapes=secondary).outcome is Outcome.FAILED
+
+
+def test_too_many_near_ties_are_said_in_numbers(good):
+    shapes = {**good.shapes, "T96": msgspec.structs.replace(MEASURED, excluded=21)}
+    assert gate(good, "Top-1 agreement at the primary shape", shapes=shapes).reason == (
+        "21 of 1000 positions are within 0.05 logits of a tie, more than 2%"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "measured"),
+    [
+        ("Every held-out answer is exact", {"exact": 63}, 63 / 64),
+        ("Held-out answers have the right mood", {"right_mood": 56}, 56 / 60),
+        ("No token beyond the vocabulary", {"out_of_vocabulary": 1}, 1),
+        ("KL divergence from the teacher", {"teacher_kl_nats": 0.021}, 0.021),
+    ],
+)
+def test_answers_that_are_not_good_enough_fail_their_gate(good, name, changes, measured):
+    found = gate(good, name, heldout=heldout(good, **changes))
+    assert (found.outcome, found.measured) == (Outcome.FAILED, pytest.approx(measured))
+
+
+def test_what_could_not_be_asked_is_not_run_and_no_must_gate_is_excused(good):
+    broken = msgspec.structs.replace(
+        good,
+        shapes={**good.shapes, "T96": ShapeError(backend=Backend.MIL_REFERENCE, error="broke")},
+        leak=None,
+        padding_sqnr_db=None,
+        heldout=None,
+        sampled=(),
+    )
+    gates = evaluate(broken)
+    silent = [gate for gate in gates if gate.reason == "the package does not run at the primary shape T96"]
+    assert len(silent) == 11
+    assert {gate.outcome for gate in silent} == {Outcome.NOT_RUN}
+    assert not must_gates_ok(gates)
+
+
+def test_a_model_without_a_halt_head_or_moods_is_not_asked_for_them(good):
+    arch = msgspec.structs.replace(good.contract.model_arch, use_halt_head=False)
+    evidence = msgspec.structs.replace(
+        good,
+        contract=msgspec.structs.replace(good.contract, model_arch=arch),
+        heldout=heldout(good, with_mood=0, right_mood=0),
+    )
+    for name in ("The halt head decides as labelled", "Held-out answers have the right mood"):
+        found = gate(evidence, name)
+        assert (found.outcome, found.severity) == (Outcome.NOT_RUN, Severity.NICE)
+    assert gates_ok(evaluate(evidence))
+
+
+def test_a_halt_head_that_decides_wrongly_fails(good):
+    wrong = Heldout(answers=good.heldout.answers, halt_agreement=0.97)
+    assert gate(good, "The halt head decides as labelled", heldout=wrong).reason == "0.97 is below 0.98"
+
+
+def test_a_shape_that_failed_at_export(good):
+    validation = {**good.contract.shape_validation, "T128": ShapeFailed(error="no")}
+    contract = msgspec.structs.replace(good.contract, shape_validation=validation)
+    found = gate(good, "All shape enumerations succeed", contract=contract)
+    assert (found.outcome, found.measured, found.reason) == (Outcome.FAILED, "2 of 3", "T128: no")
+    validation = {**good.contract.shape_validation, "T96": ShapeFailed(error="no")}
+    contract = msgspec.structs.replace(good.contract, shape_validation=validation)
+    assert gate(good, "Primary shape validation succeeds", contract=contract).reason == "T96 failed at export: no"
+    assert isinstance(good.contract.shape_validation["T96"], ShapeOk)
+
+
+def _with_notices(evidence: Evidence, *notices: Notice, **toolchain: str) -> ConversionDiagnostics:
+    diagnostics = evidence.diagnostics
+    return msgspec.structs.replace(
+        diagnostics,
+        notices=notices,
+        counts=count_notices(notices),
+        toolchain=Toolchain(
+            python=toolchain.pop("python", diagnostics.toolchain.python),
+            platform="test",
+            packages={**diagnostics.toolchain.packages, **toolchain},
+        ),
+    )
+
+
+UNTESTED = Notice(kind=NoticeKind.COMPATIBILITY, source="x", text="Torch 9 has not been tested.", count=1)
+
+
+def test_a_compatibility_notice_needs_a_measured_cell_to_answer_it(good):
+    name = "No compatibility warnings"
+    assert gate(good, name, diagnostics=_with_notices(good)).measured == 0
+    unmeasured = gate(good, name, diagnostics=_with_notices(good, UNTESTED, torch="9.0.0"))
+    assert (unmeasured.outcome, unmeasured.reason) == (
+        Outcome.FAILED,
+        "Torch 9 has not been tested. No measured cell answers it.",
+    )
+    failed_cell = gate(good, name, diagnostics=_with_notices(good, UNTESTED, numpy="2.4.1"))
+    assert failed_cell.outcome is Outcome.FAILED
+    no_version = gate(good, name, diagnostics=_with_notices(good, UNTESTED, torch="nightly"))
+    assert (no_version.outcome, no_version.reason) == (Outcome.FAILED, "`torch` is 'nightly', which is no version")
+
+
+def test_an_error_of_the_converter_fails_the_conversion_and_a_warning_does_not(good):
+    error = Notice(kind=NoticeKind.ERROR, source="x", text="went wrong", count=2)
+    warning = Notice(kind=NoticeKind.WARNING, source="x", text="careful", count=1)
+    found = gate(good, "Core ML conversion completes", diagnostics=_with_notices(good, error))
+    assert (found.outcome, found.reason) == (Outcome.FAILED, "went wrong")
+    diagnostics = _with_notices(good, warning)
+    assert gate(good, "Core ML conversion completes", diagnostics=diagnostics).outcome is Outcome.PASSED
+    noisy = gate(good, "Zero warnings in conversion logs", diagnostics=diagnostics)
+    assert (noisy.outcome, noisy.reason) == (Outcome.FAILED, "the converter said: careful")
+
+
+@pytest.mark.parametrize(
+    ("python", "outcome"), [("3.10.4", Outcome.PASSED), ("3.12.1", Outcome.FAILED), ("3.13.0", Outcome.PASSED)]
+)
+def test_the_python_of_the_conversion(good, python, outcome):
+    name = "Python 3.11 available for export and conversion"
+    found = gate(good, name, diagnostics=_with_notices(good, python=python))
+    assert found.outcome is outcome
+    assert found.measured == f"export {good.contract.toolchain.python}, conversion {python}"
+    production = msgspec.structs.replace(good.contract, model_type="production")
+    found = gate(good, name, contract=production, diagnostics=_with_notices(good, python="3.13.0"))
+    assert found.outcome is Outcome.FAILED
+
+
+def test_core_ml_is_excused_by_its_platform_alone(good):
+    found = gate(good, "Core ML loads and predicts")
+    assert (found.outcome, found.platform_reason) == (Outcome.NOT_RUN, PlatformReason.NEEDS_MACOS)
+    assert gate(good, "Core ML loads and predicts", core_ml_sqnr_db=55.0).outcome is Outcome.PASSED
+    summary = gate(good, "Verification shows all gates OK", core_ml_problem="broke")
+    assert summary.reason == "not passed: Core ML loads and predicts"
+
+
+def test_the_perfect_report_names_what_is_missing(good):
+    found = gate(good, "Perfect verification report")
+    assert found.reason == (
+        "not passed: Core ML loads and predicts (not_run); Zero warnings in conversion logs (failed); "
+        "Optimal model size and performance (not_run)"
+    )

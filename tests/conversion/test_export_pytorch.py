@@ -1,0 +1,197 @@
+"""Export: what the contract says is what was saved, and what must not be exported is not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgspec
+import pytest
+import torch
+
+from coremill.conversion import export_pytorch
+from coremill.conversion.export_pytorch import MAX_ABS_ERR, main, parse_shapes, validate
+from coremill.conversion.graph import as_input, load_program, run_program
+from coremill.conversion.sequences import packed
+from coremill.core.command import exit_on_error
+from coremill.core.contract import ShapeFailed, ShapeOk, ShapeSet, read_contract
+from coremill.core.digest import file_digest
+from coremill.core.errors import ConfigError, ExportError
+from coremill.data.tokenizer import Tokenizer
+from coremill.infra.compatibility import Versions
+from coremill.model.checkpoint import build_student, load_checkpoint, save_checkpoint
+from coremill.model.student import Student
+
+
+def arguments(build, *more: str) -> list[str]:
+    return ["--checkpoint", str(build.checkpoint), "--out", str(build.root / "new"), "--toy", *more]
+
+
+def export_here(build, *more: str) -> int:
+    argv = arguments(build, "--tokenizer", str(build.tokenizer), "--shapes", "80,96,128", "--primary", "96", *more)
+    return exit_on_error(lambda: main(argv))
+
+
+def test_the_command_writes_what_the_stage_writes(build):
+    assert export_here(build) == 0
+    new = build.root / "new"
+    assert sorted(path.name for path in new.iterdir()) == ["tiny_ball.pt", "tiny_ball_contract.json"]
+    contract = read_contract(new / "tiny_ball_contract.json")
+    old = build.read_contract()
+    # Class names carry a counter of the process, so that only a first trace has the digest of another first one.
+    assert msgspec.structs.replace(contract, graph_digest=old.graph_digest) == old
+
+
+def test_the_contract_describes_what_was_saved(pristine):
+    contract = pristine.read_contract()
+    assert contract.graph == pristine.graph.name
+    assert contract.graph_digest == file_digest(pristine.graph)
+    assert contract.checkpoint_digest == file_digest(pristine.checkpoint)
+    assert contract.model_type == "magic-8-ball"
+    assert contract.tokenizer.digest == file_digest(pristine.tokenizer)
+    assert contract.model_arch.use_halt_head
+    assert contract.shapes == ShapeSet(primary=96, all=(80, 96, 128))
+    assert contract.states == ()
+    assert sorted(contract.toolchain.packages) == ["coremltools", "numpy", "tokenizers", "torch"]
+    for result in contract.shape_validation.values():
+        assert isinstance(result, ShapeOk)
+        assert result.max_abs_err <= MAX_ABS_ERR
+
+
+def test_the_program_computes_what_the_checkpoint_computes_at_lengths_it_was_not_traced_at(pristine):
+    student = build_student(load_checkpoint(pristine.checkpoint))
+    program = load_program(pristine.graph)
+    rows, tokenizer = pristine.read_rows(), pristine.read_tokenizer()
+    for seq_len in (1, 2, 63, 80, 96, 127, 128):
+        (ids,) = packed(rows, tokenizer, seq_len, 1)
+        with torch.no_grad():
+            expected = student(as_input(ids))
+        for found, wanted in zip(run_program(program, ids), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_secondary_shape_that_fails_is_recorded_and_does_not_block(build, caplog):
+    # 129 is one more than the model's rotary table covers.
+    assert export_here(build, "--shapes", "96,129") == 0
+    contract = read_contract(build.root / "new" / "tiny_ball_contract.json")
+    assert contract.shape_validation == {
+        "T96": ShapeOk(max_abs_err=0.0),
+        "T129": ShapeFailed(error="ValueError: 129 tokens, the model's max_seq_len is 128"),
+    }
+    assert "T129 failed, which does not block the export: ValueError: 129 tokens" in caplog.text
+    assert [spec.shape for spec in contract.outputs] == [(1, 96, 512), (1, 96, 2)]
+
+
+def test_a_primary_shape_that_fails_is_an_error_and_nothing_is_written(build, capsys):
+    assert export_here(build, "--shapes", "96,129", "--primary", "129") == ExportError.exit_code
+    assert capsys.readouterr().err == (
+        "export error: the primary shape T129 failed: ValueError: 129 tokens, the model's max_seq_len is 128\n"
+        "  expected: the model's own logits, to 0.0001\n"
+        "  run: python -m coremill.training.check_checkpoint --help\n"
+    )
+    assert not (build.root / "new").exists()
+
+
+class Specialised(Student):
+    """A student whose graph holds the length at which it was traced, as a careless reshape leaves it."""
+
+    def forward(self, input_ids):
+        logits, halt_logits = super().forward(input_ids)
+        return logits.reshape(1, int(input_ids.shape[1]), -1), halt_logits
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python integer")  # what the careless do not read
+def test_a_graph_that_was_specialised_to_the_traced_length_is_found_out(build, monkeypatch):
+    monkeypatch.setattr(export_pytorch, "build_student", lambda ckpt: _as(Specialised, ckpt))
+    assert export_here(build) == 0
+    contract = read_contract(build.root / "new" / "tiny_ball_contract.json")
+    assert contract.shape_validation["T96"] == ShapeOk(max_abs_err=0.0)
+    for key, seq_len in (("T80", 80), ("T128", 128)):
+        assert contract.shape_validation[key] == ShapeFailed(
+            error=f"RuntimeError: RuntimeError: shape '[1, 96, -1]' is invalid for input of size {seq_len * 512}"
+        )
+
+
+def _as(kind, ckpt):
+    student = kind(ckpt.config)
+    student.load_state_dict(ckpt.state_dict)
+    return student.eval()
+
+
+def test_a_program_that_differs_from_the_model_or_is_not_finite_fails(pristine):
+    ckpt = load_checkpoint(pristine.checkpoint)
+    program = load_program(pristine.graph)
+    sequences = packed(pristine.read_rows(), pristine.read_tokenizer(), 80, 2)
+    assert validate(program, build_student(ckpt), sequences) == ShapeOk(max_abs_err=0.0)
+    other = build_student(ckpt)
+    with torch.no_grad():
+        other.norm.weight.mul_(1.01)
+    result = validate(program, other, sequences)
+    assert isinstance(result, ShapeFailed)
+    assert result.error.startswith("differs from the model by ")
+    with torch.no_grad():
+        other.norm.weight.fill_(float("nan"))
+    assert validate(program, other, sequences) == ShapeFailed(
+        error="differs from the model by nan, more than 0.0001"
+    )
+
+
+@pytest.mark.parametrize(
+    ("break_it", "code", "message"),
+    [
+        ("truncated checkpoint", 22, "unreadable checkpoint error: "),
+        ("other tokenizer", 25, "vocabulary mismatch error: the tokenizer is sha256:"),
+        ("no tokenizer", 21, "tokenizer error: cannot read "),
+        ("no held-out set", 20, "dataset error: "),
+        ("production checkpoint", 31, "toy refused error: --toy with a checkpoint of model type 'production'"),
+        ("output in the way", 52, "output error: cannot write to "),
+        ("old python", 30, "version gate error: Python 3.12.1 ("),
+    ],
+)
+def test_bad_input_has_its_own_exit_code_and_leaves_what_was_there(
+    build, capsys, monkeypatch, break_it, code, message
+):
+    before = {path: path.read_bytes() for path in (build.graph, build.contract)}
+    match break_it:
+        case "truncated checkpoint":
+            build.checkpoint.write_bytes(build.checkpoint.read_bytes()[:5000])
+        case "other tokenizer":
+            texts = [row.prompt for row in build.read_rows()] * 3 + [chr(33 + i) * 40 for i in range(90)]
+            Tokenizer.train([*texts, *build.dataset.joinpath("train.jsonl").read_text().split()], 512).save(
+                build.tokenizer
+            )
+        case "no tokenizer":
+            build.tokenizer.unlink()
+        case "no held-out set":
+            build.heldout.unlink()
+        case "production checkpoint":
+            ckpt = load_checkpoint(build.checkpoint)
+            save_checkpoint(build.checkpoint, dataclasses.replace(ckpt, model_type="production"))
+        case "output in the way":
+            (build.root / "new").write_text("a file")
+        case "old python":
+            versions = Versions(python="3.12.1", torch="2.9.1", coremltools="9.0", numpy="2.3.5")
+            monkeypatch.setattr("coremill.infra.version_gate.running_versions", lambda: versions)
+    assert export_here(build) == code
+    assert capsys.readouterr().err.startswith(message)
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (build.root / "new").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("text", "primary", "expected"),
+    [
+        ("64,128,256", 128, ShapeSet(primary=128, all=(64, 128, 256))),
+        ("512", None, ShapeSet(primary=512, all=(512,))),
+    ],
+)
+def test_shapes_as_text(text, primary, expected):
+    assert parse_shapes(text, primary) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "primary"), [("64,x", 64), ("64,64", 64), ("64,128", 256), ("64,128", None), ("", 1)]
+)
+def test_shapes_that_are_none(text, primary):
+    with pytest.raises(ConfigError, match=f"^--shapes {text} --primary {primary}: ") as caught:
+        parse_shapes(text, primary)
+    assert caught.value.expected == "lengths such as 64,128,256, and --primary one of them"

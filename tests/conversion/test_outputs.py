@@ -1,0 +1,64 @@
+"""Where commands write: whole or not at all, and refused before the work where it cannot be."""
+
+from __future__ import annotations
+
+import pytest
+
+from coremill.conversion.outputs import check_room, check_writable, publish_directory, staging, write_together
+from coremill.core.errors import OutputError
+
+
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_disk_without_room_is_refused(tmp_path):
+    with pytest.raises(OutputError) as caught:
+        check_room(tmp_path, 1 << 60)
+    assert caught.value.exit_code == 52
+    assert caught.value.found.startswith(f"{tmp_path} has ")
+    assert caught.value.expected == ("1,152,921,504,607 MB, for the package and the copies that a conversion makes")
+    assert caught.value.run == f"df -h {tmp_path}"
+
+
+def test_a_folder_is_made_and_left_empty_or_refused(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert names(tmp_path) == ["a", "a/b"]
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"^cannot write to .*/file/c: Not a directory"):
+        check_writable(tmp_path / "file" / "c")
+
+
+def test_files_are_written_together(tmp_path):
+    write_together({tmp_path / "new" / "a": b"1", tmp_path / "new" / "b": b"2"})
+    assert names(tmp_path) == ["new", "new/a", "new/b"]
+    assert (tmp_path / "new" / "b").read_bytes() == b"2"
+
+
+def test_neither_file_is_written_where_one_cannot_be(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(OutputError, match=r"/b is a folder"):
+        write_together({tmp_path / "a": b"new", tmp_path / "b": b"new"})
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_publishing_replaces_a_directory_whole_and_leaves_nothing_beside_it(tmp_path):
+    target = tmp_path / "x.mlpackage"
+    for content in ("old", "new"):
+        with staging(tmp_path) as folder:
+            fresh = folder / target.name
+            fresh.mkdir()
+            (fresh / content).write_text(content)
+            publish_directory(fresh, target)
+    assert [path.name for path in tmp_path.rglob("*")] == ["x.mlpackage", "new"]
+
+
+def test_publishing_keeps_the_old_directory_when_it_fails(tmp_path):
+    target = tmp_path / "x.mlpackage"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(OutputError, match=r"cannot write .*x\.mlpackage: No such file or directory"):
+        publish_directory(tmp_path / "never made", target)
+    assert [path.name for path in tmp_path.rglob("*")] == ["x.mlpackage", "old"]

@@ -1,0 +1,57 @@
+"""Whole builds through nox, each stage in its own interpreter, in a build folder of the test's own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def nox_build() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`nox_build(session, build_dir, *arguments)`: what `nox -s SESSION -- …` prints and returns."""
+
+    def run(session: str, build_dir: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "nox", "-f", str(ROOT / "noxfile.py"), "-s", session]
+        command += ["--", "--build-dir", str(build_dir), *arguments]
+        environ = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **env}
+        ended = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        sys.stdout.write(ended.stdout)
+        return ended
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory) -> Path:
+    """The toy with so little data and training that a build takes seconds; its answers are nonsense."""
+    text = (ROOT / "configs" / "magic-8-ball.toml").read_text()
+    for knob, value in [
+        ("name", '"tiny"'),
+        ("n", "256"),
+        ("heldout_n", "64"),
+        ("epochs", "1"),
+        ("n_layers", "1"),
+        ("heldout_answers", "4"),
+        ("sampled_answers", "4"),
+    ]:
+        text, found = re.subn(rf"^{knob} = .*$", f"{knob} = {value}", text, flags=re.MULTILINE)
+        assert found == 1, knob
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text(text)
+    return path

@@ -1,0 +1,109 @@
+"""Builds that meet trouble: the same build twice, damage, a killed stage, two builds at once, a lane that fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from coremill.core import layout as names
+from coremill.core.layout import RunLayout
+from coremill.core.manifest import check_outputs, read_manifest
+from coremill.pipeline.environments import PRIMARY_LANE, installed
+from coremill.pipeline.lock import RunLock
+
+ROOT = Path(__file__).parents[2]
+CONVERT = f"convert(torch='{PRIMARY_LANE}')"
+
+
+@pytest.fixture(scope="module")
+def build(nox_build, tiny_config, tmp_path_factory):
+    """A tiny build up to the package, and how to run more of it."""
+    layout = RunLayout(build=tmp_path_factory.mktemp("build"), run="tiny")
+
+    def run(session=CONVERT, *arguments, build_dir=layout.build):
+        return nox_build(session, build_dir, "--config", str(tiny_config), *arguments)
+
+    ended = run()
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    run.layout = layout
+    return run
+
+
+def digests(layout):
+    found = {}
+    for stage, lane in (("dataset", None), ("training", None), ("export", PRIMARY_LANE), ("convert", PRIMARY_LANE)):
+        folder = layout.stage(stage, lane)
+        manifest = read_manifest(folder)
+        check_outputs(folder, manifest)
+        found[stage] = {name: output.digest for name, output in manifest.outputs.items()}
+    return found
+
+
+def test_two_builds_of_one_seed_give_the_same_bytes(build, tmp_path):
+    assert build(build_dir=tmp_path).returncode == 0
+    first, second = digests(build.layout), digests(RunLayout(build=tmp_path, run="tiny"))
+    assert first["dataset"] == second["dataset"]
+    assert first["training"]["tiny.ckpt"] == second["training"]["tiny.ckpt"]
+    assert first["export"]["tiny.pt"] == second["export"]["tiny.pt"]
+    assert first["convert"]["tiny.mlpackage"] == second["convert"]["tiny.mlpackage"]
+
+
+def test_an_altered_output_is_made_again_and_what_it_gives_is_the_same(build):
+    before = digests(build.layout)
+    folder = build.layout.stage("training")
+    checkpoint = names.checkpoint_file(folder, "tiny")
+    data = bytearray(checkpoint.read_bytes())
+    data[len(data) // 2] ^= 1
+    checkpoint.write_bytes(data)
+    ended = build()
+    assert ended.returncode == 0
+    assert "output tiny.ckpt was altered" in ended.stdout
+    after = digests(build.layout)
+    assert after["training"]["tiny.ckpt"] == before["training"]["tiny.ckpt"]
+    assert after["convert"] == before["convert"]
+    # Equal bytes came out, so what rests on them is still fresh.
+    assert ended.stdout.count("nox > fresh") == 3
+
+
+def test_a_stage_killed_while_it_works_leaves_the_last_good_artifact(build, tiny_config):
+    before = digests(build.layout)
+    python = installed(ROOT)["train"].python
+    command = [python, "-m", "coremill", "stage", "training", "--force", "--config", tiny_config]
+    command += ["--build-dir", build.layout.build]
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environ)
+    fresh = build.layout.root / ".training.new"
+    deadline = time.monotonic() + 60
+    while not (fresh.exists() and any(fresh.iterdir())) and time.monotonic() < deadline:
+        assert process.poll() is None, "the stage ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert fresh.exists()
+    assert digests(build.layout) == before
+    ended = build()
+    assert ended.returncode == 0
+    assert not fresh.exists()
+    assert digests(build.layout) == before
+
+
+def test_a_second_build_of_the_same_run_is_refused(build):
+    before = digests(build.layout)
+    with RunLock(build.layout.lock):
+        ended = build(CONVERT, "--force")
+    assert ended.returncode == 1
+    assert f"is held by process {os.getpid()}, since 20" in ended.stdout
+    assert digests(build.layout) == before
+
+
+def test_a_stage_in_the_wrong_interpreter_is_refused(build, tiny_config):
+    command = [sys.executable, "-m", "coremill", "stage", "training", "--config", tiny_config]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 32
+    assert "expected: the environment 'train' (Python 3.13)\n  run: nox -s env-train" in ended.stderr

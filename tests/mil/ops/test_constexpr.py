@@ -1,0 +1,132 @@
+"""Compressed weights, against coremltools' own decompression."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from coremltools.converters.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import types
+from coremltools.converters.mil.mil.ops.defs.iOS16 import constexpr_ops as ios16
+from coremltools.converters.mil.mil.ops.defs.iOS18 import compression as ios18
+
+RNG = np.random.default_rng(23)
+ONE = {"x": np.zeros((1,), np.float32)}
+
+
+def _beside(weights):
+    """An operation on an input, so that the program has one, and the weights as a second output."""
+    return lambda x: (mb.relu(x=x), mb.identity(x=weights()))
+
+
+@pytest.fixture
+def weights_of(evaluate):
+    return lambda weights, ios=18: evaluate(ONE, _beside(weights), ios=ios)[1]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_affine_dequantize(weights_of, signed):
+    data = (
+        RNG.integers(-100, 100, (4, 6)).astype(np.int8) if signed else RNG.integers(0, 255, (4, 6)).astype(np.uint8)
+    )
+    zero_point = np.arange(4).astype(data.dtype)
+    scale = np.array([0.5, 0.25, 2.0, 1.0], np.float16)
+    found = weights_of(
+        lambda: mb.constexpr_affine_dequantize(
+            quantized_data=data, zero_point=zero_point, scale=scale, axis=np.int32(0)
+        ),
+        ios=16,
+    )
+    expected = ios16.constexpr_affine_dequantize.decompress(data, zero_point, scale, 0)
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("entries", [2, 4, 16, 64, 256])
+def test_lut_of_ios16(weights_of, entries):
+    bits = int(np.log2(entries))
+    shape = np.array([3, 7], np.uint32)
+    numbers = RNG.integers(0, entries, 21)
+    spread = ((numbers[:, None] >> np.arange(bits)) & 1).astype(np.uint8).reshape(-1)
+    indices = np.packbits(spread, bitorder="little")
+    lut = RNG.standard_normal(entries).astype(np.float32)
+    found = weights_of(lambda: mb.constexpr_lut_to_dense(indices=indices, lut=lut, shape=shape), ios=16)
+    np.testing.assert_array_equal(found, lut[numbers].reshape(3, 7))
+    np.testing.assert_array_equal(found, ios16.constexpr_lut_to_dense.decompress(lut, indices, shape))
+
+
+def test_sparse_of_ios16(weights_of):
+    mask = np.array([0b10100101, 0b00000010], np.uint8)
+    data = np.array([1, 2, 3, 4, 5], np.float16)
+    shape = np.array([2, 5], np.uint32)
+    found = weights_of(lambda: mb.constexpr_sparse_to_dense(nonzero_data=data, mask=mask, shape=shape), ios=16)
+    np.testing.assert_array_equal(found, [[1, 0, 2, 0, 0], [3, 0, 4, 0, 5]])
+
+
+def test_cast(weights_of):
+    source = np.array([0.1, 65504.0], np.float16)
+    found = weights_of(lambda: mb.constexpr_cast(source_val=source, output_dtype="fp32"), ios=16)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, source.astype(np.float32))
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+@pytest.mark.parametrize(
+    "data",
+    [
+        RNG.integers(-8, 8, (4, 64)).astype(types.np_int4_dtype),
+        RNG.integers(0, 16, (4, 64)).astype(types.np_uint4_dtype),
+        RNG.integers(-128, 128, (4, 64)).astype(np.int8),
+    ],
+    ids=["int4", "uint4", "int8"],
+)
+def test_blockwise_shift_scale(weights_of, data, with_offset):
+    scale = RNG.uniform(0.5, 2, (4, 2)).astype(np.float16)
+    offset = RNG.integers(0, 7, (4, 2)).astype(data.dtype) if with_offset else None
+    found = weights_of(lambda: mb.constexpr_blockwise_shift_scale(data=data, scale=scale, offset=offset))
+    # coremltools computes in fp16 and rounds twice; the reference in fp32 and once.
+    steps = data.astype(np.float64) - (0 if offset is None else np.repeat(offset.astype(np.float64), 32, 1))
+    np.testing.assert_array_equal(found, (np.repeat(scale.astype(np.float64), 32, 1) * steps).astype(np.float16))
+    theirs = ios18.constexpr_blockwise_shift_scale.decompress(data, scale, offset)
+    np.testing.assert_allclose(found, theirs, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("vector_size", "vector_axis"), [(1, None), (3, 0), (3, 1)])
+def test_lut_of_ios18(evaluate, vector_size, vector_axis):
+    """Indices of every width, in one program."""
+    axis = {} if vector_axis is None else {"vector_axis": np.int32(vector_axis)}
+    tables = []
+    for bits in (1, 2, 3, 4, 6, 8):
+        dtype = np.uint8 if bits == 8 else getattr(types, f"np_uint{bits}_dtype")
+        indices = RNG.integers(0, 2**bits, (6, 4)).astype(dtype)
+        tables.append((indices, RNG.standard_normal((2, 1, 2**bits, vector_size)).astype(np.float16)))
+
+    def body(x):
+        dense = [mb.constexpr_lut_to_dense(indices=indices, lut=lut, **axis) for indices, lut in tables]
+        return mb.relu(x=x), *(mb.identity(x=each) for each in dense)
+
+    for found, (indices, lut) in zip(evaluate(ONE, body)[1:], tables, strict=True):
+        expected = ios18.constexpr_lut_to_dense.decompress(indices, lut, vector_axis)
+        assert found.shape == expected.shape
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_sparse_of_ios18(weights_of):
+    mask = RNG.integers(0, 2, (5, 9)).astype(types.np_uint1_dtype)
+    data = np.arange(1, mask.astype(np.int32).sum() + 1).astype(np.float16)
+    found = weights_of(lambda: mb.constexpr_sparse_to_dense(nonzero_data=data, mask=mask))
+    np.testing.assert_array_equal(found, ios18.constexpr_sparse_to_dense.decompress(data, mask))
+
+
+def test_quantize_and_dequantize(evaluate):
+    x = np.array([[-10.0, 0.24, 0.26], [3.0, 1000.0, -1000.0]], np.float32)
+    scale, zero_point = np.array([0.5, 4.0], np.float32), np.array([1, -2], np.int8)
+
+    def body(x):
+        steps = mb.quantize(input=x, scale=scale, zero_point=zero_point, axis=0, output_dtype="int8")
+        return mb.cast(x=steps, dtype="int32"), mb.dequantize(
+            input=steps, scale=scale, zero_point=zero_point, axis=0
+        )
+
+    steps, back = evaluate({"x": x}, body)
+    assert steps.tolist() == [[-19, 1, 2], [-1, 127, -128]]
+    assert back.tolist() == [[-10.0, 0.0, 0.5], [4.0, 516.0, -504.0]]

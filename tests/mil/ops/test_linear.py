@@ -1,0 +1,117 @@
+"""Matrix products and attention, against numpy in float64 and torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from coremltools.converters.mil import Builder as mb  # noqa: N813
+
+RNG = np.random.default_rng(5)
+
+
+def _array(*shape, dtype=np.float32):
+    return RNG.standard_normal(shape).astype(dtype)
+
+
+def test_linear(evaluate, inferred):
+    x, weight, bias = _array(2, 5, 8), _array(3, 8), _array(3)
+    (found,) = evaluate({"x": x}, lambda x: mb.linear(x=x, weight=weight, bias=bias))
+    np.testing.assert_allclose(found, x @ weight.T + bias, rtol=1e-5, atol=1e-6)
+    expected = inferred({"x": x}, lambda x: mb.linear(x=x, weight=weight, bias=bias))
+    np.testing.assert_allclose(found, expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_linear_of_halves_accumulates_in_fp32(evaluate):
+    """1,024 products of 1 and 3: a sum kept in fp16 would stick once it is 2,048 times a term's size."""
+    x = np.ones((1, 4096), np.float16)
+    weight = np.full((2, 4096), 3.0, np.float16)
+    weight[1] = 1 + 2**-10
+    (found,) = evaluate({"x": x}, lambda x: mb.linear(x=x, weight=weight, bias=np.zeros(2, np.float16)))
+    assert found.dtype == np.float16
+    assert found.tolist() == [[12288.0, 4100.0]]
+
+
+def test_linear_of_halves_is_rounded_once_after_the_bias(evaluate):
+    x = np.array([[2048.0]], np.float16)
+    weight, bias = np.ones((1, 1), np.float16), np.array([1.5], np.float16)
+    (found,) = evaluate({"x": x}, lambda x: mb.linear(x=x, weight=weight, bias=bias))
+    assert found.tolist() == [[2050.0]]  # 2049.5 lies between 2048 and 2050.
+
+
+MATMULS = [
+    ((4, 3), (3, 2), False, False),
+    ((10, 4, 3), (5, 10, 3, 2), False, False),
+    ((2, 3, 4), (2, 3, 5), True, False),
+    ((2, 4, 3), (2, 5, 3), False, True),
+    ((2, 3, 4), (2, 5, 3), True, True),
+    ((3,), (2, 3, 4), False, False),
+]
+
+
+@pytest.mark.parametrize(("x_shape", "y_shape", "transpose_x", "transpose_y"), MATMULS)
+def test_matmul(evaluate, inferred, x_shape, y_shape, transpose_x, transpose_y):
+    x, y = _array(*x_shape), _array(*y_shape)
+    body = lambda x, y: mb.matmul(x=x, y=y, transpose_x=transpose_x, transpose_y=transpose_y)  # noqa: E731
+    (found,) = evaluate({"x": x, "y": y}, body)
+    expected = inferred({"x": x, "y": y}, body)
+    assert found.shape == expected[0].shape
+    np.testing.assert_allclose(found, expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_matmul_of_integers(evaluate):
+    x, y = np.arange(6, dtype=np.int32).reshape(2, 3), np.arange(12, dtype=np.int32).reshape(3, 4)
+    (found,) = evaluate({"x": x, "y": y}, lambda x, y: mb.matmul(x=x, y=y))
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, x @ y)
+
+
+def test_einsum_broadcasts(evaluate):
+    x, y = _array(1, 3, 4, 5), _array(2, 5, 1, 6)
+    (found,) = evaluate({"x": x, "y": y}, lambda x, y: mb.einsum(values=(x, y), equation="nchw,nwhu->nchu"))
+    expected = np.einsum("nchw,nwhu->nchu", np.broadcast_to(x, (2, 3, 4, 5)), np.broadcast_to(y, (2, 5, 4, 6)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def _attention(query, key, value, mask):
+    """softmax(Q · Kᵀ / sqrt(E) + mask) · V in float64."""
+    scores = query.astype(np.float64) @ key.astype(np.float64).swapaxes(-1, -2) / np.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = np.where(mask, scores, -np.inf) if mask.dtype == np.bool_ else scores + mask
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ value.astype(np.float64)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("kind", ["none", "float", "bool"])
+def test_scaled_dot_product_attention(evaluate, kind, dtype):
+    query, key, value = (_array(1, 2, length, 8, dtype=dtype) for length in (3, 5, 5))
+    causal = np.tril(np.ones((3, 5), np.bool_))
+    mask = {"none": None, "float": np.where(causal, 0, -3e4).astype(dtype), "bool": causal}[kind]
+    inputs = {"query": query, "key": key, "value": value}
+
+    def body(query, key, value):
+        extra = {} if mask is None else {"attn_mask": mask}
+        return mb.scaled_dot_product_attention(query=query, key=key, value=value, **extra)
+
+    (found,) = evaluate(inputs, body)
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == np.float32 else 2e-3
+    np.testing.assert_allclose(found, _attention(query, key, value, mask), rtol=tolerance, atol=tolerance)
+
+
+def test_attention_follows_its_mask(evaluate):
+    """The first row sees one key alone: it gives exactly that key's value."""
+    query, key, value = (_array(1, 1, 4, 8) for _ in range(3))
+    mask = np.where(np.tril(np.ones((4, 4), np.bool_)), 0, -np.inf).astype(np.float32)
+    (found,) = evaluate(
+        {"query": query, "key": key, "value": value},
+        lambda query, key, value: mb.scaled_dot_product_attention(
+            query=query, key=key, value=value, attn_mask=mask
+        ),
+    )
+    np.testing.assert_array_equal(found[0, 0, 0], value[0, 0, 0])
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(torch.from_numpy(each) for each in (query, key, value)), is_causal=True
+    )
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,101 @@
+"""What a package says of a function, and where that contradicts its program."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from coremltools.converters.mil import Builder as mb  # noqa: N813
+from coremltools.proto import FeatureTypes_pb2
+
+from coremill.core.errors import PackageError, UnsupportedOperationError
+from coremill.mil.description import FunctionDescription, TensorSpec, choose_function, describe_function
+from coremill.mil.graph import read_function
+from coremill.mil.loader import Package, open_package
+
+
+@pytest.fixture(scope="module")
+def model(build):
+    return build({"x": np.ones((2, 3), np.float32)}, lambda x: mb.square(x=x, name="y"))
+
+
+@pytest.fixture
+def package(model):
+    return Package("toy", model.get_spec(), open_package(model).weights)
+
+
+def _describe(package) -> FunctionDescription:
+    return describe_function(package, "main", read_function(package, "main"))
+
+
+def _package_error(package):
+    with pytest.raises(PackageError) as caught:
+        _describe(package)
+    return str(caught.value)
+
+
+def test_an_interface(package):
+    assert _describe(package) == FunctionDescription(
+        "main", (TensorSpec("x", "float32", (2, 3)),), (TensorSpec("y", "float32", (2, 3)),), ()
+    )
+    assert choose_function(package, None) == "main"
+
+
+def test_another_name(package):
+    package.spec.description.input[0].name = "z"
+    assert _package_error(package) == (
+        "toy, function 'main': describes the inputs and states ['z']\n  expected: those of its program, ['x']"
+    )
+
+
+def test_an_output_that_the_program_lacks(package):
+    package.spec.description.output[0].name = "z"
+    assert _package_error(package) == "toy, function 'main': its program has no 'z'\n  expected: one of ['y']"
+
+
+def test_another_type(package):
+    array = package.spec.description.input[0].type.multiArrayType
+    array.dataType = FeatureTypes_pb2.ArrayFeatureType.INT32
+    assert _package_error(package) == (
+        "toy, function 'main': describes 'x' as int32 of rank 2\n  expected: fp32[2, 3], as its program declares it"
+    )
+    array.dataType = 7
+    assert _package_error(package) == "toy, function 'main': 'x' is of data type number 7"
+
+
+def test_shapes_of_different_ranks(package):
+    array = package.spec.description.input[0].type.multiArrayType
+    for shape in ((2, 3), (2, 3, 4)):
+        array.enumeratedShapes.shapes.add().shape.extend(shape)
+    assert _package_error(package) == "toy, function 'main': the shapes of input 'x' are of different ranks"
+
+
+def test_an_image(package):
+    package.spec.description.input[0].type.imageType.width = 3
+    with pytest.raises(UnsupportedOperationError) as caught:
+        _describe(package)
+    assert str(caught.value) == "toy, function 'main': 'x' is of type imageType\n  expected: a multi-array"
+
+
+@pytest.mark.parametrize(
+    ("spec", "admitted", "refused", "text"),
+    [
+        (TensorSpec("x", "int32", (2, 3)), [(2, 3)], [(3, 2), (2, 3, 1), ()], "[2, 3]"),
+        (
+            TensorSpec("x", "int32", (1, None), enumerated_shapes=((1, 8), (1, 4))),
+            [(1, 4), (1, 8)],
+            [(1, 6), (2, 4)],
+            "one of [1, 8], [1, 4]",
+        ),
+        (
+            TensorSpec("x", "int32", (1, None), size_ranges=((1, 1), (2, None))),
+            [(1, 2), (1, 9000)],
+            [(1, 1), (2, 2), (2,)],
+            "rank 2 with sizes [1, at least 2]",
+        ),
+    ],
+    ids=["fixed", "enumerated", "ranges"],
+)
+def test_shapes_that_are_admitted(spec, admitted, refused, text):
+    assert all(spec.admits(shape) for shape in admitted)
+    assert not any(spec.admits(shape) for shape in refused)
+    assert spec.describe_shapes() == text

@@ -1,0 +1,195 @@
+"""Reading a program: against coremltools' own reader, and malformed ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from coremltools.converters.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.frontend.milproto.load import load as load_with_coremltools
+from coremltools.converters.mil.mil import types
+
+from coremill.core.errors import PackageError, UnsupportedOperationError
+from coremill.mil.graph import read_function
+from coremill.mil.loader import Package, open_package
+from coremill.mil.ops.registry import supported_operations
+
+X = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
+INPUTS = {"x": X}
+
+
+def _body(x):
+    y = mb.linear(x=x, weight=np.ones((4, 4), np.float32), name="product")
+    y = mb.softmax(x=mb.concat(values=[y, x], axis=1), axis=-1, name="share")
+    y = mb.slice_by_index(x=y, begin=[0, 2], end=[0, 0], end_mask=[True, True], name="part")
+    return mb.reduce_mean(x=y, axes=[-1], keep_dims=True, name="y")
+
+
+@pytest.fixture(scope="module")
+def model(build):
+    return build(INPUTS, _body)
+
+
+@pytest.fixture
+def package(model):
+    """A package to take apart: its spec is its own."""
+    return Package("toy", model.get_spec(), open_package(model).weights)
+
+
+def _block(package):
+    return package.spec.mlProgram.functions["main"].block_specializations["CoreML8"]
+
+
+def _operation(package, op_type):
+    return next(each for each in _block(package).operations if each.type == op_type)
+
+
+def test_agrees_with_coremltools_reader(model):
+    graph = read_function(open_package(model), "main")
+    theirs = load_with_coremltools(model.get_spec(), specification_version=9, file_weights_dir=model.weights_dir)
+    operations = [each for each in theirs.functions["main"].operations if each.op_type != "const"]
+    assert [node.op_type for node in graph.nodes] == [each.op_type for each in operations]
+    for node, operation in zip(graph.nodes, operations, strict=True):
+        (output,) = operation.outputs
+        (slot,) = node.outputs
+        assert graph.names[slot] == output.name
+        assert graph.types[slot].element.name == types.builtin_to_string(output.dtype)
+        assert graph.types[slot].shape == tuple(output.shape)
+        for name, slots in node.attributes.items():
+            np.testing.assert_array_equal(graph.constants[slots[0]].numpy(), operation.inputs[name].val)
+    assert [graph.names[slot] for slot in graph.inputs] == ["x"]
+    assert [graph.names[slot] for slot in graph.outputs] == ["y"]
+
+
+def test_constants_are_shared_with_the_weight_store(build):
+    model = build(
+        {"x": np.ones((1, 64), np.float32)}, lambda x: mb.linear(x=x, weight=np.eye(64, dtype=np.float32))
+    )
+    package = open_package(model)
+    weights = [
+        value
+        for value in read_function(package, "main").constants.values()
+        if getattr(value, "shape", None) == (64, 64)
+    ]
+    again = [
+        value
+        for value in read_function(package, "main").constants.values()
+        if getattr(value, "shape", None) == (64, 64)
+    ]
+    assert len(weights) == 1
+    assert weights[0] is again[0]
+
+
+def _package_error(package):
+    with pytest.raises(PackageError) as caught:
+        read_function(package, "main")
+    return str(caught.value)
+
+
+def test_an_unsupported_operation_is_named(package):
+    for old, new in (("softmax", "hypermax"), ("reduce_mean", "reduce_midrange")):
+        _operation(package, old).type = new
+    with pytest.raises(UnsupportedOperationError) as caught:
+        read_function(package, "main")
+    assert str(caught.value) == (
+        "toy: unsupported operations: hypermax (as 'share'), reduce_midrange (as 'y')\n"
+        f"  expected: const, cond, while_loop, {', '.join(supported_operations())}"
+    )
+
+
+def test_an_operation_newer_than_the_program(package):
+    """iOS17 has no slice_update, whatever the operation says."""
+    function = package.spec.mlProgram.functions["main"]
+    function.block_specializations["CoreML7"].CopyFrom(_block(package))
+    function.opset = "CoreML7"
+    for each in function.block_specializations["CoreML7"].operations:
+        if each.type == "softmax":
+            each.type = "slice_update"
+    with pytest.raises(
+        UnsupportedOperationError, match=r"^toy: unsupported operations: slice_update \(as 'share'\)"
+    ):
+        read_function(package, "main")
+
+
+def test_an_unknown_operation_set(package):
+    function = package.spec.mlProgram.functions["main"]
+    function.block_specializations["CoreML99"].CopyFrom(_block(package))
+    function.opset = "CoreML99"
+    with pytest.raises(UnsupportedOperationError, match="function 'main' uses operation set 'CoreML99'"):
+        read_function(package, "main")
+    function.opset = "CoreML5"
+    assert "has no block for its operation set 'CoreML5'" in _package_error(package)
+
+
+def test_a_missing_value(package):
+    _operation(package, "softmax").inputs["x"].arguments[0].name = "nowhere"
+    assert _package_error(package) == (
+        "toy: input 'x' of operation 'share' (softmax) is 'nowhere', which no earlier operation gives\n"
+        "  expected: operations in the order in which they run, without a cycle"
+    )
+
+
+def test_a_cycle(package):
+    _operation(package, "softmax").inputs["x"].arguments[0].name = "part"
+    assert "input 'x' of operation 'share' (softmax) is 'part', which no earlier operation gives" in _package_error(
+        package
+    )
+
+
+def test_an_output_that_nothing_gives(package):
+    _block(package).outputs[0] = "elsewhere"
+    assert "the block's output is 'elsewhere', which no earlier operation gives" in _package_error(package)
+
+
+def test_a_missing_and_a_surplus_input(package):
+    slicing = _operation(package, "slice_by_index")
+    slicing.inputs["colour"].CopyFrom(slicing.inputs["begin"])
+    with pytest.raises(
+        UnsupportedOperationError, match=r"operation 'part' \(slice_by_index\) has the inputs \['colour'\]"
+    ):
+        read_function(package, "main")
+    del slicing.inputs["colour"]
+    del slicing.inputs["begin"]
+    assert _package_error(package) == "toy: operation 'part' (slice_by_index) lacks its input 'begin'"
+    del slicing.inputs["x"]
+    assert _package_error(package) == "toy: operation 'part' (slice_by_index) lacks its input 'x'"
+
+
+def test_a_list_for_one_tensor(package):
+    argument = _operation(package, "softmax").inputs["x"]
+    argument.arguments.add().CopyFrom(argument.arguments[0])
+    assert "operation 'share' (softmax): 2 values for input 'x'\n  expected: one" in _package_error(package)
+
+
+def test_constants_that_contradict_themselves(package):
+    constant = next(each for each in _block(package).operations if each.outputs[0].name.startswith("part_begin"))
+    value = constant.attributes["val"]
+    value.immediateValue.tensor.ints.values.append(7)
+    message = _package_error(package)
+    assert "a constant of type int32[2]: " in message
+    assert "size 3" in message
+    value.type.tensorType.dimensions[0].unknown.SetInParent()
+    assert "is a constant of type int32[?]\n  expected: a type without unknown sizes" in _package_error(package)
+    value.type.tensorType.dataType = 40
+    with pytest.raises(UnsupportedOperationError, match="is of element type number 40"):
+        read_function(package, "main")
+    del constant.attributes["val"]
+    assert "has no value\n  expected: an attribute 'val'" in _package_error(package)
+
+
+def test_a_blob_past_the_end_of_the_weight_file(build):
+    model = build(
+        {"x": np.ones((1, 64), np.float32)}, lambda x: mb.linear(x=x, weight=np.eye(64, dtype=np.float32))
+    )
+    package = Package("toy", model.get_spec(), open_package(model).weights)
+    for each in _block(package).operations:
+        if each.attributes["val"].WhichOneof("value") == "blobFileValue":
+            each.attributes["val"].blobFileValue.offset = 1 << 40
+    assert "the program asks for a blob at offset 1099511627776, the file has" in _package_error(package)
+
+
+def test_a_string_for_a_tensor(package):
+    name = next(each for each in _block(package).operations if each.type == "const")
+    name.attributes["val"].type.tensorType.dataType = 2
+    name.attributes["val"].immediateValue.tensor.strings.values.append("text")
+    _operation(package, "softmax").inputs["x"].arguments[0].name = name.outputs[0].name
+    assert _package_error(package) == "toy: operation 'share' (softmax): its input 'x' is no tensor"

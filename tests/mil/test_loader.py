@@ -1,0 +1,176 @@
+"""Packages on disk, whole and broken, and models in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import coremltools as ct
+import numpy as np
+import pytest
+from coremltools.converters.mil import Builder as mb  # noqa: N813
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from coremill.core.errors import CoremillError, PackageError
+from coremill.mil import MLModel
+
+X = np.linspace(-1, 1, 16, dtype=np.float32).reshape(1, 16)
+WEIGHT = np.arange(256, dtype=np.float32).reshape(16, 16) / 256
+
+
+@pytest.fixture(scope="module")
+def in_memory(build):
+    """One matrix product, whose weight is large enough for the weight file."""
+    return build({"x": X}, lambda x: mb.linear(x=x, weight=WEIGHT, name="y"))
+
+
+@pytest.fixture
+def package(in_memory, tmp_path):
+    path = tmp_path / "model.mlpackage"
+    in_memory.save(str(path))
+    return path
+
+
+def test_a_package_and_the_model_in_memory_agree(in_memory, package):
+    found = MLModel(package).predict({"x": X})["y"]
+    np.testing.assert_allclose(found, X @ WEIGHT.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(MLModel(in_memory).predict({"x": X})["y"], found)
+    np.testing.assert_array_equal(MLModel(str(package)).predict({"x": X})["y"], found)
+
+
+def _parts(package):
+    model = package / "Data" / "com.apple.CoreML"
+    return package / "Manifest.json", model / "model.mlmodel", model / "weights" / "weight.bin"
+
+
+def _refusal(package):
+    with pytest.raises(PackageError) as caught:
+        MLModel(package)
+    return str(caught.value)
+
+
+def test_nothing_there(tmp_path):
+    missing = tmp_path / "none.mlpackage"
+    assert _refusal(missing).startswith(f"{missing}: no such package\n  expected: an .mlpackage directory")
+
+
+def test_a_file_in_its_place(tmp_path):
+    path = tmp_path / "model.mlpackage"
+    path.write_text("not a directory")
+    assert _refusal(path).startswith(f"{path}: a file\n  expected: an .mlpackage directory")
+
+
+def test_no_manifest(package):
+    _parts(package)[0].unlink()
+    assert _refusal(package).startswith(f"{package}: Manifest.json is missing")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{"])
+def test_a_manifest_that_is_not_json(package, content):
+    _parts(package)[0].write_bytes(content)
+    assert "Manifest.json: not readable as JSON" in _refusal(package)
+
+
+@pytest.mark.parametrize("content", [{}, [], {"rootModelIdentifier": "a", "itemInfoEntries": {}}, None])
+def test_a_manifest_without_a_root_model(package, content):
+    _parts(package)[0].write_text(json.dumps(content))
+    assert "Manifest.json: names no root model" in _refusal(package)
+
+
+def test_a_root_model_outside_the_package(package):
+    manifest_path = _parts(package)[0]
+    manifest = json.loads(manifest_path.read_text())
+    manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = "../../elsewhere.mlmodel"
+    manifest_path.write_text(json.dumps(manifest))
+    assert "the root model's path '../../elsewhere.mlmodel' leaves the package" in _refusal(package)
+
+
+def test_no_model_file(package):
+    model = _parts(package)[1]
+    model.unlink()
+    assert _refusal(package).startswith(f"{model}: the root model is missing")
+
+
+def test_no_weight_file(package):
+    weights = _parts(package)[2]
+    weights.unlink()
+    assert _refusal(package) == f"{weights}: the weight file is missing\n  expected: the package as it was saved"
+
+
+def test_a_truncated_weight_file(package):
+    weights = _parts(package)[2]
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    assert f"{weights}: the blob at offset 64 ends at byte" in _refusal(package)
+
+
+def test_a_model_file_of_garbage(package):
+    model = _parts(package)[1]
+    model.write_bytes(b"\x07" * 1000)
+    assert _refusal(package).startswith(f"{model}: not a Core ML model")
+
+
+def test_an_empty_model_file(package):
+    _parts(package)[1].write_bytes(b"")
+    assert "the model is of type none\n  expected: an ML Program" in _refusal(package)
+
+
+def test_another_kind_of_model(tmp_path):
+    spec = ct.proto.Model_pb2.Model()
+    spec.specificationVersion = 4
+    spec.neuralNetwork.SetInParent()
+    package = tmp_path / "network.mlpackage"
+    (package / "Data").mkdir(parents=True)
+    (package / "Data" / "network.mlmodel").write_bytes(spec.SerializeToString())
+    entries = {"id": {"path": "network.mlmodel"}}
+    (package / "Manifest.json").write_text(json.dumps({"rootModelIdentifier": "id", "itemInfoEntries": entries}))
+    assert _refusal(package).startswith(f"{package}: the model is of type neuralNetwork")
+
+
+def test_no_such_function(package):
+    with pytest.raises(PackageError) as caught:
+        MLModel(package, function_name="decode")
+    assert str(caught.value) == f"{package}: no function 'decode'\n  expected: one of ['main']"
+
+
+@given(data=st.data())
+@settings(
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_damaged_packages_are_refused_or_run(package, tmp_path, data):
+    """Cut or overwrite part of any file: an error of ours that says so, or a program that runs. Nothing else."""
+    damaged = tmp_path / "damaged.mlpackage"
+    shutil.rmtree(damaged, ignore_errors=True)
+    shutil.copytree(package, damaged)
+    part = data.draw(st.sampled_from(_parts(damaged)))
+    content = bytearray(part.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content = content[:at]
+    else:
+        content[at : at + 4] = data.draw(st.binary(min_size=4, max_size=4))
+    part.write_bytes(content)
+    with contextlib.suppress(CoremillError):
+        MLModel(damaged).predict({"x": X})
+
+
+def test_nothing_of_coremltools_reaches_the_user(package):
+    """A fresh interpreter: no line about Core ML's missing libraries; other lines of coremltools do pass."""
+    script = (
+        "import logging, sys\n"
+        "from coremill.mil import MLModel\n"
+        f"MLModel({str(package)!r})\n"
+        "logging.getLogger('coremltools').warning('Failed to load _MLModelProxy: said later')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+    )
+    lines = [line for line in (run.stdout + run.stderr).splitlines() if "Failed to load" in line]
+    assert lines == ["Failed to load _MLModelProxy: said later"]

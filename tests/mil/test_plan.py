@@ -1,0 +1,254 @@
+"""Lowering: folding, liveness, sharing, what follows from shapes alone."""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from coremltools.converters.mil import Builder as mb  # noqa: N813
+
+from coremill.core.errors import PackageError
+from coremill.mil import MLModel
+from coremill.mil.graph import read_function
+from coremill.mil.loader import open_package
+from coremill.mil.plan import Plan, WideConstants
+from coremill.mil.values import Numerics
+
+
+@pytest.fixture
+def plan_of(build):
+    def make(inputs, body, numerics=Numerics.DECLARED, wide=None):
+        return Plan(read_function(open_package(build(inputs, body)), "main"), numerics, wide)
+
+    return make
+
+
+def _types(section):
+    return [step.node.op_type for step in section.steps]
+
+
+def test_operations_on_constants_are_computed_once(plan_of):
+    table = np.arange(6, dtype=np.float32)
+
+    def body(x):
+        # As the converter leaves it: coremltools folds what its own inference knows, decompression it does not.
+        weights = mb.constexpr_affine_dequantize(
+            quantized_data=np.arange(6, dtype=np.int8),
+            zero_point=np.int8(1),
+            scale=np.float32(0.5),
+            axis=np.int32(0),
+        )
+        return mb.mul(x=mb.add(x=x, y=mb.square(x=weights)), y=table)
+
+    plan = plan_of({"x": table}, body)
+    assert _types(plan.general) == ["add", "mul"]
+    (found,) = plan.run([torch.ones(6)])
+    np.testing.assert_array_equal(found, (1 + (0.5 * (table - 1)) ** 2) * table)
+
+
+def test_dead_operations_are_dropped(plan_of):
+    def body(x):
+        mb.exp(x=mb.sin(x=x))
+        return mb.cos(x=x)
+
+    assert _types(plan_of({"x": np.ones(3, np.float32)}, body).general) == ["cos"]
+
+
+def _chain(x):
+    for _ in range(6):
+        x = mb.add(x=mb.sin(x=x), y=x)
+    return x
+
+
+def test_values_are_freed_after_their_last_use(plan_of):
+    """A chain of any length holds two values and the one being computed, and the freed ones really go."""
+    plan = plan_of({"x": np.ones(1000, np.float32)}, _chain)
+    constants = sum(value is not None for value in plan.general.template)
+    references, live, alive = [], [], []
+
+    def observe(step, values):
+        live.append(sum(value is not None for value in values) - constants)
+        references.append(weakref.ref(values[step.outputs[0]]))
+        alive.append(sum(reference() is not None for reference in references))
+
+    x = torch.ones(1000)
+    plan.run([x], observe)
+    assert len(live) == 12
+    assert max(live) == 3
+    assert max(alive) <= 3
+
+
+def test_each_value_is_freed_once_and_never_used_again(plan_of):
+    plan = plan_of({"x": np.ones(8, np.float32)}, _chain)
+    freed: set[int] = set()
+    for step in plan.general.steps:
+        assert not freed.intersection(step.inputs)
+        assert not freed.intersection(step.frees)
+        freed.update(step.frees)
+    produced = {slot for step in plan.general.steps for slot in step.outputs}
+    assert freed == (produced | set(plan.graph.inputs)) - set(plan.graph.outputs)
+
+
+def test_two_plans_share_constants(build):
+    weight = np.eye(64, dtype=np.float16)
+    model = MLModel(build({"x": np.ones((1, 64), np.float16)}, lambda x: mb.linear(x=x, weight=weight)))
+    declared, oracle = (model.program.plan(each).general for each in Numerics)
+
+    def wide_weights(section):
+        return {
+            value.data_ptr()
+            for value in section.template
+            if isinstance(value, torch.Tensor) and value.shape == (64, 64) and value.dtype == torch.float32
+        }
+
+    assert len(wide_weights(declared)) == 1
+    assert wide_weights(declared) == wide_weights(oracle)
+    assert model.program.plan(Numerics.DECLARED) is model.program.plan(Numerics.DECLARED)
+
+
+def test_a_weight_used_twice_is_widened_once(plan_of):
+    weight = np.eye(64, dtype=np.float16)
+
+    def body(x):
+        shared = mb.const(val=weight)
+        return mb.linear(x=mb.linear(x=x, weight=shared), weight=shared)
+
+    section = plan_of({"x": np.ones((1, 64), np.float16)}, body).general
+    wide = [each for each in section.template if isinstance(each, torch.Tensor) and each.dtype == torch.float32]
+    assert sum(each.shape == (64, 64) for each in wide) == 1
+
+
+def test_beyond_the_limit_weights_are_widened_in_use(plan_of):
+    inputs = {"x": np.linspace(-1, 1, 64, dtype=np.float16).reshape(1, 64)}
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16)
+    body = lambda x: mb.linear(x=x, weight=weight)  # noqa: E731
+    x = [torch.from_numpy(inputs["x"])]
+    kept, not_kept = plan_of(inputs, body), plan_of(inputs, body, wide=WideConstants(limit_bytes=1000))
+    assert not any(
+        isinstance(each, torch.Tensor) and each.shape == (64, 64) and each.dtype == torch.float32
+        for each in not_kept.general.template
+    )
+    assert torch.equal(kept.run(x)[0], not_kept.run(x)[0])
+
+
+def _masked(x):
+    """A triangle cut to x's length, as a decoder has it: everything about it follows from x's shape."""
+    table = np.triu(np.full((32, 32), -np.inf, np.float32), 1)
+    size = mb.slice_by_index(x=mb.shape(x=x), begin=[1], end=[2])
+    length = mb.concat(values=[size, size], axis=0)
+    mask = mb.slice_by_index(x=table, begin=[0, 0], end=length)
+    return mb.softmax(x=mb.add(x=mb.matmul(x=x, y=x, transpose_y=True), y=mask), name="weights")
+
+
+FLEXIBLE = {"x": ((1, (1, 32), 4), np.float32)}
+
+
+def test_what_follows_from_shapes_is_kept_for_each_shape(plan_of):
+    plan = plan_of(FLEXIBLE, _masked)
+    assert "shape" in _types(plan.general)
+    rng = np.random.default_rng(1)
+    for length in (3, 5, 3, 5):
+        x = rng.standard_normal((1, length, 4)).astype(np.float32)
+        (found,) = plan.run([torch.from_numpy(x)])
+        scores = np.where(np.tril(np.ones((length, length), np.bool_)), x @ x.swapaxes(1, 2), -np.inf)
+        expected = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert [_types(section) for section in plan._at_shapes.values()] == [["matmul", "add", "softmax"]] * 2
+
+
+def test_what_follows_from_values_is_not_kept(plan_of):
+    """The length to cut to comes from the values of an input: a kept one would be wrong for the next."""
+    table = np.arange(10, dtype=np.float32)
+
+    def body(length):
+        end = mb.shape(x=mb.slice_by_index(x=table, begin=[0], end=length))
+        return mb.mul(x=end, y=length)
+
+    plan = plan_of({"length": np.array([3], np.int32)}, body)
+    assert [plan.run([torch.tensor([n], dtype=torch.int32)])[0].tolist() for n in (3, 7, 3)] == [[9], [49], [9]]
+    found = plan_of({"x": np.array([0, 1, 1], np.int32)}, lambda x: mb.shape(x=mb.non_zero(x=x)))
+    assert [found.run([torch.tensor(x, dtype=torch.int32)])[0].tolist() for x in ([0, 1, 1], [1, 1, 1])] == [
+        [2, 1],
+        [3, 1],
+    ]
+
+
+def test_only_so_many_shapes_are_kept(plan_of):
+    plan = plan_of(FLEXIBLE, _masked)
+    for length in range(2, 22):
+        plan.run([torch.ones(1, length, 4)])
+    assert len(plan._at_shapes) == 8
+
+
+def test_every_value_has_its_declared_type(plan_of):
+    """Kernels of all families on fp16: what each step leaves is of the type that the program declares."""
+
+    def body(x):
+        y = mb.layer_norm(x=x, axes=[-1])
+        y = mb.gelu(x=mb.linear(x=y, weight=np.ones((8, 8), np.float16)))
+        y = mb.reduce_mean(x=y, axes=[-1], keep_dims=True)
+        y = mb.rsqrt(x=mb.add(x=mb.square(x=y), y=np.float16(1)))
+        y = mb.matmul(x=x, y=mb.mul(x=x, y=y), transpose_y=True)
+        return mb.softmax(x=y), mb.cast(x=mb.reduce_argmax(x=y, axis=-1), dtype="fp32")
+
+    plan = plan_of({"x": np.ones((1, 4, 8), np.float16)}, body)
+    seen = []
+
+    def observe(step, values):
+        for slot in step.outputs:
+            declared = plan.graph.types[slot]
+            assert values[slot].dtype == declared.element.storage, step.node
+            assert tuple(values[slot].shape) == declared.shape, step.node
+            seen.append(step.node.op_type)
+
+    plan.run([torch.rand(1, 4, 8, dtype=torch.float16)], observe)
+    assert len(seen) == 12
+
+
+def test_a_constant_that_cannot_be_computed(build):
+    model = build(
+        {"x": np.ones(2, np.float32)}, lambda x: mb.real_div(x=mb.cast(x=x, dtype="int32"), y=np.int32(2))
+    )
+    spec = model.get_spec()
+    block = spec.mlProgram.functions["main"].block_specializations["CoreML8"]
+    division = next(each for each in block.operations if each.type == "real_div")
+    division.inputs["x"].arguments[0].name = division.inputs["y"].arguments[0].name
+    for each in block.operations:
+        if each.type == "const" and each.outputs[0].type.tensorType.dataType == 23:
+            each.attributes["val"].immediateValue.tensor.ints.values[0] = 0
+    package = open_package(model)
+    graph = read_function(type(package)(package.name, spec, package.weights), "main")
+    with pytest.raises(PackageError, match=r"\(real_div\), whose inputs are constants: integer division by zero"):
+        Plan(graph, Numerics.DECLARED)
+
+
+def test_an_attribute_of_another_kind(build):
+    model = build({"x": np.ones((2, 2), np.float32)}, lambda x: mb.softmax(x=x, axis=1, name="share"))
+    package = open_package(model)
+    spec = model.get_spec()
+    block = spec.mlProgram.functions["main"].block_specializations["CoreML8"]
+    axis = next(each for each in block.operations if each.type == "const")
+    value = axis.attributes["val"]
+    value.type.tensorType.rank = 1
+    value.type.tensorType.dimensions.add().constant.size = 2
+    value.immediateValue.tensor.ints.values.append(0)
+    graph = read_function(type(package)(package.name, spec, package.weights), "main")
+    with pytest.raises(PackageError) as caught:
+        Plan(graph, Numerics.DECLARED)
+    assert str(caught.value) == "operation 'share' (softmax): input 'axis': [1, 0] is not one int"
+
+
+def test_a_type_that_is_none(build):
+    model = build({"x": np.ones(2, np.float32)}, lambda x: mb.cast(x=x, dtype="int32", name="whole"))
+    package = open_package(model)
+    spec = model.get_spec()
+    block = spec.mlProgram.functions["main"].block_specializations["CoreML8"]
+    dtype = next(each for each in block.operations if each.type == "const")
+    dtype.attributes["val"].immediateValue.tensor.strings.values[0] = "int33"
+    graph = read_function(type(package)(package.name, spec, package.weights), "main")
+    with pytest.raises(
+        PackageError, match=r"^operation 'whole' \(cast\): no element type 'int33'\n  expected: one of"
+    ):
+        Plan(graph, Numerics.DECLARED)

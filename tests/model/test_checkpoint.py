@@ -1,0 +1,380 @@
+"""The checkpoint format: what is written is read, equal contents give equal bytes, and bad files are told apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from coremill.core.config import ModelConfig
+from coremill.core.contract import ModelArch, TokenizerRef
+from coremill.core.errors import (
+    CheckpointContentError,
+    CheckpointUnreadableError,
+    CoremillError,
+    SchemaVersionError,
+    UnsafeCheckpointError,
+    VocabularyMismatchError,
+)
+from coremill.model.checkpoint import (
+    Checkpoint,
+    build_student,
+    check_vocabulary,
+    checkpoint_of,
+    load_checkpoint,
+    save_checkpoint,
+)
+from coremill.model.student import new_student
+
+CONFIG = ModelConfig(
+    vocab_size=20,
+    d_model=8,
+    n_layers=1,
+    n_heads=2,
+    n_kv_heads=1,
+    d_ff=12,
+    max_seq_len=16,
+    arch=ModelArch(use_halt_head=True, tie_embeddings=True),
+)
+TOKENIZER = TokenizerRef(vocab_size=20, digest="sha256:abc")
+
+
+def a_checkpoint(**changes: Any) -> Checkpoint:
+    ckpt = checkpoint_of(
+        new_student(CONFIG, seed=4),
+        model_type="toy",
+        step=7,
+        tokenizer=TOKENIZER,
+        training={"loss": {"first": 3.5, "last": 1.25}, "seed": 4},
+    )
+    return dataclasses.replace(ckpt, **changes)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.ckpt"
+    save_checkpoint(path, a_checkpoint())
+    return path
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Read a checkpoint's plain dict, change it, and save it again as torch does."""
+    value = torch.load(path, weights_only=True)
+    changed = change(value)
+    torch.save(value if changed is None else changed, path)
+
+
+def refusal(path: Path, kind: type[CoremillError]) -> str:
+    with pytest.raises(CoremillError) as caught:
+        load_checkpoint(path)
+    assert type(caught.value) is kind
+    assert caught.value.expected
+    assert caught.value.run
+    return caught.value.found
+
+
+def test_what_is_saved_is_loaded(saved: Path) -> None:
+    ckpt, loaded = a_checkpoint(), load_checkpoint(saved)
+    for name in ("model_type", "model_arch", "config", "step", "tokenizer", "training"):
+        assert getattr(loaded, name) == getattr(ckpt, name), name
+    assert loaded.state_dict.keys() == ckpt.state_dict.keys()
+    assert all(torch.equal(loaded.state_dict[name], ckpt.state_dict[name]) for name in ckpt.state_dict)
+
+
+def test_the_file_is_the_documented_dict(saved: Path) -> None:
+    value = torch.load(saved, weights_only=True)
+    assert sorted(value) == [
+        "config",
+        "model_arch",
+        "model_type",
+        "schema_version",
+        "state_dict",
+        "step",
+        "tokenizer",
+        "training",
+    ]
+    assert value["model_arch"] == {"use_halt_head": True, "tie_embeddings": True}
+    assert value["tokenizer"] == {"vocab_size": 20, "digest": "sha256:abc"}
+    assert (value["model_type"], value["schema_version"], value["step"]) == ("toy", "1.0", 7)
+
+
+def test_the_built_model_computes_what_the_saved_one_did(saved: Path) -> None:
+    ids = torch.arange(16, dtype=torch.int32).unsqueeze(0)
+    built = build_student(load_checkpoint(saved))
+    assert not built.training
+    with torch.no_grad():
+        for expected, found in zip(new_student(CONFIG, seed=4).eval()(ids), built(ids), strict=True):
+            assert torch.equal(expected, found)
+
+
+def test_a_checkpoint_does_not_follow_its_student() -> None:
+    student = new_student(CONFIG, seed=4)
+    ckpt = checkpoint_of(student, model_type="toy", step=0, tokenizer=TOKENIZER)
+    with torch.no_grad():
+        student.norm.weight.zero_()
+    assert ckpt.state_dict["norm.weight"].tolist() == [1.0] * 8
+
+
+def test_equal_contents_give_equal_bytes_whatever_the_name_and_the_objects(saved: Path, tmp_path: Path) -> None:
+    # Views into a larger storage, another order of keys, and strings that are equal without being the same.
+    big = {name: torch.cat((tensor, tensor)) for name, tensor in a_checkpoint().state_dict.items()}
+    views = {name: big[name][: len(big[name]) // 2] for name in sorted(big, reverse=True)}
+    training = {"seed": 4, "".join(["lo", "ss"]): {"".join(["la", "st"]): 1.25, "first": 3.5}}
+    other = tmp_path / "elsewhere" / "another-name.ckpt"
+    save_checkpoint(other, a_checkpoint(state_dict=views, training=training))
+    assert other.read_bytes() == saved.read_bytes()
+    save_checkpoint(other, load_checkpoint(saved))
+    assert other.read_bytes() == saved.read_bytes()
+    save_checkpoint(other, a_checkpoint(step=8))
+    assert other.read_bytes() != saved.read_bytes()
+
+
+def test_a_failed_save_leaves_the_old_file(saved: Path) -> None:
+    before = saved.read_bytes()
+    with pytest.raises(TypeError, match="numpy"):
+        save_checkpoint(saved, a_checkpoint(training={"loss": np.float32(1.0)}))
+    assert saved.read_bytes() == before
+    assert [entry.name for entry in saved.parent.iterdir()] == ["toy.ckpt"]
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    found = refusal(tmp_path / "none.ckpt", CheckpointUnreadableError)
+    assert found == f"cannot read {tmp_path}/none.ckpt: No such file or directory"
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file(saved: Path, tmp_path: Path, share: float) -> None:
+    data = saved.read_bytes()
+    part = tmp_path / "part.ckpt"
+    part.write_bytes(data[: int(len(data) * share)])
+    refusal(part, CheckpointUnreadableError)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_flipped_bit_is_refused_or_changes_nothing(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Some bytes of a zip archive mean nothing; wherever a bit flips, other weights are never read."""
+    damaged = bytearray(saved.read_bytes())
+    damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path = tmp_path / "damaged.ckpt"
+    path.write_bytes(damaged)
+    try:
+        loaded = load_checkpoint(path)
+    except CoremillError:
+        return
+    expected = load_checkpoint(saved)
+    assert loaded.step == expected.step
+    assert all(torch.equal(loaded.state_dict[name], expected.state_dict[name]) for name in expected.state_dict)
+
+
+def test_a_damaged_tensor_is_named(saved: Path) -> None:
+    with zipfile.ZipFile(saved) as archive:
+        member = archive.getinfo("archive/data/0")
+    data = bytearray(saved.read_bytes())
+    start = data.index(archive_payload(saved, member.filename))
+    data[start] ^= 1
+    saved.write_bytes(data)
+    assert refusal(saved, CheckpointUnreadableError) == (
+        f"{saved} is damaged: the checksum of archive/data/0 is wrong"
+    )
+
+
+def test_a_tensor_that_torch_would_take_for_a_directory(saved: Path) -> None:
+    """torch.load leaves such a tensor uninitialised, without a word."""
+    data = bytearray(saved.read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"archive/data/0"))
+    data[entry + 38] |= 0x10  # external attributes of the entry in the central directory
+    saved.write_bytes(data)
+    assert refusal(saved, CheckpointUnreadableError) == (
+        f"{saved} is damaged: archive/data/0 has attributes that torch.save does not write"
+    )
+
+
+@pytest.mark.parametrize("offset", range(4, 20))
+def test_a_damaged_end_of_the_archive(saved: Path, offset: int) -> None:
+    """What zipfile says of a broken end record depends on the byte and on the Python; it is one error here."""
+    data = bytearray(saved.read_bytes())
+    data[len(data) - 22 + offset] ^= 0x5A
+    saved.write_bytes(data)
+    try:
+        load_checkpoint(saved)  # some of these bytes mean nothing in an archive of one disk
+    except CheckpointUnreadableError:
+        return
+
+
+def archive_payload(path: Path, member: str) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(member)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"", "is not a checkpoint: 0 bytes"),
+        (b"these are not weights\n", "is not a checkpoint: 22 bytes"),
+        (b"\x80\x02}q\x00.", "is not a checkpoint: 6 bytes"),
+        (b"PK\x03\x04" + bytes(50), "is truncated: 54 bytes"),
+    ],
+)
+def test_a_file_of_something_else(tmp_path: Path, data: bytes, found: str) -> None:
+    path = tmp_path / "else.ckpt"
+    path.write_bytes(data)
+    assert refusal(path, CheckpointUnreadableError) == f"{path} {found}"
+
+
+def test_a_zip_archive_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "else.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    assert refusal(path, CheckpointUnreadableError) == f"{path} is a zip archive, not a checkpoint"
+
+
+def test_a_torchscript_program_is_not_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "program.pt"
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
+    assert refusal(path, CheckpointUnreadableError) == f"{path} is a TorchScript program, not a checkpoint"
+
+
+class Payload:
+    """Unpickling this runs a command that leaves a file behind."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.witness}",)
+
+
+@pytest.mark.parametrize("place", ["state_dict", "training", "model_type", "extra"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_hostile_checkpoint_is_refused_and_not_executed(
+    saved: Path, tmp_path: Path, place: str, protocol: int
+) -> None:
+    witness = tmp_path / "executed"
+    value = torch.load(saved, weights_only=True)
+    value[place] = Payload(witness)
+    torch.save(value, saved, pickle_protocol=protocol)
+    assert refusal(saved, UnsafeCheckpointError) == f"{saved} names posix.system"
+    assert not witness.exists()
+    # The payload is a real one: what refuses it is the reader.
+    torch.load(saved, weights_only=False)
+    assert witness.exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_bare_hostile_pickle_is_refused_and_not_executed(tmp_path: Path, protocol: int) -> None:
+    witness = tmp_path / "executed"
+    path = tmp_path / "bare.ckpt"
+    path.write_bytes(pickle.dumps({"state_dict": Payload(witness)}, protocol=protocol))
+    assert refusal(path, UnsafeCheckpointError) == f"{path} is a bare pickle that names posix.system"
+    assert not witness.exists()
+    pickle.loads(path.read_bytes())
+    assert witness.exists()
+
+
+def test_a_pickled_module_is_not_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "module.ckpt"
+    torch.save(torch.nn.Linear(2, 2), path)
+    assert "torch.nn.modules.linear.Linear" in refusal(path, UnsafeCheckpointError)
+
+
+@pytest.mark.parametrize("version", ["2.0", "0.9", "soon"])
+def test_a_version_that_is_not_known(saved: Path, version: str) -> None:
+    rewrite(saved, lambda value: value.update(schema_version=version))
+    assert refusal(saved, SchemaVersionError) == f"{saved}: schema_version {version!r}"
+
+
+def test_a_newer_minor_version_is_read_with_a_warning(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite(saved, lambda value: value.update(schema_version="1.9", added_later=1))
+    assert load_checkpoint(saved).step == 7
+    assert "ignoring `$.added_later`" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["model_type", "model_arch", "config", "step", "tokenizer", "training"])
+def test_a_part_that_is_missing_is_named(saved: Path, key: str) -> None:
+    rewrite(saved, lambda value: value.pop(key) and None)
+    found = refusal(saved, CheckpointContentError)
+    assert found == f"{saved}: Object missing required field `{key}` at `$`"
+
+
+def test_a_missing_version(saved: Path) -> None:
+    rewrite(saved, lambda value: value.pop("schema_version") and None)
+    assert refusal(saved, CheckpointContentError) == f"{saved}: no `schema_version` at `$`"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda v: v.update(step="7"), "Expected `int`, got `str` at `$.step`"),
+        (lambda v: v.update(step=-1), "`step` must not be negative, found -1 at `$`"),
+        (lambda v: v.update(stpe=7), "unknown key `stpe` at `$`"),
+        (lambda v: v["config"].update(d_modle=8), "unknown key `d_modle` at `$.config`"),
+        (lambda v: v["config"].update(n_heads=3), "d_model 8, n_heads 3 and n_kv_heads 1"),
+        (lambda v: v["model_arch"].update(use_halt_head=False), "`model_arch` is ModelArch(use_halt_head=False"),
+        (lambda v: v["tokenizer"].update(vocab_size=21), "`config.vocab_size` is 20, `tokenizer.vocab_size` is 21"),
+        (lambda v: v.pop("state_dict"), "`state_dict` is missing"),
+        (lambda v: v.update(state_dict=[1]), "`state_dict` holds something but tensors"),
+        (lambda v: v["state_dict"].update({"norm.weight": 1.0}), "`state_dict` holds something but tensors"),
+        (lambda v: v["state_dict"].pop("norm.weight"), "`state_dict` lacks norm.weight"),
+        (
+            lambda v: v["state_dict"].update({"lm_head.weight": torch.zeros(20, 8)}),
+            "`state_dict` holds lm_head.weight, which the model does not have",
+        ),
+        (
+            lambda v: v["state_dict"].update({"norm.weight": torch.ones(9)}),
+            "`state_dict['norm.weight']` has shape (9,), not (8,)",
+        ),
+        (
+            lambda v: v["state_dict"].update({"norm.weight": torch.ones(8, dtype=torch.int32)}),
+            "`state_dict['norm.weight']` is torch.int32, not of floats",
+        ),
+        (
+            lambda v: v["state_dict"]["norm.weight"][2:4].copy_(torch.tensor([float("nan"), float("inf")])),
+            "`state_dict['norm.weight']` has 2 NaN or infinite values",
+        ),
+    ],
+)
+def test_contents_that_contradict_are_named(saved: Path, change: Callable[[Any], Any], found: str) -> None:
+    rewrite(saved, lambda value: [change(value), None][1])
+    assert refusal(saved, CheckpointContentError).startswith(f"{saved}: {found}")
+
+
+def test_a_checkpoint_that_is_not_a_dict(saved: Path) -> None:
+    rewrite(saved, lambda value: [1, 2])
+    assert refusal(saved, CheckpointContentError) == f"{saved}: found list"
+
+
+def test_a_checkpoint_is_checked_before_it_is_written() -> None:
+    with pytest.raises(CheckpointContentError, match=r"^checkpoint: `state_dict` lacks embed_tokens.weight"):
+        a_checkpoint(state_dict={})
+    with pytest.raises(CheckpointContentError, match="`model_arch` is"):
+        a_checkpoint(model_arch=ModelArch(use_halt_head=False, tie_embeddings=True))
+
+
+def test_the_vocabulary_is_the_tokenizer_s() -> None:
+    ckpt = a_checkpoint()
+    check_vocabulary(ckpt, TOKENIZER)
+    with pytest.raises(VocabularyMismatchError, match=r"^the tokenizer has 32002 tokens, the model 20\n"):
+        check_vocabulary(ckpt, TokenizerRef(vocab_size=32002, digest="sha256:abc"))
+    with pytest.raises(
+        VocabularyMismatchError, match=r"^the tokenizer is sha256:def, the model was trained with sha256:abc\n"
+    ):
+        check_vocabulary(ckpt, TokenizerRef(vocab_size=20, digest="sha256:def"))
+
+
+def test_saving_goes_through_memory_not_a_named_file(saved: Path) -> None:
+    """torch.save to a path writes the stem into the archive, and the digest then depends on the name."""
+    with zipfile.ZipFile(io.BytesIO(saved.read_bytes())) as archive:
+        assert {name.split("/")[0] for name in archive.namelist()} == {"archive"}

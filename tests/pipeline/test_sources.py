@@ -1,0 +1,62 @@
+"""The source closure: what a stage imports counts, what it does not import does not."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import coremill
+from coremill.pipeline.sources import source_digest, source_files
+from coremill.pipeline.stages import STAGES
+
+ROOT = Path(coremill.__file__).parent
+
+
+def names(module):
+    return {path.relative_to(ROOT).as_posix() for path in source_files(module)}
+
+
+def test_the_dataset_rests_on_its_room_and_not_on_the_others():
+    found = names("coremill.data.make_toy_kd")
+    assert {"__init__.py", "data/__init__.py", "data/tokenizer.py", "core/errors.py", "core/stage.py"} <= found
+    assert not {name for name in found if name.split("/")[0] in ("training", "conversion", "mil", "pipeline")}
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_the_closure_holds_every_stage_module_and_no_other_stage(stage):
+    modules = {each.module.removeprefix("coremill.").replace(".", "/") + ".py" for each in STAGES}
+    own = stage.module.removeprefix("coremill.").replace(".", "/") + ".py"
+    assert names(stage.module) & modules == {own}
+
+
+def test_imports_inside_functions_and_data_files_count(tmp_path):
+    tree = tmp_path / "coremill"
+    shutil.copytree(ROOT / "core", tree / "core")
+    (tree / "__init__.py").write_text("")
+    shutil.copytree(ROOT / "pipeline", tree / "pipeline")
+    (tree / "late.py").write_text("def f():\n    from coremill.core import digest\n    return digest\n")
+    (tree / "data.toml").write_text("x = 1")
+    script = "from coremill.pipeline.sources import *; print(source_digest('coremill.late'))"
+
+    def run():
+        command = [sys.executable, "-c", script]
+        return subprocess.run(
+            command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, check=True
+        )
+
+    before = run().stdout
+    assert before.startswith(b"sha256:")
+    (tree / "core" / "digest.py").write_text((tree / "core" / "digest.py").read_text() + "\n")
+    after = run().stdout
+    assert after != before
+    (tree / "data.toml").write_text("x = 2")
+    assert run().stdout not in (before, after)
+
+
+def test_equal_sources_give_equal_digests():
+    assert source_digest("coremill.data.make_toy_kd") == source_digest("coremill.data.make_toy_kd")
+    assert source_digest("coremill.data.make_toy_kd") != source_digest("coremill.core.digest")
