@@ -37,7 +37,8 @@ from coremill.pipeline.environments import (
 from coremill.pipeline.freshness import freshness
 from coremill.pipeline.lock import TOKEN_VARIABLE, RunLock
 from coremill.pipeline.project import add_run_options, chosen_run
-from coremill.pipeline.stages import STAGES, Stage, find_stage
+from coremill.pipeline.publish import recover
+from coremill.pipeline.stages import STAGES, Stage, find_stage, stage_folder
 
 nox.needs_version = ">=2026.10.20"
 nox.options.default_venv_backend = "uv"
@@ -142,20 +143,22 @@ def run_stage(session: nox.Session, stage: Stage, lane: str | None) -> None:
     options = build_options(session)
     try:
         config, layout = chosen_run(options)
-        environment = stage.environment(lane)
-        toolset = installed(ROOT).get(environment.name)
+        toolset = installed(ROOT).get(stage.environment(lane).name)
+        if not options.dry_run:
+            lock = hold_run(session, layout)
+            recover(stage_folder(layout, stage, lane))
         state = freshness(stage, config, layout, toolset, lane)
     except CoremillError as error:
         session.error(str(error))
     forced = options.force in ("all", stage.name)
-    if options.dry_run:
-        session.log("fresh" if state.fresh and not forced else f"would run: {'; '.join(state.reasons) or 'forced'}")
-        return
-    lock = hold_run(session, layout)
     if state.fresh and not forced:
         session.log("fresh")
         return
-    session.log("; ".join(state.reasons) or "forced")
+    why = "; ".join(state.reasons) or "forced"
+    if options.dry_run:
+        session.log(f"would run: {why}")
+        return
+    session.log(why)
     command = ["-m", "coremill", "stage", stage.name, "--config", str(options.config)]
     command += ["--build-dir", str(options.build_dir)]
     command += ["--torch", lane] if lane else []

@@ -46,6 +46,7 @@ def tiny_config(tmp_path_factory) -> Path:
         ("n", "256"),
         ("heldout_n", "64"),
         ("epochs", "1"),
+        ("warmup_steps", "4"),
         ("n_layers", "1"),
         ("heldout_answers", "4"),
         ("sampled_answers", "4"),

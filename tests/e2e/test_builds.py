@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +14,15 @@ from pathlib import Path
 import pytest
 
 from coremill.core import layout as names
+from coremill.core.documents import read_json
 from coremill.core.layout import RunLayout
 from coremill.core.manifest import check_outputs, read_manifest
-from coremill.pipeline.environments import PRIMARY_LANE, installed
+from coremill.core.reports import RunSummary
+from coremill.pipeline.environments import LANES, PRIMARY_LANE, installed
 from coremill.pipeline.lock import RunLock
 
 ROOT = Path(__file__).parents[2]
+OTHER_LANE = next(lane for lane in LANES if lane != PRIMARY_LANE)
 CONVERT = f"convert(torch='{PRIMARY_LANE}')"
 
 
@@ -107,3 +112,52 @@ def test_a_stage_in_the_wrong_interpreter_is_refused(build, tiny_config):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 32
     assert "expected: the environment 'train' (Python 3.13)\n  run: nox -s env-train" in ended.stderr
+
+
+def test_a_failed_conversion_falls_back_to_the_other_lane_and_the_report_says_so(tiny_config, tmp_path):
+    """In a copy of the project whose conversion fails in the primary lane, with environments of its own."""
+    copy = tmp_path / "project"
+    leave = shutil.ignore_patterns(".git", ".nox", ".venv", "build", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, copy, ignore=leave)
+    module = copy / "src" / "coremill" / "conversion" / "convert_coreml.py"
+    planted = (
+        "def run_stage(context: StageContext) -> Figures:\n"
+        f"    if context.lane == {PRIMARY_LANE!r}:\n"
+        "        raise ConversionError('a planted failure')\n"
+    )
+    text, found = re.subn(r"^def run_stage\(.*\) -> Figures:\n", planted, module.read_text(), flags=re.MULTILINE)
+    assert found == 1
+    module.write_text(text)
+
+    def nox(*arguments):
+        command = [sys.executable, "-m", "nox", "-f", str(copy / "noxfile.py"), "-s", "pipeline", "--"]
+        command += ["--config", str(tiny_config), *arguments]
+        environ = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120"}
+        return subprocess.run(
+            command,
+            cwd=copy,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+
+    refused = nox()
+    assert refused.returncode == 1
+    assert "conversion error: a planted failure" in refused.stdout
+    layout = RunLayout(build=copy / "build", run="tiny")
+    assert not layout.stage("convert", PRIMARY_LANE).exists()
+    assert not layout.stage("report").exists()
+
+    fallen = nox("--fallback")
+    assert f"conversion failed with torch {PRIMARY_LANE}: building with torch {OTHER_LANE}" in fallen.stdout
+    summary = read_json(names.summary_file(layout.stage("report")), RunSummary)
+    assert summary.fell_back_from == PRIMARY_LANE
+    assert [lane.lane for lane in summary.lanes] == [OTHER_LANE]
+    assert read_manifest(layout.stage("convert", OTHER_LANE)).toolchain.packages["torch"] == OTHER_LANE
+    assert not layout.stage("convert", PRIMARY_LANE).exists()
+    assert PRIMARY_LANE in names.status_file(layout.stage("report")).read_text()
+    # A tiny model's answers are nonsense: its must-gates fail, and so does the build.
+    assert not summary.gates_ok
+    assert fallen.returncode == 1

@@ -12,6 +12,7 @@ from coremill.core.errors import PackageError, UnsupportedOperationError
 from coremill.mil.graph import read_function
 from coremill.mil.loader import Package, open_package
 from coremill.mil.ops.registry import supported_operations
+from coremill.mil.values import STRING
 
 X = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
 INPUTS = {"x": X}
@@ -188,8 +189,9 @@ def test_a_blob_past_the_end_of_the_weight_file(build):
 
 
 def test_a_string_for_a_tensor(package):
-    name = next(each for each in _block(package).operations if each.type == "const")
-    name.attributes["val"].type.tensorType.dataType = 2
-    name.attributes["val"].immediateValue.tensor.strings.values.append("text")
-    _operation(package, "softmax").inputs["x"].arguments[0].name = name.outputs[0].name
-    assert _package_error(package) == "toy: operation 'share' (softmax): its input 'x' is no tensor"
+    value = _operation(package, "const").attributes["val"]
+    value.type.tensorType.dataType = STRING
+    value.immediateValue.tensor.strings.values.append("text")
+    text = _operation(package, "const").outputs[0].name
+    _operation(package, "linear").inputs["weight"].arguments[0].name = text
+    assert _package_error(package) == "toy: operation 'product' (linear): its input 'weight' is no tensor"

@@ -85,6 +85,15 @@ def test_a_changed_input(built, stages, config, layout, toolset):
     assert built() == ("input dataset/out.txt changed",)
 
 
+def test_a_record_for_people_makes_nothing_stale(stages, config, layout, toolset):
+    recording = (msgspec.structs.replace(stages[0], records=("out.txt",)), stages[1])
+    for stage in recording:
+        run_stage(stage, config, layout, toolset, None, stages=recording)
+    changed = msgspec.structs.replace(config, dataset=msgspec.structs.replace(config.dataset, seed=99))
+    run_stage(recording[0], changed, layout, toolset, None, stages=recording)
+    assert freshness(recording[1], config, layout, toolset, None, recording).fresh
+
+
 def test_an_unreadable_manifest(built, layout):
     (layout.stage("training") / "manifest.json").write_text("{")
     (reason,) = built()

@@ -39,9 +39,13 @@ def input_digests(
     """
     inputs: dict[str, str] = {}
     for need in stage.needs:
-        folder = stage_folder(layout, find_stage(need, stages), lane)
-        manifest = read_manifest(folder)
-        inputs |= {f"{need}/{name}": output.digest for name, output in manifest.outputs.items()}
+        producer = find_stage(need, stages)
+        manifest = read_manifest(stage_folder(layout, producer, lane))
+        inputs |= {
+            f"{need}/{name}": output.digest
+            for name, output in manifest.outputs.items()
+            if name not in producer.records
+        }
     return inputs
 
 

@@ -27,6 +27,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """The stages whose folders it reads."""
     per_lane: bool
     purpose: str
+    records: tuple[str, ...] = ()
+    """Outputs for people, with times in them; no stage reads them, so that a difference makes nothing stale."""
 
     def environment(self, lane: str | None) -> Environment:
         return TRAIN if lane is None else CONVERT[lane]
@@ -56,6 +58,7 @@ STAGES = (
         needs=("dataset",),
         per_lane=False,
         purpose="distil the student",
+        records=("metrics.jsonl",),
     ),
     Stage(
         name="export",
@@ -72,6 +75,7 @@ STAGES = (
         needs=("export",),
         per_lane=True,
         purpose="the Core ML package",
+        records=("conversion.log",),
     ),
     Stage(
         name="verify",

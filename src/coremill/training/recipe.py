@@ -30,7 +30,7 @@ def default_recipe(model_type: str, *, vocab_size: int) -> Recipe:
             n_layers=2,
             n_heads=4,
             n_kv_heads=2,
-            d_ff=640,
+            d_ff=448,
             max_seq_len=256,
             arch=ModelArch(use_halt_head=True, tie_embeddings=True),
         ),

@@ -119,6 +119,13 @@ def test_pow_of_halves(data):
     np.testing.assert_array_max_ulp(compute("pow", x, y), exact, maxulp=1)
 
 
+@pytest.mark.parametrize("exponent", [2.0, 3.0, 0.5, -1.0, 1.5])
+def test_pow_by_one_number(evaluate, exponent):
+    x = np.array([0.25, 1.0, 3.0, 10.0], np.float16)
+    (found,) = evaluate({"x": x}, lambda x: mb.pow(x=x, y=np.float16(exponent)))
+    np.testing.assert_array_max_ulp(found, np.power(x.astype(np.float64), exponent).astype(np.float16), maxulp=1)
+
+
 def test_values_of_halves_saturate_to_infinity(evaluate):
     inputs = {"x": np.array([300.0, -300.0, 255.875], np.float16)}
     (squares,) = evaluate(inputs, lambda x: mb.mul(x=x, y=x))

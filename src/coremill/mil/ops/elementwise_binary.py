@@ -61,7 +61,8 @@ def mod(x: Tensor, y: Tensor) -> Tensor:
 @op("pow", native=True)
 def power(x: Tensor, y: Tensor) -> Tensor:
     """pow: x^y."""
-    return torch.pow(x, y)
+    # torch squares, cubes and roots by a number directly, and by a tensor through exp and log.
+    return torch.pow(x, y.item() if y.dim() == 0 and x.is_floating_point() else y)
 
 
 @op("maximum", native=True)
