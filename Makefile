@@ -1,8 +1,8 @@
 # The short commands; nox does the work, from a small environment of its own.
 
-# The first Python from 3.10 up that runs (a shim may exist and fail).
+# The first Python from 3.10 up that runs and can make environments (a shim may exist and fail; Debian packs venv apart).
 PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
-	$$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$python && break; done)
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$python && break; done)
 NOX := .venv/bin/nox
 # Named after the lock's content: a checkout that touches the file installs nothing again.
 TOOLS := .venv/.lock-$(shell cksum < requirements/tools.txt | tr ' ' '-')
@@ -42,8 +42,8 @@ clean:
 distclean: clean
 	rm -rf .venv .nox
 
-$(TOOLS): requirements/tools.txt
-	@test -n "$(PYTHON)" || { echo "no Python from 3.10 up was found on PATH: install one, then run make again" >&2; exit 1; }
+$(TOOLS):
+	@test -n "$(PYTHON)" || { echo "no Python from 3.10 up with venv was found on PATH: install one (on Debian, python3-venv too), then run make again" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet --require-hashes -r requirements/tools.txt
 	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .

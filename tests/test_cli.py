@@ -52,6 +52,9 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
         "coremill.infra.doctor",
         "coremill.infra.version_gate",
         "coremill.report.summary",
+        "coremill.conversion.export_pytorch",
+        "coremill.conversion.convert_coreml",
+        "coremill.conversion.verify_contract",
     ],
 )
 def test_light_rooms_stay_light(module):
@@ -68,3 +71,41 @@ def test_an_error_of_a_command_becomes_its_exit_code(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"configuration error: cannot read {config}: No such file or directory\n  expected: a readable file\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "needs"),
+    [
+        ("export_pytorch", ["--checkpoint", "x", "--out", "y"], "torch, numpy, tokenizers"),
+        ("convert_coreml", ["--graph", "x", "--contract", "y", "--out", "z"], "torch, coremltools, numpy"),
+        (
+            "verify_contract",
+            ["--package", "x", "--contract", "y", "--checkpoint", "z", "--dataset-dir", "d", "--out", "o"],
+            "torch, coremltools, numpy, tokenizers",
+        ),
+    ],
+)
+def test_a_command_in_an_environment_without_its_packages_names_them(command, arguments, needs):
+    """Run by an interpreter that has what the light rooms need, and nothing more."""
+    ended = subprocess.run(
+        [sys.executable, "-m", f"coremill.conversion.{command}", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    *first, last = needs.split(", ")
+    python = "Python {}.{}.{}".format(*sys.version_info[:3])
+    if sys.version_info[:2] in ((3, 10), (3, 11)) or command == "verify_contract":
+        code, kind = 32, "machine"
+        found = f"{' and '.join([*first, last])} are not installed in {sys.prefix}"
+        expected = f"an environment with {needs}"
+    else:
+        code, kind = 30, "version gate"
+        found = f"{python} ({sys.executable}) does not run export and conversion"
+        expected = "Python 3.10 or 3.11"
+    assert ended.returncode == code
+    assert ended.stderr.startswith(f"{kind} error: {found}\n  expected: {expected}")
+    assert ended.stderr.endswith(
+        "\n  run: nox -s pipeline, which takes Python 3.11; coremill doctor tells where it looks for it\n"
+    )
+    assert ended.stdout == ""

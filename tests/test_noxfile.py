@@ -31,11 +31,10 @@ def sessions():
     return {session["session"]: session for session in json.loads(listed.stdout)}
 
 
-def test_the_sessions_that_people_run_are_there(sessions):
-    assert {"pipeline", "matrix", "tests", "lint", "lock", "bench", "schemas"} <= sessions.keys()
-    for lane in LANES:
-        assert {f"{stage}(torch='{lane}')" for stage in ("export", "convert", "verify")} <= sessions.keys()
-    assert {"dataset", "training"} <= sessions.keys()
+def test_the_table_of_contents(sessions):
+    """A session that is renamed or lost is a difference in a checked-in file."""
+    golden = ROOT / "tests" / "golden" / "sessions.txt"
+    assert "".join(f"{name}\n" for name in sessions) == golden.read_text()
 
 
 def test_every_session_says_what_it_is(sessions):
@@ -82,6 +81,12 @@ def test_a_broken_shim_in_front_of_path_is_passed_over(tmp_path):
         found = shutil.which(f"python{version}", path=path)
         answer = subprocess.run([found, "--version"], capture_output=True, text=True, check=True)
         assert answer.stdout.startswith(f"Python {version}.")
+
+
+def test_flags_for_pytest_are_not_taken_for_the_builds(tmp_path):
+    ended = nox("-s", "tests-light", "--", "--co", "--fa", "-q", "tests/test_cli.py")
+    assert "unrecognized arguments: --fa" in ended.stderr + ended.stdout
+    assert "would fill" not in ended.stderr
 
 
 def test_an_unknown_argument_behind_the_dashes_is_refused(tmp_path):

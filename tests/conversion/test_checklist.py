@@ -7,7 +7,7 @@ import math
 import msgspec
 import pytest
 
-from coremill.conversion.checklist import ROWS, SUMMARY_ROWS, Evidence, evaluate, evaluate_failure
+from coremill.conversion.checklist import ROWS, SUMMARY_ROWS, Evidence, Facts, evaluate, evaluate_failure
 from coremill.conversion.checks import Heldout
 from coremill.conversion.verify_contract import DEFAULTS
 from coremill.core import layout
@@ -32,6 +32,7 @@ MEASURED = ShapeMeasured(
 def good(pristine) -> Evidence:
     """Evidence of a package without fault, on a machine without Core ML."""
     return Evidence(
+        subject=Facts(model_type="magic-8-ball", has_halt_head=True, asks_moods=True),
         contract=pristine.read_contract(),
         config=DEFAULTS,
         graph_problem=None,
@@ -40,6 +41,7 @@ def good(pristine) -> Evidence:
         diagnostics=read_json(layout.diagnostics_file(pristine.package.parent), ConversionDiagnostics),
         diagnostics_problem=None,
         interface_problems=(),
+        load_problem=None,
         operations=100,
         shapes={"T80": MEASURED, "T96": MEASURED, "T128": MEASURED},
         leak=0.0,
@@ -59,7 +61,8 @@ def good(pristine) -> Evidence:
             ),
             halt_agreement=1.0,
         ),
-        sampled=tuple(Answer(prompt="?", answer=str(i), mood=None, right=True) for i in range(10)),
+        sampled=tuple(Answer(prompt="?", answer=str(i), mood=None, right=True) for i in range(24)),
+        has_core_ml=False,
         core_ml_sqnr_db=None,
         core_ml_problem=None,
         parameters=100,
@@ -90,7 +93,7 @@ def test_every_row_is_there_whatever_the_evidence(good):
     names = [gate.name for gate in evaluate(good)]
     assert names == [*(row.name for row in ROWS), *(name for name, _ in SUMMARY_ROWS)]
     assert len(set(names)) == len(names)
-    failed = evaluate_failure("no package")
+    failed = evaluate_failure("no package", good.subject)
     assert [gate.name for gate in failed] == names
     assert not must_gates_ok(failed)
     assert not gates_ok(failed)
@@ -128,8 +131,9 @@ def test_the_checklists_own_rows_have_its_severities(good):
         ("Padding does not change the logits", {"padding_sqnr_db": 39.9}, "39.9 dB is below 40 dB"),
         ("Padding does not change the logits", {"padding_sqnr_db": math.nan}, "nan dB is below 40 dB"),
         ("Core ML loads and predicts", {"core_ml_problem": "Core ML: no"}, "Core ML: no"),
-        ("Core ML loads and predicts", {"core_ml_sqnr_db": 12.0}, "12 dB is below 40 dB"),
-        ("Sampled answers differ", {"sampled": ()}, "0 different answers is below 10"),
+        ("Core ML loads and predicts", {"has_core_ml": True, "core_ml_sqnr_db": 12.0}, "12 dB is below 40 dB"),
+        ("Sampled answers differ", {"sampled": ()}, "0 answers were sampled, 24 are to be"),
+        ("The Core ML model loads", {"load_problem": "no such operation"}, "no such operation"),
     ],
 )
 def test_each_fault_fails_its_gate_and_says_why(good, name, changes, reason):
@@ -195,17 +199,84 @@ def test_what_could_not_be_asked_is_not_run_and_no_must_gate_is_excused(good):
     assert not must_gates_ok(gates)
 
 
-def test_a_model_without_a_halt_head_or_moods_is_not_asked_for_them(good):
+def test_a_model_without_a_halt_head_or_moods_has_no_such_rows(good):
+    plain = Facts(model_type="toy", has_halt_head=False, asks_moods=False)
+    gates = evaluate(msgspec.structs.replace(good, subject=plain))
+    missing = {"The halt head decides as labelled", "Held-out answers have the right mood"}
+    assert {row.name for row in ROWS} - {gate.name for gate in gates} == missing
+    assert gates_ok(gates)
+    assert [gate.name for gate in evaluate_failure("no", plain)] == [gate.name for gate in gates]
+
+
+def test_no_contract_and_no_question_takes_a_must_gate_away(good):
+    """What is verified cannot say that it need not be: the checkpoint and the kind of dataset do."""
     arch = msgspec.structs.replace(good.contract.model_arch, use_halt_head=False)
     evidence = msgspec.structs.replace(
         good,
         contract=msgspec.structs.replace(good.contract, model_arch=arch),
-        heldout=heldout(good, with_mood=0, right_mood=0),
+        heldout=Heldout(
+            answers=msgspec.structs.replace(good.heldout.answers, with_mood=0, right_mood=0), halt_agreement=None
+        ),
     )
     for name in ("The halt head decides as labelled", "Held-out answers have the right mood"):
         found = gate(evidence, name)
-        assert (found.outcome, found.severity) == (Outcome.NOT_RUN, Severity.NICE)
-    assert gates_ok(evaluate(evidence))
+        assert (found.outcome, found.severity) == (Outcome.NOT_RUN, Severity.MUST)
+    assert not must_gates_ok(evaluate(evidence))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("No position sees a later token", {"leak": None}),
+        ("Padding does not change the logits", {"padding_sqnr_db": None}),
+        ("Every held-out answer is exact", {"heldout": None}),
+    ],
+)
+def test_where_nothing_was_compared_a_must_gate_does_not_pass(good, name, changes):
+    found = gate(good, name, **changes)
+    assert (found.outcome, found.severity, found.reason) == (
+        Outcome.NOT_RUN,
+        Severity.MUST,
+        "nothing was compared: no held-out conversation serves for it",
+    )
+
+
+def test_fewer_questions_than_configured_fail_though_each_answer_is_exact(good):
+    few = heldout(good, asked=5, exact=5, with_mood=1, right_mood=1, with_tool_call=4)
+    found = gate(good, "Every held-out answer is exact", heldout=few)
+    assert (found.outcome, found.reason, found.measured, found.threshold) == (
+        Outcome.FAILED,
+        "5 held-out questions were asked, 64 are to be",
+        5,
+        64,
+    )
+
+
+def test_a_macs_failures_have_no_platform_excuse(good):
+    shapes = {**good.shapes, "T96": ShapeError(backend=Backend.MIL_REFERENCE, error="broke")}
+    found = gate(good, "Core ML loads and predicts", has_core_ml=True, shapes=shapes)
+    assert (found.outcome, found.platform_reason, found.reason) == (
+        Outcome.NOT_RUN,
+        None,
+        "the package does not run at the primary shape T96",
+    )
+    speed = gate(good, "Optimal model size and performance", has_core_ml=True)
+    assert (speed.outcome, speed.platform_reason) == (Outcome.NOT_RUN, None)
+
+
+def test_a_cell_answers_one_notice_about_torch_and_no_other(good):
+    name = "No compatibility warnings"
+    torch_notice = next(iter(good.diagnostics.of_kind(NoticeKind.COMPATIBILITY)))
+    assert gate(good, name).outcome is Outcome.PASSED
+    numpy_text = "NumPy version 9 has not been tested with coremltools."
+    numpy_notice = msgspec.structs.replace(torch_notice, text=numpy_text)
+    for notices in ((numpy_notice,), (torch_notice, numpy_notice)):
+        found = gate(good, name, diagnostics=_with_notices(good, *notices))
+        assert found.outcome is Outcome.FAILED
+        assert found.reason == (
+            " ".join(notice.text for notice in notices)
+            + " A measured cell answers one notice about torch, and no other."
+        )
 
 
 def test_a_halt_head_that_decides_wrongly_fails(good):
@@ -218,9 +289,6 @@ def test_a_shape_that_failed_at_export(good):
     contract = msgspec.structs.replace(good.contract, shape_validation=validation)
     found = gate(good, "All shape enumerations succeed", contract=contract)
     assert (found.outcome, found.measured, found.reason) == (Outcome.FAILED, "2 of 3", "T128: no")
-    validation = {**good.contract.shape_validation, "T96": ShapeFailed(error="no")}
-    contract = msgspec.structs.replace(good.contract, shape_validation=validation)
-    assert gate(good, "Primary shape validation succeeds", contract=contract).reason == "T96 failed at export: no"
     assert isinstance(good.contract.shape_validation["T96"], ShapeOk)
 
 
@@ -238,7 +306,9 @@ def _with_notices(evidence: Evidence, *notices: Notice, **toolchain: str) -> Con
     )
 
 
-UNTESTED = Notice(kind=NoticeKind.COMPATIBILITY, source="x", text="Torch 9 has not been tested.", count=1)
+UNTESTED = Notice(
+    kind=NoticeKind.COMPATIBILITY, source="x", text="Torch version 9 has not been tested with coremltools.", count=1
+)
 
 
 def test_a_compatibility_notice_needs_a_measured_cell_to_answer_it(good):
@@ -247,7 +317,7 @@ def test_a_compatibility_notice_needs_a_measured_cell_to_answer_it(good):
     unmeasured = gate(good, name, diagnostics=_with_notices(good, UNTESTED, torch="9.0.0"))
     assert (unmeasured.outcome, unmeasured.reason) == (
         Outcome.FAILED,
-        "Torch 9 has not been tested. No measured cell answers it.",
+        "Torch version 9 has not been tested with coremltools. No measured cell answers it.",
     )
     failed_cell = gate(good, name, diagnostics=_with_notices(good, UNTESTED, numpy="2.4.1"))
     assert failed_cell.outcome is Outcome.FAILED
@@ -274,15 +344,17 @@ def test_the_python_of_the_conversion(good, python, outcome):
     found = gate(good, name, diagnostics=_with_notices(good, python=python))
     assert found.outcome is outcome
     assert found.measured == f"export {good.contract.toolchain.python}, conversion {python}"
-    production = msgspec.structs.replace(good.contract, model_type="production")
-    found = gate(good, name, contract=production, diagnostics=_with_notices(good, python="3.13.0"))
+    production = msgspec.structs.replace(good.subject, model_type="production")
+    found = gate(good, name, subject=production, diagnostics=_with_notices(good, python="3.13.0"))
     assert found.outcome is Outcome.FAILED
 
 
 def test_core_ml_is_excused_by_its_platform_alone(good):
     found = gate(good, "Core ML loads and predicts")
     assert (found.outcome, found.platform_reason) == (Outcome.NOT_RUN, PlatformReason.NEEDS_MACOS)
-    assert gate(good, "Core ML loads and predicts", core_ml_sqnr_db=55.0).outcome is Outcome.PASSED
+    assert (
+        gate(good, "Core ML loads and predicts", has_core_ml=True, core_ml_sqnr_db=55.0).outcome is Outcome.PASSED
+    )
     summary = gate(good, "Verification shows all gates OK", core_ml_problem="broke")
     assert summary.reason == "not passed: Core ML loads and predicts"
 
@@ -293,3 +365,27 @@ def test_the_perfect_report_names_what_is_missing(good):
         "not passed: Core ML loads and predicts (not_run); Zero warnings in conversion logs (failed); "
         "Optimal model size and performance (not_run)"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exact": 65}, r"^`exact` is 65, which is no part of `asked` 64$"),
+        ({"right_mood": -1}, r"^`right_mood` is -1, which is no part of `with_mood` 60$"),
+        ({"with_tool_call": 5}, r"^`with_mood` 60 and `with_tool_call` 5 are more than `asked` 64$"),
+        ({"out_of_vocabulary": -1}, r"^`out_of_vocabulary` is -1$"),
+        ({"teacher_kl_nats": math.nan}, r"^`teacher_kl_nats` is nan$"),
+    ],
+)
+def test_counts_of_answers_that_cannot_be_are_refused(good, changes, message):
+    with pytest.raises(ValueError, match=message):
+        heldout(good, **changes)
+
+
+def test_a_contract_promises_nothing_of_a_primary_shape_that_failed_nor_two_tensors_of_one_name(good):
+    validation = {**good.contract.shape_validation, "T96": ShapeFailed(error="no")}
+    with pytest.raises(ValueError, match=r"^the primary shape T96 failed \(no\), so there is nothing to promise$"):
+        msgspec.structs.replace(good.contract, shape_validation=validation)
+    outputs = (good.contract.outputs[0], good.contract.outputs[0])
+    with pytest.raises(ValueError, match=r"^more than one tensor is called logits$"):
+        msgspec.structs.replace(good.contract, outputs=outputs)

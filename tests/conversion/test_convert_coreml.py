@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 import torch
 from torch import nn
 
-from coremill.conversion.convert_coreml import main
+from coremill.conversion.convert import FailedConversionError
+from coremill.conversion.convert_coreml import main, run_stage
 from coremill.conversion.graph import parse_program, program_bytes, read_interface, trace
 from coremill.conversion.package import check_package
 from coremill.core import layout
 from coremill.core.command import exit_on_error
 from coremill.core.config import ConvertConfig
-from coremill.core.contract import ShapeOk, ShapeSet
+from coremill.core.contract import ModelArch, ShapeOk, ShapeSet
 from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure, NoticeKind
 from coremill.core.digest import bytes_digest, digest, file_digest
 from coremill.core.documents import read_json, write_json
+from coremill.core.errors import GATES_FAILED
 
 
 def arguments(build, *more: str) -> list[str]:
@@ -134,6 +138,7 @@ def unconvertible(build):
     interface = read_interface(program, [[0] * 80, [0] * 96])
     contract = msgspec.structs.replace(
         build.read_contract(),
+        model_arch=ModelArch(use_halt_head=False, tie_embeddings=True),
         graph_digest=bytes_digest(data),
         inputs=interface.inputs,
         outputs=interface.outputs,
@@ -152,7 +157,7 @@ def test_a_failed_conversion_is_an_error_and_leaves_the_old_package(unconvertibl
     assert error.startswith("conversion error: coremltools could not convert the graph: ")
     assert "special_bessel_j0" in error
     assert error.splitlines()[-1] == (
-        "  run: the same command with --allow-placeholder, which records the failure and what the converter said"
+        "  run: python -m coremill.conversion.convert_coreml --allow-placeholder …, which records the failure"
     )
     assert digest(unconvertible.package) == before
     assert not layout.placeholder_file(unconvertible.package.parent).exists()
@@ -161,7 +166,7 @@ def test_a_failed_conversion_is_an_error_and_leaves_the_old_package(unconvertibl
 
 def test_a_placeholder_is_a_labelled_record_and_no_package(unconvertible, caplog):
     out = unconvertible.root / "fresh" / "tiny_ball.mlpackage"
-    assert convert_here(unconvertible, "--out", str(out), "--allow-placeholder") == 0
+    assert convert_here(unconvertible, "--out", str(out), "--allow-placeholder") == GATES_FAILED
     assert sorted(path.name for path in out.parent.iterdir()) == ["conversion.log", "conversion_failed.json"]
     record = read_json(layout.placeholder_file(out.parent), ConversionFailure)
     assert record.package == "tiny_ball.mlpackage"
@@ -172,6 +177,34 @@ def test_a_placeholder_is_a_labelled_record_and_no_package(unconvertible, caplog
     assert record.toolchain.packages["coremltools"] == "9.0"
     assert NoticeKind.ERROR in {notice.kind for notice in record.notices}
     assert "no package was made; the failure is recorded in" in caplog.text
+
+
+def test_a_stage_that_fails_leaves_the_record_and_the_log_for_people_to_read(unconvertible):
+    context = unconvertible.context("again", "export")
+    with pytest.raises(FailedConversionError, match=r"special_bessel_j0"):
+        run_stage(context)
+    assert sorted(path.name for path in context.out.iterdir()) == ["conversion.log", "conversion_failed.json"]
+    record = read_json(layout.placeholder_file(context.out), ConversionFailure)
+    assert (record.package, record.graph_digest) == ("tiny_ball.mlpackage", file_digest(unconvertible.graph))
+    assert "special_bessel_j0" in layout.conversion_log(context.out).read_text()
+
+
+def test_an_interrupted_publication_keeps_the_old_package(build, monkeypatch):
+    """Ctrl-C right after the old package was renamed away."""
+    before = digest(build.package)
+    rename = Path.rename
+
+    def interrupted(self, target):
+        done = rename(self, target)
+        if self == build.package:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert_here(build)
+    assert digest(build.package) == before
+    check_package(build.package)
 
 
 def test_a_placeholder_does_not_excuse_bad_input(build):
@@ -194,4 +227,5 @@ def test_every_setting_that_the_configuration_admits_is_a_choice(capsys):
     assert "{iOS18,macOS15}" in text
     assert "{float16,float32}" in text
     assert " 43  conversion" in text
+    assert "and exit with 3: there is no package" in " ".join(text.split())
     assert ConvertConfig() == ConvertConfig(deployment_target="iOS18", compute_precision="float16")

@@ -8,8 +8,9 @@ import msgspec
 import pytest
 import torch
 
-from coremill.conversion import export_pytorch
-from coremill.conversion.export_pytorch import MAX_ABS_ERR, main, parse_shapes, validate
+from coremill.conversion import export
+from coremill.conversion.export import MAX_ABS_ERR, validate
+from coremill.conversion.export_pytorch import main, parse_shapes
 from coremill.conversion.graph import as_input, load_program, run_program
 from coremill.conversion.sequences import packed
 from coremill.core.command import exit_on_error
@@ -101,7 +102,7 @@ class Specialised(Student):
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor to a Python integer")  # what the careless do not read
 def test_a_graph_that_was_specialised_to_the_traced_length_is_found_out(build, monkeypatch):
-    monkeypatch.setattr(export_pytorch, "build_student", lambda ckpt: _as(Specialised, ckpt))
+    monkeypatch.setattr(export, "build_student", lambda ckpt: _as(Specialised, ckpt))
     assert export_here(build) == 0
     contract = read_contract(build.root / "new" / "tiny_ball_contract.json")
     assert contract.shape_validation["T96"] == ShapeOk(max_abs_err=0.0)
@@ -143,7 +144,7 @@ def test_a_program_that_differs_from_the_model_or_is_not_finite_fails(pristine):
         ("no tokenizer", 21, "tokenizer error: cannot read "),
         ("no held-out set", 20, "dataset error: "),
         ("production checkpoint", 31, "toy refused error: --toy with a checkpoint of model type 'production'"),
-        ("output in the way", 52, "output error: cannot write to "),
+        ("output in the way", 52, "output error: cannot write "),
         ("old python", 30, "version gate error: Python 3.12.1 ("),
     ],
 )

@@ -20,7 +20,7 @@ from coremill.conversion.graph import (
     run_program,
     trace,
 )
-from coremill.core.contract import DType, TensorSpec
+from coremill.core.contract import DType, ModelArch, TensorSpec
 from coremill.core.errors import ContractMismatchError, TorchScriptError
 
 
@@ -78,6 +78,30 @@ def test_a_dimension_that_follows_otherwise_is_refused():
 def test_an_output_of_another_dtype_is_refused():
     with pytest.raises(ContractMismatchError, match=r"^output `ids` is torch\.int64"):
         read_interface(saved(Long(), ["ids"]), [[0] * 6, [0] * 9])
+
+
+class TwoInputs(nn.Module):
+    def forward(self, input_ids, mask):
+        return (input_ids * mask).float()
+
+
+class Shrinking(nn.Module):
+    """Runs at six tokens and more."""
+
+    def forward(self, input_ids):
+        return (input_ids.view(1, 2, 3).float(),)
+
+
+def test_a_graph_of_two_inputs_is_refused():
+    ids = torch.ones(1, 6, dtype=torch.int32)
+    program = torch.jit.trace(TwoInputs(), (ids, ids))
+    with pytest.raises(ContractMismatchError, match=r"^the graph has 2 inputs: input_ids, mask"):
+        read_interface(program, [[0] * 6])
+
+
+def test_a_graph_that_does_not_run_at_a_length_is_refused():
+    with pytest.raises(ContractMismatchError, match=r"^the graph does not run at length 9: .*\[1, 2, 3\]"):
+        read_interface(saved(Shrinking(), ["halves"]), [[0] * 6, [0] * 9])
 
 
 def test_as_many_names_as_outputs():
@@ -153,13 +177,27 @@ def test_a_missing_a_truncated_and_a_damaged_program(build):
     [
         ({"graph_digest": "sha256:0"}, r"^the graph is sha256:\w+, its contract describes sha256:0"),
         (
-            {"outputs": ()},
-            r"^the contract's outputs are , the graph's are logits float32 \(1, T, 512\), halt_logits float32",
+            {"outputs": (TensorSpec(name="halt_logits", dtype=DType.FLOAT32, shape=(1, "T", 2)),)},
+            r"^the contract's outputs are halt_logits float32 \(1, T, 2\), the graph's are logits float32 \(1",
         ),
         (
             {"inputs": (TensorSpec(name="tokens", dtype=DType.INT32, shape=(1, "T")),)},
             r"^the contract's inputs are tokens int32 \(1, T\), the graph's are input_ids int32 \(1, T\)",
         ),
+        ({"inputs": ()}, r"^the contract has 0 inputs \(\), `main` takes one"),
+        (
+            {"states": (TensorSpec(name="kv", dtype=DType.FLOAT16, shape=(1, 4)),)},
+            r"^the contract has the states kv float16 \(1, 4\), `main` has none",
+        ),
+        (
+            {"inputs": (TensorSpec(name="input_ids", dtype=DType.INT32, shape=("B", "T")),)},
+            r"^the contract has the dimensions B, `main` has T alone",
+        ),
+        (
+            {"model_arch": ModelArch(use_halt_head=False, tie_embeddings=True)},
+            r"^the contract has use_halt_head false, and an output `halt_logits`",
+        ),
+        ({"outputs": ()}, r"^the contract has use_halt_head true, and no output `halt_logits`"),
     ],
 )
 def test_a_contract_that_disagrees_with_the_graph(pristine, change, message):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from coremill.conversion.outputs import check_room, check_writable, publish_directory, staging, write_together
+from coremill.conversion.outputs import check_room, check_writable, write_together
 from coremill.core.errors import OutputError
 
 
@@ -38,27 +40,15 @@ def test_files_are_written_together(tmp_path):
 def test_neither_file_is_written_where_one_cannot_be(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
     (tmp_path / "b").mkdir()
-    with pytest.raises(OutputError, match=r"/b is a folder"):
+    with pytest.raises(OutputError, match=r"/b is in the way"):
         write_together({tmp_path / "a": b"new", tmp_path / "b": b"new"})
     assert (tmp_path / "a").read_bytes() == b"old"
     assert names(tmp_path) == ["a", "b"]
 
 
-def test_publishing_replaces_a_directory_whole_and_leaves_nothing_beside_it(tmp_path):
-    target = tmp_path / "x.mlpackage"
-    for content in ("old", "new"):
-        with staging(tmp_path) as folder:
-            fresh = folder / target.name
-            fresh.mkdir()
-            (fresh / content).write_text(content)
-            publish_directory(fresh, target)
-    assert [path.name for path in tmp_path.rglob("*")] == ["x.mlpackage", "new"]
-
-
-def test_publishing_keeps_the_old_directory_when_it_fails(tmp_path):
-    target = tmp_path / "x.mlpackage"
-    target.mkdir()
-    (target / "old").touch()
-    with pytest.raises(OutputError, match=r"cannot write .*x\.mlpackage: No such file or directory"):
-        publish_directory(tmp_path / "never made", target)
-    assert [path.name for path in tmp_path.rglob("*")] == ["x.mlpackage", "old"]
+def test_neither_file_is_written_where_one_is_a_device(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(OutputError, match=r"^/dev/full is in the way"):
+        write_together({tmp_path / "a": b"new", Path("/dev/full"): b"new"})
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]

@@ -54,7 +54,7 @@ def test_another_process_makes_the_same_bytes_and_shows_none_of_the_converters_c
     done = subprocess.run(convert, check=True, env=environment, capture_output=True, text=True)
     assert done.stdout == ""
     assert re.fullmatch(
-        r"INFO __main__: the converter said: \d+ harmless, 1 compatibility, 0 warning, 0 error\n"
+        r"INFO coremill.conversion.convert: the converter said: \d+ harmless, 1 compatibility, 0 warning, 0 error\n"
         r"INFO __main__: wrote .*/convert/tiny_ball\.mlpackage\n",
         done.stderr,
     )

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from coremill.conversion import convert_coreml, export_pytorch
-from coremill.conversion.backends import core_ml_runner, reference_runner
+from coremill.conversion.backends import Runner, core_ml_runner, reference_runner
+from coremill.conversion.checks import ask_heldout
 from coremill.conversion.package import MODEL, WEIGHT_FILE, read_spec
+from coremill.conversion.scoring import Scorer
 from coremill.conversion.sequences import packed
+from coremill.conversion.verify import lane_of
 from coremill.conversion.verify_contract import DEFAULTS, main, run_stage
 from coremill.core import layout
 from coremill.core.command import exit_on_error
@@ -23,9 +26,11 @@ from coremill.core.contract import TokenizerRef
 from coremill.core.diagnostics import ConversionFailure
 from coremill.core.digest import digest, file_digest
 from coremill.core.documents import encode, read_json, write_json
-from coremill.core.errors import GATES_FAILED
+from coremill.core.errors import GATES_FAILED, ContractMismatchError
 from coremill.core.gates import Gate, Outcome, PlatformReason, Severity, must_gates_ok
 from coremill.core.reports import Backend, ShapeError, ShapeMeasured, VerificationReport
+from coremill.data.tokenizer import Tokenizer
+from coremill.mil import MLModel
 from coremill.model.checkpoint import checkpoint_of, load_checkpoint, save_checkpoint
 from coremill.model.student import new_student
 
@@ -224,6 +229,7 @@ def test_the_contract_of_another_package_is_caught(build):
         "Contract file generated and valid": (
             f"the contract is {file_digest(build.contract)}, not "
             + read_spec(build.package).description.metadata.userDefined["com.coremill.contract_digest"]
+            + "; model_type: the contract says 'toy', the checkpoint 'magic-8-ball'"
         )
     }
 
@@ -241,7 +247,9 @@ def test_an_untrained_model_is_caught_by_its_answers_alone(build):
     export_pytorch.run_stage(build.context("export", "dataset", "training"))
     convert_coreml.run_stage(build.context("convert", "export"))
     config = build.context("verify").config
-    few = msgspec.structs.replace(config.verify, heldout_answers=4, sampled_answers=2)  # its answers never end
+    few = msgspec.structs.replace(
+        config.verify, heldout_answers=4, sampled_answers=2, min_distinct_sampled=1
+    )  # its answers never end
     bad = bad_gates(verified(build, msgspec.structs.replace(config, verify=few)))
     assert bad["Every held-out answer is exact"] == "0 is below 1"
     assert bad["Held-out answers have the right mood"] == "0 is below 0.95"
@@ -295,6 +303,83 @@ def test_logits_that_are_not_finite_are_a_failed_shape_and_no_crash(build):
     assert isinstance(report.shapes["T96"], ShapeError)
     assert "are NaN or infinite" in report.shapes["T96"].error
     assert "are NaN or infinite" in bad_gates(report)["Primary shape validation succeeds"]
+
+
+def _first_operation(spec, op_type):
+    operations = spec.mlProgram.functions["main"].block_specializations["CoreML8"].operations
+    return next(operation for operation in operations if operation.type == op_type)
+
+
+def test_a_package_that_does_not_load_has_a_report_all_the_same(build):
+    def plant(spec):
+        _first_operation(spec, "gather").type = "no_such_operation"
+
+    build.edit_spec(plant)
+    report = verified(build)
+    loads = gate_of(report, "The Core ML model loads")
+    assert (loads.outcome, loads.severity) == (Outcome.FAILED, Severity.MUST)
+    assert "no_such_operation" in loads.reason
+    silent = [gate for gate in report.gates if gate.reason == f"the package does not load: {loads.reason}"]
+    assert len(silent) == 14
+    assert {gate.outcome for gate in silent} == {Outcome.NOT_RUN}
+    assert report.heldout is None
+    assert all(isinstance(shape, ShapeError) for shape in report.shapes.values())
+    assert verify_here(build) == GATES_FAILED
+
+
+def test_the_operations_counted_are_those_that_were_lowered(pristine, report):
+    operations = read_spec(pristine.package).mlProgram.functions["main"].block_specializations["CoreML8"].operations
+    count = sum(operation.type != "const" for operation in operations)
+    assert gate_of(report, "The Core ML model loads").measured == f"{count} operations lowered by coremill.mil"
+
+
+class Wide:
+    """Runs the package, and says an id that no tokenizer here has wherever it would end an answer."""
+
+    def __init__(self, package: Path) -> None:
+        self._model = MLModel(package)
+
+    def predict(self, data):
+        outputs = self._model.predict(data)
+        logits = outputs["logits"]  # (1, T, V)
+        wide = np.concatenate([logits, np.full_like(logits[..., :3], -1e4)], axis=-1)
+        ends = wide.argmax(-1) == Tokenizer.end_id
+        wide[..., -1][ends] = 1e4
+        return {**outputs, "logits": wide}
+
+
+def test_a_token_beyond_the_vocabulary_is_counted_and_never_exact(pristine):
+    contract = pristine.read_contract()
+    logits, halt = contract.outputs
+    outputs = (msgspec.structs.replace(logits, shape=(1, "T", 515)), halt)
+    promised = msgspec.structs.replace(contract, outputs=outputs)
+    runner = Runner(Wide(pristine.package), Backend.MIL_REFERENCE, promised)
+    tokenizer, rows = pristine.read_tokenizer(), pristine.read_rows()[:2]
+    found = ask_heldout(Scorer(runner, [96], tokenizer.pad_id), rows, tokenizer)
+    assert found.answers.out_of_vocabulary == 2
+    assert (found.answers.asked, found.answers.exact, found.answers.right_mood) == (2, 0, 0)
+
+
+def test_the_lane_is_the_release_of_torch_and_no_guess(pristine):
+    contract = pristine.read_contract()
+
+    def with_torch(packages):
+        return msgspec.structs.replace(
+            contract, toolchain=msgspec.structs.replace(contract.toolchain, packages=packages)
+        )
+
+    assert lane_of(with_torch({"torch": "2.8.0+cu128"})) == "2.8.0"
+    with pytest.raises(ContractMismatchError, match=r"^the contract's toolchain has torch None") as caught:
+        lane_of(with_torch({}))
+    assert caught.value.exit_code == 42
+
+
+def test_a_contract_that_claims_less_than_the_checkpoint_has_is_caught(build, capsys):
+    contract = build.read_contract()
+    arch = msgspec.structs.replace(contract.model_arch, use_halt_head=False)
+    write_json(build.contract, msgspec.structs.replace(contract, model_arch=arch))
+    assert verify_here(build) == 42
+    assert "has use_halt_head false, and an output `halt_logits`" in capsys.readouterr().err
 
 
 # The record of a failed conversion

@@ -48,6 +48,32 @@ def refusal(tmp_path, old, new):
         ("seed = 8\n\n[shapes]", 'seed = "8"\n\n[shapes]', "F: Expected `int`, got `str` at `$.training.seed`"),
         ('name = "magic-8-ball"', 'name = "../x"', "F: `name` must be lower case letters, digits, '-' and '.'"),
         ("[verify]", "[verify", "F is not TOML:"),
+        (
+            "warmup_steps = 20",
+            "warmup_steps = -5",
+            "F: `warmup_steps` must not be negative, found -5",
+        ),
+        ("grad_clip = 1.0", "grad_clip = nan", "F: `grad_clip` must be positive, found nan"),
+        (
+            "max_teacher_kl_nats = 0.02",
+            "max_teacher_kl_nats = inf",
+            "F: `max_teacher_kl_nats` must not",
+        ),
+        (
+            "min_right_mood = 0.95",
+            "min_right_mood = -1",
+            "F: `min_right_mood` must lie between 0 and 1",
+        ),
+        (
+            "min_distinct_sampled = 10",
+            "min_distinct_sampled = 25",
+            "F: `min_distinct_sampled` 25 is more",
+        ),
+        (
+            "heldout_answers = 64",
+            "heldout_answers = 9999",
+            "F: verify.heldout_answers 9999 is more than",
+        ),
     ],
 )
 def test_an_impossible_configuration_is_refused_by_name(tmp_path, old, new, text):

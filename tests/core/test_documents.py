@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coremill.core.contract import ShapeFailed, ShapeOk
-from coremill.core.documents import Document, Record, encode, from_builtins, read_json, write_atomic, write_json
+from coremill.core.documents import Document, Record, encode, from_builtins, read_json, write_json
 from coremill.core.errors import ConfigError, DocumentError, SchemaVersionError
 
 
@@ -119,20 +119,6 @@ def test_records_are_frozen_and_keyword_only():
         Leaf(size=1).size = 2
     with pytest.raises(TypeError):
         Leaf(1)
-
-
-def test_a_failed_write_leaves_the_old_bytes_and_no_litter(tmp_path, monkeypatch):
-    path = tmp_path / "tree.json"
-    write_atomic(path, b"old")
-
-    def no_space(source, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["tree.json"]
 
 
 def test_encoding_ends_with_a_newline_and_is_json():

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from coremill.core.digest import file_digest
-from coremill.core.documents import write_json
 from coremill.infra.examination import GB, Machine
-from coremill.pipeline.environments import BUILD_ENVIRONMENTS, STAMP, Environment, Stamp
+from coremill.pipeline.environments import BUILD_ENVIRONMENTS, Environment, write_stamp
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,10 +39,7 @@ class Checkout:
             info = site / f"{name}-{version}.dist-info"
             info.mkdir()
             (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
-        write_json(
-            folder / STAMP,
-            Stamp(environment=environment.name, lock_digest=file_digest(environment.lock(self.root))),
-        )
+        write_stamp(self.root, environment, folder)
         return folder
 
     def interpreter(self, version: str) -> Path:

@@ -82,6 +82,19 @@ def test_draws_follow_the_softmax_at_the_temperature(temperature: float) -> None
     assert np.all(np.abs(shares - expected) <= 5 * np.sqrt(expected * (1 - expected) / n))
 
 
+@pytest.mark.parametrize(("draw", "expected"), [(0.0, 1), (np.nextafter(1.0, 0.0), 2)])
+def test_the_ends_of_the_unit_interval_draw_no_masked_id(
+    monkeypatch: pytest.MonkeyPatch, draw: float, expected: int
+) -> None:
+    class Fixed:
+        def random(self) -> float:
+            return draw
+
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Fixed())
+    logits = np.array([-np.inf, 0.25, -1.5, -np.inf])
+    assert TemperatureSampler(1.0, seed=0)(logits) == expected
+
+
 def test_a_nearly_cold_sampler_is_greedy() -> None:
     logits = np.array([1.0, 1.5, 1.4], dtype=np.float32)
     assert {TemperatureSampler(1e-3, seed)(logits) for seed in range(50)} == {1}

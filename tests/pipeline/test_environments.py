@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def test_one_without_a_stamp_is_not_there(root):
     (root / ".nox" / "env-toy" / STAMP).unlink()
     assert installed(root) == {}
     assert not is_current(root, TOY, root / ".nox" / "env-toy")
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"schema_version": "9.0"}', '{"schema_version": "1.0"}'])
+def test_one_with_an_unreadable_stamp_is_not_there(root, text):
+    (root / ".nox" / "env-toy" / STAMP).write_text(text)
+    assert installed(root) == {}
+
+
+def test_one_that_was_copied_with_its_checkout_is_not_there(root, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("copy") / "project"
+    shutil.copytree(root, copy, symlinks=True)
+    assert installed(copy) == {}
 
 
 def test_one_whose_interpreter_is_gone_is_not_there(root):

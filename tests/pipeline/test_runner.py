@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -14,7 +13,6 @@ import pytest
 from coremill.core.errors import DigestError, RunLockedError, StageError
 from coremill.core.manifest import read_manifest
 from coremill.pipeline.lock import TOKEN_VARIABLE, RunLock
-from coremill.pipeline.publish import publishing, recover
 from coremill.pipeline.runner import run_stage
 from coremill.pipeline.stages import find_stage
 
@@ -61,11 +59,17 @@ def test_a_stage_that_fails_leaves_what_was_there(stages, config, layout, toolse
     with pytest.raises(OSError, match="disk"):
         build(stages, config, layout, toolset, "dataset", force=True)
     assert read_manifest(layout.stage("dataset")) == old
+    assert sorted(entry.name for entry in layout.root.iterdir()) == ["dataset", "dataset.failed"]
+    left = read_manifest(layout.failed_stage("dataset"))
+    assert (left.outcome, left.error, list(left.outputs)) == ("failed", "disk", ["half"])
+    module.write_text("def run_stage(context):\n    return {}\n")
+    sys.modules.pop("tiny_dataset")
+    build(stages, config, layout, toolset, "dataset", force=True)
     assert sorted(entry.name for entry in layout.root.iterdir()) == ["dataset"]
 
 
 def test_a_second_build_is_refused_and_told_who_is_first(stages, config, layout, toolset):
-    with RunLock(layout.lock), pytest.raises(RunLockedError) as caught:
+    with RunLock(layout), pytest.raises(RunLockedError) as caught:
         build(stages, config, layout, toolset, "dataset")
     assert caught.value.exit_code == 50
     assert f"is held by process {os.getpid()}, since 20" in caught.value.found
@@ -73,7 +77,7 @@ def test_a_second_build_is_refused_and_told_who_is_first(stages, config, layout,
 
 
 def test_a_stage_of_the_build_that_holds_the_lock_may_run(stages, config, layout, toolset, monkeypatch):
-    with RunLock(layout.lock) as lock:
+    with RunLock(layout) as lock:
         monkeypatch.setenv(TOKEN_VARIABLE, lock.token)
         build(stages, config, layout, toolset, "dataset")
         monkeypatch.setenv(TOKEN_VARIABLE, "another")
@@ -81,60 +85,48 @@ def test_a_stage_of_the_build_that_holds_the_lock_may_run(stages, config, layout
             build(stages, config, layout, toolset, "dataset")
 
 
-KILLED = """
-    import os, signal, sys
+ORPHAN = """
+    import sys, time
     from pathlib import Path
-    from coremill.pipeline.lock import RunLock
-    from coremill.pipeline.publish import publishing
-    folder = Path(sys.argv[1])
-    rename = Path.rename
-
-    def rename_and_die(source, target):
-        rename(source, target)
-        if sys.argv[2] == "between" and source == folder:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Path.rename = rename_and_die
-    with RunLock(folder.parent / "lock"):
-        with publishing(folder) as fresh:
-            (fresh / "a").write_text("new")
-            if sys.argv[2] == "within":
-                os.kill(os.getpid(), signal.SIGKILL)
-            (fresh / "b").write_text("new")
+    from coremill.core.layout import RunLayout
+    from coremill.pipeline.lock import RunLock, WriterLock
+    layout = RunLayout(build=Path(sys.argv[1]), run="magic-8-ball")
+    with RunLock(layout), WriterLock(layout):
+        print("writing", flush=True)
+        sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("moment", ["within", "between"])
-def test_a_killed_build_leaves_the_last_good_artifact(tmp_path, moment):
-    folder = tmp_path / "stage"
-    with publishing(folder) as fresh:
-        (fresh / "a").write_text("old")
-    script = tmp_path / "killed.py"
-    script.write_text(textwrap.dedent(KILLED))
-    ended = subprocess.run([sys.executable, script, folder, moment], check=False)
-    assert ended.returncode == -signal.SIGKILL
-    with RunLock(tmp_path / "lock"):  # the kernel released the dead one's
-        recover(folder)
-    assert {entry.name: entry.read_text() for entry in folder.iterdir()} == {"a": "old"}
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["killed.py", "lock", "stage"]
+def test_a_stage_that_outlives_its_build_keeps_others_out(stages, config, layout, toolset, tmp_path, monkeypatch):
+    """The build is killed, its stage goes on: a new build may not begin before that stage has ended."""
+    script = tmp_path / "orphan.py"
+    script.write_text(textwrap.dedent(ORPHAN))
+    lock = RunLock(layout)
+    environ = {**os.environ, TOKEN_VARIABLE: lock.token}
+    command = [sys.executable, script, layout.build]
+    with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stage:
+        assert stage.stdout.readline() == b"writing\n"
+        lock.release()  # what the kernel does when the build is killed
+        with pytest.raises(RunLockedError, match=f"is held by process {stage.pid}, since 20"):
+            build(stages, config, layout, toolset, "dataset")
+        stage.stdin.close()
+        stage.wait()
+    build(stages, config, layout, toolset, "dataset")
 
 
-def test_a_killed_first_build_leaves_nothing_that_looks_finished(tmp_path):
-    folder = tmp_path / "stage"
-    script = tmp_path / "killed.py"
-    script.write_text(textwrap.dedent(KILLED))
-    subprocess.run([sys.executable, script, folder, "within"], check=False)
-    assert not folder.exists()
-    with publishing(folder) as fresh:
-        assert list(fresh.iterdir()) == []
-        (fresh / "a").write_text("whole")
-    assert (folder / "a").read_text() == "whole"
+def test_the_token_of_a_build_that_has_ended_opens_nothing(layout, monkeypatch):
+    ended = RunLock(layout)
+    monkeypatch.setenv(TOKEN_VARIABLE, ended.token)
+    ended.release()
+    with RunLock(layout) as mine:
+        assert mine.token != ended.token
 
 
-def test_a_published_folder_replaces_the_old_one_whole(tmp_path):
-    folder = tmp_path / "stage"
-    for name in ("a", "b"):
-        with publishing(folder) as fresh:
-            (fresh / name).write_text(name)
-    assert [entry.name for entry in folder.iterdir()] == ["b"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["stage"]
+def test_a_lock_file_that_was_removed_does_not_let_a_second_build_in(layout):
+    with RunLock(layout):
+        layout.lock.unlink()
+        with RunLock(layout) as second:  # `make clean` took the run away: this is another one
+            assert layout.lock.exists()
+            with pytest.raises(RunLockedError):
+                RunLock(layout)
+            assert second.token

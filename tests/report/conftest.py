@@ -1,8 +1,9 @@
-"""Runs as the stages leave them: one that is all right, one that is not, and one of two lanes."""
+"""Runs as the stages leave them: all right, not all right, of two lanes, and with a lane that failed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from coremill.core.config import RunConfig, read_config
 from coremill.core.contract import Toolchain
 from coremill.core.diagnostics import (
     ConversionDiagnostics,
-    ConversionFailure,
     Notice,
     NoticeKind,
     count_notices,
 )
+from coremill.core.digest import digest
 from coremill.core.documents import write_json
 from coremill.core.gates import (
     Gate,
@@ -33,9 +34,12 @@ from coremill.core.gates import (
 from coremill.core.layout import (
     MANIFEST,
     RunLayout,
+    checkpoint_file,
+    contract_file,
+    conversion_log,
+    dataset_file,
     diagnostics_file,
     package_dir,
-    placeholder_file,
     verification_report,
 )
 from coremill.core.manifest import Fingerprint, StageManifest, measure_outputs
@@ -44,13 +48,17 @@ from coremill.core.reports import (
     Backend,
     HeldoutAnswers,
     LaneSummary,
+    LaneVerified,
     RunSummary,
     ShapeError,
     ShapeMeasured,
     ShapeReport,
     StageSummary,
     VerificationReport,
+    lane_failed,
 )
+from coremill.pipeline.freshness import input_digests
+from coremill.pipeline.stages import find_stage
 
 BLOCKING = (
     "SQNR at the primary shape",
@@ -58,6 +66,10 @@ BLOCKING = (
     "Every held-out answer is exact",
 )
 """The must-gates that the bad run does not pass."""
+CONVERT_FAILURE = (
+    "coremltools could not convert the graph: NotImplementedError: PyTorch convert function for op 'erfinv' not "
+    "implemented; see build/magic-8-ball/torch-2.9.1/convert.failed/conversion.log"
+)
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = Path(__file__).parents[2] / "configs" / "magic-8-ball.toml"
 MUST, SHOULD, NICE = Severity.MUST, Severity.SHOULD, Severity.NICE
@@ -191,8 +203,8 @@ def bad_shapes() -> dict[str, ShapeReport]:
     }
 
 
-def lane_summary(lane: str, gates: tuple[Gate, ...], shapes: dict[str, ShapeReport]) -> LaneSummary:
-    return LaneSummary(
+def lane_summary(lane: str, gates: tuple[Gate, ...], shapes: dict[str, ShapeReport]) -> LaneVerified:
+    return LaneVerified(
         lane=lane,
         toolchain=toolchain(torch=lane, coremltools="9.0", numpy="2.3.5"),
         primary="T128",
@@ -219,14 +231,27 @@ def stage_summary(stage: str, lane: str | None, duration_s: float, reason: str |
     )
 
 
-def run_summary(lanes: Sequence[LaneSummary], verify_reason: str | None = None) -> RunSummary:
-    stages = [stage_summary("dataset", None, 0.614), stage_summary("training", None, 17.96)]
-    for lane in lanes:
-        stages += [
-            stage_summary("export", lane.lane, 5.12),
+def lane_stages(lane: LaneSummary, verify_reason: str | None) -> list[StageSummary]:
+    export = stage_summary("export", lane.lane, 5.12)
+    if isinstance(lane, LaneVerified):
+        return [
+            export,
             stage_summary("convert", lane.lane, 9.471),
             stage_summary("verify", lane.lane, 11.03, None if lane.gates_ok else verify_reason),
         ]
+    never = "stage convert did not complete"
+    return [
+        export,
+        stage_summary("convert", lane.lane, 2.214, CONVERT_FAILURE),
+        StageSummary(stage="verify", lane=lane.lane, outcome=Outcome.NOT_RUN, reason=never),
+    ]
+
+
+def run_summary(lanes: Sequence[LaneSummary], verify_reason: str | None = None) -> RunSummary:
+    stages = [stage_summary("dataset", None, 0.614), stage_summary("training", None, 17.96)]
+    for lane in lanes:
+        stages += lane_stages(lane, verify_reason)
+    verified = any(isinstance(lane, LaneVerified) for lane in lanes)
     return RunSummary(
         run="magic-8-ball",
         model_type="magic-8-ball",
@@ -239,8 +264,8 @@ def run_summary(lanes: Sequence[LaneSummary], verify_reason: str | None = None) 
             "training.parameters": 623_232,
             "training.loss_last": 0.3412,
         },
-        sampled_seed=8,
-        sampled=answers(),
+        sampled_seed=8 if verified else None,
+        sampled=answers() if verified else (),
         gates_ok=all(lane.gates_ok for lane in lanes),
     )
 
@@ -266,14 +291,37 @@ def matrix() -> RunSummary:
     return run_summary(lanes, reason)
 
 
+def broken_lane(lane: str) -> LaneSummary:
+    """A lane whose conversion failed."""
+    packages = {"torch": lane, "coremltools": "9.0", "numpy": "2.3.5"}
+    return lane_failed(lane, "convert", CONVERT_FAILURE, toolchain(**packages))
+
+
+@pytest.fixture
+def failed_lane() -> RunSummary:
+    return run_summary([broken_lane("2.9.1")])
+
+
+@pytest.fixture
+def failed_matrix() -> RunSummary:
+    """The primary lane failed, the other is all right."""
+    return run_summary([broken_lane("2.9.1"), lane_summary("2.8.0", good_gates(), good_shapes())])
+
+
 @pytest.fixture
 def config() -> RunConfig:
     return read_config(CONFIG)
 
 
 @pytest.fixture
-def summaries(good: RunSummary, bad: RunSummary, matrix: RunSummary) -> dict[str, RunSummary]:
-    return {"good": good, "bad": bad, "matrix": matrix}
+def summaries(
+    good: RunSummary,
+    bad: RunSummary,
+    matrix: RunSummary,
+    failed_lane: RunSummary,
+    failed_matrix: RunSummary,
+) -> dict[str, RunSummary]:
+    return {"good": good, "bad": bad, "matrix": matrix, "failed": failed_lane, "failed-matrix": failed_matrix}
 
 
 class FinishedRun:
@@ -284,16 +332,35 @@ class FinishedRun:
         self.layout = RunLayout(build=build, run=config.name)
 
     def publish(self, stage: str, lane: str | None = None, **figures: float | int | str) -> Path:
-        """Write the manifest over what lies in the stage's folder."""
+        """Write the manifest over what lies in the stage's folder; a failure that it left is gone."""
         folder = self.layout.stage(stage, lane)
         folder.mkdir(parents=True, exist_ok=True)
+        self._record(folder, stage, lane, None, figures)
+        shutil.rmtree(self.layout.failed_stage(stage, lane), ignore_errors=True)
+        return folder
+
+    def fail(self, stage: str, lane: str | None, error: str, *, log: bool = False) -> Path:
+        """What the stage leaves when it fails; an older success stays where it is."""
+        folder = self.layout.failed_stage(stage, lane)
+        folder.mkdir(parents=True)
+        if log:
+            conversion_log(folder).write_text("converting\n")
+        self._record(folder, stage, lane, error, {})
+        return folder
+
+    def _record(
+        self, folder: Path, stage: str, lane: str | None, error: str | None, figures: dict[str, float | int | str]
+    ) -> None:
         (folder / MANIFEST).unlink(missing_ok=True)
         packages = {"torch": lane, "coremltools": "9.0", "numpy": "2.3.5"} if lane else {"torch": "2.9.1"}
+        inputs = input_digests(self.layout, find_stage(stage), lane)
         manifest = StageManifest(
+            outcome="succeeded" if error is None else "failed",
+            error=error,
             stage=stage,
             run=self.config.name,
             lane=lane,
-            fingerprint=Fingerprint(definition="", config="", sources="", lock="", interpreter="", inputs={}),
+            fingerprint=Fingerprint(definition="", config="", sources="", lock="", interpreter="", inputs=inputs),
             config={},
             toolchain=toolchain("3.13.0" if lane is None else "3.11.7", **packages),
             outputs=measure_outputs(folder),
@@ -302,7 +369,27 @@ class FinishedRun:
             duration_s=1.5,
         )
         write_json(folder / MANIFEST, manifest)
-        return folder
+
+    def shared(self) -> None:
+        """The dataset and the training."""
+        for stage in ("dataset", "training"):
+            self.layout.stage(stage).mkdir(parents=True)
+        dataset_file(self.layout.stage("dataset")).write_text("{}\n")
+        self.publish("dataset", rows=2048)
+        checkpoint_file(self.layout.stage("training"), self.config.name).write_text("weights")
+        self.publish("training", parameters=623_232, loss_last=0.3412)
+
+    def export(self, lane: str) -> Path:
+        folder = self.layout.stage("export", lane)
+        folder.mkdir(parents=True)
+        contract_file(folder, self.config.name).write_text("{}")
+        return self.publish("export", lane)
+
+    def lane(self, lane: str, gates: tuple[Gate, ...], shapes: dict[str, ShapeReport]) -> None:
+        """A whole lane."""
+        self.export(lane)
+        self.convert(lane)
+        self.verify(lane, gates, shapes)
 
     def convert(self, lane: str) -> Path:
         folder = self.layout.stage("convert", lane)
@@ -314,7 +401,7 @@ class FinishedRun:
         )
         diagnostics = ConversionDiagnostics(
             package=package.name,
-            package_digest="sha256:0",
+            package_digest=digest(package),
             toolchain=toolchain(torch=lane, coremltools="9.0", numpy="2.3.5"),
             deployment_target="iOS18",
             compute_precision="float16",
@@ -324,29 +411,18 @@ class FinishedRun:
         write_json(diagnostics_file(folder), diagnostics)
         return self.publish("convert", lane)
 
-    def convert_fails(self, lane: str) -> Path:
-        folder = self.layout.stage("convert", lane)
-        folder.mkdir(parents=True)
-        failure = ConversionFailure(
-            package="magic_8_ball.mlpackage",
-            graph_digest="sha256:0",
-            contract_digest="sha256:0",
-            error="ValueError: no",
-            traceback_tail=("ValueError: no",),
-            toolchain=toolchain(torch=lane, coremltools="9.0", numpy="2.3.5"),
-            notices=(),
-        )
-        write_json(placeholder_file(folder), failure)
-        return self.publish("convert", lane)
-
-    def verify(self, lane: str, gates: tuple[Gate, ...], shapes: dict[str, ShapeReport]) -> Path:
+    def verify(self, lane: str, gates: tuple[Gate, ...], shapes: dict[str, ShapeReport], **digests: str) -> Path:
+        """Args: digests: of the package or the contract, where they are not those of this run."""
         folder = self.layout.stage("verify", lane)
+        subjects = {
+            "package_digest": digest(package_dir(self.layout.stage("convert", lane), self.config.name)),
+            "contract_digest": digest(contract_file(self.layout.stage("export", lane), self.config.name)),
+        }
         report = VerificationReport(
             run=self.config.name,
             lane=lane,
             model_type=self.config.model_type,
-            package_digest="sha256:0",
-            contract_digest="sha256:0",
+            **{**subjects, **digests},
             primary="T128",
             shapes=shapes,
             heldout=heldout(),
@@ -363,15 +439,9 @@ class FinishedRun:
 def finished(tmp_path: Path, config: RunConfig) -> FinishedRun:
     """Both lanes, all right in the first, not in the second."""
     run = FinishedRun(tmp_path / "build", config)
-    run.publish("dataset", rows=2048)
-    run.publish("training", parameters=623_232, loss_last=0.3412)
-    for lane, gates, shapes in (
-        ("2.9.1", good_gates(), good_shapes()),
-        ("2.8.0", bad_gates(), bad_shapes()),
-    ):
-        run.publish("export", lane)
-        run.convert(lane)
-        run.verify(lane, gates, shapes)
+    run.shared()
+    run.lane("2.9.1", good_gates(), good_shapes())
+    run.lane("2.8.0", bad_gates(), bad_shapes())
     return run
 
 

@@ -19,10 +19,12 @@ from coremill.report.rows import (
     gate_rows,
     heldout_text,
     is_blamed,
+    lane_gate_rows,
     megabytes,
     notices,
     percent,
 )
+from coremill.report.summary import summarise
 
 
 @st.composite
@@ -87,6 +89,17 @@ def test_a_long_measured_text_moves_below_the_table(good: RunSummary) -> None:
     assert loads not in {note.subject for note in gate_notes(lane)}
 
 
+def test_each_lane_says_how_far_it_came(finished) -> None:
+    finished.fail("convert", "2.9.1", "no")
+    finished.fail("export", "2.8.0", "no")
+    rows = lane_gate_rows(summarise(finished.layout, finished.config, ["2.9.1", "2.8.0"]))
+    assert rows.cells == [
+        ("must", "Stage convert completes", "failed", "not_run"),
+        ("must", "Stage export completes", "passed", "failed"),
+        ("", "gates_ok", "false", "false"),
+    ]
+
+
 @given(st.floats(0, 1))
 def test_only_all_of_them_are_100_percent(share: float) -> None:
     text = percent(share)
@@ -112,7 +125,6 @@ def test_figure(value: float | int | str | None, text: str) -> None:
 
 
 def test_the_rest(good: RunSummary) -> None:
-    assert megabytes(None) == "–"
     assert megabytes(1_392_511) == "1.39 MB"
     assert notices({"harmless": 8, "compatibility": 1, "warning": 0}) == "8 harmless, 1 compatibility"
     assert notices({"harmless": 0}) == "none"

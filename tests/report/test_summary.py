@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jsonschema
@@ -11,11 +12,19 @@ import msgspec
 import pytest
 
 from coremill.core.command import exit_on_error
+from coremill.core.digest import digest
 from coremill.core.documents import json_schemas, read_json
-from coremill.core.errors import DigestError, StageError
-from coremill.core.gates import Outcome
-from coremill.core.layout import status_file, summary_file, verification_report
-from coremill.core.reports import RunSummary, ShapeError
+from coremill.core.errors import DigestError, StageError, exit_code_table
+from coremill.core.gates import Outcome, Severity
+from coremill.core.layout import (
+    checkpoint_file,
+    contract_file,
+    package_dir,
+    status_file,
+    summary_file,
+    verification_report,
+)
+from coremill.core.reports import LaneFailed, LaneVerified, RunSummary, ShapeError, lane_failed
 from coremill.report.summary import main, summarise
 
 
@@ -108,21 +117,6 @@ def test_a_fallback_is_in_every_report(finished, capsys) -> None:
     assert read_json(summary_file(folder), RunSummary).fell_back_from == "2.8.0"
 
 
-def test_a_failed_conversion_has_no_package_and_says_so(finished) -> None:
-    folder = finished.layout.stage("convert", "2.8.0")
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    folder.rmdir()
-    finished.convert_fails("2.8.0")
-    summary = summarise(finished.layout, finished.config, ["2.8.0"])
-    assert summary.lanes[0].package_size_bytes is None
-    row = next(row for row in summary.stages if row.stage == "convert")
-    assert (row.outcome, row.reason) == (
-        Outcome.FAILED,
-        "the conversion failed; conversion_failed.json says how",
-    )
-
-
 def test_an_altered_report_is_refused(finished, capsys) -> None:
     path = verification_report(finished.layout.stage("verify", "2.9.1"))
     path.write_text(path.read_text().replace('"error"', '"ok"').replace("31.24", "62.8") + " ")
@@ -132,14 +126,12 @@ def test_an_altered_report_is_refused(finished, capsys) -> None:
     assert not finished.layout.stage("report").exists()
 
 
-def test_an_unfinished_stage_is_named(finished) -> None:
+def test_a_folder_without_a_manifest_is_named(finished) -> None:
     folder = finished.layout.stage("verify", "2.9.1")
     (folder / "manifest.json").unlink()
     with pytest.raises(StageError) as failure:
         summarise(finished.layout, finished.config, ["2.9.1"])
-    assert str(failure.value) == (
-        f"{folder} has no manifest.json\n  expected: a finished stage\n  run: nox -s pipeline"
-    )
+    assert failure.value.found == f"{folder} has no manifest.json"
     assert report(finished) == 51
 
 
@@ -149,8 +141,8 @@ def test_a_stage_of_another_lane_is_refused(finished) -> None:
     finished.layout.stage("export", "2.8.0").rename(folder)
     with pytest.raises(StageError) as failure:
         summarise(finished.layout, finished.config, ["2.9.1"])
-    assert failure.value.found == f"{folder} is of run 'magic-8-ball', lane 2.8.0"
-    assert failure.value.expected == "run 'magic-8-ball', lane 2.9.1"
+    assert failure.value.found == f"{folder} is of run 'magic-8-ball', stage export, lane 2.8.0, succeeded"
+    assert failure.value.expected == "run 'magic-8-ball', stage export, lane 2.9.1, succeeded"
 
 
 def test_a_report_that_its_stage_did_not_write_is_refused(finished) -> None:
@@ -164,3 +156,169 @@ def test_an_unknown_lane_is_a_matter_of_usage(finished) -> None:
     with pytest.raises(SystemExit) as stop:
         report(finished, "--torch", "2.7.0")
     assert stop.value.code == 2
+
+
+# --- lanes that failed ------------------------------------------------------------------------------
+
+ERROR = "coremltools could not convert the graph: ValueError: no\n  expected: a graph\n  run: again"
+
+
+def outcomes(summary: RunSummary) -> list[tuple[str, str | None, str]]:
+    return [(row.stage, row.lane, row.outcome.value) for row in summary.stages]
+
+
+def test_a_lane_whose_conversion_failed_is_a_row(finished) -> None:
+    folder = finished.fail("convert", "2.8.0", ERROR, log=True)
+    summary = summarise(finished.layout, finished.config, ["2.9.1", "2.8.0"])
+    good, lane = summary.lanes
+    assert isinstance(good, LaneVerified)
+    assert good.gates_ok
+    assert isinstance(lane, LaneFailed)
+    assert (lane.lane, lane.stage, lane.gates_ok, summary.gates_ok) == ("2.8.0", "convert", False, False)
+    assert lane.toolchain is not None
+    assert lane.toolchain.packages["torch"] == "2.8.0"
+    (gate,) = lane.gates
+    reason = f"coremltools could not convert the graph: ValueError: no; see {folder / 'conversion.log'}"
+    assert (gate.name, gate.severity, gate.outcome) == (
+        "Stage convert completes",
+        Severity.MUST,
+        Outcome.FAILED,
+    )
+    assert gate.reason == reason
+    assert outcomes(summary)[-3:] == [
+        ("export", "2.8.0", "passed"),
+        ("convert", "2.8.0", "failed"),
+        # It has a folder of before the failure, which is of another package.
+        ("verify", "2.8.0", "not_run"),
+    ]
+    failed, after = summary.stages[-2:]
+    assert (failed.reason, failed.python, failed.duration_s) == (reason, "3.11.7", 1.5)
+    assert (after.reason, after.python, after.duration_s) == ("stage convert did not complete", None, None)
+
+
+@pytest.mark.parametrize("lanes", [["2.8.0"], ["2.9.1", "2.8.0"], ["2.8.0", "2.9.1"]])
+def test_a_failed_lane_is_reported_and_blocks(finished, capsys, lanes: list[str]) -> None:
+    finished.fail("convert", "2.8.0", ERROR, log=True)
+    assert report(finished, *(option for lane in lanes for option in ("--torch", lane))) == 3
+    printed = capsys.readouterr().out
+    assert "Stage convert completes (failed)" in " ".join(printed.splitlines()[-2:])
+    # Folded to the width of the terminal, within words too.
+    assert "conversion.log" in "".join(printed.split())
+    folder = finished.layout.stage("report")
+    page = status_file(folder).read_text()
+    assert "| convert  | torch-2.8.0 | 3.11.7 | 2.8.0 |     1.5 | failed  |" in page
+    assert "**gates_ok: false; must: " in page
+    written = read_json(summary_file(folder), RunSummary)
+    assert [lane.lane for lane in written.lanes] == lanes
+    assert len(written.sampled) == (7 if len(lanes) == 2 else 0)
+    schema = json.loads(json_schemas([RunSummary])["RunSummary.schema.json"])
+    jsonschema.validate(json.loads(summary_file(folder).read_text()), schema)
+
+
+def test_an_older_success_does_not_hide_a_failure_and_a_later_one_ends_it(finished) -> None:
+    finished.fail("verify", "2.9.1", "not enough memory")
+    (lane,) = summarise(finished.layout, finished.config, ["2.9.1"]).lanes
+    assert [gate.reason for gate in lane.gates] == ["not enough memory"]
+    finished.publish("verify", "2.9.1")
+    assert summarise(finished.layout, finished.config, ["2.9.1"]).gates_ok
+
+
+def test_a_stage_that_never_ran_is_not_run_and_its_lane_failed(finished) -> None:
+    shutil.rmtree(finished.layout.stage("convert", "2.8.0"))
+    shutil.rmtree(finished.layout.stage("verify", "2.8.0"))
+    summary = summarise(finished.layout, finished.config, ["2.8.0"])
+    assert summary.lanes == (lane_failed("2.8.0", "convert", "it never ran", None),)
+    assert outcomes(summary)[-2:] == [("convert", "2.8.0", "not_run"), ("verify", "2.8.0", "not_run")]
+    assert report(finished, "--torch", "2.8.0") == 3
+
+
+def test_a_failed_training_fails_every_lane(finished) -> None:
+    finished.fail("training", None, "the loss is nan at step 40")
+    summary = summarise(finished.layout, finished.config, ["2.9.1", "2.8.0"])
+    assert [gate.name for lane in summary.lanes for gate in lane.gates] == ["Stage training completes"] * 2
+    assert outcomes(summary)[:3] == [
+        ("dataset", None, "passed"),
+        ("training", None, "failed"),
+        ("export", "2.9.1", "not_run"),
+    ]
+    assert summary.figures == {"dataset.rows": 2048}
+    assert (summary.sampled_seed, summary.sampled) == (None, ())
+    assert report(finished, "--torch", "2.9.1", "--torch", "2.8.0") == 3
+
+
+def test_where_nothing_was_built_there_is_nothing_to_report(finished, capsys) -> None:
+    shutil.rmtree(finished.layout.root)
+    assert report(finished) == 51
+    assert capsys.readouterr().err == (
+        f"stage error: {finished.layout.root} holds no stage that ran\n"
+        "  expected: a build\n"
+        "  run: nox -s pipeline -- --config configs/magic-8-ball.toml --torch 2.9.1\n"
+    )
+    assert not finished.layout.root.exists()
+
+
+def test_a_failure_in_the_place_of_a_success_is_refused(finished) -> None:
+    shutil.rmtree(finished.layout.stage("export", "2.9.1"))
+    finished.fail("export", "2.9.1", "no").rename(finished.layout.stage("export", "2.9.1"))
+    with pytest.raises(StageError, match=r"stage export, lane 2\.9\.1, failed"):
+        summarise(finished.layout, finished.config, ["2.9.1"])
+
+
+# --- what was verified is what is there -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "artifact"),
+    [("package_digest", "magic_8_ball.mlpackage"), ("contract_digest", "magic_8_ball_contract.json")],
+)
+def test_a_verification_of_something_else_is_refused(finished, capsys, field: str, artifact: str) -> None:
+    lane = summarise(finished.layout, finished.config, ["2.9.1"]).lanes[0]
+    folder = finished.verify("2.9.1", lane.gates, lane.shapes, **{field: "sha256:beef"})
+    paths = {
+        "package_digest": package_dir(finished.layout.stage("convert", "2.9.1"), "magic-8-ball"),
+        "contract_digest": contract_file(finished.layout.stage("export", "2.9.1"), "magic-8-ball"),
+    }
+    assert report(finished) == 51
+    assert capsys.readouterr().err == (
+        f"stage error: {folder}/verification_report.json is of a {artifact} sha256:beef\n"
+        f"  expected: {digest(paths[field])}, as the manifest beside {paths[field]} recorded\n"
+        "  run: nox -s pipeline -- --config configs/magic-8-ball.toml --torch 2.9.1 --force verify\n"
+    )
+    assert not finished.layout.stage("report").exists()
+
+
+def test_a_package_converted_after_its_verification_is_refused(finished, capsys) -> None:
+    package = package_dir(finished.layout.stage("convert", "2.9.1"), "magic-8-ball")
+    before = digest(package)
+    (package / "Manifest.json").write_text("{}")
+    finished.publish("convert", "2.9.1")
+    assert report(finished) == 51
+    assert capsys.readouterr().err == (
+        f"stage error: {finished.layout.stage('verify', '2.9.1')} was made from "
+        f"convert/magic_8_ball.mlpackage {before}\n"
+        f"  expected: {digest(package)}, as stage convert has it now\n"
+        "  run: nox -s pipeline -- --config configs/magic-8-ball.toml --torch 2.9.1\n"
+    )
+
+
+def test_a_stage_before_the_lanes_run_again_alone_is_refused_in_each(finished) -> None:
+    checkpoint_file(finished.layout.stage("training"), "magic-8-ball").write_text("other weights")
+    finished.publish("training")
+    for lane in ("2.9.1", "2.8.0"):
+        with pytest.raises(StageError, match=r"export was made from training/magic_8_ball\.ckpt sha256:"):
+            summarise(finished.layout, finished.config, [lane])
+
+
+def test_an_input_that_its_producer_no_longer_has_is_refused(finished) -> None:
+    contract_file(finished.layout.stage("export", "2.9.1"), "magic-8-ball").unlink()
+    finished.publish("export", "2.9.1")
+    with pytest.raises(StageError) as failure:
+        summarise(finished.layout, finished.config, ["2.9.1"])
+    assert failure.value.expected == "nothing, as stage export has it now"
+
+
+def test_the_help_lists_the_exit_codes(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.endswith(f"exit codes:\n{exit_code_table()}\n")

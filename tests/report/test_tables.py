@@ -18,13 +18,13 @@ def printed(summary: RunSummary, width: int, **options) -> str:
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
 
 
-@pytest.mark.parametrize("name", ["good", "bad", "matrix"])
+@pytest.mark.parametrize("name", ["good", "bad", "matrix", "failed", "failed-matrix"])
 def test_what_a_pipe_of_80_columns_gets(name: str, summaries, golden) -> None:
     golden(f"{name}.txt", printed(summaries[name], 80))
 
 
 @pytest.mark.parametrize("width", [80, 100, 120, 200])
-@pytest.mark.parametrize("name", ["good", "bad", "matrix"])
+@pytest.mark.parametrize("name", ["good", "bad", "matrix", "failed", "failed-matrix"])
 def test_no_reason_is_cut_at_any_width(name: str, width: int, summaries) -> None:
     summary = summaries[name]
     text = printed(summary, width)

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -148,20 +147,19 @@ def test_a_terminal_gets_a_bar(
     assert "loss " in drawn
 
 
-def tiny_config(folder: Path, **training: Any) -> RunConfig:
+def tiny_config() -> RunConfig:
     config = read_config(CONFIG)
     return msgspec.structs.replace(
         config,
         dataset=msgspec.structs.replace(config.dataset, n=48, heldout_n=16),
         model=msgspec.structs.replace(config.model, d_model=32, n_heads=4, n_kv_heads=2, d_ff=32, n_layers=1),
-        training=msgspec.structs.replace(
-            config.training, **{"epochs": 2, "batch_size": 16, "warmup_steps": 2, **training}
-        ),
+        training=msgspec.structs.replace(config.training, epochs=2, batch_size=16, warmup_steps=2),
+        verify=msgspec.structs.replace(config.verify, heldout_answers=8),
     )
 
 
 def test_the_stage_reads_the_dataset_stage_and_writes_its_two_files(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path)
+    config = tiny_config()
     (tmp_path / "dataset").mkdir()
     (tmp_path / "training").mkdir()
     dataset_stage(StageContext(config=config, lane=None, inputs={}, out=tmp_path / "dataset"))

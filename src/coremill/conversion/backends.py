@@ -33,8 +33,12 @@ class Predictor(Protocol):
 class Runner:
     """A package and what runs it, checked against the contract at every prediction."""
 
-    def __init__(self, predictor: Predictor, backend: Backend, contract: Contract) -> None:
+    def __init__(
+        self, predictor: Predictor, backend: Backend, contract: Contract, *, operations: int | None = None
+    ) -> None:
         self.backend = backend
+        self.operations = operations
+        """How many operations the backend lowered; None where it does not tell."""
         self._predictor = predictor
         (self._input,) = contract.inputs
         self._outputs = contract.outputs
@@ -58,7 +62,9 @@ def reference_runner(package: Path, contract: Contract) -> Runner:
         PackageError: unreadable, or a part is missing.
         UnsupportedOperationError: it has an operation that coremill.mil does not run.
     """
-    return Runner(MLModel(package), Backend.MIL_REFERENCE, contract)
+    model = MLModel(package)
+    operations = len(model.program.graph.nodes)  # what the package became, not what its protobuf lists
+    return Runner(model, Backend.MIL_REFERENCE, contract, operations=operations)
 
 
 def has_core_ml() -> bool:

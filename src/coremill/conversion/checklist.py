@@ -6,6 +6,7 @@ Have"; the rest give those words a meaning: each is a way in which a package tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
@@ -37,12 +38,26 @@ MIN_HALT_AGREEMENT = 0.98
 LARGEST_LEAK = 0.0
 """A masked key's weight is an exact 0 in float16 and float32, so earlier positions must not change at all."""
 
+_UNTESTED_TORCH = re.compile(r"torch version \S+ has not been tested with coremltools", re.IGNORECASE)
+
 MUST, SHOULD, NICE = Severity.MUST, Severity.SHOULD, Severity.NICE
 
 
-class Evidence(msgspec.Struct, frozen=True, kw_only=True):
-    """What verification found. A None was not measured, because the package does not run at the primary shape."""
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What decides which rows there are; of the checkpoint and its questions, not of what is verified."""
 
+    model_type: str
+    """The checkpoint's."""
+    has_halt_head: bool
+    """The checkpoint's model has one."""
+    asks_moods: bool
+    """The held-out questions are of a dataset whose questions have moods."""
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """What verification found. A None was not measured: see :attr:`unmeasured`."""
+
+    subject: Facts
     contract: Contract
     config: VerifyConfig
     graph_problem: str | None
@@ -55,15 +70,19 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     diagnostics_problem: str | None
     """Why there are no diagnostics of this very package."""
     interface_problems: tuple[str, ...]
-    operations: int
+    load_problem: str | None
+    """Why coremill.mil does not load the package."""
+    operations: int | None
     """Operations that coremill.mil lowered."""
     shapes: Mapping[str, ShapeReport]
     leak: float | None
     padding_sqnr_db: float | None
     heldout: Heldout | None
     sampled: tuple[Answer, ...]
+    has_core_ml: bool
+    """This machine is a Mac."""
     core_ml_sqnr_db: float | None
-    """Core ML's own logits against the reference backend's, the worst length; None off macOS."""
+    """Core ML's own logits against the reference backend's, the worst length."""
     core_ml_problem: str | None
     parameters: int
     package_bytes: int
@@ -71,6 +90,15 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def primary(self) -> str:
         return shape_key(self.contract.shapes.primary)
+
+    @property
+    def unmeasured(self) -> str:
+        """Why a measure that is None was not taken."""
+        if self.load_problem is not None:
+            return f"the package does not load: {self.load_problem}"
+        if isinstance(self.shapes[self.primary], ShapeError):
+            return f"the package does not run at the primary shape {self.primary}"
+        return "nothing was compared: no held-out conversation serves for it"
 
 
 Judge = Callable[[str, Severity, Evidence], Gate]
@@ -82,18 +110,25 @@ class Row(msgspec.Struct, frozen=True):
     name: str
     severity: Severity
     judge: Judge
+    applies: Callable[[Facts], bool] = lambda _: True
+    """Whether the row is about such a model at all; its severity never depends on anything."""
 
 
 def evaluate(evidence: Evidence) -> tuple[Gate, ...]:
-    """Every row's gate, in the order of the checklist."""
-    gates = [row.judge(row.name, row.severity, evidence) for row in ROWS]
+    """The gate of every row that applies, in the order of the checklist."""
+    gates = [row.judge(row.name, row.severity, evidence) for row in rows(evidence.subject)]
     return (*gates, *_summary(gates))
 
 
-def evaluate_failure(reason: str) -> tuple[Gate, ...]:
+def evaluate_failure(reason: str, subject: Facts) -> tuple[Gate, ...]:
     """Every row's gate for a conversion that made no package: all of them failed."""
-    rows = [*((row.name, row.severity) for row in ROWS), *SUMMARY_ROWS]
-    return tuple(failed(name, severity, reason) for name, severity in rows)
+    listed = [*((row.name, row.severity) for row in rows(subject)), *SUMMARY_ROWS]
+    return tuple(failed(name, severity, reason) for name, severity in listed)
+
+
+def rows(subject: Facts) -> tuple[Row, ...]:
+    """The rows of the checklist that apply, less those about the other rows."""
+    return tuple(row for row in ROWS if row.applies(subject))
 
 
 def _summary(gates: list[Gate]) -> Iterator[Gate]:
@@ -131,7 +166,7 @@ def _versions(toolchain: Toolchain) -> Versions:
 def _python(name: str, severity: Severity, evidence: Evidence) -> Gate:
     if evidence.diagnostics is None:
         return not_run(name, severity, f"the conversion's Python is not known: {evidence.diagnostics_problem}")
-    toy = evidence.contract.model_type in TOY_MODEL_TYPES
+    toy = evidence.subject.model_type in TOY_MODEL_TYPES
     stages = {"export": evidence.contract.toolchain, "conversion": evidence.diagnostics.toolchain}
     measured = ", ".join(f"{stage} {toolchain.python}" for stage, toolchain in stages.items())
     for toolchain in stages.values():
@@ -155,9 +190,9 @@ def _contract(name: str, severity: Severity, evidence: Evidence) -> Gate:
 
 
 def _primary_shape(name: str, severity: Severity, evidence: Evidence) -> Gate:
-    exported, ran = evidence.contract.shape_validation[evidence.primary], evidence.shapes[evidence.primary]
-    if isinstance(exported, ShapeFailed):
-        return failed(name, severity, f"{evidence.primary} failed at export: {exported.error}", measured="error")
+    if evidence.load_problem is not None:
+        return _not_measured(name, severity, evidence)
+    ran = evidence.shapes[evidence.primary]
     if isinstance(ran, ShapeError):
         return failed(name, severity, f"{evidence.primary}: {ran.error}", measured="error")
     return passed(name, severity, measured=f"{evidence.primary} ok")
@@ -173,7 +208,8 @@ def _conversion(name: str, severity: Severity, evidence: Evidence) -> Gate:
 
 
 def _loads(name: str, severity: Severity, evidence: Evidence) -> Gate:
-    # A package that coremill.mil does not load is an error of the command: there is nothing to verify.
+    if evidence.load_problem is not None:
+        return failed(name, severity, evidence.load_problem)
     return passed(name, severity, measured=f"{evidence.operations} operations lowered by coremill.mil")
 
 
@@ -220,6 +256,9 @@ def _exact(name: str, severity: Severity, evidence: Evidence) -> Gate:
     if evidence.heldout is None:
         return _not_measured(name, severity, evidence)
     answers = evidence.heldout.answers
+    if answers.asked != evidence.config.heldout_answers:
+        reason = f"{answers.asked} held-out questions were asked, {evidence.config.heldout_answers} are to be"
+        return failed(name, severity, reason, measured=answers.asked, threshold=evidence.config.heldout_answers)
     return at_least(name, severity, answers.exact / answers.asked, 1.0)
 
 
@@ -228,7 +267,7 @@ def _right_mood(name: str, severity: Severity, evidence: Evidence) -> Gate:
         return _not_measured(name, severity, evidence)
     answers = evidence.heldout.answers
     if not answers.with_mood:
-        return not_run(name, NICE, "no held-out question asks for a mood")
+        return not_run(name, severity, "no held-out question asks for a mood")
     return at_least(name, severity, answers.right_mood / answers.with_mood, evidence.config.min_right_mood)
 
 
@@ -246,8 +285,6 @@ def _teacher_kl(name: str, severity: Severity, evidence: Evidence) -> Gate:
 
 
 def _halt_head(name: str, severity: Severity, evidence: Evidence) -> Gate:
-    if not evidence.contract.model_arch.use_halt_head:
-        return not_run(name, NICE, "the model has no halt head")
     if evidence.heldout is None or evidence.heldout.halt_agreement is None:
         return _not_measured(name, severity, evidence)
     return at_least(name, severity, evidence.heldout.halt_agreement, MIN_HALT_AGREEMENT)
@@ -263,9 +300,13 @@ def _compatibility(name: str, severity: Severity, evidence: Evidence) -> Gate:
     if evidence.diagnostics is None:
         return not_run(name, severity, str(evidence.diagnostics_problem))
     count = evidence.diagnostics.counts[NoticeKind.COMPATIBILITY.value]
-    if count == 0:
+    texts = list(dict.fromkeys(notice.text for notice in evidence.diagnostics.of_kind(NoticeKind.COMPATIBILITY)))
+    if not texts:
         return passed(name, severity, measured=0, threshold=0)
-    notice = evidence.diagnostics.of_kind(NoticeKind.COMPATIBILITY)[0].text
+    notice = " ".join(texts)
+    if len(texts) > 1 or not _UNTESTED_TORCH.match(notice):
+        reason = f"{notice} A measured cell answers one notice about torch, and no other."
+        return failed(name, severity, reason, measured=count, threshold=0)
     try:
         cell = cite_cell(_versions(evidence.diagnostics.toolchain))
     except ValueError as failure:
@@ -283,6 +324,8 @@ def _compatibility(name: str, severity: Severity, evidence: Evidence) -> Gate:
 
 
 def _secondary_shapes(name: str, severity: Severity, evidence: Evidence) -> Gate:
+    if evidence.load_problem is not None:
+        return _not_measured(name, severity, evidence)
     others = {key: report for key, report in evidence.shapes.items() if key != evidence.primary}
     bad = {key: why for key, report in others.items() if (why := _why_not(report, evidence.config))}
     return _problem(name, severity, _listed(bad), f"{len(others) - len(bad)} of {len(others)}")
@@ -291,19 +334,27 @@ def _secondary_shapes(name: str, severity: Severity, evidence: Evidence) -> Gate
 def _core_ml(name: str, severity: Severity, evidence: Evidence) -> Gate:
     if evidence.core_ml_problem is not None:
         return failed(name, severity, evidence.core_ml_problem)
-    if evidence.core_ml_sqnr_db is None:
+    if not evidence.has_core_ml:
         return not_run(name, severity, "Core ML runs on macOS only", PlatformReason.NEEDS_MACOS)
+    if evidence.core_ml_sqnr_db is None:
+        return _not_measured(name, severity, evidence)
     return at_least(name, severity, evidence.core_ml_sqnr_db, evidence.config.min_sqnr_db, " dB")
 
 
 def _distinct_samples(name: str, severity: Severity, evidence: Evidence) -> Gate:
     if evidence.heldout is None:
         return _not_measured(name, severity, evidence)
+    asked, wanted = len(evidence.sampled), evidence.config.sampled_answers
+    if asked != wanted:
+        reason = f"{asked} answers were sampled, {wanted} are to be"
+        return failed(name, severity, reason, measured=asked, threshold=wanted)
     distinct = len({answer.answer for answer in evidence.sampled})
     return at_least(name, severity, distinct, evidence.config.min_distinct_sampled, " different answers")
 
 
 def _all_shapes(name: str, severity: Severity, evidence: Evidence) -> Gate:
+    if evidence.load_problem is not None:
+        return _not_measured(name, severity, evidence)
     bad = {key: why for key, report in evidence.shapes.items() if (why := _why_not(report, evidence.config))}
     return _problem(name, severity, _listed(bad), f"{len(evidence.shapes) - len(bad)} of {len(evidence.shapes)}")
 
@@ -321,11 +372,13 @@ def _no_warnings(name: str, severity: Severity, evidence: Evidence) -> Gate:
 
 def _size_and_performance(name: str, severity: Severity, evidence: Evidence) -> Gate:
     size = f"{evidence.package_bytes:,} bytes for {evidence.parameters:,} parameters"
+    if evidence.has_core_ml:
+        return not_run(name, severity, f"{size}; its speed was not measured")
     return not_run(name, severity, f"{size}; speed is a device's, and none is at hand", PlatformReason.NEEDS_MACOS)
 
 
 def _not_measured(name: str, severity: Severity, evidence: Evidence) -> Gate:
-    return not_run(name, severity, f"the package does not run at the primary shape {evidence.primary}")
+    return not_run(name, severity, evidence.unmeasured)
 
 
 def _why_not(report: ShapeReport, config: VerifyConfig) -> str | None:
@@ -369,10 +422,10 @@ ROWS = (
     Row("KL divergence at the primary shape", MUST, _kl),
     Row("Top-1 agreement at the primary shape", MUST, _top1),
     Row("Every held-out answer is exact", MUST, _exact),
-    Row("Held-out answers have the right mood", MUST, _right_mood),
+    Row("Held-out answers have the right mood", MUST, _right_mood, lambda subject: subject.asks_moods),
     Row("No token beyond the vocabulary", MUST, _in_vocabulary),
     Row("KL divergence from the teacher", MUST, _teacher_kl),
-    Row("The halt head decides as labelled", MUST, _halt_head),
+    Row("The halt head decides as labelled", MUST, _halt_head, lambda subject: subject.has_halt_head),
     Row("All shape enumerations succeed", SHOULD, _all_exported),
     Row("No compatibility warnings", SHOULD, _compatibility),
     Row("Secondary shapes validate", SHOULD, _secondary_shapes),

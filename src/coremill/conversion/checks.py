@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
 import numpy as np
 import torch
 
-from coremill.conversion.agreement import MOST_DB, Agreement, Comparison, log_softmax, max_abs_err, sqnr_db
+from coremill.conversion.agreement import Agreement, Comparison, log_softmax, max_abs_err, sqnr_db
 from coremill.conversion.backends import Array, Runner
-from coremill.conversion.graph import as_input
-from coremill.conversion.scoring import LOGITS, ScoredAnswer, Scorer, answer_question, score_answer
+from coremill.conversion.graph import LOGITS, as_input
+from coremill.conversion.scoring import ScoredAnswer, Scorer, answer_question, score_answer
 from coremill.conversion.sequences import conversation, packed
 from coremill.core.config import VerifyConfig
 from coremill.core.errors import ContractMismatchError, CoremillError
@@ -97,38 +98,39 @@ def _measured(runner: Runner, by_output: Mapping[str, Agreement], answered: Agre
     )
 
 
-def causality_leak(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> float:
+def causality_leak(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> float | None:
     """The largest change of any output before position t when token t changes.
 
     t goes through the quarters of each sequence and its last position, and the token through one that a
-    conversation holds anywhere, an end, and one from elsewhere in the sequence.
+    conversation holds anywhere, an end, and one from elsewhere in the sequence. None where nothing was compared.
     """
-    leaks = [0.0]
+    leaks = []
     for ids in sequences:
         before = runner.run(ids)
         for place in sorted({len(ids) // 4, len(ids) // 2, 3 * len(ids) // 4, len(ids) - 1}):
-            for token in {tokenizer.end_id, ids[place // 2]} - {ids[place]}:
+            # Before the first position there is nothing to compare.
+            for token in {tokenizer.end_id, ids[place // 2]} - {ids[place]} if place else set():
                 changed = [*ids[:place], token, *ids[place + 1 :]]
                 after = runner.run(changed)
                 leaks += [max_abs_err(before[name][:place], after[name][:place]) for name in before]
-    return float(np.max(leaks))  # unlike Python's max, NaN where there is one
+    return float(np.max(leaks)) if leaks else None  # unlike Python's max, NaN where there is one
 
 
 def padding_sqnr_db(
     runner: Runner, reference: Reference, rows: Sequence[Row], tokenizer: Tokenizer, lengths: Sequence[int]
-) -> float:
+) -> float | None:
     """The worst SQNR of the valid positions of padded conversations, at any length and of any output.
 
-    Against the checkpoint's model on the conversation without padding; in dB.
+    Against the checkpoint's model on the conversation without padding; in dB. None where nothing was compared.
     """
-    ratios = [MOST_DB]
+    ratios = []
     for row in rows:
         ids = conversation(row, tokenizer)
         expected = reference.run(ids)
-        for seq_len in (length for length in lengths if length >= len(ids)):
+        for seq_len in (length for length in lengths if length > len(ids)):
             found = Scorer(runner, [seq_len], tokenizer.pad_id).score_at(ids, seq_len)
             ratios += [sqnr_db(expected[name], found[name][: len(ids)]) for name in expected]
-    return float(np.min(ratios))
+    return float(np.min(ratios)) if ratios else None
 
 
 class Heldout(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,21 +141,35 @@ class Heldout(msgspec.Struct, frozen=True, kw_only=True):
     """Share of halt decisions, from the prompt's last token on, that are the label; None without a halt head."""
 
 
-def ask_heldout(scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer, vocab_size: int) -> Heldout:
-    """Answer each question greedily through the package, and score the teacher's answer to it."""
+def ask_heldout(scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer) -> Heldout | None:
+    """Answer each question greedily through the package, and score the teacher's answer to it.
+
+    An id is beyond the vocabulary where the package's logits have no entry for it, or the tokenizer no token. It is
+    counted, never clamped: a row that has one is not asked, and an answer that has one is not exact. None where no
+    row could be asked.
+
+    Raises:
+        ContractMismatchError: a conversation is longer than the package's longest length.
+    """
+    limit = min(scorer.vocab_size, tokenizer.vocab_size)
     tally = dict.fromkeys(("exact", "right_mood", "with_mood", "right_tool_call", "with_tool_call", "beyond"), 0)
     figures: list[tuple[float, float]] = []
     halts: list[bool] = []
     for row in rows:
-        ids = answer_question(scorer, row.prompt, tokenizer, greedy)
-        tally["beyond"] += sum(token >= vocab_size for token in [*tokenizer.encode_prompt(row.prompt), *ids])
-        verdict = judge(row, tokenizer.decode_answer(ids))
-        has_ended = ids[-1:] == [tokenizer.end_id]
-        tally["exact"] += verdict.exact and has_ended
-        if row.mood is not None or row.teacher_text.startswith(TOOL_CALL):
-            kind = "mood" if row.mood is not None else "tool_call"
+        kind = _kind(row)
+        if kind is not None:
             tally[f"with_{kind}"] += 1
-            tally[f"right_{kind}"] += verdict.right and has_ended
+        if unknown := _beyond(conversation(row, tokenizer), limit):
+            tally["beyond"] += unknown
+            continue
+        ids = answer_question(scorer, row.prompt, tokenizer, greedy)
+        unknown = _beyond(ids, limit)
+        tally["beyond"] += unknown
+        verdict = judge(row, _text(ids, tokenizer))
+        is_whole = ids[-1:] == [tokenizer.end_id] and not unknown
+        tally["exact"] += verdict.exact and is_whole
+        if kind is not None:
+            tally[f"right_{kind}"] += verdict.right and is_whole
         if (scored := score_answer(scorer, row, tokenizer)) is None:
             raise ContractMismatchError(
                 f"the conversation of row {row.id} is longer than the package's longest length {scorer.longest}",
@@ -161,6 +177,8 @@ def ask_heldout(scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer, vocab
             )
         figures += _teacher_figures(scored, row, tokenizer)
         halts += _halt_decisions(scored)
+    if not figures:
+        return None
     cross_entropy, floor = np.mean(figures, axis=0)
     return Heldout(
         answers=HeldoutAnswers(
@@ -177,6 +195,23 @@ def ask_heldout(scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer, vocab
         ),
         halt_agreement=float(np.mean(halts)) if halts else None,
     )
+
+
+def _kind(row: Row) -> Literal["mood", "tool_call"] | None:
+    """What a right answer to the row is judged by, if not by the letter alone."""
+    if row.mood is not None:
+        return "mood"
+    return "tool_call" if row.teacher_text.startswith(TOOL_CALL) else None
+
+
+def _beyond(ids: Sequence[int], limit: int) -> int:
+    """How many of `ids` are at or beyond `limit`."""
+    return sum(token >= limit for token in ids)
+
+
+def _text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of an answer; of ids that the tokenizer does not know there is none."""
+    return tokenizer.decode_answer([token for token in ids if token < tokenizer.vocab_size])
 
 
 def _teacher_figures(scored: ScoredAnswer, row: Row, tokenizer: Tokenizer) -> list[tuple[float, float]]:
@@ -209,7 +244,8 @@ def ask_sampled(
     sampler = TemperatureSampler(1.0, config.sampling_seed)
     answers = []
     for row in rows:
-        text = tokenizer.decode_answer(answer_question(scorer, row.prompt, tokenizer, sampler))
-        right = judge(row, text).right
+        ids = answer_question(scorer, row.prompt, tokenizer, sampler)
+        text = _text(ids, tokenizer)
+        right = judge(row, text).right and not _beyond(ids, tokenizer.vocab_size)
         answers.append(Answer(prompt=row.prompt, answer=text, mood=row.mood, right=right))
     return tuple(answers)

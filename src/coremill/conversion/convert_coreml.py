@@ -3,193 +3,48 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import sys
-import traceback
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import msgspec
 
-from coremill.conversion.converter import IMPORT_MESSAGES, convert_program, working_lengths
-from coremill.conversion.diagnostics import Message, Recorder, as_log, recording, sort_messages
-from coremill.conversion.graph import Program, check_contract, load_program
-from coremill.conversion.interface import differences, package_interface
-from coremill.conversion.outputs import check_room, check_writable, publish_directory, staging
-from coremill.conversion.package import read_spec, write_package
 from coremill.core import layout
 from coremill.core.command import exit_on_error
 from coremill.core.config import ConvertConfig, read_config
-from coremill.core.contract import Contract, read_contract
-from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure, Notice, NoticeKind, count_notices
-from coremill.core.digest import digest, file_digest, size_bytes
-from coremill.core.documents import write_atomic, write_json
-from coremill.core.errors import ContractMismatchError, ConversionError, OutputError, exit_code_table
+from coremill.core.digest import size_bytes
+from coremill.core.errors import GATES_FAILED, exit_code_table
 from coremill.core.stage import Figures, StageContext
-from coremill.core.toolchain import current_toolchain
-from coremill.infra.version_gate import check_export_versions
+from coremill.infra.version_gate import check_installed, check_python
+
+# This module imports nothing heavy: in the wrong Python the version gate speaks before an import fails.
 
 log = logging.getLogger(__name__)
 
-_SPARE_BYTES = 64 << 20
-_COPIES = 4
-"""Of the graph's bytes: coremltools' own temporary package, the one being saved, the one published, one spare."""
-_TRACEBACK_LINES = 12
-
-
-class FailedConversionError(ConversionError):
-    """A conversion that failed, with what a record of it needs."""
-
-    def __init__(self, failure: Exception, messages: tuple[Message, ...]) -> None:
-        cause = (str(failure).strip().splitlines() or [""])[0]
-        super().__init__(
-            f"coremltools could not convert the graph: {type(failure).__name__}: {cause}",
-            expected="a graph of operations that coremltools converts",
-            run="the same command with --allow-placeholder, which records the failure and what the converter said",
-        )
-        self.messages = messages
-        self.traceback_tail = tuple(
-            line.rstrip()
-            for part in traceback.format_exception(failure)
-            for line in part.splitlines()
-            if line.strip()
-        )[-_TRACEBACK_LINES:]
-
-
-def convert(graph: Path, contract: Path, out: Path, settings: ConvertConfig, *, toy: bool) -> ConversionDiagnostics:
-    """Convert the program at `graph` to the package `out`; `conversion.log` and `diagnostics.json` go beside it.
-
-    The log is written however the conversion ends.
-
-    Raises:
-        TorchScriptError: `graph` is not a program.
-        DocumentError, SchemaVersionError: `contract` is not a contract.
-        ContractMismatchError: it describes another graph, or the saved package is not what it says.
-        OutputError: `out` cannot be written, or there is no room for it.
-        FailedConversionError: coremltools failed.
-    """
-    program, promised = _checked(graph, contract, out, toy=toy)
-    with staging(out.parent) as folder:
-        fresh = folder / out.name
-        messages = _convert_to(
-            fresh, program, promised, settings, contract_digest=file_digest(contract), log_to=out
-        )
-        # What was saved is what is checked: edits to an MLModel's specification in memory can be lost.
-        if wrong := differences(promised, package_interface(read_spec(fresh))):
-            raise ContractMismatchError(
-                f"the converted package is not what {contract} says: " + "; ".join(wrong),
-                expected="the contract's names, dtypes, shapes and lengths",
-                run="python -m coremill.conversion.export_pytorch --help",
-            )
-        publish_directory(fresh, out)
-    notices = sort_messages(messages)
-    diagnostics = ConversionDiagnostics(
-        package=out.name,
-        package_digest=digest(out),
-        toolchain=current_toolchain(),
-        deployment_target=settings.deployment_target,
-        compute_precision=settings.compute_precision,
-        notices=notices,
-        counts=count_notices(notices),
-    )
-    write_json(layout.diagnostics_file(out.parent), diagnostics)
-    # A record of an earlier failure would fail every gate of this package.
-    layout.placeholder_file(out.parent).unlink(missing_ok=True)
-    _report(notices)
-    return diagnostics
-
-
-def record_failure(failure: FailedConversionError, graph: Path, contract: Path, out: Path) -> Path:
-    """Write the labelled record of a conversion that made no package; verification fails every gate on it."""
-    record = ConversionFailure(
-        package=out.name,
-        graph_digest=file_digest(graph),
-        contract_digest=file_digest(contract),
-        error=failure.found,
-        traceback_tail=failure.traceback_tail,
-        toolchain=current_toolchain(),
-        notices=sort_messages(failure.messages),
-    )
-    path = layout.placeholder_file(out.parent)
-    write_json(path, record)
-    return path
+NEEDS = ("torch", "coremltools", "numpy")
 
 
 def run_stage(context: StageContext) -> Figures:
-    """Convert the run's exported graph for one lane."""
+    """Convert the run's exported graph for one lane; of a conversion that fails, `context.out` holds the record."""
     config, exported = context.config, context.inputs["export"]
+    _check_environment(toy=config.is_toy)
+    from coremill.conversion.convert import FailedConversionError, convert, record_failure
+
+    graph, contract = layout.torchscript_file(exported, config.name), layout.contract_file(exported, config.name)
     package = layout.package_dir(context.out, config.name)
-    diagnostics = convert(
-        layout.torchscript_file(exported, config.name),
-        layout.contract_file(exported, config.name),
-        package,
-        config.convert,
-        toy=config.is_toy,
-    )
+    try:
+        diagnostics = convert(graph, contract, package, config.convert, toy=config.is_toy)
+    except FailedConversionError as failure:
+        record_failure(failure, graph, contract, package)
+        raise
     notices = {f"notices.{kind}": count for kind, count in diagnostics.counts.items()}
     return {"package_size_bytes": size_bytes(package), **notices}
 
 
-def _checked(graph: Path, contract: Path, out: Path, *, toy: bool) -> tuple[Program, Contract]:
-    """The program and its contract, after everything that can be checked before the conversion."""
-    program = load_program(graph)
-    promised = read_contract(contract)
-    check_export_versions(toy=toy, model_type=promised.model_type)
-    # Two lengths show which dimensions follow T; ids do not matter to shapes, and this stage has no tokenizer.
-    lengths = working_lengths(promised)
-    check_contract(
-        promised, program, graph_digest=file_digest(graph), sequences=[[0] * seq_len for seq_len in lengths]
-    )
-    if out.suffix != ".mlpackage":
-        raise OutputError(f"{out} is no name for a package", expected=f"{out.stem}.mlpackage")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file", expected="a folder, or nothing", run=f"ls -la {out.parent}")
-    check_writable(out.parent)
-    check_room(out.parent, _COPIES * graph.stat().st_size + _SPARE_BYTES)
-    return program, promised
-
-
-def _convert_to(
-    package: Path,
-    program: Program,
-    contract: Contract,
-    settings: ConvertConfig,
-    *,
-    contract_digest: str,
-    log_to: Path,
-) -> tuple[Message, ...]:
-    """Convert and save; the log is written however that ends. Returns everything that the converter said."""
-    recorder = Recorder()
-    try:
-        with recording(recorder):
-            model = convert_program(program, contract, settings)
-            write_package(model, package, contract_digest=contract_digest)
-    except OSError as failure:
-        raise OutputError(
-            f"cannot write {package.name}: {failure}", expected="room on a writable disk"
-        ) from failure
-    except Exception as failure:  # coremltools has no error type of its own: it raises whatever went wrong
-        failed = FailedConversionError(failure, IMPORT_MESSAGES + recorder.messages)
-        # The frames hold coremltools' temporary folders; released here, they do not outlive the command's output.
-        with recording(Recorder()):
-            traceback.clear_frames(failure.__traceback__)
-            gc.collect()
-        raise failed from failure
-    finally:
-        messages = IMPORT_MESSAGES + recorder.messages
-        write_atomic(layout.conversion_log(log_to.parent), as_log(messages).encode())
-    return messages
-
-
-def _report(notices: tuple[Notice, ...]) -> None:
-    """Log what the user should see; harmless and compatibility notices are counted in diagnostics.json."""
-    for notice in notices:
-        if notice.kind is NoticeKind.WARNING:
-            log.warning("coremltools: %s", notice.text)
-        elif notice.kind is NoticeKind.ERROR:
-            log.error("coremltools: %s", notice.text)
-    log.info("the converter said: %s", ", ".join(f"{n} {kind}" for kind, n in count_notices(notices).items()))
+def _check_environment(*, toy: bool) -> None:
+    check_python(toy=toy)
+    check_installed(*NEEDS)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -209,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-placeholder",
         action="store_true",
-        help="after a failed conversion, write the labelled record conversion_failed.json and exit with 0; "
-        "every gate fails on it",
+        help="after a failed conversion, write the labelled record conversion_failed.json, on which every gate "
+        f"fails, and exit with {GATES_FAILED}: there is no package",
     )
     return parser
 
@@ -220,6 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     settings = read_config(options.config).convert if options.config else ConvertConfig()
     asked = {name: getattr(options, name) for name in ("deployment_target", "compute_precision")}
     settings = msgspec.structs.replace(settings, **{name: value for name, value in asked.items() if value})
+    _check_environment(toy=options.toy)
+    from coremill.conversion.convert import FailedConversionError, convert, record_failure
+
     try:
         convert(options.graph, options.contract, options.out, settings, toy=options.toy)
     except FailedConversionError as failure:
@@ -227,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         record = record_failure(failure, options.graph, options.contract, options.out)
         log.error("%s\nno package was made; the failure is recorded in %s", failure.found, record)
-        return 0
+        return GATES_FAILED
     log.info("wrote %s", options.out)
     return 0
 

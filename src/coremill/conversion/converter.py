@@ -25,7 +25,9 @@ with recording(_recorder):
 
     if _IMPORTED_BEFORE:
         # Its notice about torch's version was given to whoever imported it first; it is asked for again, so
-        # that it is counted in every conversion.
+        # that it is counted in every conversion. There is no public way to ask: the function is private, of the
+        # pinned coremltools 9.0. In a version without it this import fails with an AttributeError that names it,
+        # rather than leave the notice uncounted.
         _deps._warn_if_above_max_supported_version("Torch", torch.__version__, _deps._TORCH_MAX_VERSION)
 
 __all__ = ["IMPORT_MESSAGES", "MLModel", "convert_program", "ct", "working_lengths"]

@@ -24,6 +24,7 @@ Program = Any
 
 SEQ_DIM = "T"
 INPUT_NAME = "input_ids"
+LOGITS, HALT_LOGITS = "logits", "halt_logits"
 
 _DTYPES = {torch.int32: DType.INT32, torch.float16: DType.FLOAT16, torch.float32: DType.FLOAT32}
 _EXPORT = "python -m coremill.conversion.export_pytorch --help"
@@ -130,11 +131,18 @@ def read_interface(program: Program, sequences: Sequence[Sequence[int]]) -> Grap
     one sequence only, nothing was seen to vary, and every dimension is a number.
 
     Raises:
-        ContractMismatchError: a dimension that is neither, or an output of a dtype that no contract knows.
+        ContractMismatchError: more than one input, a program that does not run at one of the lengths, a dimension
+            that is neither, or an output of a dtype that no contract knows.
     """
     input_names = [_plain_name(value) for value in list(program.graph.inputs())[1:]]  # the first is `self`
+    if len(input_names) != 1:
+        raise ContractMismatchError(
+            f"the graph has {len(input_names)} inputs: {', '.join(input_names)}",
+            expected="one, the token ids",
+            run=_EXPORT,
+        )
     output_names = [_plain_name(value) for value in _output_values(program)]
-    runs = [run_program(program, ids) for ids in sequences]
+    runs = [_run_for_shapes(program, ids, len(output_names)) for ids in sequences]
     lengths = [len(ids) for ids in sequences]
     outputs = []
     for index, name in enumerate(output_names):
@@ -143,6 +151,12 @@ def read_interface(program: Program, sequences: Sequence[Sequence[int]]) -> Grap
         if dtype not in _DTYPES:
             raise ContractMismatchError(
                 f"output `{name}` is {dtype}", expected="one of " + ", ".join(map(str, _DTYPES)), run=_EXPORT
+            )
+        if len({tensor.dim() for tensor in tensors}) > 1:
+            raise ContractMismatchError(
+                f"output `{name}` is of shapes {[list(tensor.shape) for tensor in tensors]} at lengths {lengths}",
+                expected="as many dimensions at every length",
+                run=_EXPORT,
             )
         dims = tuple(
             _dim(sizes, lengths, name) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)
@@ -167,6 +181,7 @@ def check_contract(
             expected="the contract that was exported with this graph",
             run=_EXPORT,
         )
+    check_main(contract)
     found = read_interface(program, sequences)
     for kind in ("inputs", "outputs"):
         promised, seen = getattr(contract, kind), getattr(found, kind)
@@ -176,6 +191,32 @@ def check_contract(
                 expected="a contract that describes the graph",
                 run=_EXPORT,
             )
+
+
+def check_main(contract: Contract) -> None:
+    """Check that `contract` can be that of a graph `main`: one input, no state, T alone, the halt head's output
+    where the architecture has a halt head.
+
+    Raises:
+        ContractMismatchError: it cannot; says why.
+    """
+    tensors = (*contract.inputs, *contract.outputs)
+    symbols = sorted({dim for spec in tensors for dim in spec.shape if isinstance(dim, str)} - {SEQ_DIM})
+    has_halt = HALT_LOGITS in [spec.name for spec in contract.outputs]
+    problem = None
+    if len(contract.inputs) != 1:
+        problem = f"has {len(contract.inputs)} inputs ({describe(contract.inputs)}), `main` takes one"
+    elif contract.states:
+        problem = f"has the states {describe(contract.states)}, `main` has none"
+    elif symbols:
+        problem = f"has the dimensions {', '.join(symbols)}, `main` has {SEQ_DIM} alone"
+    elif has_halt != contract.model_arch.use_halt_head:
+        flag = str(contract.model_arch.use_halt_head).lower()
+        problem = f"has use_halt_head {flag}, and {'an' if has_halt else 'no'} output `{HALT_LOGITS}`"
+    if problem is not None:
+        raise ContractMismatchError(
+            f"the contract {problem}", expected="a contract that export_pytorch wrote", run=_EXPORT
+        )
 
 
 def describe(specs: Sequence[TensorSpec]) -> str:
@@ -188,6 +229,26 @@ def _output_values(program: Program) -> list[Any]:
     (result,) = program.graph.outputs()
     node = result.node()
     return list(node.inputs()) if node.kind() == "prim::TupleConstruct" else [result]
+
+
+def _run_for_shapes(program: Program, ids: Sequence[int], n_outputs: int) -> tuple[Tensor, ...]:
+    """The outputs of a program at a length at which it is said to run; a ContractMismatchError if it does not."""
+    try:
+        outputs = run_program(program, ids)
+    except (RuntimeError, ValueError) as failure:
+        reason = str(failure).strip().splitlines()[-1]
+        raise ContractMismatchError(
+            f"the graph does not run at length {len(ids)}: {reason}",
+            expected="a graph that runs at every length that the contract calls ok",
+            run=_EXPORT,
+        ) from failure
+    if len(outputs) != n_outputs or not all(isinstance(value, Tensor) for value in outputs):
+        raise ContractMismatchError(
+            f"the graph returns {', '.join(type(value).__name__ for value in outputs)}",
+            expected="tensors alone",
+            run=_EXPORT,
+        )
+    return outputs
 
 
 def _plain_name(value: Any) -> str:

@@ -34,18 +34,29 @@ def package_interface(spec: Spec) -> PackageInterface:
     """The interface of the ML Program that `spec` holds.
 
     Raises:
-        PackageError: no ML Program, an input of a flexible range, or an array of an unknown dtype.
+        PackageError: no ML Program, an input of a flexible range, an array of an unknown dtype, inputs without
+            dimensions or of differing ranks, or an output that the program does not compute.
     """
     if spec.WhichOneof("Type") != "mlProgram" or _MAIN not in spec.mlProgram.functions:
         raise PackageError("the model is no ML Program with a function `main`", expected="an ML Program")
     description = spec.description
     shapes = {feature.name: _enumerated(feature) for feature in description.input}
+    for name, listed in shapes.items():
+        if not listed or not all(listed) or len({len(shape) for shape in listed}) > 1:
+            raise PackageError(
+                f"input `{name}` is of shapes {[list(shape) for shape in listed]}", expected="shapes of one rank"
+            )
     lengths = {shape[-1] for listed in shapes.values() for shape in listed}
     inputs = tuple(
         TensorSpec(name=feature.name, dtype=_dtype(feature), shape=_symbolic(shapes[feature.name]))
         for feature in description.input
     )
     computed = _computed_shapes(spec)
+    if missing := [feature.name for feature in description.output if feature.name not in computed]:
+        raise PackageError(
+            f"the program does not compute {', '.join(f'`{name}`' for name in missing)}",
+            expected="every output that the description lists",
+        )
     outputs = tuple(
         TensorSpec(name=feature.name, dtype=_dtype(feature), shape=computed[feature.name])
         for feature in description.output

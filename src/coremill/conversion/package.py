@@ -61,11 +61,15 @@ class PackageFacts(Record):
 
 
 def write_package(model: MLModel, package: Path, *, contract_digest: str) -> None:
-    """Save `model` as the directory `package`, with bytes that depend on its content alone, and its digests.
+    """Save `model` into the empty directory `package`: bytes that depend on its content alone, and its digests.
 
     Equal models with the same contract give equal bytes. The caller publishes it.
     """
-    model.save(str(package))
+    saved = package / "saved.mlpackage"  # coremltools saves under no name without this suffix
+    model.save(str(saved))
+    for path in saved.iterdir():
+        path.rename(package / path.name)
+    saved.rmdir()
     spec = read_spec(package)
     metadata = spec.description.metadata.userDefined
     # The date is the day of the conversion, and nothing of the model.

@@ -5,18 +5,17 @@ Legend: N tokens of a sequence, T the length that it is padded to, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import msgspec
 
 from coremill.conversion.backends import Array, Runner
+from coremill.conversion.graph import HALT_LOGITS, LOGITS
 from coremill.conversion.sequences import conversation
 from coremill.data.rows import Row
 from coremill.data.tokenizer import Tokenizer
 from coremill.model.decoding import Sampler, generate
-
-LOGITS = "logits"
-HALT_LOGITS = "halt_logits"
 
 MAX_NEW_TOKENS = 96
 """No answer of a toy's teacher is longer; one that does not end by then is not exact."""
@@ -38,6 +37,11 @@ class Scorer:
     @property
     def longest(self) -> int:
         return self._lengths[-1]
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """V: how many scores the package itself gives a position, whatever its contract says."""
+        return int(self.score([self._pad_id])[LOGITS].shape[-1])
 
     def fits(self, n: int) -> bool:
         return n <= self.longest
@@ -89,9 +93,14 @@ def score_answer(scorer: Scorer, row: Row, tokenizer: Tokenizer) -> ScoredAnswer
 
 
 def answer_question(scorer: Scorer, question: str, tokenizer: Tokenizer, sampler: Sampler) -> list[int]:
-    """The ids of the package's answer, its end token included if it gave one; [] where nothing more fits."""
+    """The ids of the package's answer, with the end token or the id that is no token if it came to one.
+
+    [] where nothing more fits.
+    """
     prompt = tokenizer.encode_prompt(question)
     room = min(MAX_NEW_TOKENS, scorer.longest - len(prompt))
     if room < 1:
         return []
-    return generate(scorer.next_logits, prompt, stop_ids={tokenizer.end_id}, max_new_tokens=room, sampler=sampler)
+    # After an id that is no token there is nothing to go on from.
+    stop_ids = {tokenizer.end_id, *range(tokenizer.vocab_size, scorer.vocab_size)}
+    return generate(scorer.next_logits, prompt, stop_ids=stop_ids, max_new_tokens=room, sampler=sampler)

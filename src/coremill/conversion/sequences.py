@@ -34,8 +34,19 @@ def find_heldout(folder: Path) -> Path:
 
 
 def read_some(path: Path, count: int) -> list[Row]:
-    """The first `count` rows of the dataset at `path`, or as many as there are."""
-    return list(itertools.islice(read_rows(path), count))
+    """The first `count` rows of the dataset at `path`, or as many as there are.
+
+    Raises:
+        DatasetError: unreadable, malformed, or without a row.
+    """
+    rows = list(itertools.islice(read_rows(path), count))
+    if not rows:
+        raise DatasetError(
+            f"{path} has no rows",
+            expected="questions and answers",
+            run="python -m coremill.data.make_toy_kd --help",
+        )
+    return rows
 
 
 def conversation(row: Row, tokenizer: Tokenizer) -> list[int]:

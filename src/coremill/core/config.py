@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,20 @@ TOY_MODEL_TYPES = frozenset({"magic-8-ball", "toy"})
 
 def _positive(record: Record, *names: str) -> None:
     for name in names:
-        if not getattr(record, name) > 0:
+        if not 0 < getattr(record, name) < math.inf:
             raise ValueError(f"`{name}` must be positive, found {getattr(record, name)}")
+
+
+def _not_negative(record: Record, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(record, name) < math.inf:
+            raise ValueError(f"`{name}` must not be negative, found {getattr(record, name)}")
+
+
+def _share(record: Record, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(record, name) <= 1:
+            raise ValueError(f"`{name}` must lie between 0 and 1, found {getattr(record, name)}")
 
 
 class DatasetConfig(Record):
@@ -32,6 +45,7 @@ class DatasetConfig(Record):
 
     def __post_init__(self) -> None:
         _positive(self, "n", "heldout_n")
+        _not_negative(self, "seed")
         if self.vocab_size < 300:
             raise ValueError(f"`vocab_size` must be at least 300, found {self.vocab_size}")
 
@@ -86,8 +100,8 @@ class TrainingConfig(Record):
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size", "learning_rate", "grad_clip", "temperature")
-        if not 0 <= self.kd_weight <= 1:
-            raise ValueError(f"`kd_weight` must lie between 0 and 1, found {self.kd_weight}")
+        _not_negative(self, "warmup_steps", "weight_decay", "halt_weight", "seed")
+        _share(self, "kd_weight")
 
 
 class ConvertConfig(Record):
@@ -115,7 +129,14 @@ class VerifyConfig(Record):
     """Distinct answers among the sampled ones."""
 
     def __post_init__(self) -> None:
-        _positive(self, "heldout_answers", "sampled_answers")
+        _positive(self, "heldout_answers", "sampled_answers", "min_distinct_sampled")
+        _not_negative(self, "sampling_seed", "min_sqnr_db", "max_kl_nats", "argmax_margin", "max_teacher_kl_nats")
+        _share(self, "max_excluded_share", "min_right_mood")
+        if self.min_distinct_sampled > self.sampled_answers:
+            raise ValueError(
+                f"`min_distinct_sampled` {self.min_distinct_sampled} is more than "
+                f"`sampled_answers` {self.sampled_answers}"
+            )
 
 
 class RunConfig(Document):
@@ -137,6 +158,11 @@ class RunConfig(Document):
         if self.dataset.vocab_size != self.model.vocab_size:
             raise ValueError(
                 f"the tokenizer's vocab_size {self.dataset.vocab_size} is not the model's {self.model.vocab_size}"
+            )
+        if self.verify.heldout_answers > self.dataset.heldout_n:
+            raise ValueError(
+                f"verify.heldout_answers {self.verify.heldout_answers} is more than dataset.heldout_n "
+                f"{self.dataset.heldout_n}"
             )
         if max(self.shapes.all) > self.model.max_seq_len:
             raise ValueError(

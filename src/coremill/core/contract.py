@@ -90,7 +90,11 @@ ShapeValidation = ShapeOk | ShapeFailed
 
 
 class Contract(Document):
-    """What `export_pytorch` promises of the graph it saved; nothing in it that the graph lacks."""
+    """What `export_pytorch` promises of the graph it saved; nothing in it that the graph lacks.
+
+    Raises:
+        ValueError: the shapes and their validation differ, the primary shape failed, or two tensors share a name.
+    """
 
     model_type: str
     model_arch: ModelArch
@@ -110,6 +114,12 @@ class Contract(Document):
         expected = [shape_key(seq_len) for seq_len in self.shapes.all]
         if sorted(self.shape_validation) != sorted(expected):
             raise ValueError(f"shape_validation covers {sorted(self.shape_validation)}, the shapes are {expected}")
+        primary = shape_key(self.shapes.primary)
+        if isinstance(result := self.shape_validation[primary], ShapeFailed):
+            raise ValueError(f"the primary shape {primary} failed ({result.error}), so there is nothing to promise")
+        names = [spec.name for spec in (*self.inputs, *self.outputs, *self.states)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"more than one tensor is called {', '.join(twice)}")
 
 
 def read_contract(path: Path) -> Contract:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -15,6 +13,7 @@ import msgspec
 from packaging.version import InvalidVersion, Version
 
 from coremill.core.errors import CoremillError, DocumentError, SchemaVersionError
+from coremill.core.publish import write_atomic
 
 if sys.version_info >= (3, 11):
     from typing import dataclass_transform
@@ -185,23 +184,6 @@ def encode(document: Record) -> bytes:
 def write_json(path: Path, document: Record) -> None:
     """Write `document` to `path`, whole or not at all."""
     write_atomic(path, encode(document))
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace the file at `path` with `data`; a reader sees the old bytes or the new ones, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def json_schemas(kinds: list[type[Document]]) -> dict[str, bytes]:

@@ -7,6 +7,8 @@ from pathlib import Path
 import msgspec
 
 MANIFEST = "manifest.json"
+REPORT = "report"
+"""The folder of a run that its summary is written into."""
 
 
 class RunLayout(msgspec.Struct, frozen=True):
@@ -21,12 +23,22 @@ class RunLayout(msgspec.Struct, frozen=True):
 
     @property
     def lock(self) -> Path:
-        """Outside the run's folder, so that removing the run cannot remove a held lock."""
+        """Held by a build for its whole time. Outside the run's folder, which may be removed."""
         return self.build / f".{self.run}.lock"
+
+    @property
+    def writer_lock(self) -> Path:
+        """Held by a stage while it writes."""
+        return self.build / f".{self.run}.writer.lock"
 
     def stage(self, name: str, lane: str | None = None) -> Path:
         """The folder of a stage; `lane` is a torch version for the stages that run once a lane."""
         return self.root / name if lane is None else self.root / f"torch-{lane}" / name
+
+    def failed_stage(self, name: str, lane: str | None = None) -> Path:
+        """What the stage left when it last failed, to be looked at; gone once it succeeds."""
+        folder = self.stage(name, lane)
+        return folder.with_name(f"{folder.name}.failed")
 
 
 def dataset_file(stage: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from coremill.core.contract import Toolchain
 from coremill.core.digest import digest, size_bytes
@@ -34,8 +34,17 @@ class Fingerprint(Record):
 
 
 class StageManifest(Document):
-    """`manifest.json` in the folder of every stage that finished."""
+    """`manifest.json` in the folder of every stage that ended, and in `<stage>.failed/` of one that failed.
 
+    Raises:
+        ValueError: a failure without an error, or an error without a failure.
+    """
+
+    outcome: Literal["succeeded", "failed"]
+    error: str | None = None
+    """What a failed stage said."""
+    error_kind: str | None = None
+    """Its kind of error, as `coremill --help` lists them; None for a defect."""
     stage: str
     run: str
     lane: str | None
@@ -49,6 +58,10 @@ class StageManifest(Document):
     started_at: str
     """UTC, ISO 8601."""
     duration_s: float
+
+    def __post_init__(self) -> None:
+        if (self.outcome == "failed") != (self.error is not None):
+            raise ValueError(f"the outcome is {self.outcome!r} and the error is {self.error!r}")
 
 
 def read_manifest(folder: Path) -> StageManifest:

@@ -7,7 +7,7 @@ import math
 
 from coremill.core.contract import Toolchain, shape_key
 from coremill.core.documents import Document, Record
-from coremill.core.gates import Gate, Outcome, gates_ok
+from coremill.core.gates import Gate, Outcome, Severity, failed, gates_ok
 
 
 class Backend(str, enum.Enum):
@@ -65,7 +65,11 @@ class Answer(Record):
 
 
 class HeldoutAnswers(Record):
-    """Held-out questions answered greedily through the package."""
+    """Held-out questions answered greedily through the package.
+
+    Raises:
+        ValueError: a count is negative or more than what it is a part of, or a figure is not finite.
+    """
 
     asked: int
     exact: int
@@ -84,6 +88,30 @@ class HeldoutAnswers(Record):
     """Mean entropy of the teacher per answer token: the floor of the cross entropy."""
     cross_entropy_nats: float
     """Mean cross entropy of the package with the teacher's distribution, per answer token."""
+
+    def __post_init__(self) -> None:
+        parts = (
+            ("exact", "asked"),
+            ("right_mood", "with_mood"),
+            ("with_mood", "asked"),
+            ("right_tool_call", "with_tool_call"),
+            ("with_tool_call", "asked"),
+        )
+        for part, whole in parts:
+            if not 0 <= getattr(self, part) <= getattr(self, whole):
+                raise ValueError(
+                    f"`{part}` is {getattr(self, part)}, which is no part of `{whole}` {getattr(self, whole)}"
+                )
+        if self.with_mood + self.with_tool_call > self.asked:
+            raise ValueError(
+                f"`with_mood` {self.with_mood} and `with_tool_call` {self.with_tool_call} are more than "
+                f"`asked` {self.asked}"
+            )
+        if self.out_of_vocabulary < 0:
+            raise ValueError(f"`out_of_vocabulary` is {self.out_of_vocabulary}")
+        for name in ("teacher_kl_nats", "teacher_entropy_nats", "cross_entropy_nats"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"`{name}` is {getattr(self, name)}")
 
 
 class VerificationReport(Document):
@@ -121,27 +149,35 @@ class StageSummary(Record):
     """One row of the table of stages.
 
     Raises:
-        ValueError: the stage did not pass, and no reason is given.
+        ValueError: the stage did not pass and no reason is given, or what it ran with contradicts whether it ran.
     """
 
     stage: str
     lane: str | None
-    python: str
-    torch: str | None
-    """None where the stage's environment holds no torch."""
-    duration_s: float
-    started_at: str
     outcome: Outcome
-    """Failed for a conversion that made no package, and for a verification whose must-gates did not all pass."""
+    """Failed for a stage that ended in an error, and for a verification whose must-gates did not all pass."""
     reason: str | None = None
+    python: str | None = None
+    """This, the time and the duration: None for a stage that did not run, and for no other."""
+    torch: str | None = None
+    """None where the stage's environment holds no torch."""
+    duration_s: float | None = None
+    started_at: str | None = None
 
     def __post_init__(self) -> None:
         if self.outcome is not Outcome.PASSED and not self.reason:
             raise ValueError(f"stage {self.stage!r} is {self.outcome.value} without a reason")
+        ran = [part is not None for part in (self.python, self.duration_s, self.started_at)]
+        if ran != [self.outcome is not Outcome.NOT_RUN] * 3 or (self.torch is not None and not all(ran)):
+            raise ValueError(f"stage {self.stage!r} is {self.outcome.value}, and what it ran with says otherwise")
 
 
-class LaneSummary(Record):
-    """One lane's verification."""
+class LaneVerified(Record, tag_field="status", tag="verified"):
+    """A lane all of whose stages ran, with what its verification found.
+
+    Raises:
+        ValueError: `gates_ok` contradicts the gates, or the primary shape has no report.
+    """
 
     lane: str
     toolchain: Toolchain
@@ -151,15 +187,60 @@ class LaneSummary(Record):
     gates: tuple[Gate, ...]
     shapes: dict[str, ShapeReport]
     heldout: HeldoutAnswers | None
-    package_size_bytes: int | None
-    """None where the conversion made no package."""
+    package_size_bytes: int
     convert_duration_s: float
     converter_notices: dict[str, int]
     """Converter messages by kind."""
 
+    def __post_init__(self) -> None:
+        if self.gates_ok != gates_ok(self.gates):
+            raise ValueError(f"`gates_ok` is {self.gates_ok}, the gates say {gates_ok(self.gates)}")
+        if self.primary not in self.shapes:
+            raise ValueError(f"the primary shape {self.primary} has no report")
+
+
+class LaneFailed(Record, tag_field="status", tag="failed"):
+    """A lane that was not verified: one of the stages that it rests on failed, or never ran.
+
+    Raises:
+        ValueError: it holds anything but that stage's one failed gate.
+    """
+
+    lane: str
+    stage: str
+    """The first stage that did not complete."""
+    toolchain: Toolchain | None
+    """What that stage ran with; None where it never ran."""
+    gates_ok: bool = False
+    gates: tuple[Gate, ...]
+
+    def __post_init__(self) -> None:
+        expected = completion_gate_name(self.stage)
+        found = [(gate.name, gate.severity, gate.outcome) for gate in self.gates]
+        if self.gates_ok or found != [(expected, Severity.MUST, Outcome.FAILED)]:
+            raise ValueError(f"lane {self.lane} failed, and its gates are not {expected!r} alone, failed")
+
+
+LaneSummary = LaneVerified | LaneFailed
+
+
+def completion_gate_name(stage: str) -> str:
+    """The must-gate of a lane that says whether `stage` came to its end."""
+    return f"Stage {stage} completes"
+
+
+def lane_failed(lane: str, stage: str, reason: str, toolchain: Toolchain | None) -> LaneFailed:
+    """The lane `lane`, which stopped at `stage` because of `reason`."""
+    gate = failed(completion_gate_name(stage), Severity.MUST, reason)
+    return LaneFailed(lane=lane, stage=stage, toolchain=toolchain, gates=(gate,))
+
 
 class RunSummary(Document):
-    """`summary.json`: one run in one page of figures."""
+    """`summary.json`: one run in one page of figures.
+
+    Raises:
+        ValueError: `gates_ok` contradicts the lanes, or there are answers and no lane that could have given them.
+    """
 
     run: str
     model_type: str
@@ -169,7 +250,8 @@ class RunSummary(Document):
     lanes: tuple[LaneSummary, ...]
     figures: dict[str, float | int | str]
     """What the stages before the lanes measured: `training.parameters`, …"""
-    sampled_seed: int
+    sampled_seed: int | None
+    """Of the first lane that was verified, as are the answers; None, and no answers, where none was."""
     sampled: tuple[Answer, ...]
     fell_back_from: str | None = None
     """The lane that was asked for, where its conversion failed and `--fallback` built another one."""
@@ -178,3 +260,10 @@ class RunSummary(Document):
     def __post_init__(self) -> None:
         if self.gates_ok != (bool(self.lanes) and all(lane.gates_ok for lane in self.lanes)):
             raise ValueError(f"`gates_ok` is {self.gates_ok}, the lanes say otherwise")
+        if (self.sampled_seed is None) != (not self.verified) or (self.sampled and not self.verified):
+            raise ValueError(f"{len(self.verified)} lanes were verified, and `sampled_seed` is {self.sampled_seed}")
+
+    @property
+    def verified(self) -> tuple[LaneVerified, ...]:
+        """The lanes whose package was run."""
+        return tuple(lane for lane in self.lanes if isinstance(lane, LaneVerified))

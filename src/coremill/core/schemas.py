@@ -7,8 +7,10 @@ from pathlib import Path
 
 from coremill.core.config import RunConfig
 from coremill.core.contract import Contract
-from coremill.core.documents import Document, json_schemas, write_atomic
+from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure
+from coremill.core.documents import Document, json_schemas
 from coremill.core.manifest import StageManifest
+from coremill.core.publish import write_atomic
 from coremill.core.reports import RunSummary, VerificationReport
 from coremill.core.runtime_config import RuntimeConfig
 
@@ -16,6 +18,8 @@ FORMATS: list[type[Document]] = [
     RunConfig,
     StageManifest,
     Contract,
+    ConversionDiagnostics,
+    ConversionFailure,
     VerificationReport,
     RunSummary,
     RuntimeConfig,

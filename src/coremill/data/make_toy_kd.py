@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from coremill.core.command import exit_on_error
 from coremill.core.config import DatasetConfig
+from coremill.core.errors import exit_code_table
 from coremill.core.layout import dataset_file, heldout_file, tokenizer_file
 from coremill.core.stage import Figures, StageContext
 from coremill.data import magic_8_ball, toy
@@ -125,6 +126,8 @@ def _parse_args(argv: list[str] | None) -> tuple[DatasetConfig, DatasetFiles]:
     parser = argparse.ArgumentParser(
         prog="python -m coremill.data.make_toy_kd",
         description="Write a toy distillation dataset, its held-out rows and its tokenizer.",
+        epilog="exit codes:\n" + exit_code_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="the training rows, one JSON object a line")
     parser.add_argument("--n", type=int, required=True, help="number of training rows")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 
 from coremill.core.documents import Record
-from coremill.core.errors import DatasetError, OutputError
+from coremill.core.errors import DatasetError
+from coremill.core.publish import replacing
 
 MOODS = ("hopeful", "doubtful", "unclear")
 
@@ -101,7 +97,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> str:
     path = Path(path)
     hasher = hashlib.sha256()
     encoder = msgspec.json.Encoder()
-    with _replacing(path) as file:
+    with replacing(path) as file:
         buffer = bytearray()
         for row in rows:
             encoder.encode_into(row, buffer)
@@ -109,29 +105,3 @@ def write_rows(path: Path, rows: Iterable[Row]) -> str:
             hasher.update(buffer)
             file.write(buffer)
     return "sha256:" + hasher.hexdigest()
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside `path` to write to, which takes its place at the end, or goes if writing fails."""
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():  # a folder or a device: to replace it would destroy it
-            raise FileExistsError(errno.EEXIST, "something that is not a file is in the way")
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-        temporary = None
-    except OSError as failure:
-        raise OutputError(
-            f"cannot write {path}: {failure.strerror}", expected="a file in a writable folder with room on the disk"
-        ) from failure
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)

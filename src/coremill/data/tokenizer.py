@@ -17,8 +17,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from coremill.core.digest import bytes_digest
-from coremill.core.documents import write_atomic
 from coremill.core.errors import OutputError, TokenizerError
+from coremill.core.publish import write_atomic
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|pad|>",

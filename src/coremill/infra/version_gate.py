@@ -12,6 +12,7 @@ Three answers, by what is known of the running versions:
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 
@@ -81,6 +82,21 @@ def check_python(*, toy: bool, versions: Versions | None = None) -> None:
         expected=expected,
         run=_IN_THE_RIGHT_PYTHON,
     )
+
+
+def check_installed(*packages: str) -> None:
+    """Refuse an environment that lacks one of `packages`; nothing is imported.
+
+    Raises:
+        MachineError: names those that are missing.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MachineError(
+            f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed in {sys.prefix}",
+            expected=f"an environment with {', '.join(packages)}",
+            run=_IN_THE_RIGHT_PYTHON,
+        )
 
 
 def _check_packages(versions: Versions) -> None:

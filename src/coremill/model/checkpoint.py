@@ -20,7 +20,7 @@ from torch import Tensor
 
 from coremill.core.config import ModelConfig
 from coremill.core.contract import ModelArch, TokenizerRef
-from coremill.core.documents import Document, from_builtins, write_atomic
+from coremill.core.documents import Document, from_builtins
 from coremill.core.errors import (
     CheckpointContentError,
     CheckpointUnreadableError,
@@ -28,6 +28,7 @@ from coremill.core.errors import (
     UnsafeCheckpointError,
     VocabularyMismatchError,
 )
+from coremill.core.publish import write_atomic
 from coremill.model.student import Student
 
 _RETRAIN = "python -m coremill.training.run_toy_distill --help"

@@ -5,6 +5,7 @@ Nox makes and fills them (`noxfile.py`); this module says what they are and read
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from packaging.version import Version
 
 from coremill.core.digest import file_digest
 from coremill.core.documents import Document, read_json, write_json
-from coremill.core.errors import MachineError
+from coremill.core.errors import MachineError, SchemaVersionError
+
+log = logging.getLogger(__name__)
 
 PRIMARY_LANE = "2.9.1"
 LANES = ("2.9.1", "2.8.0")
@@ -58,6 +61,8 @@ class Stamp(Document):
 
     environment: str
     lock_digest: str
+    checkout: str
+    """Where coremill itself was installed from: a copied checkout must not run the sources of the first one."""
 
 
 class Toolset(msgspec.Struct, frozen=True):
@@ -81,8 +86,13 @@ def installed(root: Path) -> dict[str, Toolset]:
     """
     found = {}
     for path in sorted((root / ".nox").glob(f"*/{STAMP}")):
-        stamp = read_json(path, Stamp, error=MachineError, run="make distclean")
-        if (path.parent / "bin" / "python").exists():
+        try:
+            stamp = read_json(path, Stamp, error=MachineError)
+        except (MachineError, SchemaVersionError) as error:
+            # Another version's stamp, or half of one: not in place, so that it is filled anew.
+            log.info("%s", error.found)
+            continue
+        if stamp.checkout == str(root.resolve()) and (path.parent / "bin" / "python").exists():
             found[stamp.environment] = Toolset(path.parent, _version(path.parent), stamp.lock_digest)
     return found
 
@@ -99,7 +109,8 @@ def is_current(root: Path, environment: Environment, folder: Path) -> bool:
 
 def write_stamp(root: Path, environment: Environment, folder: Path) -> None:
     digest = file_digest(environment.lock(root))
-    write_json(folder / STAMP, Stamp(environment=environment.name, lock_digest=digest))
+    stamp = Stamp(environment=environment.name, lock_digest=digest, checkout=str(root.resolve()))
+    write_json(folder / STAMP, stamp)
 
 
 def running(root: Path, environment: Environment) -> Toolset:

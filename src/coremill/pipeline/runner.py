@@ -5,22 +5,25 @@ from __future__ import annotations
 import argparse
 import datetime
 import logging
+import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 from coremill.core.command import exit_on_error
 from coremill.core.config import RunConfig
 from coremill.core.documents import write_json
-from coremill.core.layout import MANIFEST, RunLayout
-from coremill.core.manifest import StageManifest, check_outputs, measure_outputs, read_manifest
-from coremill.core.stage import StageContext
+from coremill.core.errors import CoremillError, exit_code_table
+from coremill.core.layout import MANIFEST, REPORT, RunLayout
+from coremill.core.manifest import Fingerprint, StageManifest, check_outputs, measure_outputs, read_manifest
+from coremill.core.publish import publishing, recover
+from coremill.core.stage import Figures, StageContext
 from coremill.core.toolchain import current_toolchain
 from coremill.pipeline.environments import LANES, Toolset, running
 from coremill.pipeline.freshness import fingerprint, freshness, input_digests
-from coremill.pipeline.lock import RunLock
+from coremill.pipeline.lock import RunLock, WriterLock
 from coremill.pipeline.project import add_run_options, chosen_run, project_root
-from coremill.pipeline.publish import publishing, recover
 from coremill.pipeline.stages import STAGES, Stage, find_stage, stage_folder
 
 log = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ def run_stage(
     """
     lane = lane if stage.per_lane else None
     folder = stage_folder(layout, stage, lane)
-    with RunLock(layout.lock):
+    with RunLock(layout), WriterLock(layout):
         recover(folder)
         if not force and freshness(stage, config, layout, toolset, lane, stages).fresh:
             return read_manifest(folder)
@@ -54,24 +57,51 @@ def run_stage(
             check_outputs(producer, read_manifest(producer))
         # Taken before the work: what changes while the stage runs leaves it stale.
         before = fingerprint(stage, config, toolset, input_digests(layout, stage, lane, stages))
-        started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        start = time.perf_counter()
+        # It would go on saying what is no longer so.
+        shutil.rmtree(layout.stage(REPORT), ignore_errors=True)
         with publishing(folder) as fresh:
-            figures = stage.function()(StageContext(config=config, lane=lane, inputs=producers, out=fresh))
-            manifest = StageManifest(
-                stage=stage.name,
-                run=config.name,
-                lane=lane,
-                fingerprint=before,
-                config=stage.config_slice(config),
-                toolchain=current_toolchain(),
-                outputs=measure_outputs(fresh),
-                figures=figures,
-                started_at=started_at,
-                duration_s=round(time.perf_counter() - start, 3),
-            )
-            write_json(fresh / MANIFEST, manifest)
+            context = StageContext(config=config, lane=lane, inputs=producers, out=fresh)
+            manifest = _work(stage, context, before, failed=layout.failed_stage(stage.name, lane))
     log.info("%s: published %s", stage.name, _relative(folder))
+    return manifest
+
+
+def _work(stage: Stage, context: StageContext, before: Fingerprint, *, failed: Path) -> StageManifest:
+    """Do the stage's work in `context.out`; what a failing stage leaves goes to the folder `failed`."""
+    started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    start = time.perf_counter()
+
+    def record(
+        outcome: Literal["succeeded", "failed"], figures: Figures, error: Exception | None = None
+    ) -> StageManifest:
+        manifest = StageManifest(
+            outcome=outcome,
+            error=None if error is None else str(error) or type(error).__name__,
+            error_kind=error.kind if isinstance(error, CoremillError) else None,
+            stage=stage.name,
+            run=context.config.name,
+            lane=context.lane,
+            fingerprint=before,
+            config=stage.config_slice(context.config),
+            toolchain=current_toolchain(),
+            outputs=measure_outputs(context.out),
+            figures=figures,
+            started_at=started_at,
+            duration_s=round(time.perf_counter() - start, 3),
+        )
+        write_json(context.out / MANIFEST, manifest)
+        return manifest
+
+    try:
+        figures = stage.function()(context)
+    except Exception as error:
+        record("failed", {}, error)
+        shutil.rmtree(failed, ignore_errors=True)
+        context.out.rename(failed)
+        log.error("%s: failed; what it left is in %s", stage.name, _relative(failed))
+        raise
+    manifest = record("succeeded", figures)
+    shutil.rmtree(failed, ignore_errors=True)
     return manifest
 
 
@@ -80,7 +110,12 @@ def _relative(path: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="coremill stage", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="coremill stage",
+        description=__doc__,
+        epilog="exit codes:\n" + exit_code_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("name", choices=[stage.name for stage in STAGES])
     parser.add_argument("--torch", choices=LANES, help="the lane, for a stage that runs once a lane")
     parser.add_argument("--force", action="store_true", help="run it even if it is fresh")

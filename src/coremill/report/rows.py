@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from coremill.core.gates import Gate, Outcome, Severity, gates_ok
-from coremill.core.reports import Answer, HeldoutAnswers, LaneSummary, RunSummary, ShapeError, ShapeReport
+from coremill.core.reports import (
+    Answer,
+    HeldoutAnswers,
+    LaneFailed,
+    LaneSummary,
+    LaneVerified,
+    RunSummary,
+    ShapeError,
+    ShapeReport,
+)
 
 ABSENT = "–"
 _DIGEST = "sha256:"
@@ -48,9 +57,9 @@ def stage_rows(summary: RunSummary) -> Rows:
         (
             row.stage,
             lane_name(row.lane) if row.lane else ABSENT,
-            row.python,
+            row.python or ABSENT,
             row.torch or ABSENT,
-            f"{row.duration_s:.1f}",
+            ABSENT if row.duration_s is None else f"{row.duration_s:.1f}",
             row.outcome.value,
         )
         for row in summary.stages
@@ -58,7 +67,12 @@ def stage_rows(summary: RunSummary) -> Rows:
     return Rows(columns, cells)
 
 
-def shape_rows(lane: LaneSummary) -> Rows:
+def total_s(summary: RunSummary) -> float:
+    """Seconds of the stages that ran, each as it last did."""
+    return sum(row.duration_s for row in summary.stages if row.duration_s is not None)
+
+
+def shape_rows(lane: LaneVerified) -> Rows:
     columns = (
         Column("shape"),
         Column("status"),
@@ -72,7 +86,7 @@ def shape_rows(lane: LaneSummary) -> Rows:
     return Rows(columns, [_shape_row(lane, name, report) for name, report in lane.shapes.items()])
 
 
-def _shape_row(lane: LaneSummary, name: str, report: ShapeReport) -> tuple[str, ...]:
+def _shape_row(lane: LaneVerified, name: str, report: ShapeReport) -> tuple[str, ...]:
     role = ", primary" if name == lane.primary else ""
     if isinstance(report, ShapeError):
         return (name, f"error{role}", *[ABSENT] * 6)
@@ -97,10 +111,9 @@ def stage_notes(summary: RunSummary) -> list[Note]:
 
 
 def shape_notes(lane: LaneSummary) -> list[Note]:
-    """The shapes that did not run."""
-    return [
-        Note("error", name, report.error) for name, report in lane.shapes.items() if isinstance(report, ShapeError)
-    ]
+    """The shapes that did not run, of those that were tried."""
+    shapes = {} if isinstance(lane, LaneFailed) else lane.shapes
+    return [Note("error", name, report.error) for name, report in shapes.items() if isinstance(report, ShapeError)]
 
 
 def gate_notes(lane: LaneSummary, *, longest: int | None = None) -> list[Note]:
@@ -118,7 +131,7 @@ def gate_notes(lane: LaneSummary, *, longest: int | None = None) -> list[Note]:
     return sorted(notes, key=lambda note: note.word == Outcome.PASSED.value)
 
 
-def backends(lane: LaneSummary) -> str:
+def backends(lane: LaneVerified) -> str:
     """What ran the package."""
     return ", ".join(sorted({report.backend.value for report in lane.shapes.values()})) or "nothing"
 
@@ -167,25 +180,41 @@ def in_lanes(summary: RunSummary, notes: Callable[[LaneSummary], list[Note]]) ->
 def lane_rows(summary: RunSummary) -> Rows:
     """The lanes side by side: what they ran with, and what their packages compute."""
     lanes = summary.lanes
-    shapes = dict.fromkeys(name for lane in lanes for name in lane.shapes)
+    shapes = dict.fromkeys(name for lane in summary.verified for name in lane.shapes)
     packages = ("torch", "coremltools", "numpy")
     cells = [
-        ("python", *(lane.toolchain.python for lane in lanes)),
-        *((name, *(lane.toolchain.packages.get(name, ABSENT) for lane in lanes)) for name in packages),
-        *((name, *(_shape_in_short(lane, name) for lane in lanes)) for name in shapes),
-        ("package", *(megabytes(lane.package_size_bytes) for lane in lanes)),
-        ("conversion", *(f"{lane.convert_duration_s:.1f} s" for lane in lanes)),
-        ("converter notices", *(notices(lane.converter_notices) for lane in lanes)),
+        ("python", *(lane.toolchain.python if lane.toolchain else ABSENT for lane in lanes)),
+        *((name, *(_package_version(lane, name) for lane in lanes)) for name in packages),
+        *((name, *(_if_verified(lane, _shape_in_short, name) for lane in lanes)) for name in shapes),
+        ("package", *(_if_verified(lane, lambda it: megabytes(it.package_size_bytes)) for lane in lanes)),
+        ("conversion", *(_if_verified(lane, lambda it: f"{it.convert_duration_s:.1f} s") for lane in lanes)),
+        ("converter notices", *(_if_verified(lane, lambda it: notices(it.converter_notices)) for lane in lanes)),
     ]
     return Rows((Column("lane"), *_lane_columns(summary)), cells)
 
 
+def _package_version(lane: LaneSummary, name: str) -> str:
+    return lane.toolchain.packages.get(name, ABSENT) if lane.toolchain else ABSENT
+
+
+def _if_verified(lane: LaneSummary, text: Callable[..., str], *arguments: str) -> str:
+    return ABSENT if isinstance(lane, LaneFailed) else text(lane, *arguments)
+
+
 def lane_gate_rows(summary: RunSummary) -> Rows:
-    """Every gate, in each lane."""
+    """Every gate, in each lane; those of the stages themselves, too, where one did not complete."""
     lanes = summary.lanes
     gates = {gate.name: gate for lane in lanes for gate in lane.gates}
+    completion = {gate.name: lane.stage for lane in lanes if isinstance(lane, LaneFailed) for gate in lane.gates}
+
+    def in_short(lane: LaneSummary, name: str) -> str:
+        stage = completion.get(name)
+        if stage is None or (isinstance(lane, LaneFailed) and lane.stage == stage):
+            return _gate_in_short(lane, name)
+        return _completion(summary, lane, stage)
+
     cells = [
-        (gate.severity.value, gate.name, *(_gate_in_short(lane, gate.name) for lane in lanes))
+        (gate.severity.value, gate.name, *(in_short(lane, gate.name) for lane in lanes))
         for gate in ordered(tuple(gates.values()))
     ]
     verdict = ("", "gates_ok", *(str(lane.gates_ok).lower() for lane in lanes))
@@ -200,7 +229,7 @@ def _lane_columns(summary: RunSummary) -> list[Column]:
     return [Column(lane_name(lane.lane)) for lane in summary.lanes]
 
 
-def _shape_in_short(lane: LaneSummary, name: str) -> str:
+def _shape_in_short(lane: LaneVerified, name: str) -> str:
     report = lane.shapes.get(name)
     if report is None:
         return "no such shape"
@@ -209,12 +238,19 @@ def _shape_in_short(lane: LaneSummary, name: str) -> str:
     return f"ok, {report.max_abs_err:.1e}, {report.sqnr_db:.1f} dB, {percent(report.top1_agreement)}"
 
 
+def _completion(summary: RunSummary, lane: LaneSummary, stage: str) -> str:
+    """Whether the stage completed in a lane that did not stop at it; a verified lane has all of them behind it."""
+    if isinstance(lane, LaneVerified):
+        return Outcome.PASSED.value
+    return next(row.outcome.value for row in summary.stages if row.stage == stage and row.lane in (None, lane.lane))
+
+
 def _gate_in_short(lane: LaneSummary, name: str) -> str:
     for gate in lane.gates:
         if gate.name == name:
             figures = isinstance(gate.measured, int | float)
             return f"{gate.outcome.value}, {figure(gate.measured)}" if figures else gate.outcome.value
-    return "no such gate"
+    return Outcome.NOT_RUN.value if isinstance(lane, LaneFailed) else "no such gate"
 
 
 def notices(counts: dict[str, int]) -> str:
@@ -226,6 +262,11 @@ def count_outcomes(lane: LaneSummary) -> str:
     """`14 passed, 1 failed, 2 not_run`: the outcomes that there are."""
     counts = {outcome: sum(gate.outcome is outcome for gate in lane.gates) for outcome in Outcome}
     return ", ".join(f"{count} {outcome.value}" for outcome, count in counts.items() if count) or "no gates"
+
+
+def stopped_text(lane: LaneFailed) -> str:
+    """Why there is nothing to show of a lane."""
+    return f"stage {lane.stage} did not complete"
 
 
 def heldout_text(heldout: HeldoutAnswers | None) -> str:
@@ -244,7 +285,9 @@ def heldout_text(heldout: HeldoutAnswers | None) -> str:
 
 def answers_title(summary: RunSummary) -> str:
     distinct = len({answer.answer for answer in summary.sampled})
-    which = f" of {lane_name(summary.lanes[0].lane)}" if len(summary.lanes) > 1 else ""
+    if not summary.verified:
+        return "no question was answered: there is no verified package"
+    which = f" of {lane_name(summary.verified[0].lane)}" if len(summary.lanes) > 1 else ""
     return (
         f"{len(summary.sampled)} questions answered by the package{which}, "
         f"sampled with seed {summary.sampled_seed}: {distinct} different answers"
@@ -308,5 +351,5 @@ def percent(share: float) -> str:
     return "100 %" if share == 1 else f"{math.floor(share * 1e4) / 100:.2f} %"
 
 
-def megabytes(size_bytes: int | None) -> str:
-    return ABSENT if size_bytes is None else f"{size_bytes / 1e6:.2f} MB"
+def megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.2f} MB"

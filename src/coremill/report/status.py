@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from coremill.core.gates import must_gates_ok
-from coremill.core.reports import Answer, LaneSummary, RunSummary
+from coremill.core.reports import Answer, LaneFailed, LaneSummary, RunSummary
 from coremill.report.rows import (
     ABSENT,
     LANE_SHAPES,
@@ -33,6 +33,8 @@ from coremill.report.rows import (
     shape_rows,
     stage_notes,
     stage_rows,
+    stopped_text,
+    total_s,
 )
 
 E2E_TEST = "pytest tests/e2e/test_magic_8_ball_pipeline.py::test_magic_8_ball_pipeline_e2e -v -s"
@@ -83,17 +85,18 @@ def _time(timestamp: str) -> str:
 
 
 def _stages(summary: RunSummary) -> list[str]:
-    total_s = sum(row.duration_s for row in summary.stages)
+    started_at = [row.started_at for row in summary.stages if row.started_at is not None]
     return [
         *_table(stage_rows(summary)),
         "",
-        f"{total_s:.1f} s in all, each stage as it last ran; "
-        f"the first started at {_time(summary.stages[0].started_at)}.",
+        f"{total_s(summary):.1f} s in all, each stage as it last ran; the first started at {_time(started_at[0])}.",
         *_notes(stage_notes(summary)),
     ]
 
 
 def _shapes(lane: LaneSummary) -> list[str]:
+    if isinstance(lane, LaneFailed):
+        return [f"No shape ran: {stopped_text(lane)}."]
     return [
         f"The package run by {backends(lane)}, against the checkpoint's logits in eager torch, on real prompts.",
         "Positions whose two best logits are all but equal are left out of the argmax agreement.",
@@ -121,12 +124,20 @@ def _figures(summary: RunSummary) -> list[str]:
         f"- {_escape(name)}: {_escape(value if isinstance(value, str) else figure(value))}"
         for name, value in summary.figures.items()
     ]
-    heldout = [f"- {lane_name(lane.lane)}: {_escape(heldout_text(lane.heldout))}" for lane in summary.lanes]
+    heldout = [f"- {lane_name(lane.lane)}: {_escape(_heldout(lane))}" for lane in summary.lanes]
     return [*listed, *heldout]
 
 
+def _heldout(lane: LaneSummary) -> str:
+    if isinstance(lane, LaneFailed):
+        return f"no held-out question was asked: {stopped_text(lane)}"
+    return heldout_text(lane.heldout)
+
+
 def _answers(summary: RunSummary) -> list[str]:
-    return [f"{answers_title(summary)}.", "", *(_answer(answer) for answer in summary.sampled)]
+    title = answers_title(summary)
+    answers = [_answer(answer) for answer in summary.sampled]
+    return [f"{title[0].upper()}{title[1:]}.", *(["", *answers] if answers else [])]
 
 
 def _answer(answer: Answer) -> str:

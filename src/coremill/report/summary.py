@@ -11,66 +11,77 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 from rich.console import Console
 
 from coremill.core.command import exit_on_error
 from coremill.core.config import RunConfig
-from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure, count_notices
-from coremill.core.documents import read_json, write_atomic, write_json
-from coremill.core.errors import GATES_FAILED, OK, StageError
+from coremill.core.diagnostics import ConversionDiagnostics, count_notices
+from coremill.core.documents import read_json, write_json
+from coremill.core.errors import GATES_FAILED, OK, StageError, exit_code_table
 from coremill.core.gates import Outcome, Severity, must_gates_ok
 from coremill.core.layout import (
+    REPORT,
     RunLayout,
+    contract_file,
     diagnostics_file,
     package_dir,
-    placeholder_file,
     status_file,
     summary_file,
     verification_report,
 )
-from coremill.core.manifest import Output, StageManifest, check_outputs, read_manifest
-from coremill.core.reports import LaneSummary, RunSummary, StageSummary, VerificationReport
+from coremill.core.publish import write_atomic
+from coremill.core.reports import (
+    LaneSummary,
+    LaneVerified,
+    RunSummary,
+    StageSummary,
+    VerificationReport,
+    lane_failed,
+)
 from coremill.core.stage import Figures
 from coremill.pipeline.environments import LANES, PRIMARY_LANE
 from coremill.pipeline.project import add_run_options, chosen_run
+from coremill.pipeline.stages import STAGES
+from coremill.report.attempts import Attempt, Completed, build_command, completed, read_attempts
 from coremill.report.status import status_markdown
 from coremill.report.tables import render
-
-SHARED_STAGES = ("dataset", "training")
-"""Run once; the others run once a lane."""
-LANE_STAGES = ("export", "convert", "verify")
-REPORT = "report"
-"""The folder of the run that the summary is written into."""
-
-_BUILD = "nox -s pipeline"
 
 
 def summarise(
     layout: RunLayout, config: RunConfig, lanes: Sequence[str], fell_back_from: str | None = None
 ) -> RunSummary:
-    """The summary of the run in `layout`.
+    """The summary of the run in `layout`; a lane with a stage that failed or never ran is a failed lane of it.
 
     Args:
-        lanes: torch versions whose verification is reported; the primary one first.
+        lanes: torch versions that are reported, the primary one first; at least one.
         fell_back_from: the lane that was asked for, where another one was built instead.
 
     Raises:
-        StageError: a stage has not finished, or belongs to another run.
+        StageError: nothing was built; a stage belongs to another run, or was made from what is no longer there; a
+            verification is of another package or contract.
         DigestError: a report is not the one that its stage wrote.
     """
-    stages: list[StageSummary] = []
+    attempts = {lane: read_attempts(layout, config, lane) for lane in lanes}
+    reports = {
+        lane: _verification(completed(ran), config, lane)
+        for lane, ran in attempts.items()
+        if len(completed(ran)) == len(STAGES)
+    }
+    stages = _stage_rows(attempts[lanes[0]], None, None)
     figures: Figures = {}
-    for stage in SHARED_STAGES:
-        manifest = _manifest(layout.stage(stage), config, lane=None)
-        stages.append(_stage_summary(manifest))
-        figures.update({f"{stage}.{name}": value for name, value in manifest.figures.items()})
+    shared = [stage.name for stage in STAGES if not stage.per_lane]
+    for stage, done in completed(attempts[lanes[0]]).items():
+        if stage in shared:
+            figures.update({f"{stage}.{name}": value for name, value in done.manifest.figures.items()})
     summaries: list[LaneSummary] = []
-    reports = [_verification(layout, config, lane) for lane in lanes]
-    for lane, report in zip(lanes, reports, strict=True):
-        manifests = [_manifest(layout.stage(stage, lane), config, lane) for stage in LANE_STAGES]
-        stages += [_stage_summary(manifest, report) for manifest in manifests]
-        summaries.append(_lane_summary(layout, config, lane, report))
+    for lane, ran in attempts.items():
+        report = reports.get(lane)
+        stages += _stage_rows(ran, lane, report)
+        if report is None:
+            summaries.append(_lane_stopped(lane, ran[-1]))
+        else:
+            summaries.append(_lane_verified(lane, completed(ran)["convert"], config, report))
+    first = next(iter(reports.values()), None)
     return RunSummary(
         run=config.name,
         model_type=config.model_type,
@@ -78,87 +89,95 @@ def summarise(
         stages=tuple(stages),
         lanes=tuple(summaries),
         figures=figures,
-        sampled_seed=reports[0].sampled_seed,
-        sampled=reports[0].sampled,
+        sampled_seed=None if first is None else first.sampled_seed,
+        sampled=() if first is None else first.sampled,
         fell_back_from=fell_back_from,
         gates_ok=all(lane.gates_ok for lane in summaries),
     )
 
 
-def _manifest(folder: Path, config: RunConfig, lane: str | None) -> StageManifest:
-    manifest = read_manifest(folder)
-    if (manifest.run, manifest.lane) != (config.name, lane):
-        raise StageError(
-            f"{folder} is of run {manifest.run!r}, lane {manifest.lane}",
-            expected=f"run {config.name!r}, lane {lane}",
-            run=_BUILD,
-        )
-    return manifest
+def _verification(done: dict[str, Completed], config: RunConfig, lane: str) -> VerificationReport:
+    """The lane's verification; a StageError if it is not of the package and the contract that are there now."""
+    verify, export, convert = done["verify"], done["export"], done["convert"]
+    path = verify.checked(verification_report(verify.folder))
+    again = build_command(config, lane, force="verify")
+    report = read_json(path, VerificationReport, error=StageError, run=again)
+    contract, package = contract_file(export.folder, config.name), package_dir(convert.folder, config.name)
+    for found, artifact, recorded in (
+        (report.contract_digest, contract, export.output(contract.name)),
+        (report.package_digest, package, convert.output(package.name)),
+    ):
+        if found != recorded.digest:
+            raise StageError(
+                f"{path} is of a {artifact.name} {found}",
+                expected=f"{recorded.digest}, as the manifest beside {artifact} recorded",
+                run=again,
+            )
+    return report
 
 
-def _output(folder: Path, manifest: StageManifest, name: str) -> Output:
-    recorded = manifest.outputs.get(name)
-    if recorded is None:
-        raise StageError(f"{folder} has no {name}", expected=f"what stage {manifest.stage} writes", run=_BUILD)
-    return recorded
+def _stage_rows(
+    attempts: Sequence[Attempt], lane: str | None, report: VerificationReport | None
+) -> list[StageSummary]:
+    """The stages of a lane, or for None those that lanes share; the ones after a failed one are not_run."""
+    by_stage = {each.stage: each for each in attempts}
+    stopped = attempts[-1].stage
+    names = [stage.name for stage in STAGES if stage.per_lane == (lane is not None)]
+    return [
+        _stage_row(by_stage[name], lane, report)
+        if name in by_stage
+        else _not_run(name, lane, f"stage {stopped} did not complete")
+        for name in names
+    ]
 
 
-def _checked(folder: Path, manifest: StageManifest, path: Path) -> Path:
-    """`path`, an output of the stage in `folder`, hashed again before it is read."""
-    recorded = _output(folder, manifest, path.name)
-    check_outputs(folder, msgspec.structs.replace(manifest, outputs={path.name: recorded}))
-    return path
+def _not_run(stage: str, lane: str | None, reason: str) -> StageSummary:
+    return StageSummary(stage=stage, lane=lane, outcome=Outcome.NOT_RUN, reason=reason)
 
 
-def _verification(layout: RunLayout, config: RunConfig, lane: str) -> VerificationReport:
-    folder = layout.stage("verify", lane)
-    path = _checked(folder, _manifest(folder, config, lane), verification_report(folder))
-    return read_json(path, VerificationReport, error=StageError, run=_BUILD)
-
-
-def _stage_summary(manifest: StageManifest, report: VerificationReport | None = None) -> StageSummary:
+def _stage_row(attempt: Attempt, lane: str | None, report: VerificationReport | None) -> StageSummary:
     """Args: report: of the lane's verification."""
-    reason = None
-    if manifest.stage == "convert" and placeholder_file(Path()).name in manifest.outputs:
-        reason = f"the conversion failed; {placeholder_file(Path()).name} says how"
-    elif manifest.stage == "verify" and report is not None and not must_gates_ok(report.gates):
+    manifest, reason = attempt.manifest, attempt.failure
+    if manifest is None:
+        return _not_run(attempt.stage, lane, "it never ran")
+    if attempt.stage == "verify" and report is not None and not must_gates_ok(report.gates):
         blocking = [g.name for g in report.gates if g.severity is Severity.MUST and g.outcome is not Outcome.PASSED]
         reason = f"must-gates: {'; '.join(blocking) or 'none was checked'}"
     return StageSummary(
-        stage=manifest.stage,
-        lane=manifest.lane,
+        stage=attempt.stage,
+        lane=lane,
+        outcome=Outcome.PASSED if reason is None else Outcome.FAILED,
+        reason=reason,
         python=manifest.toolchain.python,
         torch=manifest.toolchain.packages.get("torch"),
         duration_s=manifest.duration_s,
         started_at=manifest.started_at,
-        outcome=Outcome.PASSED if reason is None else Outcome.FAILED,
-        reason=reason,
     )
 
 
-def _lane_summary(layout: RunLayout, config: RunConfig, lane: str, report: VerificationReport) -> LaneSummary:
-    folder = layout.stage("convert", lane)
-    manifest = _manifest(folder, config, lane)
-    record: ConversionDiagnostics | ConversionFailure
-    if placeholder_file(folder).name in manifest.outputs:
-        path = _checked(folder, manifest, placeholder_file(folder))
-        record = read_json(path, ConversionFailure, error=StageError, run=_BUILD)
-        package_size_bytes = None
-    else:
-        path = _checked(folder, manifest, diagnostics_file(folder))
-        record = read_json(path, ConversionDiagnostics, error=StageError, run=_BUILD)
-        package_size_bytes = _output(folder, manifest, package_dir(folder, config.name).name).size_bytes
-    return LaneSummary(
+def _lane_stopped(lane: str, last: Attempt) -> LaneSummary:
+    reason = last.failure
+    assert reason is not None, f"stage {last.stage} completed"  # else there were a verification
+    toolchain = None if last.manifest is None else last.manifest.toolchain
+    return lane_failed(lane, last.stage, reason, toolchain)
+
+
+def _lane_verified(lane: str, convert: Completed, config: RunConfig, report: VerificationReport) -> LaneSummary:
+    path = convert.checked(diagnostics_file(convert.folder))
+    said = read_json(
+        path, ConversionDiagnostics, error=StageError, run=build_command(config, lane, force="convert")
+    )
+    return LaneVerified(
         lane=lane,
-        toolchain=record.toolchain,
+        toolchain=said.toolchain,
         primary=report.primary,
         gates_ok=report.gates_ok,
         gates=report.gates,
         shapes=report.shapes,
         heldout=report.heldout,
-        package_size_bytes=package_size_bytes,
-        convert_duration_s=manifest.duration_s,
-        converter_notices=count_notices(record.notices),
+        package_size_bytes=convert.output(package_dir(convert.folder, config.name).name).size_bytes,
+        convert_duration_s=convert.manifest.duration_s,
+        converter_notices=count_notices(said.notices),
     )
 
 
@@ -176,7 +195,9 @@ def exit_code(summary: RunSummary) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="coremill report",
-        description="Print what a finished run did, and write it to its report/ as summary.json and STATUS.md.",
+        description="Print what a run did, and write it to its report/ as summary.json and STATUS.md.",
+        epilog="exit codes:\n" + exit_code_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--torch",

@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from coremill.core.reports import LaneSummary, RunSummary
+from coremill.core.reports import LaneSummary, LaneVerified, RunSummary
 from coremill.report.rows import (
     LANE_SHAPES,
     Note,
@@ -39,6 +39,7 @@ from coremill.report.rows import (
     shape_rows,
     stage_notes,
     stage_rows,
+    total_s,
 )
 
 _LONGEST_FIGURE = 12
@@ -62,7 +63,8 @@ def render(summary: RunSummary, console: Console) -> None:
     console.print(stages_table(summary))
     if len(summary.lanes) == 1:
         lane = summary.lanes[0]
-        console.print(shapes_table(lane))
+        if isinstance(lane, LaneVerified):
+            console.print(shapes_table(lane))
         console.print(gates_table(lane))
     else:
         console.print(comparison_table(summary))
@@ -73,12 +75,11 @@ def render(summary: RunSummary, console: Console) -> None:
 
 
 def stages_table(summary: RunSummary) -> RenderableType:
-    total_s = sum(row.duration_s for row in summary.stages)
-    title = f"{summary.run}: stages, {total_s:.1f} s in all, each as it last ran"
+    title = f"{summary.run}: stages, {total_s(summary):.1f} s in all, each as it last ran"
     return Group(_title(title), _table(stage_rows(summary)), *_notes(stage_notes(summary)), "")
 
 
-def shapes_table(lane: LaneSummary) -> RenderableType:
+def shapes_table(lane: LaneVerified) -> RenderableType:
     title = f"{lane_name(lane.lane)}: shapes, run by {backends(lane)}, against the checkpoint in torch"
     size = f"package {megabytes(lane.package_size_bytes)}; converter notices: {notices(lane.converter_notices)}"
     return Group(_title(title), _table(shape_rows(lane)), *_notes(shape_notes(lane)), _below(Text(size)), "")
@@ -112,8 +113,8 @@ def answers_list(summary: RunSummary) -> RenderableType:
         verdict = Text.assemble((f"{answer.mood or 'fact'}, ", "dim"), (word, _STYLES[word]))
         lines.append(Text(answer.prompt))
         lines.append(Padding(Text.assemble((answer_text(answer), "bold"), "  ", verdict), (0, 0, 0, 2)))
-    heldout = Text(heldout_text(summary.lanes[0].heldout))
-    return Group(_title(answers_title(summary)), *lines, _below(heldout), "")
+    heldout = [_below(Text(heldout_text(lane.heldout))) for lane in summary.verified[:1]]
+    return Group(_title(answers_title(summary)), *lines, *heldout, "")
 
 
 def _title(text: str) -> Text:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from coremill.core.documents import Document, Record, write_atomic
+from coremill.core.documents import Document, Record
 from coremill.core.errors import OutputError
+from coremill.core.publish import write_atomic
 
 
 class RunMetrics(Document, tag_field="kind", tag="run"):

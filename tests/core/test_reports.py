@@ -1,0 +1,131 @@
+"""Summaries that cannot contradict themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from coremill.core.contract import Toolchain
+from coremill.core.documents import encode, from_builtins
+from coremill.core.errors import DocumentError
+from coremill.core.gates import Outcome, Severity, failed, passed
+from coremill.core.reports import (
+    Answer,
+    Backend,
+    LaneFailed,
+    LaneVerified,
+    RunSummary,
+    ShapeError,
+    StageSummary,
+    lane_failed,
+)
+
+TOOLCHAIN = Toolchain(python="3.11.7", platform="Linux", packages={})
+FAILED = lane_failed("2.8.0", "convert", "no room", TOOLCHAIN)
+
+
+def verified(**changes: Any) -> LaneVerified:
+    parts: dict[str, Any] = {
+        "lane": "2.9.1",
+        "toolchain": TOOLCHAIN,
+        "primary": "T64",
+        "gates_ok": True,
+        "gates": (passed("It loads", Severity.MUST),),
+        "shapes": {"T64": ShapeError(backend=Backend.COREML, error="no")},
+        "heldout": None,
+        "package_size_bytes": 1,
+        "convert_duration_s": 1.0,
+        "converter_notices": {},
+    }
+    return LaneVerified(**{**parts, **changes})
+
+
+def run(*lanes: LaneVerified | LaneFailed, **changes: Any) -> RunSummary:
+    parts: dict[str, Any] = {
+        "run": "toy",
+        "model_type": "toy",
+        "created_at": "2026-05-04T09:13:20+00:00",
+        "stages": (),
+        "lanes": lanes,
+        "figures": {},
+        "sampled_seed": None,
+        "sampled": (),
+        "gates_ok": False,
+    }
+    return RunSummary(**{**parts, **changes})
+
+
+def test_a_failed_lane_has_one_failed_must_gate() -> None:
+    assert FAILED.gates == (failed("Stage convert completes", Severity.MUST, "no room"),)
+    assert not FAILED.gates_ok
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gates_ok": True},
+        {"gates": ()},
+        {"gates": (passed("Stage convert completes", Severity.MUST),)},
+        {"gates": (failed("Stage export completes", Severity.MUST, "no"),)},
+        {"gates": (failed("Stage convert completes", Severity.NICE, "no"),)},
+        {"gates": FAILED.gates * 2},
+    ],
+)
+def test_a_failed_lane_holds_nothing_else(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^lane 2\.8\.0 failed, and its gates are not 'Stage convert completes'"):
+        msgspec.structs.replace(FAILED, **changes)
+
+
+def test_a_verified_lane_agrees_with_its_gates_and_has_its_primary_shape() -> None:
+    assert verified().gates_ok
+    with pytest.raises(ValueError, match="`gates_ok` is False, the gates say True"):
+        verified(gates_ok=False)
+    with pytest.raises(ValueError, match="the primary shape T128 has no report"):
+        verified(primary="T128")
+
+
+def test_a_lane_of_half_a_verification_is_no_document() -> None:
+    document = msgspec.json.decode(encode(run(FAILED)))
+    assert from_builtins(document, RunSummary, where="summary.json") == run(FAILED)
+    document["lanes"][0]["package_size_bytes"] = 3
+    with pytest.raises(DocumentError, match=r"unknown key `package_size_bytes` at `\$\.lanes\[0\]`"):
+        from_builtins(document, RunSummary, where="summary.json")
+
+
+def test_only_verified_lanes_answer() -> None:
+    answer = Answer(prompt="?", answer="!", mood=None, right=True)
+    summary = run(FAILED, verified(), sampled_seed=8, sampled=(answer,))
+    assert [lane.lane for lane in summary.verified] == ["2.9.1"]
+    with pytest.raises(ValueError, match="0 lanes were verified, and `sampled_seed` is 8"):
+        run(FAILED, sampled_seed=8)
+    with pytest.raises(ValueError, match="0 lanes were verified"):
+        run(FAILED, sampled=(answer,))
+    with pytest.raises(ValueError, match="1 lanes were verified, and `sampled_seed` is None"):
+        run(verified(), gates_ok=True)
+    with pytest.raises(ValueError, match="`gates_ok` is True, the lanes say otherwise"):
+        run(FAILED, verified(), sampled_seed=8, gates_ok=True)
+
+
+RAN = {"python": "3.11.7", "duration_s": 1.0, "started_at": "2026-05-04T09:13:20+00:00"}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "parts", "message"),
+    [
+        (Outcome.FAILED, RAN, "stage 'convert' is failed without a reason"),
+        (Outcome.PASSED, {}, "stage 'convert' is passed, and what it ran with says otherwise"),
+        (Outcome.FAILED, {"reason": "no"}, "stage 'convert' is failed, and what it ran with says otherwise"),
+        (Outcome.PASSED, {**RAN, "python": None}, "stage 'convert' is passed, and what it ran with says otherwise"),
+        (
+            Outcome.NOT_RUN,
+            {**RAN, "reason": "no"},
+            "stage 'convert' is not_run, and what it ran with says otherwise",
+        ),
+        (Outcome.NOT_RUN, {"torch": "2.9.1", "reason": "no"}, "stage 'convert' is not_run, and what it ran with"),
+    ],
+)
+def test_a_stage_ran_or_did_not(outcome: Outcome, parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        StageSummary(stage="convert", lane="2.9.1", outcome=outcome, **parts)
