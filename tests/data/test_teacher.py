@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coremill.data.rows import Row
-from coremill.data.teacher import AnswerTrie, entropy, teacher_targets
+from coremill.data.teacher import CONTINUE, HALT, AnswerTrie, entropy, halt_labels, teacher_targets
 from coremill.data.tokenizer import Tokenizer
 
 END = 0
@@ -122,3 +122,10 @@ def test_the_entropy_along_all_paths_is_that_of_the_answers(tokenizer: Tokenizer
 def test_entropy_is_in_nats() -> None:
     assert entropy({1: 0.5, 2: 0.5}) == pytest.approx(math.log(2), abs=1e-15)
     assert str(entropy({1: 1.0})) == "0.0"
+
+
+def test_halt_comes_with_the_last_content_token():
+    #                       assistant  first     second    third end
+    assert halt_labels(4) == [CONTINUE, CONTINUE, CONTINUE, HALT, HALT]
+    assert halt_labels(2) == [CONTINUE, HALT, HALT]
+    assert halt_labels(1) == [HALT, HALT]

@@ -220,9 +220,10 @@ def test_a_damaged_end_of_the_archive(saved: Path, offset: int) -> None:
     saved.write_bytes(data)
     # The comment's length, or a disk number of an archive of one disk, may be read past; all else is refused.
     try:
-        assert load_checkpoint(saved).step == 7
+        outcome = f"step {load_checkpoint(saved).step}"
     except CheckpointUnreadableError as refused:
-        assert refused.found.startswith(str(saved))
+        outcome = refused.found
+    assert outcome == "step 7" or outcome.startswith(str(saved))
 
 
 def archive_payload(path: Path, member: str) -> bytes:

@@ -12,13 +12,10 @@ from coremill.core.errors import TrainingError
 from coremill.data.rows import Row
 from coremill.data.tokenizer import Tokenizer
 from coremill.training.batches import (
-    CONTINUE,
-    HALT,
     Example,
     collate,
     encode_rows,
     epoch_batches,
-    halt_labels,
     n_batches,
 )
 
@@ -64,13 +61,6 @@ def test_a_row_that_is_too_long_is_named(rows: list[Row], tokenizer: Tokenizer) 
     assert str(caught.value) == (
         f"row train-0000000 has {length} tokens\n  expected: at most {length - 1}, the model's max_seq_len"
     )
-
-
-def test_halt_comes_with_the_last_content_token() -> None:
-    #                 assistant  50        51        52    end
-    assert halt_labels(example(4, 3)) == [CONTINUE, CONTINUE, CONTINUE, HALT, HALT]
-    assert halt_labels(example(4, 1)) == [CONTINUE, HALT, HALT]
-    assert halt_labels(example(4, 0)) == [HALT, HALT]
 
 
 def test_positions_of_a_batch() -> None:

@@ -23,7 +23,7 @@ from coremill.core.errors import ContractMismatchError, CoremillError
 from coremill.core.reports import Answer, HeldoutAnswers, ShapeError, ShapeMeasured, ShapeReport
 from coremill.data.judge import judge
 from coremill.data.rows import Row
-from coremill.data.teacher import entropy, teacher_targets
+from coremill.data.teacher import entropy, halt_labels, teacher_targets
 from coremill.data.tokenizer import TOOL_CALL, Tokenizer
 from coremill.model.decoding import TemperatureSampler, greedy
 from coremill.model.student import Student, output_names
@@ -31,8 +31,6 @@ from coremill.model.student import Student, output_names
 PACKED_SEQUENCES = 4
 CONVERSATIONS = 64
 """Conversations compared at each length, so that 2 % of their answer tokens are more than one or two."""
-
-CONTINUE, HALT = 0, 1
 
 
 class Reference:
@@ -228,13 +226,11 @@ def _teacher_figures(scored: ScoredAnswer, row: Row, tokenizer: Tokenizer) -> li
 
 
 def _halt_decisions(scored: ScoredAnswer) -> list[bool]:
-    """Whether each decision is the label: halt at the last content token and at the end, continue before."""
+    """Whether each decision is the label."""
     if scored.halt_logits is None:
         return []
     decisions = scored.halt_logits.argmax(-1)  # (A + 1,): the prompt's last token, then the answer's
-    labels = np.full(len(decisions), CONTINUE)
-    labels[-2:] = HALT
-    return [bool(same) for same in decisions == labels]
+    return [bool(same) for same in decisions == np.array(halt_labels(len(decisions) - 1))]
 
 
 def ask_sampled(

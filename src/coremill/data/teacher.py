@@ -14,6 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from coremill.data.rows import Row
 from coremill.data.tokenizer import Tokenizer
 
+CONTINUE, HALT = 0, 1
+"""Columns of the halt head."""
+
 
 class AnswerTrie:
     """The answers to one question, by token.
@@ -82,6 +85,21 @@ def teacher_targets(row: Row, tokenizer: Tokenizer) -> list[dict[int, float]]:
     trie = teacher_trie(row, tokenizer)
     answer = tokenizer.encode_answer(row.teacher_text)
     return [trie.next_tokens(answer[:place]) for place in range(len(answer))]
+
+
+def halt_labels(answer_tokens: int) -> list[int]:
+    """The halt label of each position that a conversation is scored at, from the assistant token to the end token.
+
+    Halt at and after the answer's last content token, continue before it.
+
+    Args:
+        answer_tokens: tokens of the answer, the end token included.
+
+    Returns:
+        `answer_tokens` + 1 labels, CONTINUE or HALT.
+    """
+    last_content = answer_tokens - 1  # counted from the assistant token at 0; the end token comes after it
+    return [HALT if place >= last_content else CONTINUE for place in range(answer_tokens + 1)]
 
 
 def entropy(dist: Mapping[int, float]) -> float:

@@ -19,11 +19,8 @@ from torch import Tensor
 
 from coremill.core.errors import TrainingError
 from coremill.data.rows import Row
-from coremill.data.teacher import teacher_targets
+from coremill.data.teacher import halt_labels, teacher_targets
 from coremill.data.tokenizer import Tokenizer
-
-CONTINUE, HALT = 0, 1
-"""Columns of the halt head."""
 
 _BUCKET_BATCHES = 16
 """Batches are cut from runs of this many, sorted by length: little padding, and still almost any row beside any."""
@@ -84,15 +81,6 @@ def encode_rows(rows: Iterable[Row], tokenizer: Tokenizer, *, max_seq_len: int) 
     return examples
 
 
-def halt_labels(example: Example) -> list[int]:
-    """The halt label of each position from the assistant token to the end token."""
-    last_content = len(example.tokens) - 2  # the end token comes after it
-    return [
-        HALT if place >= last_content else CONTINUE
-        for place in range(example.answer_start - 1, len(example.tokens))
-    ]
-
-
 def collate(examples: Sequence[Example], *, pad_id: int, vocab_size: int) -> Batch:
     """Put `examples` side by side, padded to the longest."""
     seq_len = max(len(example.tokens) for example in examples)
@@ -107,7 +95,7 @@ def collate(examples: Sequence[Example], *, pad_id: int, vocab_size: int) -> Bat
         row = place * seq_len
         first = len(scored_at)
         scored_at += range(row + example.answer_start - 1, row + len(example.tokens))
-        labels += halt_labels(example)
+        labels += halt_labels(len(example.tokens) - example.answer_start)
         answer_at += range(first, len(scored_at) - 1)
         for number, dist in enumerate(example.teacher, start=len(answer_ids)):
             taught += [(number, token, share) for token, share in dist.items()]
