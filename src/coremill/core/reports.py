@@ -20,6 +20,9 @@ class Backend(str, enum.Enum):
 class ShapeMeasured(Record, tag_field="status", tag="ok"):
     """A shape that ran; agreement with the checkpoint's eager logits on real prompts.
 
+    `max_abs_err`, `sqnr_db` and `kl_nats` are over every position; `top1_agreement` is over those that predict a token
+    of an answer, because nothing was trained to predict a question.
+
     Raises:
         ValueError: a figure is not finite; a shape whose logits are not is a :class:`ShapeError`.
     """
@@ -34,6 +37,7 @@ class ShapeMeasured(Record, tag_field="status", tag="ok"):
     top1_agreement: float
     """Share of the positions compared whose argmax agrees."""
     positions: int
+    """Positions that predict a token of an answer, the excluded ones among them."""
     excluded: int
     """Positions left out of `top1_agreement` because the reference's top-1 − top-2 gap is below the margin."""
 

@@ -37,7 +37,7 @@ def default_recipe(model_type: str, *, vocab_size: int) -> Recipe:
         training=TrainingConfig(
             epochs=2,
             batch_size=4,
-            learning_rate=3e-3,
+            learning_rate=2e-3,  # the best of five for 64 steps: benchmarks/training.py seed
             warmup_steps=6,
             weight_decay=0.01,
             grad_clip=1.0,
