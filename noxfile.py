@@ -58,9 +58,8 @@ UV = uv.find_uv_bin()
 os.environ["PATH"] = os.pathsep.join(
     [*map(str, interpreter_directories([TRAIN_PYTHON, CONVERT_PYTHON])), os.environ["PATH"]]
 )
-# Imports are most of a short stage's time, and bytecode halves them. Waiting threads sleep: two that spin on cores
-# which something else uses make training ten times slower.
-SESSION_ENV = {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPATH": None, "OMP_WAIT_POLICY": "PASSIVE"}
+# Imports are most of a short stage's time, and bytecode halves them.
+SESSION_ENV = {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPATH": None}
 
 # No abbreviations: what is meant for pytest or a benchmark passes by here too.
 parser = argparse.ArgumentParser(prog="nox -s pipeline --", allow_abbrev=False)

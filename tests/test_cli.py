@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +110,27 @@ def test_a_command_in_an_environment_without_its_packages_names_them(command, ar
         "\n  run: nox -s pipeline, which takes Python 3.11; coremill doctor tells where it looks for it\n"
     )
     assert ended.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "--checkpoint", "{d}/m.pt", "--out", "{d}", "--toy"],
+        ["convert", "--graph", "{d}/m.mlpackage", "--contract", "{d}/c.json", "--out", "{d}/m.mlpackage"],
+        [
+            *("verify", "--package", "{d}/m", "--contract", "{d}/c.json", "--checkpoint", "{d}/k"),
+            *("--dataset-dir", "{d}", "--out", "{d}/c.json"),
+        ],
+    ],
+    ids=["export", "convert", "verify"],
+)  # fmt: skip
+def test_a_command_does_not_overwrite_its_input(tmp_path, capsys, arguments):
+    assert main([each.format(d=tmp_path) for each in arguments]) == 52
+    assert "is read and would be overwritten" in capsys.readouterr().err
+
+
+def test_a_build_folder_that_is_a_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    (tmp_path / "f").write_text("")
+    assert main(["status", "--build-dir", str(tmp_path / "f")]) == 52
+    assert f"--build-dir {tmp_path / 'f'} is a file" in capsys.readouterr().err

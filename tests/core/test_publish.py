@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from coremill.core.errors import OutputError
-from coremill.core.publish import publishing, recover, replacing, write_atomic
+from coremill.core.publish import check_apart, publishing, recover, replacing, write_atomic
 
 
 def entries(folder):
@@ -99,7 +99,7 @@ def test_an_interrupted_exchange_puts_the_old_folder_back(tmp_path, monkeypatch,
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from coremill.core.publish import publishing
+    from coremill.core.publish import check_apart, publishing
     folder = Path(sys.argv[1])
     rename = Path.rename
 
@@ -147,3 +147,13 @@ def test_two_writers_never_share_a_folder(tmp_path):
         (first / "a").write_text("1")
         (second / "b").write_text("2")
     assert entries(tmp_path / "stage") == ["a"]
+
+
+def test_an_output_in_the_place_of_an_input_is_refused(tmp_path):
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(OutputError) as caught:
+        check_apart([tmp_path / "b", tmp_path / "." / "a"], [None, tmp_path / "a"])
+    assert str(caught.value) == (
+        f"{tmp_path / 'a'} is read and would be overwritten\n  expected: an output beside the inputs"
+    )
+    check_apart([tmp_path / "b"], [tmp_path / "a"])

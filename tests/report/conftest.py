@@ -17,7 +17,7 @@ from coremill.core.diagnostics import (
     NoticeKind,
     count_notices,
 )
-from coremill.core.digest import digest
+from coremill.core.digest import digest, value_digest
 from coremill.core.documents import write_json
 from coremill.core.gates import (
     Gate,
@@ -354,14 +354,17 @@ class FinishedRun:
         (folder / MANIFEST).unlink(missing_ok=True)
         packages = {"torch": lane, "coremltools": "9.0", "numpy": "2.3.5"} if lane else {"torch": "2.9.1"}
         inputs = input_digests(self.layout, find_stage(stage), lane)
+        config = find_stage(stage).config_slice(self.config)
         manifest = StageManifest(
             outcome="succeeded" if error is None else "failed",
             error=error,
             stage=stage,
             run=self.config.name,
             lane=lane,
-            fingerprint=Fingerprint(definition="", config="", sources="", lock="", interpreter="", inputs=inputs),
-            config={},
+            fingerprint=Fingerprint(
+                definition="", config=value_digest(config), sources="", lock="", interpreter="", inputs=inputs
+            ),
+            config=config,
             toolchain=toolchain("3.13.0" if lane is None else "3.11.7", **packages),
             outputs=measure_outputs(folder),
             figures=figures,

@@ -126,6 +126,22 @@ def test_an_altered_report_is_refused(finished, capsys) -> None:
     assert not finished.layout.stage("report").exists()
 
 
+def test_an_altered_package_is_refused_though_its_verification_passed(finished, capsys) -> None:
+    run = finished
+    package = next(run.layout.stage("convert", "2.9.1").glob("*.mlpackage"))
+    file = next(path for path in package.rglob("*") if path.is_file()) if package.is_dir() else package
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(DigestError, match="nox -s pipeline -- --force convert"):
+        summarise(run.layout, run.config, ["2.9.1"])
+
+
+def test_another_bar_than_the_build_met_is_refused(finished) -> None:
+    run = finished
+    verify = msgspec.structs.replace(run.config.verify, max_teacher_kl_nats=1e-9)
+    with pytest.raises(StageError, match="stage verify was run with another configuration"):
+        summarise(run.layout, msgspec.structs.replace(run.config, verify=verify), ["2.9.1"])
+
+
 def test_a_folder_without_a_manifest_is_named(finished) -> None:
     folder = finished.layout.stage("verify", "2.9.1")
     (folder / "manifest.json").unlink()

@@ -122,6 +122,12 @@ def _checked(graph: Path, contract: Path, out: Path, *, toy: bool) -> tuple[Prog
         raise OutputError(f"{out} is no name for a package", expected=f"{out.stem}.mlpackage")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file", expected="a folder, or nothing", run=f"ls -la {out.parent}")
+    if out.is_dir() and any(out.iterdir()) and not (out / "Manifest.json").is_file():
+        raise OutputError(
+            f"{out} is a folder that holds something other than a package",
+            expected="a package to replace, or nothing",
+            run=f"ls -la {out}",
+        )
     check_writable(out.parent)
     check_room(out.parent, _COPIES * graph.stat().st_size + _SPARE_BYTES)
     return program, promised

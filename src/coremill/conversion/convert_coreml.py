@@ -15,6 +15,7 @@ from coremill.core.command import exit_on_error
 from coremill.core.config import ConvertConfig, read_config
 from coremill.core.digest import size_bytes
 from coremill.core.errors import GATES_FAILED, exit_code_table
+from coremill.core.publish import check_apart
 from coremill.core.stage import Figures, StageContext
 from coremill.infra.version_gate import check_installed, check_python
 
@@ -75,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = read_config(options.config).convert if options.config else ConvertConfig()
     asked = {name: getattr(options, name) for name in ("deployment_target", "compute_precision")}
     settings = msgspec.structs.replace(settings, **{name: value for name, value in asked.items() if value})
+    beside = [layout.diagnostics_file(options.out.parent), layout.conversion_log(options.out.parent)]
+    check_apart([options.out, *beside], [options.graph, options.contract, options.config])
     _check_environment(toy=options.toy)
     from coremill.conversion.convert import FailedConversionError, convert, record_failure
 

@@ -15,6 +15,7 @@ from coremill.core import layout
 from coremill.core.command import exit_on_error
 from coremill.core.contract import ShapeSet
 from coremill.core.errors import ConfigError, exit_code_table
+from coremill.core.publish import check_apart
 from coremill.core.stage import Figures, StageContext
 from coremill.infra.version_gate import check_installed, check_python
 
@@ -51,6 +52,8 @@ def parse_shapes(text: str, primary: int | None) -> ShapeSet:
         ConfigError: not a list of distinct positive lengths, or the primary is not among them.
     """
     expected = "lengths such as 64,128,256, and --primary one of them"
+    if primary is None and "," in text:
+        raise ConfigError(f"--shapes {text} without --primary", expected=expected)
     try:
         lengths = tuple(int(part) for part in text.split(","))
         return ShapeSet(primary=lengths[0] if primary is None and len(lengths) == 1 else primary or 0, all=lengths)
@@ -89,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         shapes = parse_shapes(",".join(map(str, TOY_SHAPES.all)), options.primary)
     program = layout.torchscript_file(options.out, checkpoint.stem)
     contract = layout.contract_file(options.out, checkpoint.stem)
+    check_apart([program, contract], [checkpoint, tokenizer, options.heldout])
     _check_environment(toy=options.toy)
     from coremill.conversion import export
     from coremill.conversion.sequences import find_heldout

@@ -18,6 +18,7 @@ from coremill.core.command import exit_on_error
 from coremill.core.config import VerifyConfig, read_config
 from coremill.core.errors import GATES_FAILED, OK, exit_code_table
 from coremill.core.gates import must_gates_ok
+from coremill.core.publish import check_apart
 from coremill.core.stage import Figures, StageContext
 from coremill.infra.version_gate import check_installed
 
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.heldout < 1:
             parser.error("--heldout must be at least 1")
         config = msgspec.structs.replace(config, heldout_answers=options.heldout)
+    check_apart([options.out], [options.contract, options.checkpoint, options.config])
     check_installed(*NEEDS)
     from coremill.conversion.outputs import check_writable
     from coremill.conversion.sequences import find_heldout

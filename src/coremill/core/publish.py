@@ -6,12 +6,34 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from coremill.core.errors import OutputError
+
+
+def check_replaceable(path: Path) -> None:
+    """Check that `path` is nothing, or a file that may be replaced.
+
+    Raises:
+        OutputError: it is something other than a regular file (a device, a folder).
+    """
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is in the way", expected="a regular file, or nothing", run=f"ls -ld {path}")
+
+
+def check_apart(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
+    """Check that no output would take the place of an input, before anything is read.
+
+    Raises:
+        OutputError: one would.
+    """
+    read = {path.resolve() for path in inputs if path is not None}
+    for path in outputs:
+        if path.resolve() in read:
+            raise OutputError(f"{path} is read and would be overwritten", expected="an output beside the inputs")
 
 
 @contextmanager
@@ -22,8 +44,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         OutputError: `path` is something other than a regular file (a device, a folder), or cannot be written.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise OutputError(f"{path} is in the way", expected="a regular file, or nothing", run=f"ls -ld {path}")
+    check_replaceable(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,8 @@ class Backend(str, enum.Enum):
 class ShapeMeasured(Record, tag_field="status", tag="ok"):
     """A shape that ran; agreement with the checkpoint's eager logits on real prompts.
 
-    `max_abs_err`, `sqnr_db` and `kl_nats` are over every position; `top1_agreement` is over those that predict a token
-    of an answer, because nothing was trained to predict a question.
+    `max_abs_err`, `sqnr_db` and `kl_nats` are over every position; `top1_agreement` is over those that predict a
+    token of an answer, because nothing was trained to predict a question.
 
     Raises:
         ValueError: a figure is not finite; a shape whose logits are not is a :class:`ShapeError`.

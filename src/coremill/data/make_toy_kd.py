@@ -20,6 +20,7 @@ from coremill.core.command import exit_on_error
 from coremill.core.config import DatasetConfig
 from coremill.core.errors import exit_code_table
 from coremill.core.layout import dataset_file, heldout_file, tokenizer_file
+from coremill.core.publish import check_replaceable
 from coremill.core.stage import Figures, StageContext
 from coremill.data import magic_8_ball, toy
 from coremill.data.grammar import Side, generate_rows
@@ -63,6 +64,8 @@ def make_dataset(config: DatasetConfig, files: DatasetFiles, *, watch: Watch | N
         made = generate_rows(grammar, side=side, n=n, seed=config.seed)
         return made if watch is None else watch(made, f"{side} rows", n)
 
+    for path in (files.train, files.heldout, files.tokenizer):
+        check_replaceable(path)
     # First, so that a vocabulary that cannot be had leaves all files as they were.
     fewest, most = TOKENIZER_ROWS
     sample_size = max(fewest, min(config.n, most))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from coremill.core.config import RunConfig, read_config
-from coremill.core.errors import MachineError
+from coremill.core.errors import MachineError, OutputError
 from coremill.core.layout import RunLayout
 
 DEFAULT_CONFIG = Path("configs/magic-8-ball.toml")
@@ -37,4 +37,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def chosen_run(options: argparse.Namespace) -> tuple[RunConfig, RunLayout]:
     """The configuration and the layout that the options of :func:`add_run_options` name."""
     config = read_config(options.config)
+    if options.build_dir.exists() and not options.build_dir.is_dir():
+        raise OutputError(
+            f"--build-dir {options.build_dir} is a file", expected="a folder, or nothing", run="ls -ld build"
+        )
     return config, RunLayout(build=options.build_dir.resolve(), run=config.name)

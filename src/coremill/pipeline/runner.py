@@ -57,17 +57,18 @@ def run_stage(
             check_outputs(producer, read_manifest(producer))
         # Taken before the work: what changes while the stage runs leaves it stale.
         before = fingerprint(stage, config, toolset, input_digests(layout, stage, lane, stages))
-        # It would go on saying what is no longer so.
-        shutil.rmtree(layout.stage(REPORT), ignore_errors=True)
         with publishing(folder) as fresh:
             context = StageContext(config=config, lane=lane, inputs=producers, out=fresh)
-            manifest = _work(stage, context, before, failed=layout.failed_stage(stage.name, lane))
+            manifest = _work(stage, context, before, layout)
+        # It would go on saying what is no longer so.
+        shutil.rmtree(layout.stage(REPORT), ignore_errors=True)
     log.info("%s: published %s", stage.name, _relative(folder))
     return manifest
 
 
-def _work(stage: Stage, context: StageContext, before: Fingerprint, *, failed: Path) -> StageManifest:
-    """Do the stage's work in `context.out`; what a failing stage leaves goes to the folder `failed`."""
+def _work(stage: Stage, context: StageContext, before: Fingerprint, layout: RunLayout) -> StageManifest:
+    """Do the stage's work in `context.out`; what a failing stage leaves is kept beside its folder."""
+    failed = layout.failed_stage(stage.name, context.lane)
     started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     start = time.perf_counter()
 
@@ -98,6 +99,7 @@ def _work(stage: Stage, context: StageContext, before: Fingerprint, *, failed: P
         record("failed", {}, error)
         shutil.rmtree(failed, ignore_errors=True)
         context.out.rename(failed)
+        shutil.rmtree(layout.stage(REPORT), ignore_errors=True)
         log.error("%s: failed; what it left is in %s", stage.name, _relative(failed))
         raise
     manifest = record("succeeded", figures)

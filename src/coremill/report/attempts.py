@@ -9,10 +9,11 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from coremill.core.config import RunConfig
+from coremill.core.digest import value_digest
 from coremill.core.errors import StageError
 from coremill.core.layout import RunLayout, conversion_log
 from coremill.core.manifest import Output, StageManifest, check_outputs, read_manifest
-from coremill.pipeline.stages import STAGES
+from coremill.pipeline.stages import STAGES, find_stage
 
 
 class Attempt(NamedTuple):
@@ -84,6 +85,9 @@ def read_attempts(layout: RunLayout, config: RunConfig, lane: str) -> list[Attem
             f"{layout.root} holds no stage that ran", expected="a build", run=build_command(config, lane)
         )
     _check_inputs(attempts, build_command(config, lane))
+    for each in completed(attempts).values():
+        check_outputs(each.folder, each.manifest)
+        _check_config(config, each.manifest, build_command(config, lane))
     return attempts
 
 
@@ -118,6 +122,16 @@ def _manifest(
             run="nox -s pipeline",
         )
     return manifest
+
+
+def _check_config(config: RunConfig, manifest: StageManifest, run: str) -> None:
+    """The stage was run as the configuration says now: a report must not bless one bar with what met another."""
+    if manifest.fingerprint.config != value_digest(find_stage(manifest.stage).config_slice(config)):
+        raise StageError(
+            f"stage {manifest.stage} was run with another configuration",
+            expected=f"one run with what configs/{config.name}.toml says now (`coremill status` says what differs)",
+            run=run,
+        )
 
 
 def _check_inputs(attempts: Sequence[Attempt], run: str) -> None:
