@@ -53,11 +53,6 @@ def refusal(tmp_path, old, new):
             "warmup_steps = -5",
             "F: `warmup_steps` must not be negative, found -5",
         ),
-        (
-            'kind = "magic-8-ball"',
-            'kind = "toy"',
-            "F: model_type 'magic-8-ball' is trained on the dataset kind 'toy'",
-        ),
         ("grad_clip = 1.0", "grad_clip = nan", "F: `grad_clip` must be positive, found nan"),
         (
             "max_teacher_kl_nats = 0.02",

@@ -50,6 +50,7 @@ def tiny_config(tmp_path_factory) -> Path:
         ("n_layers", "1"),
         ("heldout_answers", "4"),
         ("sampled_answers", "4"),
+        ("min_distinct_sampled", "1"),
     ]:
         text, found = re.subn(rf"^{knob} = .*$", f"{knob} = {value}", text, flags=re.MULTILINE)
         assert found == 1, knob

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import sys
 from collections.abc import Iterator
@@ -190,8 +191,20 @@ def json_schemas(kinds: list[type[Document]]) -> dict[str, bytes]:
     """The JSON Schema of each kind of document, by file name."""
     return {
         f"{kind.__name__}.schema.json": msgspec.json.format(
-            msgspec.json.encode(msgspec.json.schema(kind), order="sorted"), indent=2
+            msgspec.json.encode(_clean_descriptions(msgspec.json.schema(kind)), order="sorted"), indent=2
         )
         + b"\n"
         for kind in kinds
     }
+
+
+def _clean_descriptions(value: Any) -> Any:
+    """Docstrings without their indentation, which Python keeps up to 3.12 and strips from 3.13 on."""
+    if isinstance(value, dict):
+        return {
+            key: inspect.cleandoc(item)
+            if key == "description" and isinstance(item, str)
+            else _clean_descriptions(item)
+            for key, item in value.items()
+        }
+    return [_clean_descriptions(item) for item in value] if isinstance(value, list) else value

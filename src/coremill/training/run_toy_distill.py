@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from coremill.core.command import exit_on_error
-from coremill.core.config import TOY_MODEL_TYPES, read_config
+from coremill.core.config import read_config
 from coremill.core.contract import TokenizerRef
 from coremill.core.digest import file_digest
 from coremill.core.errors import ConfigError, OutputError, TrainingError, VocabularyMismatchError
 from coremill.core.layout import checkpoint_file, dataset_file, heldout_file, metrics_file, tokenizer_file
 from coremill.core.publish import check_apart
 from coremill.core.stage import Figures, StageContext
-from coremill.data.rows import Row, read_rows
+from coremill.data.rows import read_rows
 from coremill.data.tokenizer import Tokenizer
 from coremill.model.checkpoint import checkpoint_of, save_checkpoint
 from coremill.training.batches import encode_rows
@@ -81,8 +81,6 @@ def train(
             expected="a `vocab_size` in the configuration that is the tokenizer's",
         )
     rows = list(read_rows(files.train))
-    if recipe.model_type in TOY_MODEL_TYPES:
-        _check_kind(files.train, rows, recipe.model_type)
     heldout = list(islice(read_rows(files.heldout), HELDOUT_ROWS)) if files.heldout else []
     if shared := {row.prompt for row in rows} & {row.prompt for row in heldout}:
         raise TrainingError(
@@ -168,17 +166,6 @@ def run_stage(context: StageContext) -> Figures:
     )
     with _progress() as watch:
         return train(lambda _: recipe_of(context.config), files, watch=watch)
-
-
-def _check_kind(path: Path, rows: list[Row], model_type: str) -> None:
-    """A toy's model type is the kind of its rows: a checkpoint must not say that it is another one."""
-    other = {str(row.metadata.get("kind")) for row in rows} - {model_type}
-    if other:
-        raise TrainingError(
-            f"{path} holds rows of the kind {', '.join(sorted(other))}",
-            expected=f"rows of the kind {model_type}, as the checkpoint's model_type",
-            run="python -m coremill.training.run_toy_distill --help",
-        )
 
 
 def main(argv: list[str] | None = None) -> int:
