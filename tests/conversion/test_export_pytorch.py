@@ -189,10 +189,13 @@ def test_shapes_as_text(text, primary, expected):
     assert parse_shapes(text, primary) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "primary"), [("64,x", 64), ("64,64", 64), ("64,128", 256), ("64,128", None), ("", 1)]
-)
+@pytest.mark.parametrize(("text", "primary"), [("64,x", 64), ("64,64", 64), ("64,128", 256), ("", 1)])
 def test_shapes_that_are_none(text, primary):
     with pytest.raises(ConfigError, match=f"^--shapes {text} --primary {primary}: ") as caught:
         parse_shapes(text, primary)
     assert caught.value.expected == "lengths such as 64,128,256, and --primary one of them"
+
+
+def test_several_shapes_name_their_primary():
+    with pytest.raises(ConfigError, match="^--shapes 64,128 without --primary"):
+        parse_shapes("64,128", None)

@@ -126,6 +126,7 @@ def test_a_failed_conversion_falls_back_to_the_other_lane_and_the_report_says_so
     planted = (
         "def run_stage(context: StageContext) -> Figures:\n"
         f"    if context.lane == {PRIMARY_LANE!r}:\n"
+        "        from coremill.core.errors import ConversionError\n"
         "        raise ConversionError('a planted failure')\n"
     )
     text, found = re.subn(r"^def run_stage\(.*\) -> Figures:\n", planted, module.read_text(), flags=re.MULTILINE)
