@@ -197,5 +197,5 @@ def test_shapes_that_are_none(text, primary):
 
 
 def test_several_shapes_name_their_primary():
-    with pytest.raises(ConfigError, match="^--shapes 64,128 without --primary"):
+    with pytest.raises(ConfigError, match=r"^--shapes 64,128 without --primary"):
         parse_shapes("64,128", None)

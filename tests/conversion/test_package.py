@@ -58,7 +58,7 @@ def test_another_process_makes_the_same_bytes_and_shows_none_of_the_converters_c
         r"INFO __main__: wrote .*/convert/tiny_ball\.mlpackage\n",
         done.stderr,
     )
-    # The package alone: what Python says when it first compiles coremltools may stand in one log and not in the other.
+    # The package alone: what Python says when it first compiles coremltools may stand in one log alone.
     assert digest(tmp_path / "convert" / pristine.package.name) == digest(pristine.package)
     assert (tmp_path / "export" / pristine.graph.name).read_bytes() == pristine.graph.read_bytes()
 
