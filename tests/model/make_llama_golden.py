@@ -2,8 +2,8 @@
 
 Not a test, and needs an environment of its own:
 
-    uv venv /tmp/golden && uv pip install -p /tmp/golden torch==2.9.1 transformers==5.23.0 numpy
-    /tmp/golden/bin/python tests/model/make_llama_golden.py > tests/model/llama_golden.json
+    uv venv golden-venv && uv pip install -p golden-venv torch==2.9.1 transformers==5.23.0 numpy
+    golden-venv/bin/python tests/model/make_llama_golden.py > tests/model/llama_golden.json
 
 `tests/model/test_student.py` fills a Student by the same formula and compares.
 """
