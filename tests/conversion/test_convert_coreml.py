@@ -14,7 +14,7 @@ from coremill.conversion.convert_coreml import main, run_stage
 from coremill.conversion.graph import parse_program, program_bytes, read_interface, trace
 from coremill.conversion.package import check_package
 from coremill.core import layout
-from coremill.core.command import exit_on_error
+from coremill.core.command import INTERRUPTED, exit_on_error
 from coremill.core.config import ConvertConfig
 from coremill.core.contract import ModelArch, ShapeOk, ShapeSet
 from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure, NoticeKind
@@ -201,10 +201,23 @@ def test_an_interrupted_publication_keeps_the_old_package(build, monkeypatch):
         return done
 
     monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        convert_here(build)
+    assert convert_here(build) == INTERRUPTED
     assert digest(build.package) == before
     check_package(build.package)
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(build, capsys):
+    notes = build.package.parent / "notes.mlpackage"
+    notes.mkdir()
+    (notes / "todo.txt").write_text("kept")
+    code = exit_on_error(lambda: main([*arguments(build), "--out", str(notes)]))
+    assert (code, capsys.readouterr().err) == (
+        52,
+        f"output error: {notes} is a folder that holds something other than a package\n"
+        "  expected: a package to replace, or nothing\n"
+        f"  run: ls -la {notes}\n",
+    )
+    assert [path.name for path in notes.iterdir()] == ["todo.txt"]
 
 
 def test_a_placeholder_does_not_excuse_bad_input(build):

@@ -49,6 +49,11 @@ def refusal(tmp_path, old, new):
         ('name = "magic-8-ball"', 'name = "../x"', "F: `name` must be lower case letters, digits, '-' and '.'"),
         ("[verify]", "[verify", "F is not TOML:"),
         (
+            'type = "magic-8-ball"',
+            'type = "toy"',
+            "F: model_type 'toy' with a dataset of kind 'magic-8-ball' at `$`",
+        ),
+        (
             "warmup_steps = 20",
             "warmup_steps = -5",
             "F: `warmup_steps` must not be negative, found -5",

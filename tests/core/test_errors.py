@@ -32,3 +32,11 @@ def test_an_error_becomes_text_and_a_code(capsys):
 def test_a_defect_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_on_error(lambda: 1 // 0)
+
+
+def test_an_interrupt_is_no_traceback(capsys):
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert exit_on_error(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -341,6 +341,11 @@ def test_a_missing_version(saved: Path) -> None:
         (lambda v: v["state_dict"].update({"norm.weight": 1.0}), "`state_dict` holds something but tensors"),
         (lambda v: v["state_dict"].pop("norm.weight"), "`state_dict` lacks norm.weight"),
         (
+            # An attacker's size: found before a module is made for each layer.
+            lambda v: v["config"].update(n_layers=10**9),
+            "`state_dict` holds 12 tensors, fewer than `config` has layers",
+        ),
+        (
             lambda v: v["state_dict"].update({"lm_head.weight": torch.zeros(20, 8)}),
             "`state_dict` holds lm_head.weight, which the model does not have",
         ),
@@ -369,7 +374,7 @@ def test_a_checkpoint_that_is_not_a_dict(saved: Path) -> None:
 
 
 def test_a_checkpoint_is_checked_before_it_is_written() -> None:
-    with pytest.raises(CheckpointContentError, match=r"^checkpoint: `state_dict` lacks embed_tokens.weight"):
+    with pytest.raises(CheckpointContentError, match=r"^checkpoint: `state_dict` holds 0 tensors, fewer than"):
         a_checkpoint(state_dict={})
     with pytest.raises(CheckpointContentError, match="`model_arch` is"):
         a_checkpoint(model_arch=ModelArch(use_halt_head=False, tie_embeddings=True))

@@ -60,8 +60,21 @@ def test_a_check_that_did_not_run_says_so(saved: Path, capsys: pytest.CaptureFix
     code, lines, _ = outcome(saved, capsys)
     assert code == 0
     assert lines[3] == (
-        "vocabulary: not run, there is no tokenizer.json beside magic_8_ball.ckpt; name one with --tokenizer"
+        "vocabulary: not_run, there is no tokenizer.json with magic_8_ball.ckpt; name one with --tokenizer"
     )
+
+
+def test_a_builds_checkpoint_is_checked_against_the_dataset_stages_tokenizer(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training, dataset = tmp_path / "training", tmp_path / "dataset"
+    training.mkdir()
+    dataset.mkdir()
+    checkpoint = saved.rename(training / saved.name)
+    tokenizer = saved.with_name("tokenizer.json").rename(dataset / "tokenizer.json")
+    code, lines, _ = outcome(checkpoint, capsys)
+    assert code == 0
+    assert lines[3] == f"vocabulary: 512 tokens, those of {tokenizer}"
 
 
 def test_another_tokenizer(

@@ -43,7 +43,8 @@ def folder(dataset: DatasetFiles, tmp_path: Path) -> Path:
 
 
 def command(folder: Path, *options: str) -> list[str]:
-    return ["--in", str(folder / "magic_8_ball.jsonl"), "--out", str(folder / "magic_8_ball.ckpt"), *options]
+    rows, out = folder / "magic_8_ball.jsonl", folder / "magic_8_ball.ckpt"
+    return ["--magic-8-ball", "--in", str(rows), "--out", str(out), *options]
 
 
 def read_metrics(path: Path) -> list[Metrics]:
@@ -101,7 +102,7 @@ def test_figures_and_the_digest_are_printed(folder: Path, capsys: pytest.Capture
     assert float(figures["heldout_kl_nats"]) > 0
     out = folder / "magic_8_ball.ckpt"
     assert printed[str(out)] == file_digest(out).removeprefix("sha256:")
-    assert load_checkpoint(out).model_type == "toy"
+    assert load_checkpoint(out).model_type == "magic-8-ball"
 
 
 def keep_rows(folder: Path, n: int) -> None:
@@ -114,7 +115,7 @@ def test_the_same_command_gives_the_same_bytes(folder: Path) -> None:
     digests = []
     for name in ("one.ckpt", "two.ckpt"):
         out = folder / name
-        assert main([*command(folder, "--epochs", "1")[:3], str(out), "--epochs", "1"]) == 0
+        assert main([*command(folder, "--epochs", "1")[:4], str(out), "--epochs", "1"]) == 0
         digests.append(bytes_digest(out.read_bytes()))
     assert digests[0] == digests[1]
 
@@ -205,7 +206,7 @@ SMALL = {"d_model": "32", "n_layers": "1", "d_ff": "32", "batch_size": "32", "wa
 
 def test_a_config_gives_the_whole_recipe(folder: Path) -> None:
     config = write_config(folder, **SMALL)
-    assert main(command(folder, "--config", str(config), "--magic-8-ball", "--epochs", "2")) == 0
+    assert main(command(folder, "--config", str(config), "--epochs", "2")) == 0
     ckpt = load_checkpoint(folder / "magic_8_ball.ckpt")
     assert (ckpt.model_type, ckpt.config.d_model, ckpt.step) == ("magic-8-ball", 32, 8)
     assert ckpt.training["recipe"]["epochs"] == 2
@@ -249,10 +250,32 @@ def test_a_config_for_another_vocabulary(folder: Path) -> None:
 
 
 def test_a_config_of_another_model_type(folder: Path) -> None:
-    config = write_config(folder, model_type='"toy"')
-    error = refused(folder, "--config", str(config), "--magic-8-ball")
+    config = write_config(folder, model_type='"toy"', kind='"toy"')
+    error = refused(folder, "--config", str(config))
     assert isinstance(error, ConfigError)
     assert error.found == f"--magic-8-ball, and {config} says model_type 'toy'"
+
+
+def test_rows_of_another_kind(folder: Path) -> None:
+    """Without the flag the model would be judged by the plain toy's rules."""
+    options = command(folder)[1:]
+    with pytest.raises(TrainingError) as caught:
+        main(options)
+    assert str(caught.value) == (
+        f"{folder}/magic_8_ball.jsonl holds rows of kind 'magic-8-ball', and the model_type is 'toy'\n"
+        "  expected: rows of the kind that the model_type names\n"
+        "  run: python -m coremill.training.run_toy_distill --help, for --magic-8-ball"
+    )
+    assert not (folder / "magic_8_ball.ckpt").exists()
+
+
+def test_rows_of_no_kind_are_anyones_own(folder: Path) -> None:
+    keep_rows(folder, 32)
+    path = folder / "magic_8_ball.jsonl"
+    path.write_text(path.read_text().replace('"kind":"magic-8-ball",', ""))
+    assert '"kind"' not in path.read_text()
+    assert main([*command(folder)[1:], "--epochs", "1"]) == 0
+    assert load_checkpoint(folder / "magic_8_ball.ckpt").model_type == "toy"
 
 
 @pytest.mark.parametrize("epochs", ["0", "-2"])
@@ -286,7 +309,7 @@ def test_an_output_that_is_a_folder_is_found_out_before_training(folder: Path) -
 
 def test_an_output_below_a_file(folder: Path) -> None:
     with pytest.raises(OutputError) as caught:
-        main([*command(folder)[:3], str(folder / "tokenizer.json" / "x.ckpt")])
+        main([*command(folder)[:4], str(folder / "tokenizer.json" / "x.ckpt")])
     assert caught.value.found == f"cannot make {folder}/tokenizer.json: File exists"
 
 

@@ -11,10 +11,10 @@ from typing import get_args, get_type_hints
 import msgspec
 
 from coremill.core import layout
-from coremill.core.command import exit_on_error
+from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import ConvertConfig, read_config
 from coremill.core.digest import size_bytes
-from coremill.core.errors import GATES_FAILED, exit_code_table
+from coremill.core.errors import GATES_FAILED
 from coremill.core.publish import check_apart
 from coremill.core.stage import Figures, StageContext
 from coremill.infra.version_gate import check_installed, check_python
@@ -49,12 +49,7 @@ def _check_environment(*, toy: bool) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m coremill.conversion.convert_coreml",
-        description=__doc__,
-        epilog="exit codes:\n" + exit_code_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m coremill.conversion.convert_coreml", __doc__)
     parser.add_argument("--graph", type=Path, required=True, help="the TorchScript program, *.pt")
     parser.add_argument("--contract", type=Path, required=True, help="its *_contract.json")
     parser.add_argument("--out", type=Path, required=True, help="the package to make, DIR/NAME.mlpackage")

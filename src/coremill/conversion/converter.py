@@ -5,35 +5,40 @@ Legend: T sequence length.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from coremill.conversion.diagnostics import Message, Recorder, recording
+from coremill.conversion.diagnostics import Message, Recorder, kind_of, recording
 from coremill.conversion.graph import Program
 from coremill.core.config import ConvertConfig
 from coremill.core.contract import Contract, DType, ShapeOk, TensorSpec, shape_key
+from coremill.core.diagnostics import NoticeKind
 
-_IMPORTED_BEFORE = "coremltools" in sys.modules
 _recorder = Recorder()
 with recording(_recorder):
     import coremltools as ct
     import torch
     from coremltools import _deps
 
-    if _IMPORTED_BEFORE:
-        # Its notice about torch's version was given to whoever imported it first; it is asked for again, so
-        # that it is counted in every conversion. There is no public way to ask: the function is private, of the
-        # pinned coremltools 9.0. In a version without it this import fails with an AttributeError that names it,
-        # rather than leave the notice uncounted.
-        _deps._warn_if_above_max_supported_version("Torch", torch.__version__, _deps._TORCH_MAX_VERSION)
+_asked = Recorder()
+with recording(_asked):
+    # There is no public way to ask again: the function is private, of the pinned coremltools 9.0. In a version
+    # without it this fails with an AttributeError that names it, rather than leave the notice uncounted.
+    _deps._warn_if_above_max_supported_version("Torch", torch.__version__, _deps._TORCH_MAX_VERSION)
 
 __all__ = ["IMPORT_MESSAGES", "MLModel", "convert_program", "ct", "working_lengths"]
 
-IMPORT_MESSAGES: tuple[Message, ...] = _recorder.messages
-"""What coremltools said when it was imported; it belongs to the diagnostics of every conversion."""
+IMPORT_MESSAGES: tuple[Message, ...] = (
+    *(message for message in _recorder.messages if kind_of(message) in (NoticeKind.WARNING, NoticeKind.ERROR)),
+    *_asked.messages,
+)
+"""What coremltools said when it was imported, and of torch's version; it belongs to every conversion.
+
+Whoever imports coremltools first is told all of it, and the next is told nothing. So what is harmless is left
+out and its notice about torch is asked for again: one input gives one record, in whichever process it is made.
+"""
 
 MLModel = Any
 """A coremltools.models.MLModel; coremltools has no types where this is checked."""

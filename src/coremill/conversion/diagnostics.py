@@ -119,18 +119,22 @@ def sort_messages(messages: Iterable[Message]) -> tuple[Notice, ...]:
     return tuple(_notice(message, count) for message, count in counts.items())
 
 
+def kind_of(message: Message) -> NoticeKind:
+    """What is not known is a warning: nothing is harmless because nobody looked at it."""
+    return _kind_and_why(message)[0]
+
+
 def as_log(messages: Iterable[Message]) -> str:
     """The text of `conversion.log`."""
     return "".join(f"{message}\n" for message in messages)
 
 
 def _notice(message: Message, count: int) -> Notice:
-    kind, why = _kind(message)
+    kind, why = _kind_and_why(message)
     return Notice(kind=kind, source=message.source, text=message.text, count=count, why=why)
 
 
-def _kind(message: Message) -> tuple[NoticeKind, str | None]:
-    """What is not known is a warning: nothing is harmless because nobody looked at it."""
+def _kind_and_why(message: Message) -> tuple[NoticeKind, str | None]:
     if message.level in _ERROR_LEVELS:
         return NoticeKind.ERROR, None
     for rule in RULES:

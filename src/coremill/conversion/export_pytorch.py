@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from coremill.core import layout
-from coremill.core.command import exit_on_error
+from coremill.core.command import command_parser, exit_on_error
 from coremill.core.contract import ShapeSet
-from coremill.core.errors import ConfigError, exit_code_table
+from coremill.core.errors import ConfigError
 from coremill.core.publish import check_apart
 from coremill.core.stage import Figures, StageContext
 from coremill.infra.version_gate import check_installed, check_python
@@ -67,12 +67,7 @@ def _check_environment(*, toy: bool) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m coremill.conversion.export_pytorch",
-        description=__doc__,
-        epilog="exit codes:\n" + exit_code_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m coremill.conversion.export_pytorch", __doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for the program and its contract")
     parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.json beside the checkpoint")

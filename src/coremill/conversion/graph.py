@@ -63,6 +63,8 @@ def trace(model: nn.Module, ids: Sequence[int], output_names: Sequence[str]) -> 
 def program_bytes(program: Program) -> bytes:
     """The program as a TorchScript archive; the same program, traced first in its process, gives the same bytes.
 
+    A later trace in one process has other bytes: torch gives its modules' classes names of their own.
+
     Source locations are left out: they hold the paths of this machine and bear on error messages alone. So is
     the archive's id, which is a hash of everything, the locations included.
     """

@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 
 from coremill.core import layout
-from coremill.core.command import exit_on_error
+from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import VerifyConfig, read_config
-from coremill.core.errors import GATES_FAILED, OK, exit_code_table
+from coremill.core.errors import GATES_FAILED, OK
 from coremill.core.gates import must_gates_ok
 from coremill.core.publish import check_apart
 from coremill.core.stage import Figures, StageContext
@@ -61,12 +61,7 @@ def run_stage(context: StageContext) -> Figures:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m coremill.conversion.verify_contract",
-        description=__doc__,
-        epilog="exit codes:\n" + exit_code_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m coremill.conversion.verify_contract", __doc__)
     parser.add_argument("--package", type=Path, required=True)
     parser.add_argument("--contract", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)

@@ -1,12 +1,26 @@
-"""How a command ends: the one place where an error becomes text on stderr and an exit code."""
+"""How a command starts and ends: its parser, and the one place where an error becomes a text and an exit code."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable
 
-from coremill.core.errors import CoremillError
+from coremill.core.errors import CoremillError, exit_code_table
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 and the signal's number."""
+
+
+def command_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of a command, whose --help ends in the exit codes."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog="exit codes:\n" + exit_code_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def exit_on_error(main: Callable[[], int]) -> int:
@@ -20,3 +34,6 @@ def exit_on_error(main: Callable[[], int]) -> int:
     except CoremillError as error:
         sys.stderr.write(f"{error.kind} error: {error}\n")
         return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED

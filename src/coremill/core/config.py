@@ -161,6 +161,8 @@ class RunConfig(Document):
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):
             raise ValueError(f"`name` must be lower case letters, digits, '-' and '.', found {self.name!r}")
+        if self.is_toy and self.dataset.kind != self.model_type:
+            raise ValueError(f"model_type {self.model_type!r} with a dataset of kind {self.dataset.kind!r}")
         if self.dataset.vocab_size != self.model.vocab_size:
             raise ValueError(
                 f"the tokenizer's vocab_size {self.dataset.vocab_size} is not the model's {self.model.vocab_size}"

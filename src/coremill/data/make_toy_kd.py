@@ -7,7 +7,6 @@ One JSON object a line; the fields are those of `coremill.data.rows.Row`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,9 +15,8 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
-from coremill.core.command import exit_on_error
+from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import DatasetConfig
-from coremill.core.errors import exit_code_table
 from coremill.core.layout import dataset_file, heldout_file, tokenizer_file
 from coremill.core.publish import check_replaceable
 from coremill.core.stage import Figures, StageContext
@@ -126,11 +124,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse_args(argv: list[str] | None) -> tuple[DatasetConfig, DatasetFiles]:
-    parser = argparse.ArgumentParser(
-        prog="python -m coremill.data.make_toy_kd",
-        description="Write a toy distillation dataset, its held-out rows and its tokenizer.",
-        epilog="exit codes:\n" + exit_code_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "python -m coremill.data.make_toy_kd",
+        "Write a toy distillation dataset, its held-out rows and its tokenizer.",
     )
     parser.add_argument("--out", type=Path, required=True, help="the training rows, one JSON object a line")
     parser.add_argument("--n", type=int, required=True, help="number of training rows")

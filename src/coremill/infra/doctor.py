@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
@@ -10,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coremill.core.command import exit_on_error
-from coremill.core.errors import MachineError, exit_code_table
+from coremill.core.command import command_parser, exit_on_error
+from coremill.core.errors import MachineError
 from coremill.infra.examination import DoctorReport, Finding, Standing, examine, this_machine
 from coremill.pipeline.project import project_root
 
@@ -75,12 +74,7 @@ def verdict(report: DoctorReport) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="coremill doctor",
-        description=__doc__,
-        epilog="exit codes:\n" + exit_code_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("coremill doctor", __doc__)
     parser.parse_args(argv)
     root = project_root()
     report = examine(root, this_machine(root), os.environ)

@@ -299,6 +299,8 @@ def _check_tensors(tensors: Any, config: ModelConfig, *, where: str) -> None:
 
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise refuse("`state_dict` is missing" if tensors is None else "`state_dict` holds something but tensors")
+    if config.n_layers > len(tensors):  # each layer has tensors of its own; modules cost time even on "meta"
+        raise refuse(f"`state_dict` holds {len(tensors)} tensors, fewer than `config` has layers")
     with torch.device("meta"):  # shapes without memory
         expected = {name: tensor.shape for name, tensor in Student(config).state_dict().items()}
     if missing := sorted(expected.keys() - tensors.keys()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import logging
 import shutil
@@ -11,10 +10,10 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from coremill.core.command import exit_on_error
+from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import RunConfig
 from coremill.core.documents import write_json
-from coremill.core.errors import CoremillError, exit_code_table
+from coremill.core.errors import CoremillError
 from coremill.core.layout import MANIFEST, REPORT, RunLayout
 from coremill.core.manifest import Fingerprint, StageManifest, check_outputs, measure_outputs, read_manifest
 from coremill.core.publish import publishing, recover
@@ -112,12 +111,7 @@ def _relative(path: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="coremill stage",
-        description=__doc__,
-        epilog="exit codes:\n" + exit_code_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("coremill stage", __doc__)
     parser.add_argument("name", choices=[stage.name for stage in STAGES])
     parser.add_argument("--torch", choices=LANES, help="the lane, for a stage that runs once a lane")
     parser.add_argument("--force", action="store_true", help="run it even if it is fresh")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coremill.core.command import exit_on_error
+from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import RunConfig
-from coremill.core.errors import exit_code_table
 from coremill.core.layout import RunLayout
 from coremill.pipeline.environments import LANES, PRIMARY_LANE, installed
 from coremill.pipeline.freshness import Freshness, freshness
@@ -52,12 +50,7 @@ def status_table(run: str, states: Sequence[Freshness]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="coremill status",
-        description=__doc__,
-        epilog="exit codes:\n" + exit_code_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("coremill status", __doc__)
     parser.add_argument(
         "--torch", choices=(*LANES, "all"), default=PRIMARY_LANE, help="the lane (default: %(default)s)"
     )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import sys
 from collections.abc import Sequence
@@ -13,11 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from coremill.core.command import exit_on_error
+from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import RunConfig
 from coremill.core.diagnostics import ConversionDiagnostics, count_notices
 from coremill.core.documents import read_json, write_json
-from coremill.core.errors import GATES_FAILED, OK, StageError, exit_code_table
+from coremill.core.errors import GATES_FAILED, OK, StageError
 from coremill.core.gates import Outcome, Severity, must_gates_ok
 from coremill.core.layout import (
     REPORT,
@@ -193,11 +192,8 @@ def exit_code(summary: RunSummary) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="coremill report",
-        description="Print what a run did, and write it to its report/ as summary.json and STATUS.md.",
-        epilog="exit codes:\n" + exit_code_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "coremill report", "Print what a run did, and write it to its report/ as summary.json and STATUS.md."
     )
     parser.add_argument(
         "--torch",

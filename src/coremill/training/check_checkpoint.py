@@ -5,15 +5,15 @@ Exit code 0 if every check that ran passed; else the code of the error that the 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from coremill.core.command import exit_on_error
-from coremill.core.errors import CheckpointContentError, exit_code_table
+from coremill.core.command import command_parser, exit_on_error
+from coremill.core.errors import CheckpointContentError
+from coremill.core.layout import tokenizer_file
 from coremill.data.tokenizer import Tokenizer
 from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
 from coremill.model.student import output_names
@@ -39,7 +39,7 @@ def check_checkpoint(path: Path, tokenizer: Path | None) -> Iterator[str]:
         )
     yield f"step: {ckpt.step}"
     if tokenizer is None:
-        yield f"vocabulary: not run, there is no tokenizer.json beside {path.name}; name one with --tokenizer"
+        yield f"vocabulary: not_run, there is no tokenizer.json with {path.name}; name one with --tokenizer"
     else:
         check_vocabulary(ckpt, Tokenizer.load(tokenizer))
         yield f"vocabulary: {ckpt.tokenizer.vocab_size} tokens, those of {tokenizer}"
@@ -66,22 +66,25 @@ def _check_forward(ckpt: Checkpoint, path: Path) -> str:
     return "forward: " + ", ".join(f"{name} {expected[name]}" for name in names) + ", finite"
 
 
+def _its_tokenizer(checkpoint: Path) -> Path | None:
+    """The tokenizer beside a checkpoint, or that of the dataset stage when it is a build's."""
+    folder = checkpoint.resolve().parent
+    places = (tokenizer_file(folder), tokenizer_file(folder.parent / "dataset"))
+    return next((place for place in places if place.exists()), None)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command: prints each check as it passes."""
-    parser = argparse.ArgumentParser(
-        prog="python -m coremill.training.check_checkpoint",
-        description="Check a checkpoint's structure, arch flags, step, vocabulary and a forward pass.",
-        epilog="exit codes:\n" + exit_code_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "python -m coremill.training.check_checkpoint",
+        "Check a checkpoint's structure, arch flags, step, vocabulary and a forward pass.",
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument(
-        "--tokenizer", type=Path, help="default: tokenizer.json beside the checkpoint, if there is one"
+        "--tokenizer", type=Path, help="default: tokenizer.json beside the checkpoint or, in a build, in dataset/"
     )
     args = parser.parse_args(argv)
-    beside = args.checkpoint.with_name("tokenizer.json")
-    tokenizer = args.tokenizer or (beside if beside.exists() else None)
-    for line in check_checkpoint(args.checkpoint, tokenizer):
+    for line in check_checkpoint(args.checkpoint, args.tokenizer or _its_tokenizer(args.checkpoint)):
         sys.stdout.write(f"{line}\n")
     return 0
 

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from coremill.core.command import exit_on_error
+from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import read_config
 from coremill.core.contract import TokenizerRef
 from coremill.core.digest import file_digest
@@ -27,7 +27,8 @@ from coremill.core.errors import ConfigError, OutputError, TrainingError, Vocabu
 from coremill.core.layout import checkpoint_file, dataset_file, heldout_file, metrics_file, tokenizer_file
 from coremill.core.publish import check_apart
 from coremill.core.stage import Figures, StageContext
-from coremill.data.rows import read_rows
+from coremill.data.kinds import KINDS
+from coremill.data.rows import Row, read_rows
 from coremill.data.tokenizer import Tokenizer
 from coremill.model.checkpoint import checkpoint_of, save_checkpoint
 from coremill.training.batches import encode_rows
@@ -68,7 +69,8 @@ def train(
     Raises:
         DatasetError, TokenizerError: an input is unreadable.
         VocabularyMismatchError: the recipe's vocabulary is not the tokenizer's.
-        TrainingError: rows too long, held-out rows among the training rows, or a loss that diverged.
+        TrainingError: rows too long or of another kind, held-out rows among the training rows, or a loss that
+            diverged.
         OutputError: an output cannot be written.
     """
     for path in (files.checkpoint, files.metrics):
@@ -81,6 +83,7 @@ def train(
             expected="a `vocab_size` in the configuration that is the tokenizer's",
         )
     rows = list(read_rows(files.train))
+    _check_kind(rows, files.train, recipe.model_type)
     heldout = list(islice(read_rows(files.heldout), HELDOUT_ROWS)) if files.heldout else []
     if shared := {row.prompt for row in rows} & {row.prompt for row in heldout}:
         raise TrainingError(
@@ -116,6 +119,23 @@ def train(
     )
     write_metrics(files.metrics, distilled.metrics)
     return _figures(distilled, n_rows=len(rows))
+
+
+def _check_kind(rows: Iterable[Row], path: Path, model_type: str) -> None:
+    """A toy is judged by the rules of its dataset's kind, and its `model_type` says which those are.
+
+    Rows of no kind that coremill makes are anyone's own.
+
+    Raises:
+        TrainingError: rows of one of coremill's kinds for a model of another type.
+    """
+    kinds = {row.metadata["kind"] for row in rows if row.metadata.get("kind") in KINDS}
+    if wrong := sorted(kinds - {model_type}):
+        raise TrainingError(
+            f"{path} holds rows of kind {wrong[0]!r}, and the model_type is {model_type!r}",
+            expected="rows of the kind that the model_type names",
+            run="python -m coremill.training.run_toy_distill --help, for --magic-8-ball",
+        )
 
 
 def _loss_ends(distilled: Distilled) -> dict[str, float]:
@@ -188,9 +208,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m coremill.training.run_toy_distill",
-        description="Train a toy student from a dataset that make_toy_kd wrote.",
+    parser = command_parser(
+        "python -m coremill.training.run_toy_distill", "Train a toy student from a dataset that make_toy_kd wrote."
     )
     parser.add_argument(
         "--in", dest="rows", type=Path, required=True, help="the training rows, one JSON object a line"
