@@ -23,6 +23,7 @@ from coremill.core import layout
 from coremill.core.command import exit_on_error
 from coremill.core.contract import read_contract
 from coremill.core.digest import size_bytes
+from coremill.core.errors import VocabularyMismatchError
 from coremill.data.tokenizer import Tokenizer
 
 
@@ -46,8 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     load_s = time.perf_counter() - start
     scorer = Scorer(runner, contract.shapes.all, tokenizer.pad_id)
     start = time.perf_counter()
-    result = ask_heldout(scorer, rows, tokenizer, contract.tokenizer.vocab_size)
+    result = ask_heldout(scorer, rows, tokenizer)
     answer_s = time.perf_counter() - start
+    if result is None:
+        raise VocabularyMismatchError(f"no question of {dataset} is within the package's vocabulary")
 
     answers = result.answers
     print(f"package              {package} ({size_bytes(package):,} bytes), {runner.backend.value}")
