@@ -11,6 +11,7 @@ whose documentation is the source of the semantics unless a kernel names another
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -80,16 +81,24 @@ def op(
     native: bool = False,
     pure: bool = True,
     data_dependent_shape: bool = False,
+    fixed: Mapping[str, Any] | None = None,
 ) -> Callable[[Kernel], Kernel]:
-    """Register a kernel as the operation of these names; see :class:`Definition` for the options."""
+    """Register a kernel as the operation of these names; see :class:`Definition` for the options.
+
+    Args:
+        fixed: values of keyword-only parameters that this version of the operation fixes; no program gives them.
+            So one kernel serves versions that differ in a rule.
+    """
+    fixed = fixed or {}
 
     def register(kernel: Kernel) -> Kernel:
-        tensors, attributes = _parameters(kernel)
+        tensors, attributes = _parameters(kernel, fixed)
+        bound = functools.partial(kernel, **fixed) if fixed else kernel
         returns_tuple = inspect.signature(kernel, eval_str=True).return_annotation is not Tensor
         for name in names:
             definition = Definition(
                 name,
-                kernel,
+                bound,
                 since,
                 native,
                 pure,
@@ -127,10 +136,15 @@ def supported_operations() -> list[str]:
     return sorted(_REGISTRY.definitions)
 
 
-def _parameters(kernel: Kernel) -> tuple[tuple[Parameter, ...], dict[str, Parameter]]:
+def _parameters(kernel: Kernel, fixed: Mapping[str, Any]) -> tuple[tuple[Parameter, ...], dict[str, Parameter]]:
     tensors: list[Parameter] = []
     attributes: dict[str, Parameter] = {}
-    for parameter in inspect.signature(kernel, eval_str=True).parameters.values():
+    parameters = inspect.signature(kernel, eval_str=True).parameters
+    if unknown := sorted(set(fixed) - set(parameters)):
+        raise TypeError(f"{kernel.__name__} has no parameters {unknown} to fix")
+    for parameter in parameters.values():
+        if parameter.name in fixed:
+            continue
         required = parameter.default is inspect.Parameter.empty
         kind = _without_none(parameter.annotation)
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:

@@ -15,6 +15,11 @@ from torch import Tensor
 
 from coremill.mil.ops.registry import OperationError, op
 
+EITHER_END = {"negative": True, "validate_indices": False}
+"""Before iOS17: an index below 0 counts from the end."""
+
+FROM_ZERO = {"negative": False}
+
 
 def _in_bounds(indices: Tensor, size: int, axis: int, *, negative: bool) -> Tensor:
     """The indices as int64 of at least 0.
@@ -53,35 +58,29 @@ def _gather(x: Tensor, indices: Tensor, axis: int, batch_dims: int, *, negative:
     return result.reshape(batch + result.shape[1:])
 
 
-@op("gather", native=True)
-def gather_from_either_end(x: Tensor, indices: Tensor, *, axis: int = 0, batch_dims: int = 0) -> Tensor:
-    """gather: slices of x along the axis, in the place of the axis the shape of `indices`; -1 is the last."""
-    return _gather(x, indices, axis, batch_dims, negative=True)
-
-
-@op("gather", since=17, native=True)
+@op("gather", native=True, fixed=EITHER_END)
+@op("gather", since=17, native=True, fixed=FROM_ZERO)
 def gather(
-    x: Tensor, indices: Tensor, *, axis: int = 0, batch_dims: int = 0, validate_indices: bool = False
+    x: Tensor,
+    indices: Tensor,
+    *,
+    axis: int = 0,
+    batch_dims: int = 0,
+    validate_indices: bool = False,
+    negative: bool,
 ) -> Tensor:
-    """gather: as before iOS17, without indices below 0."""
-    return _gather(x, indices, axis, batch_dims, negative=False)
+    """gather: slices of x along the axis, in the place of the axis the shape of `indices`."""
+    return _gather(x, indices, axis, batch_dims, negative=negative)
 
 
-def _gather_along_axis(x: Tensor, indices: Tensor, axis: int, *, negative: bool) -> Tensor:
+@op("gather_along_axis", native=True, fixed=EITHER_END)
+@op("gather_along_axis", since=17, native=True, fixed=FROM_ZERO)
+def gather_along_axis(
+    x: Tensor, indices: Tensor, *, axis: int = 0, validate_indices: bool = False, negative: bool
+) -> Tensor:
+    """gather_along_axis: at each position the element of x whose index along the axis is given there."""
     axis = axis % x.dim()
     return torch.gather(x, axis, _in_bounds(indices, x.shape[axis], axis, negative=negative))
-
-
-@op("gather_along_axis", native=True)
-def gather_along_axis_from_either_end(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
-    """gather_along_axis: at each position the element of x whose index along the axis is given there."""
-    return _gather_along_axis(x, indices, axis, negative=True)
-
-
-@op("gather_along_axis", since=17, native=True)
-def gather_along_axis(x: Tensor, indices: Tensor, *, axis: int = 0, validate_indices: bool = False) -> Tensor:
-    """gather_along_axis: as before iOS17, without indices below 0."""
-    return _gather_along_axis(x, indices, axis, negative=False)
 
 
 def _nd_index(indices: Tensor, sizes: torch.Size, *, negative: bool) -> tuple[Tensor, ...]:
@@ -103,16 +102,13 @@ def _gather_nd(x: Tensor, indices: Tensor, batch_dims: int, *, negative: bool) -
     return result.reshape(batch + result.shape[1:])
 
 
-@op("gather_nd", native=True)
-def gather_nd_from_either_end(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
+@op("gather_nd", native=True, fixed=EITHER_END)
+@op("gather_nd", since=17, native=True, fixed=FROM_ZERO)
+def gather_nd(
+    x: Tensor, indices: Tensor, *, batch_dims: int = 0, validate_indices: bool = False, negative: bool
+) -> Tensor:
     """gather_nd: slices of x at the positions that the last axis of `indices` spells."""
-    return _gather_nd(x, indices, batch_dims, negative=True)
-
-
-@op("gather_nd", since=17, native=True)
-def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0, validate_indices: bool = False) -> Tensor:
-    """gather_nd: as before iOS17, without indices below 0."""
-    return _gather_nd(x, indices, batch_dims, negative=False)
+    return _gather_nd(x, indices, batch_dims, negative=negative)
 
 
 _REDUCTIONS = {"mul": "prod", "max": "amax", "min": "amin"}
@@ -132,7 +128,19 @@ def _combine(data: Tensor, axis: int, index: Tensor, updates: Tensor, mode: str)
     raise OperationError(f"mode {mode!r}; update, add, sub, mul, div, max and min are the modes")
 
 
-def _scatter(data: Tensor, indices: Tensor, updates: Tensor, axis: int, mode: str, *, negative: bool) -> Tensor:
+@op("scatter", fixed=EITHER_END)
+@op("scatter", since=17, fixed=FROM_ZERO)
+def scatter(
+    data: Tensor,
+    indices: Tensor,
+    updates: Tensor,
+    *,
+    axis: int = 0,
+    mode: str = "add",
+    validate_indices: bool = False,
+    negative: bool,
+) -> Tensor:
+    """scatter: slices of `updates` combined into a copy of `data` at `indices` along the axis."""
     axis = axis % data.dim()
     flat = _in_bounds(indices, data.shape[axis], axis, negative=negative)
     expected = data.shape[:axis] + indices.shape + data.shape[axis + 1 :]
@@ -144,44 +152,8 @@ def _scatter(data: Tensor, indices: Tensor, updates: Tensor, axis: int, mode: st
     return _combine(data, axis, flat.reshape(along).expand_as(updates), updates, mode)
 
 
-@op("scatter")
-def scatter_from_either_end(
-    data: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, mode: str = "add"
-) -> Tensor:
-    """scatter: slices of `updates` combined into a copy of `data` at `indices` along the axis."""
-    return _scatter(data, indices, updates, axis, mode, negative=True)
-
-
-@op("scatter", since=17)
-def scatter(
-    data: Tensor,
-    indices: Tensor,
-    updates: Tensor,
-    *,
-    axis: int = 0,
-    mode: str = "add",
-    validate_indices: bool = False,
-) -> Tensor:
-    """scatter: as before iOS17, without indices below 0."""
-    return _scatter(data, indices, updates, axis, mode, negative=False)
-
-
-def _scatter_along_axis(
-    data: Tensor, indices: Tensor, updates: Tensor, axis: int, mode: str, *, negative: bool
-) -> Tensor:
-    axis = axis % data.dim()
-    return _combine(data, axis, _in_bounds(indices, data.shape[axis], axis, negative=negative), updates, mode)
-
-
-@op("scatter_along_axis")
-def scatter_along_axis_from_either_end(
-    data: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, mode: str = "add"
-) -> Tensor:
-    """scatter_along_axis: each update combined into a copy of `data` at the index along the axis given there."""
-    return _scatter_along_axis(data, indices, updates, axis, mode, negative=True)
-
-
-@op("scatter_along_axis", since=17)
+@op("scatter_along_axis", fixed=EITHER_END)
+@op("scatter_along_axis", since=17, fixed=FROM_ZERO)
 def scatter_along_axis(
     data: Tensor,
     indices: Tensor,
@@ -190,33 +162,32 @@ def scatter_along_axis(
     axis: int = 0,
     mode: str = "add",
     validate_indices: bool = False,
+    negative: bool,
 ) -> Tensor:
-    """scatter_along_axis: as before iOS17, without indices below 0."""
-    return _scatter_along_axis(data, indices, updates, axis, mode, negative=False)
+    """scatter_along_axis: each update combined into a copy of `data` at the index along the axis given there."""
+    axis = axis % data.dim()
+    return _combine(data, axis, _in_bounds(indices, data.shape[axis], axis, negative=negative), updates, mode)
 
 
-def _scatter_nd(data: Tensor, indices: Tensor, updates: Tensor, mode: str, *, negative: bool) -> Tensor:
+@op("scatter_nd", fixed=EITHER_END)
+@op("scatter_nd", since=17, fixed=FROM_ZERO)
+def scatter_nd(
+    data: Tensor,
+    indices: Tensor,
+    updates: Tensor,
+    *,
+    mode: str = "add",
+    validate_indices: bool = False,
+    negative: bool,
+) -> Tensor:
+    """scatter_nd: slices of `updates` combined into a copy of `data` where the last axis of `indices` points."""
     depth = indices.shape[-1]
     columns = _nd_index(indices, data.shape, negative=negative)
     slice_shape = data.shape[depth:]
-    row = torch.zeros(indices.shape[:-1], dtype=torch.int64)
+    row = torch.zeros(indices.shape[:-1], dtype=torch.int64, device=data.device)
     for column, size in zip(columns, data.shape[:depth], strict=True):
         row = row * size + column
     rows = data.reshape((-1, *slice_shape))
     updates = updates.reshape((-1, *slice_shape))
     index = row.reshape((-1,) + (1,) * len(slice_shape)).expand_as(updates)
     return _combine(rows, 0, index, updates, mode).reshape(data.shape)
-
-
-@op("scatter_nd")
-def scatter_nd_from_either_end(data: Tensor, indices: Tensor, updates: Tensor, *, mode: str = "add") -> Tensor:
-    """scatter_nd: slices of `updates` combined into a copy of `data` where the last axis of `indices` points."""
-    return _scatter_nd(data, indices, updates, mode, negative=True)
-
-
-@op("scatter_nd", since=17)
-def scatter_nd(
-    data: Tensor, indices: Tensor, updates: Tensor, *, mode: str = "add", validate_indices: bool = False
-) -> Tensor:
-    """scatter_nd: as before iOS17, without indices below 0."""
-    return _scatter_nd(data, indices, updates, mode, negative=False)
