@@ -12,7 +12,7 @@ from coremill.core.config import ModelConfig
 from coremill.core.contract import ModelArch
 from coremill.core.errors import PredictionInputError
 from coremill.mil import MLModel
-from coremill.mil.plan import Step
+from coremill.mil.plan import Step, Target
 from coremill.mil.values import Numerics
 from coremill.model.student import new_student
 
@@ -174,8 +174,8 @@ def test_every_value_is_of_its_declared_type(case):
                 assert size in (None, found), step.node
         seen.append(step)
 
-    program.run([torch.from_numpy(_ids(SHAPES[2]))], Numerics.DECLARED, observe)
-    assert seen == program.plan(Numerics.DECLARED).general.steps
+    program.run([torch.from_numpy(_ids(SHAPES[2]))], Target(Numerics.DECLARED), observe)
+    assert seen == program.plan(Target(Numerics.DECLARED)).general.steps
 
 
 def test_repeated_runs_give_the_same_bits(case):

@@ -9,7 +9,8 @@ import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil import types
 
-from coremill.core.errors import PackageError, PredictionInputError
+from coremill.core.digest import digest
+from coremill.core.errors import DigestError, MachineError, PackageError, PredictionInputError
 from coremill.mil import MLModel, TensorSpec
 
 RNG = np.random.default_rng(8)
@@ -320,3 +321,46 @@ def test_functions_of_one_package(tmp_path, build):
     assert MLModel(path, function_name="double").predict({"x": x})["y"].tolist() == [0, 2, 4, 6]
     with pytest.raises(PackageError, match=r"no function 'main'\n  expected: one of \['double', 'triple'\]"):
         MLModel(path, function_name="main")
+
+
+def test_the_wide_oracle_computes_in_fp64(converted, scorer):
+    scores = MLModel(converted, mode="oracle-fp64").predict({"ids": IDS})["scores"]
+    table = scorer.table.weight.detach().half().double().numpy()  # the program's weights are of fp16
+    assert scores.dtype == np.float64
+    np.testing.assert_allclose(scores, table[IDS] @ table.T, rtol=1e-14)
+
+
+def test_a_device_that_is_not_there(converted):
+    with pytest.raises(MachineError) as caught:
+        MLModel(converted, device="cuda:99")
+    assert caught.value.found.endswith("has no device 'cuda:99' here")
+    with pytest.raises(MachineError, match="has no device 'mps' here"):
+        MLModel(converted, device="mps")
+
+
+@pytest.mark.needs_cuda
+def test_a_gpu_computes_what_the_cpu_does(converted):
+    on_cpu, on_gpu = (
+        MLModel(converted, mode="oracle-fp64", device=device).predict({"ids": IDS})["scores"]
+        for device in ("cpu", "cuda")
+    )
+    np.testing.assert_allclose(on_gpu, on_cpu, rtol=1e-12)
+
+
+def test_a_digest_notices_a_flipped_bit_of_a_weight(converted, tmp_path):
+    package = tmp_path / "scorer.mlpackage"
+    converted.save(str(package))
+    recorded = digest(package)
+    MLModel(package, expected_digest=recorded)
+    (weights,) = package.rglob("weight.bin")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    MLModel(package)  # the format itself has nothing that would tell
+    with pytest.raises(DigestError) as caught:
+        MLModel(package, expected_digest=recorded)
+    assert str(caught.value) == (f"{package}: found {digest(package)}\n  expected: {recorded}, as it was recorded")
+    with pytest.raises(DigestError, match="found nothing"):
+        MLModel(tmp_path / "absent.mlpackage", expected_digest=recorded)
+    with pytest.raises(ValueError, match="this model is in memory"):
+        MLModel(converted, expected_digest=recorded)

@@ -13,14 +13,14 @@ from coremill.core.errors import PackageError
 from coremill.mil import MLModel
 from coremill.mil.graph import read_function
 from coremill.mil.loader import open_package
-from coremill.mil.plan import Plan, WideConstants
+from coremill.mil.plan import Plan, Target, WideConstants
 from coremill.mil.values import Numerics
 
 
 @pytest.fixture
 def plan_of(build):
     def make(inputs, body, numerics=Numerics.DECLARED, wide=None):
-        return Plan(read_function(open_package(build(inputs, body)), "main"), numerics, wide)
+        return Plan(read_function(open_package(build(inputs, body)), "main"), Target(numerics), wide)
 
     return make
 
@@ -94,7 +94,7 @@ def test_each_value_is_freed_once_and_never_used_again(plan_of):
 def test_two_plans_share_constants(build):
     weight = np.eye(64, dtype=np.float16)
     model = MLModel(build({"x": np.ones((1, 64), np.float16)}, lambda x: mb.linear(x=x, weight=weight)))
-    declared, oracle = (model.program.plan(each).general for each in Numerics)
+    declared, oracle = (model.program.plan(Target(each)).general for each in (Numerics.DECLARED, Numerics.ORACLE))
 
     def wide_weights(section):
         return {
@@ -105,7 +105,7 @@ def test_two_plans_share_constants(build):
 
     assert len(wide_weights(declared)) == 1
     assert wide_weights(declared) == wide_weights(oracle)
-    assert model.program.plan(Numerics.DECLARED) is model.program.plan(Numerics.DECLARED)
+    assert model.program.plan(Target(Numerics.DECLARED)) is model.program.plan(Target(Numerics.DECLARED))
 
 
 def test_a_weight_used_twice_is_widened_once(plan_of):
@@ -221,7 +221,7 @@ def test_a_constant_that_cannot_be_computed(build):
     package = open_package(model)
     graph = read_function(type(package)(package.name, spec, package.weights), "main")
     with pytest.raises(PackageError, match=r"\(real_div\), whose inputs are constants: integer division by zero"):
-        Plan(graph, Numerics.DECLARED)
+        Plan(graph, Target(Numerics.DECLARED))
 
 
 def test_an_attribute_of_another_kind(build):
@@ -236,7 +236,7 @@ def test_an_attribute_of_another_kind(build):
     value.immediateValue.tensor.ints.values.append(0)
     graph = read_function(type(package)(package.name, spec, package.weights), "main")
     with pytest.raises(PackageError) as caught:
-        Plan(graph, Numerics.DECLARED)
+        Plan(graph, Target(Numerics.DECLARED))
     assert str(caught.value) == "operation 'share' (softmax): input 'axis': [1, 0] is not one int"
 
 
@@ -251,4 +251,4 @@ def test_a_type_that_is_none(build):
     with pytest.raises(
         PackageError, match=r"^operation 'whole' \(cast\): no element type 'int33'\n  expected: one of"
     ):
-        Plan(graph, Numerics.DECLARED)
+        Plan(graph, Target(Numerics.DECLARED))

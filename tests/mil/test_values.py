@@ -80,5 +80,11 @@ def test_the_oracle_holds_halves_in_fp32():
     assert Numerics.ORACLE.storage(INT32) is torch.int32
 
 
+def test_the_wide_oracle_holds_every_float_in_fp64():
+    wide = Numerics.ORACLE_FP64
+    assert [wide.storage(each) for each in (FP16, FP32, BY_NAME["bf16"], BY_NAME["fp64"])] == [torch.float64] * 4
+    assert [wide.storage(each) for each in (INT32, BY_NAME["bool"])] == [torch.int32, torch.bool]
+
+
 def test_types_in_messages():
     assert str(TensorType(FP16, (1, None, 64))) == "fp16[1, ?, 64]"

@@ -9,10 +9,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
-from coremill.core.errors import PredictionInputError
+from coremill.core.digest import digest
+from coremill.core.errors import DigestError, MachineError, PredictionInputError
 from coremill.mil.coremltools_quietly import CoreMLToolsModel
 from coremill.mil.description import TensorSpec, choose_function, describe_function
 from coremill.mil.loader import open_package
+from coremill.mil.plan import Target
 from coremill.mil.program import Program
 from coremill.mil.values import Numerics, StateCell
 
@@ -34,7 +36,7 @@ class State:
         Raises:
             PredictionInputError: there is no state of that name.
         """
-        content: Array = self._tensor(name).numpy().copy()
+        content: Array = self._tensor(name).cpu().numpy().copy()
         return content
 
     def _tensor(self, name: str) -> torch.Tensor:
@@ -52,11 +54,16 @@ class MLModel:
         model: path of an .mlpackage directory, or a coremltools MLModel.
         function_name: which function of the package; by default the one that the package names, else `main`.
         mode: "declared" rounds every value to its declared type and accumulates in fp32; "oracle" holds and
-            computes fp16 values in fp32, and returns them so.
+            computes fp16 values in fp32, and returns them so; "oracle-fp64" computes every float in fp64.
+        device: "cpu", or "cuda" where torch sees such a device.
+        expected_digest: of the whole package, as `coremill.core.digest.digest` gives it and a manifest records it.
+            Without one a flipped bit in a weight goes unnoticed: the format has no checksums.
 
     Raises:
+        DigestError: the package's bytes are not those of `expected_digest`.
         PackageError: the package is broken, is no ML Program, or lacks the function.
         UnsupportedOperationError: the function holds an operation that is not supported.
+        MachineError: torch has no such device.
         ValueError: an unknown mode.
     """
 
@@ -65,15 +72,19 @@ class MLModel:
         model: str | Path | CoreMLToolsModel,
         *,
         function_name: str | None = None,
-        mode: Literal["declared", "oracle"] = "declared",
+        mode: Literal["declared", "oracle", "oracle-fp64"] = "declared",
+        device: str = "cpu",
+        expected_digest: str | None = None,
     ) -> None:
-        self._numerics = Numerics(mode)
+        if expected_digest is not None:
+            _check_digest(model, expected_digest)
+        self._target = Target(Numerics(mode), _device(device))
         package = open_package(model)
         self.function_name = choose_function(package, function_name)
         self.program = Program(package, self.function_name)
         self._description = describe_function(package, self.function_name, self.program.graph)
         # Compiled now, so that a constant that cannot be computed is found on opening.
-        self.program.plan(self._numerics)
+        self.program.plan(self._target)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -106,7 +117,8 @@ class MLModel:
             {
                 spec.name: torch.zeros(
                     tuple(size or 0 for size in spec.shape),
-                    dtype=self._numerics.storage(types[spec.name].element),
+                    dtype=self._target.numerics.storage(types[spec.name].element),
+                    device=self._target.device,
                 )
                 for spec in self.states
             }
@@ -134,7 +146,7 @@ class MLModel:
         cells = self._cells(state)
         graph = self.program.graph
         values = {**given, **cells}
-        results = self.program.run([values[graph.names[slot]] for slot in graph.inputs], self._numerics)
+        results = self.program.run([values[graph.names[slot]] for slot in graph.inputs], self._target)
         outputs = self._output_arrays(dict(zip(graph.outputs, results, strict=True)), given, cells)
         if state is not None:
             for name, cell in cells.items():
@@ -183,17 +195,40 @@ class MLModel:
         # What the caller gets must not change with the next prediction, nor change this model when written to.
         kept = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
         kept |= {cell.tensor.untyped_storage().data_ptr() for cell in cells.values()}
-        kept |= self.program.plan(self._numerics).general.constant_storages
+        kept |= self.program.plan(self._target).general.constant_storages
         arrays = {}
         for spec in self.outputs:
             value = by_name[spec.name]
-            array = value.numpy()
-            dtype = np.dtype(spec.dtype)
-            if self._numerics is Numerics.ORACLE and dtype == np.float16:
-                dtype = np.dtype(np.float32)
+            array = value.cpu().numpy()
+            dtype = _returned_dtype(spec.dtype, self._target.numerics)
             is_shared = value.untyped_storage().data_ptr() in kept
             arrays[spec.name] = np.array(array, dtype=dtype, order="C", copy=is_shared or None)
         return arrays
+
+
+def _returned_dtype(declared: str, numerics: Numerics) -> np.dtype[Any]:
+    """numpy's type of an output: the declared one, but as wide as a mode computes."""
+    dtype = np.dtype(declared)
+    if dtype.kind != "f" or numerics is Numerics.DECLARED:
+        return dtype
+    return np.dtype(np.float64) if numerics is Numerics.ORACLE_FP64 else np.promote_types(dtype, np.float32)
+
+
+def _check_digest(model: str | Path | CoreMLToolsModel, expected: str) -> None:
+    if isinstance(model, CoreMLToolsModel):
+        raise ValueError("`expected_digest` is of a package on disk, and this model is in memory")
+    found = digest(Path(model)) if Path(model).exists() else "nothing"
+    if found != expected:
+        raise DigestError(f"{model}: found {found}", expected=f"{expected}, as it was recorded")
+
+
+def _device(name: str) -> torch.device:
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise MachineError(
+            f"torch {torch.__version__} has no device {name!r} here",
+            expected='"cpu", or "cuda" where torch.cuda.is_available()',
+        )
+    return torch.device(name)
 
 
 def _input_tensor(spec: TensorSpec, array: Array) -> torch.Tensor:

@@ -8,6 +8,7 @@ later runs at that shape start with those values and skip the operations that ga
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,33 @@ WIDE_CONSTANTS_BYTES = 512 << 20
 
 Beyond it a constant is widened whenever it is used, which costs a matrix product of 1,024 rows a few percent and
 one of a single row most of its speed."""
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a graph is compiled for: how values are held, and where."""
+
+    numerics: Numerics
+    device: torch.device = CPU
+
+    @property
+    def is_cpu(self) -> bool:
+        return bool(self.device == CPU)
+
+    def activate(self) -> contextlib.AbstractContextManager[Any]:
+        """The context to compute in: what kernels create lies on the device, and fp32 products are of fp32.
+
+        torch's CPU is the default and needs no context, which would cost time at each operation.
+        """
+        if self.is_cpu:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.device)
+        stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
+        return stack
 
 
 class WideConstants:
@@ -131,11 +159,11 @@ def _describe(step: Step, values: list[Any]) -> str:
 class Plan:
     """A function compiled for one mode."""
 
-    def __init__(self, graph: Graph, numerics: Numerics, wide: WideConstants | None = None) -> None:
+    def __init__(self, graph: Graph, target: Target, wide: WideConstants | None = None) -> None:
         self.graph = graph
-        self.numerics = numerics
+        self.target = target
         self._wide = WideConstants() if wide is None else wide
-        self.general = compile_graph(graph, numerics, self._wide, {})
+        self.general = compile_graph(graph, target, self._wide, {})
         """The steps that run at any shape."""
         self._shape_only = _shape_only_slots(self.general)
         self._at_shapes: OrderedDict[tuple[Any, ...], Section] = OrderedDict()
@@ -167,7 +195,7 @@ class Plan:
                     found[slot] = values[slot]
 
         outputs = self.general.run(arguments, record)
-        return outputs, compile_graph(self.graph, self.numerics, self._wide, found)
+        return outputs, compile_graph(self.graph, self.target, self._wide, found)
 
 
 def _is_worth_keeping(value: Any, constant_storages: frozenset[int]) -> bool:
@@ -203,7 +231,7 @@ def _shape_only_slots(section: Section) -> frozenset[int]:
     return frozenset(known_value - constant)
 
 
-def compile_graph(graph: Graph, numerics: Numerics, wide: WideConstants, known: Mapping[int, Any]) -> Section:
+def compile_graph(graph: Graph, target: Target, wide: WideConstants, known: Mapping[int, Any]) -> Section:
     """Compile a graph.
 
     Args:
@@ -212,7 +240,7 @@ def compile_graph(graph: Graph, numerics: Numerics, wide: WideConstants, known: 
     Raises:
         PackageError: an operation on constants cannot be computed.
     """
-    compiler = _Compiler(graph, numerics, wide, known)
+    compiler = _Compiler(graph, target, wide, known)
     steps = []
     for node in graph.nodes:
         if node.outputs and compiler.values.keys() >= set(node.outputs):
@@ -256,9 +284,10 @@ def _set_frees(steps: list[Step], outputs: tuple[int, ...], constant: frozenset[
 class _Compiler:
     """Binds nodes to calls; holds the values that are known while compiling."""
 
-    def __init__(self, graph: Graph, numerics: Numerics, wide: WideConstants, known: Mapping[int, Any]) -> None:
+    def __init__(self, graph: Graph, target: Target, wide: WideConstants, known: Mapping[int, Any]) -> None:
         self._graph = graph
-        self._numerics = numerics
+        self._target = target
+        self._numerics = target.numerics
         self._wide = wide
         self._wide_slots: dict[int, int] = {}
         self.slot_count = len(graph.names)
@@ -268,11 +297,15 @@ class _Compiler:
         self.values.update(known)
 
     def _stored(self, slot: int, value: Any) -> Any:
-        """A constant as the mode holds it."""
-        if isinstance(value, torch.Tensor) and self._numerics is Numerics.ORACLE and self._is_half(slot):
+        """A constant as the mode holds it, on the device."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        storage = self._numerics.storage(self._graph.types[slot].element)
+        if value.dtype is torch.float16 and storage is torch.float32 and self._target.is_cpu:
             copy = self._wide.get(value)
-            return value.float() if copy is None else copy
-        return value
+            if copy is not None:
+                return copy
+        return value.to(self._target.device, storage)
 
     def _is_half(self, slot: int) -> bool:
         value_type = self._graph.types.get(slot)
@@ -373,7 +406,7 @@ class _Compiler:
                 for own, outer in zip(captured_inputs, block.captured, strict=True)
                 if outer in self.values
             }
-            sections.append(compile_graph(block.graph, self._numerics, self._wide, inner))
+            sections.append(compile_graph(block.graph, self._target, self._wide, inner))
         own, first, second = (len(slots) for slots in node.tensors)
         call = (_branch if node.op_type == BRANCH else _loop)(sections[0], sections[1], own, first)
         assert own + first + second == len(node.tensor_slots)

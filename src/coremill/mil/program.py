@@ -9,8 +9,7 @@ import torch
 
 from coremill.mil.graph import Graph, read_function
 from coremill.mil.loader import Package
-from coremill.mil.plan import Observer, Plan, WideConstants
-from coremill.mil.values import Numerics
+from coremill.mil.plan import Observer, Plan, Target, WideConstants
 
 
 class Program:
@@ -27,29 +26,31 @@ class Program:
     def __init__(self, package: Package, function_name: str) -> None:
         self.graph: Graph = read_function(package, function_name)
         self._wide = WideConstants()
-        self._plans: dict[Numerics, Plan] = {}
+        self._plans: dict[Target, Plan] = {}
 
-    def plan(self, numerics: Numerics) -> Plan:
-        """The plan of a mode, compiled when first asked for.
+    def plan(self, target: Target) -> Plan:
+        """The plan of a mode on a device, compiled when first asked for.
 
         Raises:
             PackageError: an operation on constants cannot be computed.
         """
-        if numerics not in self._plans:
-            self._plans[numerics] = Plan(self.graph, numerics, self._wide)
-        return self._plans[numerics]
+        if target not in self._plans:
+            with torch.inference_mode(), target.activate():
+                self._plans[target] = Plan(self.graph, target, self._wide)
+        return self._plans[target]
 
-    def run(self, arguments: Sequence[Any], numerics: Numerics, observe: Observer | None = None) -> tuple[Any, ...]:
+    def run(self, arguments: Sequence[Any], target: Target, observe: Observer | None = None) -> tuple[Any, ...]:
         """Values of the function's outputs, in its order; see `coremill.mil.plan.Section.run`.
 
         Args:
             arguments: a tensor for each input and a cell for each state, in the function's order.
         """
+        plan = self.plan(target)
         held = [
-            argument.to(numerics.storage(self.graph.types[slot].element))
+            argument.to(target.device, target.numerics.storage(self.graph.types[slot].element))
             if isinstance(argument, torch.Tensor)
             else argument
             for slot, argument in zip(self.graph.inputs, arguments, strict=True)
         ]
-        with torch.inference_mode():
-            return self.plan(numerics).run(held, observe)
+        with torch.inference_mode(), target.activate():
+            return plan.run(held, observe)

@@ -96,7 +96,13 @@ class Numerics(str, enum.Enum):
     ORACLE = "oracle"
     """fp16 and bf16 values are held and computed in fp32: what the program means, without its rounding."""
 
+    ORACLE_FP64 = "oracle-fp64"
+    """Every floating-point value is held and computed in fp64."""
+
     def storage(self, element: ElementType) -> torch.dtype:
+        """The torch type that holds values of a type."""
+        if self is Numerics.ORACLE_FP64 and element.is_float:
+            return torch.float64
         if self is Numerics.ORACLE and element.is_half:
             return torch.float32
         return element.storage
