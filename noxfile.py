@@ -304,6 +304,16 @@ def tests(session: nox.Session) -> None:
     """The tests of all rooms, each in its interpreter."""
 
 
+CONFORMANCE = next(each for each in ENVIRONMENTS if each.name == f"tests-convert-torch-{PRIMARY_LANE}")
+
+
+@nox.session(venv_backend="none", requires=[CONFORMANCE.session], tags=["check"], default=False)
+def conformance(session: nox.Session) -> None:
+    """coremltools' own operation tests against coremill.mil (half an hour; one that was stopped goes on)."""
+    python = str(installed(ROOT)[CONFORMANCE.name].python)
+    session.run(python, "-m", "tests.conformance", *session.posargs, env=SESSION_ENV, external=True)
+
+
 @nox.session(venv_backend="none", requires=[LINT.session], tags=["check"], default=False)
 def lint(session: nox.Session) -> None:
     """Style (ruff), types (mypy), the arrows between rooms (import-linter), the workflow (zizmor)."""
@@ -340,7 +350,11 @@ def schemas(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "coremill.core.schemas", "docs/schemas", external=True)
 
 
-BENCHMARKS = {"training": TRAIN.name, "conversion": CONVERT[PRIMARY_LANE].name}
+BENCHMARKS = {
+    "training": TRAIN.name,
+    "conversion": CONVERT[PRIMARY_LANE].name,
+    "mil": CONVERT[PRIMARY_LANE].name,
+}
 
 
 @nox.session(
@@ -350,7 +364,7 @@ BENCHMARKS = {"training": TRAIN.name, "conversion": CONVERT[PRIMARY_LANE].name}
     default=False,
 )
 def bench(session: nox.Session) -> None:
-    """Measurements, by hand: `nox -s bench -- training` or `-- conversion`, and the benchmark's own options."""
+    """Measurements, by hand: `nox -s bench -- training`, `conversion` or `mil`, and the benchmark's own options."""
     if not session.posargs or session.posargs[0] not in BENCHMARKS:
         session.error(f"expected one of {', '.join(BENCHMARKS)}: nox -s bench -- {next(iter(BENCHMARKS))}")
     name, *arguments = session.posargs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from coremill.cli import COMMANDS, main
+from coremill.infra import mil
+from coremill.pipeline.environments import Toolset
 
 
 def test_help_lists_every_command_and_exit_code(capsys):
@@ -51,6 +55,7 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
         "coremill.pipeline.runner",
         "coremill.pipeline.status",
         "coremill.infra.doctor",
+        "coremill.infra.mil",
         "coremill.infra.version_gate",
         "coremill.report.summary",
         "coremill.conversion.export_pytorch",
@@ -134,3 +139,64 @@ def test_a_build_folder_that_is_a_file(tmp_path, capsys, monkeypatch):
     (tmp_path / "f").write_text("")
     assert main(["status", "--build-dir", str(tmp_path / "f")]) == 52
     assert f"--build-dir {tmp_path / 'f'} is a file" in capsys.readouterr().err
+
+
+# --- coremill mil ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    """Neither torch nor coremltools can be found, whatever this interpreter has."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("torch", "coremltools") else find_spec(name)
+    )
+
+
+def test_mil_lists_its_commands(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["mil", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in mil.COMMANDS)
+    assert "   46  prediction input" in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["inspct"]])
+def test_mil_without_a_command_of_its_own(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(["mil", *arguments])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: coremill mil [-h] command ...\ncoremill mil: error: ")
+
+
+def test_mil_goes_to_the_convert_environment(without_torch, monkeypatch, tmp_path):
+    started = []
+    toolset = Toolset(tmp_path / "env", "3.11.7", "sha256:0")
+    monkeypatch.setattr(mil, "installed", lambda root: {"convert-torch-2.8.0": toolset})
+    monkeypatch.setattr(os, "execv", lambda python, arguments: started.append((python, arguments)) or sys.exit(7))
+    with pytest.raises(SystemExit, match="7"):
+        main(["mil", "inspect", "some package", "--json"])
+    python = tmp_path / "env" / "bin" / "python"
+    assert started == [(python, [str(python), "-m", "coremill", "mil", "inspect", "some package", "--json"])]
+
+
+@pytest.mark.parametrize(
+    "environments", [{}, {"convert-torch-2.9.1": Toolset(Path(sys.prefix), "3.11.7", "sha256:0")}]
+)
+def test_mil_where_no_environment_has_torch(without_torch, monkeypatch, capsys, environments):
+    """None is there; or it is this very one, which lacks what it should have and would start itself without end."""
+    monkeypatch.setattr(mil, "installed", lambda root: environments)
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started another interpreter"))
+    assert main(["mil", "inspect", "p"]) == 32
+    missing = [name for name in mil.NEEDS if importlib.util.find_spec(name) is None]
+    assert capsys.readouterr().err == (
+        f"machine error: {' and '.join(missing)} are not installed in {sys.prefix}\n"
+        "  expected: an environment with torch, coremltools, numpy\n"
+        "  run: nox -s env-convert-torch-2.9.1 in a checkout, or pip install torch coremltools numpy\n"
+    )
+
+
+def test_every_command_of_mil_is_a_module():
+    folder = Path(mil.__file__).parents[1] / "mil" / "commands"
+    assert all((folder / f"{name}.py").is_file() for name in mil.COMMANDS)

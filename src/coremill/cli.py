@@ -29,6 +29,7 @@ COMMANDS = {
     "export": Command("coremill.conversion.export_pytorch", "write TorchScript and its contract"),
     "convert": Command("coremill.conversion.convert_coreml", "write the Core ML package"),
     "verify": Command("coremill.conversion.verify_contract", "run the package and check it against its contract"),
+    "mil": Command("coremill.infra.mil", "run, compare and examine any Core ML package: inspect, run, compare, …"),
 }
 
 

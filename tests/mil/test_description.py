@@ -8,7 +8,13 @@ from coremltools.converters.mil import Builder as mb  # noqa: N813
 from coremltools.proto import FeatureTypes_pb2
 
 from coremill.core.errors import PackageError, UnsupportedOperationError
-from coremill.mil.description import FunctionDescription, TensorSpec, choose_function, describe_function
+from coremill.mil.description import (
+    DefaultValue,
+    FunctionDescription,
+    TensorSpec,
+    choose_function,
+    describe_function,
+)
 from coremill.mil.graph import read_function
 from coremill.mil.loader import Package, open_package
 
@@ -69,11 +75,44 @@ def test_shapes_of_different_ranks(package):
     assert _package_error(package) == "toy, function 'main': the shapes of input 'x' are of different ranks"
 
 
-def test_an_image(package):
-    package.spec.description.input[0].type.imageType.width = 3
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [("input", "a multi-array or an image"), ("output", "a multi-array, an image, or what a classifier gives")],
+)
+def test_a_type_that_no_program_has(package, features, expected):
+    (feature,) = getattr(package.spec.description, features)
+    feature.type.sequenceType.SetInParent()
     with pytest.raises(UnsupportedOperationError) as caught:
         _describe(package)
-    assert str(caught.value) == "toy, function 'main': 'x' is of type imageType\n  expected: a multi-array"
+    assert str(caught.value) == (
+        f"toy, function 'main': {feature.name!r} is of type sequenceType\n  expected: {expected}"
+    )
+
+
+def test_an_optional_input(package):
+    """Its default is a number for all elements; its shape without another word is the described or the least."""
+    feature = package.spec.description.input[0]
+    feature.type.isOptional = True
+    array = feature.type.multiArrayType
+    assert _describe(package).inputs[0].default is None
+    for kind, value in (("intDefaultValue", 2), ("floatDefaultValue", -0.5), ("doubleDefaultValue", 0.0)):
+        setattr(array, kind, value)
+        assert _describe(package).inputs[0].default == DefaultValue((2, 3), value)
+    for least, greatest in ((2, 2), (1, 3)):
+        array.shapeRange.sizeRanges.add(lowerBound=least, upperBound=greatest)
+    assert _describe(package).inputs[0].default == DefaultValue((2, 3), 0.0)
+    del array.shape[:]
+    assert _describe(package).inputs[0].default == DefaultValue((2, 1), 0.0)
+    feature.type.isOptional = False
+    assert _describe(package).inputs[0].default is None
+
+
+def test_a_scalar(build):
+    """Core ML knows no scalars, and the description of an output says nothing of its shape."""
+    model = build({"x": np.ones(2, np.float32)}, lambda x: mb.reduce_sum(x=x, name="y"))
+    package = Package("toy", model.get_spec(), open_package(model).weights)
+    assert list(package.spec.description.output[0].type.multiArrayType.shape) == []
+    assert _describe(package).outputs == (TensorSpec("y", "float32", (1,)),)
 
 
 @pytest.mark.parametrize(

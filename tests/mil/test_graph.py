@@ -177,6 +177,17 @@ def test_constants_that_contradict_themselves(package):
     assert "has no value\n  expected: an attribute 'val'" in _package_error(package)
 
 
+def test_a_constant_of_a_type_that_no_operation_takes(package):
+    constant = next(each for each in _block(package).operations if each.outputs[0].name.startswith("part_begin"))
+    constant.attributes["val"].type.dictionaryType.SetInParent()
+    with pytest.raises(UnsupportedOperationError) as caught:
+        read_function(package, "main")
+    assert str(caught.value) == (
+        f"toy: value {constant.outputs[0].name!r} is a dictionary, or several strings\n"
+        "  expected: a tensor, one string, or a list"
+    )
+
+
 def test_a_blob_past_the_end_of_the_weight_file(build):
     model = build(
         {"x": np.ones((1, 64), np.float32)}, lambda x: mb.linear(x=x, weight=np.eye(64, dtype=np.float32))

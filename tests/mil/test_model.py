@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813
-from coremltools.converters.mil.mil import types
+from coremltools.converters.mil.mil import get_new_symbol, types
 
 from coremill.core.digest import digest
 from coremill.core.errors import DigestError, MachineError, PackageError, PredictionInputError
 from coremill.mil import MLModel, TensorSpec
+from coremill.mil.description import DefaultValue
 
 RNG = np.random.default_rng(8)
 
@@ -175,6 +176,105 @@ def test_results_are_the_callers(build):
         for each in found.values():
             each += 5
     assert x.tolist() == [1, 1, 1, 1]
+
+
+def _capturing(x):
+    """One branch gives a constant of its own."""
+    table = np.arange(4, dtype=np.float32)
+    positive = mb.greater(x=mb.reduce_sum(x=x), y=np.float32(0))
+    return mb.cond(pred=positive, _true_fn=lambda: mb.const(val=table), _false_fn=lambda: mb.identity(x=x))
+
+
+def _following_from_the_shape(x):
+    return mb.sub(x=mb.cumsum(x=mb.fill(shape=mb.shape(x=x), value=np.float32(1))), y=np.float32(1))
+
+
+@pytest.mark.parametrize("body", [_capturing, _following_from_the_shape])
+def test_results_that_later_runs_use_are_the_callers_too(build, body):
+    x = np.ones(4, np.float32)
+    model = MLModel(build({"x": x}, body))
+    for _ in range(3):
+        (found,) = model.predict({"x": x}).values()
+        assert found.tolist() == [0, 1, 2, 3]
+        found += 5
+
+
+def test_scalars_are_arrays_of_one_element(build):
+    """Core ML's arrays have at least one dimension, whatever the program has."""
+    inputs = {"x": np.ones(1, np.float32), "y": np.ones(3, np.float32)}
+    model = build(inputs, lambda x, y: mb.reduce_sum(x=mb.mul(x=x, y=y), name="sum"))
+    spec = model.get_spec()
+    (x,) = (each for each in spec.mlProgram.functions["main"].inputs if each.name == "x")
+    x.type.tensorType.rank = 0
+    del x.type.tensorType.dimensions[:]
+    model = MLModel(ct.models.MLModel(spec, weights_dir=model.weights_dir, skip_model_load=True))
+    graph = model.program.graph
+    assert {graph.names[slot]: graph.types[slot].shape for slot in graph.inputs} == {"x": (), "y": (3,)}
+    assert model.supported_shapes("x") == [(1,)]
+    found = model.predict({"x": np.float32([2]), "y": np.arange(3, dtype=np.float32)})["sum"]
+    assert (found.tolist(), found.shape) == ([6], (1,))
+    with pytest.raises(PredictionInputError, match=r"^input 'x' is of shape \[\]\n  expected: \[1\]$"):
+        model.predict({"x": np.array(2, np.float32), "y": np.ones(3, np.float32)})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+@pytest.mark.parametrize("value", [3, 0])
+def test_an_optional_input_has_a_default(dtype, value):
+    kind = {np.float32: types.fp32, np.int32: types.int32}[dtype]
+    specs = [mb.TensorSpec((2,), dtype=kind), mb.TensorSpec((get_new_symbol(),), dtype=kind)]
+
+    @mb.program(input_specs=specs, opset_version=ct.target.iOS17)
+    def program(x, step):
+        return mb.add(x=x, y=mb.reduce_sum(x=step, keep_dims=True), name="y")
+
+    default = np.full((3,), value, dtype)
+    model = MLModel(
+        ct.convert(
+            program,
+            inputs=[
+                ct.TensorType("x", (2,)),
+                ct.TensorType("step", (ct.RangeDim(1, 4, default=3),), default_value=default),
+            ],
+            compute_precision=ct.precision.FLOAT32,
+            minimum_deployment_target=ct.target.iOS17,
+            skip_model_load=True,
+        )
+    )
+    assert [spec.default for spec in model.inputs] == [None, DefaultValue((3,), value)]
+    x = np.array([1, 2], dtype)
+    assert model.predict({"x": x})["y"].tolist() == (x + default.sum()).tolist()
+    assert model.predict({"x": x, "step": np.array([4], dtype)})["y"].tolist() == [5, 6]
+    with pytest.raises(PredictionInputError) as caught:
+        model.predict({"step": x})
+    assert str(caught.value) == (
+        "inputs missing ['x']\n  expected: exactly ['x', 'step'], of which ['step'] are optional"
+    )
+
+
+def test_arrays_of_int8():
+    """Since iOS 26 an input or output may be one."""
+
+    class Transposed(torch.nn.Module):
+        def forward(self, x):
+            return x.transpose(0, 1)
+
+    traced = torch.jit.trace(Transposed(), torch.zeros((1, 3), dtype=torch.int8))
+    model = MLModel(
+        ct.convert(
+            traced,
+            inputs=[ct.TensorType("x", (1, 3), dtype=types.int8)],
+            outputs=[ct.TensorType("y", dtype=types.int8)],
+            minimum_deployment_target=ct.target.iOS26,
+            skip_model_load=True,
+        )
+    )
+    assert (model.inputs[0].dtype, model.outputs[0].dtype) == ("int8", "int8")
+    x = np.array([[-128, 5, 127]])
+    for kind in (np.int8, np.int32, np.int64):
+        found = model.predict({"x": x.astype(kind)})["y"]
+        assert (found.dtype, found.tolist()) == (np.int8, x.T.tolist())
+    with pytest.raises(PredictionInputError, match=r"^input 'x' holds 128\n  expected: -128 to 127, as int8$"):
+        model.predict({"x": x + 1})
 
 
 def test_nan_and_infinity_are_returned(build):

@@ -93,7 +93,7 @@ def test_each_value_is_freed_once_and_never_used_again(plan_of):
 
 def test_two_plans_share_constants(build):
     weight = np.eye(64, dtype=np.float16)
-    model = MLModel(build({"x": np.ones((1, 64), np.float16)}, lambda x: mb.linear(x=x, weight=weight)))
+    model = MLModel(build({"x": np.ones((1, 64), np.float16)}, lambda x: mb.matmul(x=x, y=weight)))
     declared, oracle = (model.program.plan(Target(each)).general for each in (Numerics.DECLARED, Numerics.ORACLE))
 
     def wide_weights(section):
@@ -113,7 +113,7 @@ def test_a_weight_used_twice_is_widened_once(plan_of):
 
     def body(x):
         shared = mb.const(val=weight)
-        return mb.linear(x=mb.linear(x=x, weight=shared), weight=shared)
+        return mb.matmul(x=mb.matmul(x=x, y=shared), y=shared)
 
     section = plan_of({"x": np.ones((1, 64), np.float16)}, body).general
     wide = [each for each in section.template if isinstance(each, torch.Tensor) and each.dtype == torch.float32]
@@ -123,7 +123,7 @@ def test_a_weight_used_twice_is_widened_once(plan_of):
 def test_beyond_the_limit_weights_are_widened_in_use(plan_of):
     inputs = {"x": np.linspace(-1, 1, 64, dtype=np.float16).reshape(1, 64)}
     weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16)
-    body = lambda x: mb.linear(x=x, weight=weight)  # noqa: E731
+    body = lambda x: mb.matmul(x=x, y=weight)  # noqa: E731
     x = [torch.from_numpy(inputs["x"])]
     kept, not_kept = plan_of(inputs, body), plan_of(inputs, body, wide=WideConstants(limit_bytes=1000))
     assert not any(

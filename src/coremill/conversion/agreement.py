@@ -1,22 +1,19 @@
-"""How far two sets of logits are apart: the measures of every comparison, in one place.
+"""How far two sets of logits are apart, gathered sequence by sequence.
 
-All sums are float64. Legend: N positions, V vocabulary.
+Legend: N positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from coremill.core.documents import Record
+from coremill.mil.measures import kl_nats, max_abs_err, power, ratio_db
 
 Logits = Any
 """np.ndarray (N, V) of floats; numpy has no types where this is checked."""
-
-MOST_DB = 300.0
-"""What `sqnr_db` says of logits that are equal: a float64 ratio says nothing beyond."""
 
 
 class Agreement(Record):
@@ -55,8 +52,8 @@ class Comparison:
             if bad := int((~np.isfinite(logits)).sum()):
                 raise ValueError(f"{bad} of the {logits.size} {name} logits are NaN or infinite")
         self._max_abs_err = max(self._max_abs_err, max_abs_err(reference, measured))
-        self._signal += _power(_wide(reference))
-        self._noise += _power(_wide(reference) - _wide(measured))
+        self._signal += power(reference)
+        self._noise += power(reference.astype(np.float64) - measured.astype(np.float64))
         self._kl_nats += float(kl_nats(reference, measured).sum())
         counted, same = top1_counts(reference, measured, margin=self._margin)
         self._positions += len(reference)
@@ -69,7 +66,7 @@ class Comparison:
             raise ValueError("nothing was compared")
         return Agreement(
             max_abs_err=self._max_abs_err,
-            sqnr_db=_ratio_db(self._signal, self._noise),
+            sqnr_db=ratio_db(self._signal, self._noise),
             kl_nats=self._kl_nats / self._positions,
             top1_agreement=self._same / self._counted if self._counted else 0.0,
             positions=self._positions,
@@ -84,56 +81,13 @@ def compare(reference: Logits, measured: Logits, *, margin: float) -> Agreement:
     return comparison.result()
 
 
-def max_abs_err(reference: Logits, measured: Logits) -> float:
-    """The largest absolute difference."""
-    return float(np.abs(_wide(reference) - _wide(measured)).max())
-
-
-def sqnr_db(reference: Logits, measured: Logits) -> float:
-    """Signal to quantization noise, 10·log10(Σ r² / Σ (r − m)²) in dB (Oppenheim and Schafer 2010, section 4.8).
-
-    At most `MOST_DB`, which equal values have; 0 for a reference that is all zeros and measured otherwise; NaN
-    where a value is not finite.
-    """
-    return _ratio_db(_power(_wide(reference)), _power(_wide(reference) - _wide(measured)))
-
-
-def kl_nats(reference: Logits, measured: Logits) -> Logits:
-    """KL(softmax r ‖ softmax m) = Σ p·(log p − log q) in nats at each position (N,) (Kullback and Leibler 1951)."""
-    log_p, log_q = log_softmax(reference), log_softmax(measured)
-    return (np.exp(log_p) * (log_p - log_q)).sum(-1)
-
-
 def top1_counts(reference: Logits, measured: Logits, *, margin: float) -> tuple[int, int]:
     """How many positions the top-1 agreement is about, and at how many of them the argmax is the same.
 
     A position counts where the reference's largest logit exceeds its second by more than `margin`: below it,
     rounding alone may turn the order.
     """
-    second, first = np.partition(_wide(reference), -2, axis=-1)[:, -2:].T  # (N,) each
+    second, first = np.partition(reference.astype(np.float64), -2, axis=-1)[:, -2:].T  # (N,) each
     counts = (first - second) > margin
     same = reference.argmax(-1) == measured.argmax(-1)
     return int(counts.sum()), int(same[counts].sum())
-
-
-def log_softmax(logits: Logits) -> Logits:
-    """log softmax over the last axis, in float64 and without overflow."""
-    wide = _wide(logits)
-    shifted = wide - wide.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def _wide(logits: Logits) -> Logits:
-    return logits.astype(np.float64)
-
-
-def _power(values: Logits) -> float:
-    return float(np.square(values).sum())
-
-
-def _ratio_db(signal: float, noise: float) -> float:
-    if not (math.isfinite(signal) and math.isfinite(noise)):
-        return math.nan
-    if noise == 0:
-        return MOST_DB
-    return min(MOST_DB, 10 * math.log10(signal / noise)) if signal else 0.0

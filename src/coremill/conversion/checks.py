@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import torch
 
-from coremill.conversion.agreement import Agreement, Comparison, log_softmax, max_abs_err, sqnr_db
+from coremill.conversion.agreement import Agreement, Comparison
 from coremill.conversion.backends import Array, Runner
 from coremill.conversion.graph import LOGITS, as_input
 from coremill.conversion.scoring import ScoredAnswer, Scorer, answer_question, score_answer
@@ -25,6 +25,7 @@ from coremill.data.judge import judge
 from coremill.data.rows import Row
 from coremill.data.teacher import entropy, halt_labels, teacher_targets
 from coremill.data.tokenizer import TOOL_CALL, Tokenizer
+from coremill.mil.measures import log_softmax, max_abs_err, sqnr_db
 from coremill.model.decoding import TemperatureSampler, greedy
 from coremill.model.student import Student, output_names
 

@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 from packaging.version import InvalidVersion, Version
 
-from coremill.conversion.agreement import sqnr_db
 from coremill.conversion.backends import Runner, core_ml_runner, has_core_ml, reference_runner
 from coremill.conversion.checklist import Evidence, Facts, evaluate, evaluate_failure
 from coremill.conversion.checks import (
@@ -43,6 +42,7 @@ from coremill.core.stage import Figures
 from coremill.data import magic_8_ball
 from coremill.data.rows import Row
 from coremill.data.tokenizer import Tokenizer
+from coremill.mil.measures import sqnr_db
 from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
 
 log = logging.getLogger(__name__)

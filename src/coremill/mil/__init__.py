@@ -4,7 +4,7 @@
 protobuf definitions and `coremill.core.errors`.
 """
 
-from coremill.mil.description import TensorSpec
+from coremill.mil.description import ColorSpace, ImageSpec, LabelSpec, ProbabilitiesSpec, TensorSpec
 from coremill.mil.model import MLModel, State
 
-__all__ = ["MLModel", "State", "TensorSpec"]
+__all__ = ["ColorSpace", "ImageSpec", "LabelSpec", "MLModel", "ProbabilitiesSpec", "State", "TensorSpec"]

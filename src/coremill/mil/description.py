@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 from coremill.core.errors import PackageError, UnsupportedOperationError
 from coremill.mil.coremltools_quietly import FeatureTypes_pb2
@@ -14,6 +15,9 @@ from coremill.mil.values import TensorType
 
 MAIN = "main"
 """The function of a package that has one."""
+
+SCALAR_SHAPE = (1,)
+"""Core ML's arrays have at least one dimension: a scalar of the program is an array of this shape."""
 
 _ARRAY_DTYPES = {
     FeatureTypes_pb2.ArrayFeatureType.FLOAT16: "float16",
@@ -26,10 +30,21 @@ _ARRAY_DTYPES = {
 _ELEMENT_NAMES = {"float16": "fp16", "float32": "fp32", "float64": "fp64", "int8": "int8", "int32": "int32"}
 """numpy's name of a type to MIL's."""
 
+_IMAGE_DTYPES = {"fp16": "float16", "fp32": "float32", "uint8": "uint8"}
+"""MIL's name of a type that images are converted to and from, to numpy's."""
+
+
+@dataclass(frozen=True, slots=True)
+class DefaultValue:
+    """What an optional input is where it is not given: one value throughout."""
+
+    shape: tuple[int, ...]
+    value: float
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One input, output or state."""
+    """An array that is an input, output or state."""
 
     name: str
     dtype: str
@@ -40,6 +55,8 @@ class TensorSpec:
     """The shapes of an input with enumerated shapes, the default first."""
     size_ranges: tuple[tuple[int, int | None], ...] = ()
     """Least and greatest size of each dimension of an input with range shapes; None is no upper limit."""
+    default: DefaultValue | None = None
+    """Of an optional input; None where the input must be given."""
 
     @property
     def supported_shapes(self) -> list[tuple[int, ...]] | None:
@@ -67,11 +84,79 @@ class TensorSpec:
         if listed is not None:
             return ("one of " if len(listed) > 1 else "") + ", ".join(str(list(shape)) for shape in listed)
         ranges = self.size_ranges or tuple((size or 1, size) for size in self.shape)
-        sizes = [
-            str(low) if low == high else f"{low} to {high}" if high is not None else f"at least {low}"
-            for low, high in ranges
-        ]
+        sizes = [_range_text(low, high) for low, high in ranges]
         return f"rank {len(sizes)} with sizes [{', '.join(sizes)}]"
+
+
+class ColorSpace(str, enum.Enum):
+    """How an image is held as a tensor."""
+
+    RGB = "RGB"
+    """Three channels of 8 bits, red first."""
+    BGR = "BGR"
+    """Three channels of 8 bits, blue first."""
+    GRAYSCALE = "GRAYSCALE"
+    """One channel of 8 bits."""
+    GRAYSCALE_FLOAT16 = "GRAYSCALE_FLOAT16"
+    """One channel of fp16."""
+
+    @property
+    def channels(self) -> int:
+        return 3 if self in (ColorSpace.RGB, ColorSpace.BGR) else 1
+
+
+_COLOR_SPACES = {getattr(FeatureTypes_pb2.ImageFeatureType, each.value): each for each in ColorSpace}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """An image that is an input or output."""
+
+    color_space: ColorSpace
+    tensor: TensorSpec
+    """What the program takes or gives for it: (1, channels, height, width), 0 to 255 in a color space of 8 bits."""
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    def describe_sizes(self) -> str:
+        """The sizes that it may have, for a message."""
+        listed = self.tensor.supported_shapes
+        if listed is not None:
+            sizes = ", ".join(f"{width} x {height}" for _, _, height, width in listed)
+            return f"{'one of ' if len(listed) > 1 else ''}{sizes}, width first"
+        _, _, height, width = (_range_text(*bounds) for bounds in self.tensor.size_ranges)
+        return f"width {width}, height {height}"
+
+
+LabelType: TypeAlias = Literal["string", "int64"]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSpec:
+    """A classifier's output: the label of the most probable class."""
+
+    name: str
+    label_type: LabelType
+
+
+@dataclass(frozen=True, slots=True)
+class ProbabilitiesSpec:
+    """A classifier's output: a dictionary of the probabilities by label."""
+
+    name: str
+    label_type: LabelType
+
+
+InputSpec: TypeAlias = TensorSpec | ImageSpec
+OutputSpec: TypeAlias = TensorSpec | ImageSpec | LabelSpec | ProbabilitiesSpec
+
+
+def _range_text(low: int, high: int | None) -> str:
+    if high is None:
+        return f"at least {low}"
+    return str(low) if low == high else f"{low} to {high}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +164,8 @@ class FunctionDescription:
     """The interface of one function."""
 
     name: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
     states: tuple[TensorSpec, ...]
 
 
@@ -103,71 +188,166 @@ def describe_function(package: Package, function_name: str, graph: Graph) -> Fun
 
     Raises:
         PackageError: description and program disagree.
-        UnsupportedOperationError: an input or output that is no tensor, such as an image.
+        UnsupportedOperationError: an input or output of a type that no ML Program has.
     """
     description = package.spec.description
     source = next((each for each in description.functions if each.name == function_name), description)
-    declared = {graph.names[slot]: graph.types[slot] for slot in graph.inputs if slot in graph.types}
-    returned = {graph.names[slot]: graph.types[slot] for slot in graph.outputs if slot in graph.types}
     where = f"{package.name}, function {function_name!r}"
-    inputs = tuple(_input_spec(each, where) for each in source.input)
-    states = tuple(_array_spec(each.name, each.type.stateType.arrayType, declared, where) for each in source.state)
-    outputs = tuple(_array_spec(each.name, _array_type(each, where), returned, where) for each in source.output)
-    described = {each.name for each in inputs + states}
+    declared = {graph.names[slot]: graph.types[slot] for slot in graph.inputs if slot in graph.types}
+    described = {each.name for each in [*source.input, *source.state]}
     if described != set(declared):
         raise PackageError(
             f"{where}: describes the inputs and states {sorted(described)}",
             expected=f"those of its program, {sorted(declared)}",
         )
-    for spec, value_type in [(each, declared[each.name]) for each in inputs + states] + [
-        (each, returned[each.name]) for each in outputs
-    ]:
-        if _ELEMENT_NAMES[spec.dtype] != value_type.element.name or len(spec.shape) != len(value_type.shape):
-            raise PackageError(
-                f"{where}: describes {spec.name!r} as {spec.dtype} of rank {len(spec.shape)}",
-                expected=f"{value_type}, as its program declares it",
-            )
-    return FunctionDescription(function_name, inputs, outputs, states)
+    returned = {graph.names[slot]: graph.types.get(slot) for slot in graph.outputs}
+    classified = {graph.names[slot] for node in graph.nodes if node.op_type == "classify" for slot in node.outputs}
+    inputs = _Reader(declared, frozenset(), where)
+    outputs = _Reader(returned, frozenset(classified), where)
+    return FunctionDescription(
+        function_name,
+        tuple(inputs.input(each) for each in source.input),
+        tuple(outputs.output(each) for each in source.output),
+        tuple(inputs.array(each.name, each.type.stateType.arrayType) for each in source.state),
+    )
 
 
-def _array_type(feature: Any, where: str) -> Any:
-    kind = feature.type.WhichOneof("Type")
-    if kind != "multiArrayType":
-        raise UnsupportedOperationError(f"{where}: {feature.name!r} is of type {kind}", expected="a multi-array")
-    return feature.type.multiArrayType
+class _Reader:
+    """Reads what is described of a function's inputs, or of its outputs, against the types in its program."""
 
+    def __init__(self, types: Mapping[str, TensorType | None], classified: frozenset[str], where: str) -> None:
+        self._types = types
+        self._classified = classified
+        """Names of what a `classify` operation gives."""
+        self._where = where
 
-def _dtype(name: str, array: Any, where: str) -> str:
-    if array.dataType not in _ARRAY_DTYPES:
-        raise PackageError(f"{where}: {name!r} is of data type number {array.dataType}")
-    return _ARRAY_DTYPES[array.dataType]
-
-
-def _array_spec(name: str, array: Any, types: Mapping[str, TensorType], where: str) -> TensorSpec:
-    """An output or state: its described shape where it has one, else its type's in the program."""
-    dtype = _dtype(name, array, where)
-    if name not in types:
-        raise PackageError(f"{where}: its program has no {name!r}", expected=f"one of {sorted(types)}")
-    return TensorSpec(name, dtype, tuple(int(size) for size in array.shape) or types[name].shape)
-
-
-def _input_spec(feature: Any, where: str) -> TensorSpec:
-    array = _array_type(feature, where)
-    dtype = _dtype(feature.name, array, where)
-    default = tuple(int(size) for size in array.shape)
-    flexibility = array.WhichOneof("ShapeFlexibility")
-    if flexibility == "enumeratedShapes":
-        listed = [tuple(int(size) for size in each.shape) for each in array.enumeratedShapes.shapes]
-        shapes = tuple(dict.fromkeys([default, *listed] if default else listed))
-        if len({len(each) for each in shapes}) != 1:
-            raise PackageError(f"{where}: the shapes of input {feature.name!r} are of different ranks")
-        shape = tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
-        return TensorSpec(feature.name, dtype, shape, enumerated_shapes=shapes)
-    if flexibility == "shapeRange":
-        ranges = tuple(
-            (int(each.lowerBound), int(each.upperBound) if each.upperBound >= 0 else None)
-            for each in array.shapeRange.sizeRanges
+    def input(self, feature: Any) -> InputSpec:
+        kind = feature.type.WhichOneof("Type")
+        if kind == "imageType":
+            return self._image(feature.name, feature.type.imageType)
+        if kind == "multiArrayType":
+            return self._input_array(feature)
+        raise UnsupportedOperationError(
+            f"{self._where}: {feature.name!r} is of type {kind}", expected="a multi-array or an image"
         )
-        shape = tuple(low if low == high else None for low, high in ranges)
-        return TensorSpec(feature.name, dtype, shape, size_ranges=ranges)
-    return TensorSpec(feature.name, dtype, default)
+
+    def output(self, feature: Any) -> OutputSpec:
+        kind = feature.type.WhichOneof("Type")
+        if feature.name not in self._types:
+            raise PackageError(
+                f"{self._where}: its program has no {feature.name!r}", expected=f"one of {sorted(self._types)}"
+            )
+        if kind == "imageType":
+            return self._image(feature.name, feature.type.imageType)
+        if kind == "multiArrayType":
+            return self.array(feature.name, feature.type.multiArrayType)
+        if kind not in ("stringType", "int64Type", "dictionaryType"):
+            raise UnsupportedOperationError(
+                f"{self._where}: {feature.name!r} is of type {kind}",
+                expected="a multi-array, an image, or what a classifier gives",
+            )
+        if feature.name not in self._classified:
+            raise PackageError(
+                f"{self._where}: {feature.name!r} is of type {kind}", expected="an output of a classify operation"
+            )
+        if kind == "dictionaryType":
+            is_string = feature.type.dictionaryType.WhichOneof("KeyType") == "stringKeyType"
+            return ProbabilitiesSpec(feature.name, "string" if is_string else "int64")
+        return LabelSpec(feature.name, "string" if kind == "stringType" else "int64")
+
+    def array(self, name: str, array: Any) -> TensorSpec:
+        """An output or state: its described shape where it has one, else its type's in the program."""
+        shape: tuple[int | None, ...] = tuple(int(size) for size in array.shape)
+        value_type = self._types[name]
+        if not shape and value_type is not None:
+            shape = value_type.shape or SCALAR_SHAPE
+        return self._checked(TensorSpec(name, self._dtype(name, array), shape))
+
+    def _input_array(self, feature: Any) -> TensorSpec:
+        name, array = feature.name, feature.type.multiArrayType
+        dtype = self._dtype(name, array)
+        default = tuple(int(size) for size in array.shape)
+        flexibility = array.WhichOneof("ShapeFlexibility")
+        if flexibility == "enumeratedShapes":
+            listed = [tuple(int(size) for size in each.shape) for each in array.enumeratedShapes.shapes]
+            shapes = self._distinct(name, [default, *listed] if default else listed)
+            return self._checked(TensorSpec(name, dtype, _common(shapes), enumerated_shapes=shapes))
+        if flexibility == "shapeRange":
+            ranges = tuple(map(_size_range, array.shapeRange.sizeRanges))
+            spec = TensorSpec(name, dtype, _fixed(ranges), size_ranges=ranges)
+            default = default or tuple(low for low, _ in ranges)
+        else:
+            spec = TensorSpec(name, dtype, default)
+        kind = array.WhichOneof("defaultOptionalValue")
+        if feature.type.isOptional and kind is not None:
+            spec = replace(spec, default=DefaultValue(default, getattr(array, kind)))
+        return self._checked(spec)
+
+    def _image(self, name: str, image: Any) -> ImageSpec:
+        if image.colorSpace not in _COLOR_SPACES:
+            raise PackageError(f"{self._where}: {name!r} is of color space number {image.colorSpace}")
+        color_space = _COLOR_SPACES[image.colorSpace]
+        value_type = self._types[name]
+        channels = (1, color_space.channels)
+        if (
+            value_type is None
+            or value_type.element.name not in _IMAGE_DTYPES
+            or len(value_type.shape) != 4
+            or any(size not in (None, own) for size, own in zip(value_type.shape, channels, strict=False))
+        ):
+            raise PackageError(
+                f"{self._where}: describes {name!r} as an image of color space {color_space.value}",
+                expected=f"fp16, fp32 or uint8 [1, {channels[1]}, height, width], its program has {value_type}",
+            )
+        dtype = _IMAGE_DTYPES[value_type.element.name]
+        default = (*channels, int(image.height), int(image.width))
+        flexibility = image.WhichOneof("SizeFlexibility")
+        if flexibility == "enumeratedSizes":
+            listed = [(*channels, int(each.height), int(each.width)) for each in image.enumeratedSizes.sizes]
+            shapes = self._distinct(name, [default, *listed] if all(default) else listed)
+            tensor = TensorSpec(name, dtype, _common(shapes), enumerated_shapes=shapes)
+        elif flexibility == "imageSizeRange":
+            sizes = map(_size_range, (image.imageSizeRange.heightRange, image.imageSizeRange.widthRange))
+            ranges = (*((each, each) for each in channels), *sizes)
+            tensor = TensorSpec(name, dtype, _fixed(ranges), size_ranges=ranges)
+        else:
+            tensor = TensorSpec(name, dtype, default)
+        return ImageSpec(color_space, tensor)
+
+    def _distinct(self, name: str, listed: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+        shapes = tuple(dict.fromkeys(listed))
+        if len({len(each) for each in shapes}) != 1:
+            raise PackageError(f"{self._where}: the shapes of input {name!r} are of different ranks")
+        return shapes
+
+    def _dtype(self, name: str, array: Any) -> str:
+        if array.dataType not in _ARRAY_DTYPES:
+            raise PackageError(f"{self._where}: {name!r} is of data type number {array.dataType}")
+        return _ARRAY_DTYPES[array.dataType]
+
+    def _checked(self, spec: TensorSpec) -> TensorSpec:
+        value_type = self._types[spec.name]
+        if (
+            value_type is None
+            or _ELEMENT_NAMES[spec.dtype] != value_type.element.name
+            or len(spec.shape) != len(value_type.shape or SCALAR_SHAPE)
+        ):
+            raise PackageError(
+                f"{self._where}: describes {spec.name!r} as {spec.dtype} of rank {len(spec.shape)}",
+                expected=f"{value_type or 'what a classifier gives'}, as its program declares it",
+            )
+        return spec
+
+
+def _size_range(bounds: Any) -> tuple[int, int | None]:
+    return int(bounds.lowerBound), int(bounds.upperBound) if bounds.upperBound >= 0 else None
+
+
+def _fixed(ranges: Sequence[tuple[int, int | None]]) -> tuple[int | None, ...]:
+    """A shape with the sizes that a range leaves no choice of."""
+    return tuple(low if low == high else None for low, high in ranges)
+
+
+def _common(shapes: Sequence[tuple[int, ...]]) -> tuple[int | None, ...]:
+    """A shape with the sizes that all have in common."""
+    return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))

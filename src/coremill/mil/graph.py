@@ -16,7 +16,14 @@ from coremill.core.errors import PackageError, UnsupportedOperationError
 from coremill.mil import ops
 from coremill.mil.loader import Package
 from coremill.mil.ops.registry import Definition, find, supported_operations
-from coremill.mil.values import ELEMENT_TYPES, STRING, TensorType, tensor_from_bytes, tensor_from_numbers
+from coremill.mil.values import (
+    ELEMENT_TYPES,
+    STRING,
+    ListType,
+    TensorType,
+    tensor_from_bytes,
+    tensor_from_numbers,
+)
 from coremill.mil.weights import WeightStore
 
 NONE_SLOT = 0
@@ -78,19 +85,27 @@ class Graph:
     names: list[str] = field(default_factory=lambda: [""])
     """By slot; the first is :data:`NONE_SLOT`."""
     types: dict[int, TensorType] = field(default_factory=dict)
-    """Declared types by slot; a state's is the type of its tensor. Strings and lists have none."""
+    """Declared types of tensors by slot; a state's is the type of its tensor."""
+    list_types: dict[int, ListType] = field(default_factory=dict)
+    """Declared types of lists by slot."""
     constants: dict[int, Any] = field(default_factory=dict)
-    """By slot: a tensor in its declared type's storage, or a string."""
+    """By slot: a tensor in its declared type's storage, a string, or a tuple of strings or integers."""
     inputs: tuple[int, ...] = ()
     nodes: list[Node] = field(default_factory=list)
     outputs: tuple[int, ...] = ()
 
-    def new_slot(self, name: str, value_type: TensorType | None) -> int:
+    def new_slot(self, name: str, value_type: TensorType | ListType | None) -> int:
         self.names.append(name)
         slot = len(self.names) - 1
-        if value_type is not None:
+        if isinstance(value_type, ListType):
+            self.list_types[slot] = value_type
+        elif value_type is not None:
             self.types[slot] = value_type
         return slot
+
+    def type_of(self, slot: int) -> TensorType | ListType | None:
+        """A value's declared type; None for a string or a dictionary."""
+        return self.types.get(slot) or self.list_types.get(slot)
 
 
 def read_function(package: Package, function_name: str) -> Graph:
@@ -151,8 +166,10 @@ def operation_name(operation: Any) -> str:
     return str(operation.outputs[0].name) if operation.outputs else ""
 
 
-def declared_type(value_type: Any, where: str) -> TensorType | None:
-    """The type that a `ValueType` message declares, a state's being its tensor's; None for what is no tensor.
+def declared_type(value_type: Any, where: str) -> TensorType | ListType | None:
+    """The type that a `ValueType` message declares, a state's being its tensor's.
+
+    None for a string, a list of them or a dictionary.
 
     Raises:
         UnsupportedOperationError: an element type that no operation takes.
@@ -160,6 +177,9 @@ def declared_type(value_type: Any, where: str) -> TensorType | None:
     kind = value_type.WhichOneof("type")
     if kind == "stateType":
         value_type, kind = value_type.stateType.wrappedType, "tensorType"
+    if kind == "listType":
+        element = declared_type(value_type.listType.type, where)
+        return ListType(element) if isinstance(element, TensorType) else None
     if kind != "tensorType" or value_type.tensorType.dataType == STRING:
         return None
     tensor = value_type.tensorType
@@ -176,17 +196,22 @@ def declared_type(value_type: Any, where: str) -> TensorType | None:
 
 
 def read_value(value: Any, weights: WeightStore, where: str) -> tuple[Any, TensorType | None]:
-    """A constant of the program and its type: a tensor, or a string.
+    """A constant of the program and its type: a tensor, or without a type a string or a list of either.
 
     Raises:
         PackageError: its numbers do not fill its shape, or its weight file does not hold it.
-        UnsupportedOperationError: a list or dictionary, or an element type that no operation takes.
+        UnsupportedOperationError: a dictionary, or an element type that no operation takes.
     """
+    if value.type.WhichOneof("type") == "listType":
+        elements = [read_value(each, weights, where)[0] for each in value.immediateValue.list.values]
+        return tuple(each.tolist() if isinstance(each, torch.Tensor) else each for each in elements), None
     value_type = declared_type(value.type, where)
-    if value_type is None:
+    if not isinstance(value_type, TensorType):
         strings = value.immediateValue.tensor.strings.values
         if len(strings) != 1:
-            raise UnsupportedOperationError(f"{where} is a list or dictionary", expected="a tensor or one string")
+            raise UnsupportedOperationError(
+                f"{where} is a dictionary, or several strings", expected="a tensor, one string, or a list"
+            )
         return str(strings[0]), None
     if None in value_type.shape:
         raise PackageError(f"{where} is a constant of type {value_type}", expected="a type without unknown sizes")
@@ -243,7 +268,7 @@ class _BlockReader:
             if self._outer is None or outer_slot is None:
                 return None
             outer = self._outer._graph
-            slot = self._graph.new_slot(name, outer.types.get(outer_slot))
+            slot = self._graph.new_slot(name, outer.type_of(outer_slot))
             self._slots[name] = slot
             if outer_slot in outer.constants:
                 self._graph.constants[slot] = outer.constants[outer_slot]
@@ -308,8 +333,10 @@ class _BlockReader:
                 raise PackageError(f"{where} lacks its input {parameter.name!r}")
             if slots is not None and len(slots) != 1 and not parameter.is_list:
                 raise PackageError(f"{where}: {len(slots)} values for input {parameter.name!r}", expected="one")
-            if slots is not None and not self._graph.types.keys() >= set(slots):
-                raise PackageError(f"{where}: its input {parameter.name!r} is no tensor")
+            declared = self._graph.list_types if parameter.is_list_value else self._graph.types
+            if slots is not None and not declared.keys() >= set(slots):
+                kind = "list" if parameter.is_list_value else "tensor"
+                raise PackageError(f"{where}: its input {parameter.name!r} is no {kind}")
             tensors.append((NONE_SLOT,) if slots is None else slots)
         for attribute in definition.attributes.values():
             if attribute.required and attribute.name not in arguments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -12,9 +13,17 @@ import torch
 from coremill.core.digest import digest
 from coremill.core.errors import DigestError, MachineError, PredictionInputError
 from coremill.mil.coremltools_quietly import CoreMLToolsModel
-from coremill.mil.description import TensorSpec, choose_function, describe_function
+from coremill.mil.description import (
+    ImageSpec,
+    InputSpec,
+    OutputSpec,
+    TensorSpec,
+    choose_function,
+    describe_function,
+)
+from coremill.mil.images import image_from_array, tensor_from_image
 from coremill.mil.loader import open_package
-from coremill.mil.plan import Target
+from coremill.mil.plan import Observer, Target
 from coremill.mil.program import Program
 from coremill.mil.values import Numerics, StateCell
 
@@ -87,11 +96,11 @@ class MLModel:
         self.program.plan(self._target)
 
     @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
+    def inputs(self) -> tuple[InputSpec, ...]:
         return self._description.inputs
 
     @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
+    def outputs(self) -> tuple[OutputSpec, ...]:
         return self._description.outputs
 
     @property
@@ -101,12 +110,14 @@ class MLModel:
     def supported_shapes(self, name: str) -> list[tuple[int, ...]] | None:
         """The shapes that an input may have, the default first; None where ranges allow too many to list.
 
+        Those of an image are (1, channels, height, width).
+
         Raises:
             PredictionInputError: there is no input of that name.
         """
         for spec in self.inputs:
             if spec.name == name:
-                return spec.supported_shapes
+                return (spec.tensor if isinstance(spec, ImageSpec) else spec).supported_shapes
         raise PredictionInputError(f"no input {name!r}", expected=f"one of {[each.name for each in self.inputs]}")
 
     def make_state(self) -> State:
@@ -124,43 +135,76 @@ class MLModel:
             }
         )
 
-    def predict(self, data: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+    def predict(
+        self, data: Mapping[str, Any], state: State | None = None, *, observe: Observer | None = None
+    ) -> dict[str, Any]:
         """Run the function.
 
         Args:
             data: an array for each input. An integer array of any type is taken for an int32 input, and a
                 floating-point one of any type for a float input, if every value fits; nothing else is converted.
+                For an image a PIL image of mode RGB (color spaces RGB and BGR), L (GRAYSCALE) or F
+                (GRAYSCALE_FLOAT16). An optional input may be left out, and has its default then.
             state: what :meth:`make_state` made, for a function with states. It is left as it was if this raises.
+            observe: called after each operation that runs; see `coremill.mil.plan.Observer`.
 
         Returns:
             An array for each output, of its declared type (in oracle mode float32 for float16), with the shape the
-            program gives; NaN and infinities as they came out.
+            program gives; NaN and infinities as they came out. A scalar is an array of shape (1,), as Core ML has
+            no others. For an image a PIL image: of mode RGBA, opaque, for color spaces RGB and BGR, L for
+            GRAYSCALE, F for GRAYSCALE_FLOAT16; see `coremill.mil.images.image_from_array` for its rounding. For a
+            classifier the predicted label, a str or int, and a dictionary of the probabilities by label.
 
         Raises:
             PredictionInputError: a missing or unknown input, a type or shape that the package does not admit, or
                 values that an operation does not (an id outside an embedding, …), which it names.
             PackageError: an operation cannot run on the shapes that the package admits.
+            MachineError: an output is an image, and Pillow is not installed.
         """
         self._check_names(data)
-        given = {spec.name: _input_tensor(spec, data[spec.name]) for spec in self.inputs}
+        given = {spec.name: _input_tensor(spec, data) for spec in self.inputs}
         cells = self._cells(state)
         graph = self.program.graph
-        values = {**given, **cells}
-        results = self.program.run([values[graph.names[slot]] for slot in graph.inputs], self._target)
-        outputs = self._output_arrays(dict(zip(graph.outputs, results, strict=True)), given, cells)
+        values: dict[str, Any] = {**given, **cells}
+        for slot in graph.inputs:
+            if graph.types[slot].shape == () and graph.names[slot] in given:
+                values[graph.names[slot]] = given[graph.names[slot]].reshape(())
+        try:
+            results = self.program.run([values[graph.names[slot]] for slot in graph.inputs], self._target, observe)
+            outputs = self._outputs(dict(zip(graph.outputs, results, strict=True)), given, cells)
+        except BaseException:
+            for cell in cells.values():
+                cell.restore()
+            raise
         if state is not None:
-            for name, cell in cells.items():
-                state._tensors[name] = cell.tensor
+            state._tensors.update(self._contents(cells, given))
         return outputs
 
-    def _check_names(self, data: Mapping[str, Array]) -> None:
+    def _contents(
+        self, cells: Mapping[str, StateCell], given: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What the states hold after a run, each in memory of its own: the next run may write into it."""
+        taken = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
+        plan = self.program.plan(self._target)
+        contents = {}
+        for name, cell in cells.items():
+            tensor = cell.tensor.contiguous()
+            if tensor.untyped_storage().data_ptr() in taken or plan.keeps(tensor):
+                tensor = tensor.clone()
+            taken.add(tensor.untyped_storage().data_ptr())
+            contents[name] = tensor
+        return contents
+
+    def _check_names(self, data: Mapping[str, Any]) -> None:
         names = [spec.name for spec in self.inputs]
-        missing = [name for name in names if name not in data]
+        optional = {spec.name for spec in self.inputs if isinstance(spec, TensorSpec) and spec.default is not None}
+        missing = [name for name in names if name not in data and name not in optional]
         unknown = sorted(set(data) - set(names))
         if missing or unknown:
             found = [f"missing {missing}" if missing else "", f"unknown {unknown}" if unknown else ""]
             raise PredictionInputError(
-                f"inputs {' and '.join(each for each in found if each)}", expected=f"exactly {names}"
+                f"inputs {' and '.join(each for each in found if each)}",
+                expected=f"exactly {names}" + (f", of which {sorted(optional)} are optional" if optional else ""),
             )
 
     def _cells(self, state: State | None) -> dict[str, StateCell]:
@@ -184,26 +228,30 @@ class MLModel:
             cells[spec.name] = StateCell(tensor)
         return cells
 
-    def _output_arrays(
-        self,
-        results: Mapping[int, torch.Tensor],
-        given: Mapping[str, torch.Tensor],
-        cells: Mapping[str, StateCell],
-    ) -> dict[str, Array]:
+    def _outputs(
+        self, results: Mapping[int, Any], given: Mapping[str, torch.Tensor], cells: Mapping[str, StateCell]
+    ) -> dict[str, Any]:
         graph = self.program.graph
         by_name = {graph.names[slot]: value for slot, value in results.items()}
         # What the caller gets must not change with the next prediction, nor change this model when written to.
         kept = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
         kept |= {cell.tensor.untyped_storage().data_ptr() for cell in cells.values()}
-        kept |= self.program.plan(self._target).general.constant_storages
-        arrays = {}
+        outputs: dict[str, Any] = {}
         for spec in self.outputs:
             value = by_name[spec.name]
-            array = value.cpu().numpy()
-            dtype = _returned_dtype(spec.dtype, self._target.numerics)
-            is_shared = value.untyped_storage().data_ptr() in kept
-            arrays[spec.name] = np.array(array, dtype=dtype, order="C", copy=is_shared or None)
-        return arrays
+            if isinstance(spec, TensorSpec):
+                outputs[spec.name] = self._array(spec, value, kept)
+            elif isinstance(spec, ImageSpec):
+                outputs[spec.name] = image_from_array(spec, value.cpu().numpy())
+            else:
+                outputs[spec.name] = dict(value) if isinstance(value, dict) else value
+        return outputs
+
+    def _array(self, spec: TensorSpec, value: torch.Tensor, kept: AbstractSet[int]) -> Array:
+        """An output's array; a copy where its memory is among `kept` or the program's own."""
+        is_shared = value.untyped_storage().data_ptr() in kept or self.program.plan(self._target).keeps(value)
+        dtype = _returned_dtype(spec.dtype, self._target.numerics)
+        return np.array(value.cpu().numpy(), dtype=dtype, order="C", copy=is_shared or None, ndmin=1)
 
 
 def _returned_dtype(declared: str, numerics: Numerics) -> np.dtype[Any]:
@@ -231,7 +279,17 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _input_tensor(spec: TensorSpec, array: Array) -> torch.Tensor:
+def _input_tensor(spec: InputSpec, data: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor of an input: from what is given for it, else its default."""
+    if isinstance(spec, ImageSpec):
+        return tensor_from_image(spec, data[spec.name])
+    if spec.name in data:
+        return _tensor_from_array(spec, data[spec.name])
+    assert spec.default is not None, "the names are checked before"
+    return torch.from_numpy(np.full(spec.default.shape, spec.default.value, dtype=np.dtype(spec.dtype)))
+
+
+def _tensor_from_array(spec: TensorSpec, array: Any) -> torch.Tensor:
     """An array as the tensor of an input.
 
     Raises:

@@ -19,9 +19,10 @@ import torch
 
 from coremill.core.errors import CoremillError, PackageError, PredictionInputError
 from coremill.mil.graph import BRANCH, NONE_SLOT, Graph, Node
+from coremill.mil.in_place import updates_in_place
 from coremill.mil.ops.control_flow import run_cond, run_while_loop
-from coremill.mil.ops.registry import Definition, OperationError
-from coremill.mil.values import BY_NAME, ElementType, Numerics
+from coremill.mil.ops.registry import Definition, OperationError, Overwritten
+from coremill.mil.values import BY_NAME, ElementType, Numerics, TensorType
 
 Observer = Callable[["Step", list[Any]], None]
 """Called after each step with the step and the values of all slots, before those it frees are freed."""
@@ -35,11 +36,11 @@ _SHAPES_KEPT = 8
 _KEPT_VALUE_BYTES = 16 << 20
 """A shape-only value above this is computed anew in each run, unless it is a part of a constant."""
 
-WIDE_CONSTANTS_BYTES = 512 << 20
-"""fp32 copies of fp16 constants are kept up to this total.
+WIDE_CONSTANT_BYTES = 1 << 20
+"""An fp32 copy of an fp16 constant is kept up to this size; a larger constant is widened whenever it is used.
 
-Beyond it a constant is widened whenever it is used, which costs a matrix product of 1,024 rows a few percent and
-one of a single row most of its speed."""
+So norms and biases are converted once, and the copies of a large model's matrices, twice the size of its package,
+are never in memory together. `linear` widens its weight by pieces anyway."""
 
 
 CPU = torch.device("cpu")
@@ -70,20 +71,18 @@ class Target:
 
 
 class WideConstants:
-    """fp32 copies of fp16 constants, one a constant however many operations use it."""
+    """fp32 copies of small fp16 constants, one a constant however many operations use it."""
 
-    def __init__(self, limit_bytes: int = WIDE_CONSTANTS_BYTES) -> None:
-        self._left_bytes = limit_bytes
+    def __init__(self, limit_bytes: int = WIDE_CONSTANT_BYTES) -> None:
+        self._limit_bytes = limit_bytes
         # The narrow tensor is kept beside its copy: an id is only unique while its object lives.
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def get(self, narrow: torch.Tensor) -> torch.Tensor | None:
-        """The fp32 copy of a constant, or None where the limit is reached."""
+        """The fp32 copy of a constant, or None where it would be too large."""
+        if narrow.numel() * 4 > self._limit_bytes:
+            return None
         if id(narrow) not in self._copies:
-            size_bytes = narrow.numel() * 4
-            if size_bytes > self._left_bytes:
-                return None
-            self._left_bytes -= size_bytes
             self._copies[id(narrow)] = (narrow, narrow.float())
         return self._copies[id(narrow)][1]
 
@@ -111,7 +110,7 @@ class Section:
     template: list[Any]
     """Values of all slots at the start: constants, None elsewhere."""
     constant_storages: frozenset[int]
-    """Addresses of the memory that constants lie in."""
+    """Addresses of the memory that constants lie in, those of nested blocks too."""
 
     def run(self, arguments: Sequence[Any], observe: Observer | None = None) -> tuple[Any, ...]:
         """Values of the graph's outputs for values of its inputs.
@@ -185,6 +184,11 @@ class Plan:
             self._at_shapes.popitem(last=False)
         return outputs
 
+    def keeps(self, tensor: torch.Tensor) -> bool:
+        """Whether a run that follows may read this tensor's memory."""
+        address = tensor.untyped_storage().data_ptr()
+        return any(address in each.constant_storages for each in (self.general, *self._at_shapes.values()))
+
     def _run_and_specialize(self, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], Section]:
         """Run at a new shape, and compile for it with the shape-only values that came up as constants."""
         found: dict[int, Any] = {}
@@ -242,10 +246,11 @@ def compile_graph(graph: Graph, target: Target, wide: WideConstants, known: Mapp
     """
     compiler = _Compiler(graph, target, wide, known)
     steps = []
-    for node in graph.nodes:
+    in_place = updates_in_place(graph)
+    for position, node in enumerate(graph.nodes):
         if node.outputs and compiler.values.keys() >= set(node.outputs):
             continue
-        step = compiler.bind(node)
+        step = compiler.bind(node, in_place.get(position))
         if node.definition is not None and node.definition.pure and compiler.values.keys() >= set(step.inputs):
             compiler.fold(step)
         else:
@@ -258,7 +263,7 @@ def compile_graph(graph: Graph, target: Target, wide: WideConstants, known: Mapp
     storages = frozenset(
         value.untyped_storage().data_ptr() for value in compiler.values.values() if isinstance(value, torch.Tensor)
     )
-    return Section(graph, steps, template, storages)
+    return Section(graph, steps, template, storages.union(*compiler.nested_storages))
 
 
 def _without_dead_steps(steps: list[Step], outputs: tuple[int, ...]) -> list[Step]:
@@ -291,6 +296,7 @@ class _Compiler:
         self._wide = wide
         self._wide_slots: dict[int, int] = {}
         self.slot_count = len(graph.names)
+        self.nested_storages: list[frozenset[int]] = []
         self.values: dict[int, Any] = {NONE_SLOT: None}
         for slot, value in graph.constants.items():
             self.values[slot] = self._stored(slot, value)
@@ -320,10 +326,13 @@ class _Compiler:
         results = (result,) if step.single else result
         self.values.update(zip(step.outputs, results, strict=True))
 
-    def bind(self, node: Node) -> Step:
+    def bind(self, node: Node, state: int | None = None) -> Step:
+        """The step of a node; one that is to overwrite a state's memory if it is given the state's slot."""
         if node.definition is None:
             return self._bind_structured(node)
         definition = node.definition
+        kernel = definition.kernel if state is None else definition.in_place
+        assert kernel is not None
         fixed: dict[str, Any] = {}
         dynamic: dict[str, tuple[int, ...]] = {}
         for name, slots in node.attributes.items():
@@ -334,14 +343,19 @@ class _Compiler:
         counts = tuple(
             len(slots) if is_list else None for slots, is_list in zip(node.tensors, node.lists, strict=True)
         )
-        call: Callable[..., Any] = functools.partial(definition.kernel, **fixed) if fixed else definition.kernel
+        call: Callable[..., Any] = functools.partial(kernel, **fixed) if fixed else kernel
         if dynamic or any(count is not None for count in counts):
             converters = {name: functools.partial(self._attribute, node, definition, name) for name in dynamic}
             sizes = {name: len(slots) for name, slots in dynamic.items()}
             call = _assembling(call, counts, sizes, converters)
         inputs = node.tensor_slots + tuple(slot for slots in dynamic.values() for slot in slots)
-        if self._numerics is Numerics.DECLARED and not definition.native:
-            inputs, call = self._with_rounding(node, inputs, call)
+        if state is not None:
+            inputs, call = (*inputs, state), _overwriting(call)
+        if not definition.native:
+            if self._numerics is Numerics.DECLARED:
+                inputs, call = self._with_rounding(node, inputs, call)
+            elif self._has_mixed_inputs(node):
+                call = _rounding(call, (), self._storages(node))
         single = not definition.returns_tuple and len(node.outputs) == 1
         if not single and definition.returns_tuple:
             call = _as_tuple(call)
@@ -381,11 +395,24 @@ class _Compiler:
             else:
                 slots[position] = wide_slot
         storages = tuple(
-            self._graph.types[slot].element.storage if self._is_half(slot) else None for slot in node.outputs
+            storage if self._is_half(slot) or self._has_mixed_inputs(node) else None
+            for slot, storage in zip(node.outputs, self._storages(node), strict=True)
         )
         if not positions and not any(storages):
             return tuple(slots), call
         return tuple(slots), _rounding(call, tuple(positions), storages)
+
+    def _storages(self, node: Node) -> tuple[torch.dtype | None, ...]:
+        """How the mode holds each output; None for what is no tensor."""
+        types = (self._graph.types.get(slot) for slot in node.outputs)
+        return tuple(
+            self._numerics.storage(each.element) if isinstance(each, TensorType) else None for each in types
+        )
+
+    def _has_mixed_inputs(self, node: Node) -> bool:
+        """Whether the tensors are of different types, so that only the program says what the result's is."""
+        types = (self._graph.types.get(slot) for slot in node.tensor_slots)
+        return len({each.element.name for each in types if isinstance(each, TensorType)}) > 1
 
     def _wide_slot(self, slot: int) -> int | None:
         if slot not in self._wide_slots:
@@ -407,6 +434,7 @@ class _Compiler:
                 if outer in self.values
             }
             sections.append(compile_graph(block.graph, self._target, self._wide, inner))
+            self.nested_storages.append(sections[-1].constant_storages)
         own, first, second = (len(slots) for slots in node.tensors)
         call = (_branch if node.op_type == BRANCH else _loop)(sections[0], sections[1], own, first)
         assert own + first + second == len(node.tensor_slots)
@@ -458,6 +486,17 @@ def _assembling(
         return kernel(*tensors, **attributes)
 
     return call
+
+
+def _overwriting(call: Callable[..., Overwritten]) -> Callable[..., Any]:
+    """`call`, whose last argument is the state's cell, which keeps what was overwritten."""
+
+    def overwrite(*arguments: Any) -> Any:
+        done = call(*arguments[:-1])
+        arguments[-1].remember(done.part, done.before)
+        return done.result
+
+    return overwrite
 
 
 def _rounding(

@@ -119,13 +119,50 @@ class TensorType:
         return f"{self.element.name}[{', '.join('?' if size is None else str(size) for size in self.shape)}]"
 
 
+@dataclass(frozen=True, slots=True)
+class ListType:
+    """A declared list of tensors. Its length is not part of it: lists grow."""
+
+    element: TensorType
+
+    def __str__(self) -> str:
+        return f"list of {self.element}"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorList:
+    """A value of list type: tensors of one shape. Writing gives a new list."""
+
+    length: int
+    written: Mapping[int, torch.Tensor]
+    """By index; every other element is 0."""
+    shape: tuple[int | None, ...]
+    """Of an element; None for a size that the first write decides."""
+    dtype: torch.dtype
+    is_dynamic: bool
+    """Whether a write past the end makes it longer."""
+
+
 class StateCell:
     """What a state input is bound to while a function runs: the state's tensor, replaced when it is written."""
 
-    __slots__ = ("tensor",)
+    __slots__ = ("_before", "_overwritten", "tensor")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
+        self._before = tensor
+        self._overwritten: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def remember(self, part: torch.Tensor, before: torch.Tensor) -> None:
+        """A part of the state's memory was overwritten, and held `before`."""
+        self._overwritten.append((part, before))
+
+    def restore(self) -> None:
+        """Give the state the content back that it had when the function began."""
+        for part, before in reversed(self._overwritten):
+            part.copy_(before)
+        self._overwritten.clear()
+        self.tensor = self._before
 
 
 def unpack_bits(packed: np.ndarray[Any, Any], element: ElementType, count: int) -> np.ndarray[Any, Any]:

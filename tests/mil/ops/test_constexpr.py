@@ -117,6 +117,88 @@ def test_sparse_of_ios18(weights_of):
     np.testing.assert_array_equal(found, ios18.constexpr_sparse_to_dense.decompress(data, mask))
 
 
+# The example of coremltools' documentation of constexpr_lut_to_sparse.
+MASK = np.array([[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 1], [0, 1, 1, 0, 1, 0], [0, 0, 0, 1, 0, 0]])
+INDICES = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1])
+
+
+@pytest.fixture
+def sparse_of(evaluate):
+    """Mask and values of a sparse operation, and the dense weights that they make."""
+
+    def run(weights):
+        def body(x):
+            mask, values = weights()
+            dense = mb.constexpr_sparse_to_dense(nonzero_data=values, mask=mask)
+            return mb.relu(x=x), mb.identity(x=values), mb.identity(x=dense)
+
+        return evaluate(ONE, body)[1:]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("entries", "vector_axis"),
+    [([[2.0], [3.0]], None), ([[2.0, 2.5], [3.0, 3.5]], 0), ([[2.0, 2.5], [3.0, 3.5]], -1)],
+)
+def test_lut_to_sparse(sparse_of, entries, vector_axis):
+    lut = np.array(entries, np.float16)[None, None]
+    axis = {} if vector_axis is None else {"vector_axis": np.int32(vector_axis)}
+    mask, indices = (each.astype(types.np_uint1_dtype) for each in (MASK, INDICES))
+    values, dense = sparse_of(
+        lambda: mb.constexpr_lut_to_sparse(indices_mask=mask, indices_nonzero_data=indices, lut=lut, **axis)
+    )
+    their_mask, their_values = ios18.constexpr_lut_to_sparse.decompress(mask, indices, lut, vector_axis)
+    np.testing.assert_array_equal(values, their_values)
+    np.testing.assert_array_equal(dense, ios18.constexpr_sparse_to_dense.decompress(their_values, their_mask))
+    if vector_axis is None:
+        assert values.tolist() == [2.0, 3.0, 3.0, 2.0, 3.0, 3.0, 2.0, 2.0, 3.0]  # As documented.
+
+
+def test_lut_to_sparse_of_one_row(sparse_of):
+    """An axis of one element becomes as long as the vectors."""
+    lut = np.array([[[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]]], np.float16)
+    mask, indices = (np.array(each, types.np_uint1_dtype) for each in ([[1, 0, 1]], [1, 0]))
+    _, dense = sparse_of(
+        lambda: mb.constexpr_lut_to_sparse(
+            indices_mask=mask, indices_nonzero_data=indices, lut=lut, vector_axis=np.int32(0)
+        )
+    )
+    assert dense.tolist() == [[4.0, 0.0, 1.0], [5.0, 0.0, 2.0], [6.0, 0.0, 3.0]]
+
+
+def test_sparse_blockwise_shift_scale(sparse_of):
+    """The example of coremltools' documentation: a scale and an offset a column."""
+    mask = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0]]).astype(types.np_uint1_dtype)
+    data = np.array([10, 11, 3, 4, 5, 6, 7, 8, 9], np.int8)
+    scale, offset = np.array([[0.1, 0.2, 0.3, 0.4]], np.float32), np.array([[1, 2, 3, 4]], np.int8)
+    values, dense = sparse_of(
+        lambda: mb.constexpr_sparse_blockwise_shift_scale(
+            data_mask=mask, nonzero_data=data, scale=scale, offset=offset
+        )
+    )
+    np.testing.assert_allclose(values, [0.9, 1.8, 0.2, 0.4, 0.6, 0.9, 1.2, 0.7, 1.4], rtol=1e-6)
+    assert (dense == 0).tolist() == (mask == 0).tolist()
+    _, theirs = ios18.constexpr_sparse_blockwise_shift_scale.decompress(mask, data, scale, offset)
+    np.testing.assert_allclose(values, theirs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_sparse_blocks_of_int4(sparse_of, with_offset):
+    mask = RNG.integers(0, 2, (4, 64)).astype(types.np_uint1_dtype)
+    data = RNG.integers(-8, 8, int((mask != 0).sum())).astype(types.np_int4_dtype)
+    scale = RNG.uniform(0.5, 2, (2, 4)).astype(np.float16)
+    offset = RNG.integers(0, 7, (2, 4)).astype(types.np_int4_dtype) if with_offset else None
+    values, _ = sparse_of(
+        lambda: mb.constexpr_sparse_blockwise_shift_scale(
+            data_mask=mask, nonzero_data=data, scale=scale, offset=offset
+        )
+    )
+    _, theirs = ios18.constexpr_sparse_blockwise_shift_scale.decompress(mask, data, scale, offset)
+    assert values.dtype == np.float16
+    np.testing.assert_allclose(values, theirs, rtol=2e-3)
+
+
 def test_quantize_and_dequantize(evaluate):
     x = np.array([[-10.0, 0.24, 0.26], [3.0, 1000.0, -1000.0]], np.float32)
     scale, zero_point = np.array([0.5, 4.0], np.float32), np.array([1, -2], np.int8)

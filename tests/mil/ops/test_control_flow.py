@@ -67,6 +67,6 @@ def test_a_loop_runs_until_its_condition_fails(evaluate):
         return mb.while_loop(_cond=condition, _body=advance, loop_vars=(np.int32(1), np.int32(0)))
 
     i, total = evaluate({"n": np.array([10], np.int32), "step": np.array([1], np.int32)}, body)
-    assert (int(i), int(total)) == (11, 55)
+    assert (i.tolist(), total.tolist()) == ([11], [55])
     i, total = evaluate({"n": np.array([0], np.int32), "step": np.array([1], np.int32)}, body)
-    assert (int(i), int(total)) == (1, 0)
+    assert (i.tolist(), total.tolist()) == ([1], [0])

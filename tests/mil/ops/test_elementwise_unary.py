@@ -10,7 +10,7 @@ import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813
 
 from coremill.core.errors import PredictionInputError
-from coremill.mil.ops.registry import definitions, find
+from coremill.mil.ops.registry import OperationError, definitions, find
 
 ANY = np.array([[-3.75, -2.5, -1.0, -0.5], [0.0, 0.5, 1.5, 2.5], [3.25, 7.0, 11.0, -11.0]], np.float32)
 UNIT = np.linspace(-0.9375, 0.9375, 12, dtype=np.float32).reshape(3, 4)
@@ -120,6 +120,13 @@ def test_native_kernels_round_once(definition):
 
 def test_some_kernels_are_native():
     assert {each.op_type for each in NATIVE_UNARY} >= {"abs", "ceil", "floor", "sqrt", "square", "relu"}
+
+
+def test_clip_of_ios17_is_strict():
+    x = torch.tensor([-1.0, 0.0, 1.0])
+    assert find("clip", 16).kernel(x, alpha=0.5, beta=0.5).tolist() == [0.5, 0.5, 0.5]
+    with pytest.raises(OperationError, match=r"alpha 0.5 and beta 0.5; alpha must be below beta"):
+        find("clip", 17).kernel(x, alpha=0.5, beta=0.5)
 
 
 def test_round_takes_halves_to_even(evaluate):

@@ -44,7 +44,7 @@ def test_matches_numpy(results, name, axes):
     keep, outputs = results
     expected = REFERENCES[name](X.astype(np.float64), axis=None if axes is None else tuple(axes), keepdims=keep)
     found = outputs[name, str(axes)]
-    assert found.shape == expected.shape
+    assert found.shape == (expected.shape or (1,))  # Core ML has no scalars.
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -73,14 +73,14 @@ def test_halves_accumulate_in_fp32(evaluate):
     x = np.array([1.0] * 2048 + [0.5] * 1000, np.float16)
     total, mean = evaluate({"x": x}, lambda x: (mb.reduce_sum(x=x), mb.reduce_mean(x=x)))
     assert total.dtype == np.float16
-    assert float(total) == 2548.0
-    assert float(mean) == np.float16(2548 / 3048)
+    assert total.tolist() == [2548.0]
+    assert mean.tolist() == [np.float16(2548 / 3048)]
 
 
 def test_a_sum_of_squares_of_halves_does_not_overflow_inside(evaluate):
     x = np.full(4, 200.0, np.float16)  # 4 · 40,000 is beyond fp16, its root is not.
     (norm,) = evaluate({"x": x}, lambda x: mb.reduce_l2_norm(x=x))
-    assert float(norm) == 400.0
+    assert norm.tolist() == [400.0]
 
 
 def test_integers_stay_integers(evaluate):
@@ -89,4 +89,4 @@ def test_integers_stay_integers(evaluate):
         {"x": x}, lambda x: (mb.reduce_sum(x=x), mb.reduce_mean(x=x), mb.reduce_prod(x=x, axes=[0]))
     )
     assert [total.dtype, mean.dtype, product.dtype] == [np.int32] * 3
-    assert (int(total), int(mean), product.tolist()) == (11, 2, [4, 8])
+    assert [each.tolist() for each in (total, mean, product)] == [[11], [2], [4, 8]]

@@ -16,47 +16,77 @@ from coremill.mil.ops.registry import OperationError, definitions, find, op, sup
 SAVED_ONLY = {"write_state"}
 
 
+# Core operations of coremltools that need no kernel.
+STRUCTURE = {
+    "const": "a constant is a value of the graph, which its reader materialises",
+    "cond": "a branch: the plan runs one of two nested blocks",
+    "while_loop": "a loop: the plan runs two nested blocks in turn",
+    "_const_symbolic": "a symbol within coremltools' builder; a program that holds one is not saved",
+}
+IOS_VERSIONS = (15, 16, 17, 18)
+
+
+def _theirs(op_type, version):
+    """coremltools' class of an operation for an iOS version, None before its first."""
+    classes = {target.name: each for target, each in SSAOpRegistry.core_ops.get(op_type, {}).items()}
+    return classes.get(f"iOS{version}")
+
+
+def _kernel(definition):
+    """The function as it was written, under the parameters that a version fixes."""
+    return getattr(definition.kernel, "func", definition.kernel)
+
+
 def test_every_family_is_imported():
-    modules = {each.kernel.__module__.rpartition(".")[2] for each in definitions()}
+    modules = {_kernel(each).__module__.rpartition(".")[2] for each in definitions()}
     assert modules == set(ops.__all__)
 
 
+@pytest.mark.parametrize("op_type", sorted(set(SSAOpRegistry.core_ops) - set(STRUCTURE)))
+def test_every_operation_has_its_parameters_in_every_version(op_type):
+    """Names, and which may be left out, as coremltools' definition for each iOS version says."""
+    for version in IOS_VERSIONS:
+        theirs, mine = _theirs(op_type, version), find(op_type, version)
+        if theirs is None:
+            assert mine is None, f"iOS{version}"
+            continue
+        assert mine is not None, f"iOS{version}"
+        parameters = (*mine.tensors, *mine.attributes.values())
+        assert {each.name for each in parameters} == set(theirs.input_spec.input_types), f"iOS{version}"
+        optional = {name for name, kind in theirs.input_spec.input_types.items() if kind.optional}
+        assert optional <= {each.name for each in parameters if not each.required}, f"iOS{version}"
+
+
+def test_structure_is_what_has_no_kernel():
+    assert set(STRUCTURE) <= set(SSAOpRegistry.core_ops)
+    assert not set(STRUCTURE) & set(supported_operations())
+    assert set(supported_operations()) - set(SSAOpRegistry.core_ops) == SAVED_ONLY
+
+
 @pytest.mark.parametrize("definition", definitions(), ids=lambda each: f"{each.op_type}-iOS{each.since}")
-def test_parameters_are_those_of_coremltools(definition):
-    """Names, and which may be left out, as its definition of that version says."""
+def test_a_definition_is_of_a_version_that_differs(definition):
+    """Each begins with a version of coremltools' definitions, so that none is registered in vain."""
     if definition.op_type in SAVED_ONLY:
         return
-    classes = SSAOpRegistry.core_ops[definition.op_type]
-    versions = {int(target.name.removeprefix("iOS")): each for target, each in classes.items()}
-    usable = [version for version in versions if version <= definition.since]
-    earliest = versions[max(usable)]
-    # One kernel serves later versions too, so it may know parameters that only they have.
-    later = [versions[v] for v in sorted(versions) if v > definition.since]
-    known = set(earliest.input_spec.input_types)
-    mine = {each.name for each in definition.tensors} | set(definition.attributes)
-    assert known <= mine
-    assert mine <= known.union(*(each.input_spec.input_types for each in later))
-    required = {name for name, kind in earliest.input_spec.input_types.items() if not kind.optional}
-    for parameter in (*definition.tensors, *definition.attributes.values()):
-        if parameter.required:
-            assert parameter.name in required, parameter.name
+    theirs = _theirs(definition.op_type, definition.since)
+    assert theirs is not None
+    assert theirs is not _theirs(definition.op_type, definition.since - 1) or definition.since == 15
 
 
 @pytest.mark.parametrize("definition", definitions(), ids=lambda each: f"{each.op_type}-iOS{each.since}")
 def test_a_kernel_says_what_it_is(definition):
-    documentation = inspect.getdoc(definition.kernel)
+    kernel = _kernel(definition)
+    documentation = inspect.getdoc(kernel)
     assert documentation
     assert documentation.split(":")[0].split()[0] == definition.op_type
-    module = inspect.getmodule(definition.kernel)
+    module = inspect.getmodule(kernel)
     assert "Source of the semantics: `coremltools.converters.mil.mil.ops.defs" in module.__doc__
 
 
 def test_versions_of_one_operation():
-    old, new = find("gather", 16), find("gather", 17)
-    assert old is not None
-    assert new is not None
-    assert (old.since, new.since) == (15, 17)
-    assert find("gather", 26) is new
+    versions = [find("gather", version) for version in IOS_VERSIONS]
+    assert [each.since for each in versions] == [15, 16, 17, 17]
+    assert find("gather", 26) is versions[-1]
     assert find("slice_update", 17) is None
     assert find("no_such_operation", 18) is None
     assert "gather" in supported_operations()
@@ -90,6 +120,10 @@ def test_attributes_are_converted():
         axis([1, 2])
     with pytest.raises(OperationError, match="'a' is not one int"):
         axis("a")
+    pairs = find("space_to_batch", 18).attributes["paddings"].convert
+    assert pairs([[1, 2], [3, 4]]) == ((1, 2), (3, 4))
+    with pytest.raises(OperationError, match=r"\[\[1, 2, 3\]\] is not a list of pairs of int"):
+        pairs([[1, 2, 3]])
 
 
 def test_no_kernel_writes_to_its_inputs(evaluate):

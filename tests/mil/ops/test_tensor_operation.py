@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from coremltools.converters.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil.ops.tests.iOS14.test_tensor_operation import TestNonMaximumSuppression
 
 from coremill.mil.ops.registry import OperationError, find
+
+overlaps = TestNonMaximumSuppression._compute_iou_matrix
+"""(B, 4) boxes to the (B, B) ratios of their intersections to their unions, by coremltools' own test."""
+del TestNonMaximumSuppression  # Not to be collected here.
 
 X = np.array([[3.0, -1.0, 4.0, -1.5], [5.0, 9.0, -2.0, 6.0]], np.float32)
 Y = X + 100
@@ -140,3 +145,92 @@ def test_impossible_parts_are_refused():
         find("topk", 18).kernel(x, k=6, axis=1)
     with pytest.raises(OperationError, match="reflecting 2 elements of axis 0, which has 2"):
         find("pad", 18).kernel(x, pad=(2, 0, 0, 0), mode="reflect")
+
+
+def _suppress(evaluate, boxes, scores, **options):
+    return evaluate(
+        {"boxes": boxes, "scores": scores},
+        lambda boxes, scores: mb.non_maximum_suppression(boxes=boxes, scores=scores, **options),
+        ios=16,
+    )
+
+
+def test_suppression_of_few_boxes(evaluate):
+    """Of two boxes that overlap by half the better one stays, though it comes later."""
+    boxes = np.array([[[1, 1, 2, 2], [1, 2, 2, 2], [9, 9, 2, 2], [5, 5, 0, 0]]], np.float32)
+    scores = np.array([[[0.5], [0.75], [0.25], [-1]]], np.float32)
+    # The first two share 2 of 6.
+    for iou_threshold, chosen in ((0.32, [1, 2]), (0.34, [1, 0, 2])):
+        found = _suppress(evaluate, boxes, scores, iou_threshold=iou_threshold, score_threshold=0.0, max_boxes=5)
+        padding = 5 - len(chosen)
+        assert found[0].tolist() == [[*boxes[0, chosen].tolist(), *[[0.0] * 4] * padding]]
+        assert found[1].tolist() == [[*scores[0, chosen].tolist(), *[[0.0]] * padding]]
+        assert found[2].tolist() == [[*chosen, *[-1] * padding]]
+        assert found[3].tolist() == [len(chosen)]
+        assert found[2].dtype == found[3].dtype == np.int32
+
+
+def test_suppression_keeps_the_best_box_where_none_passes(evaluate):
+    boxes = np.array([[[1, 1, 2, 2], [6, 6, 2, 2]]], np.float32)
+    scores = np.array([[[0.25, 0.5], [0.75, 0.1]]], np.float32)
+    _, _, indices, count = _suppress(evaluate, boxes, scores, iou_threshold=0.5, score_threshold=0.9, max_boxes=2)
+    assert indices.tolist() == [[1, -1]]
+    assert count.tolist() == [1]
+
+
+def test_a_score_at_the_threshold_passes(evaluate):
+    boxes = np.array([[[1, 1, 2, 2], [6, 6, 2, 2]]], np.float32)
+    scores = np.array([[[0.25], [0.5]]], np.float32)
+    indices = _suppress(evaluate, boxes, scores, iou_threshold=0.5, score_threshold=0.25, max_boxes=2)[2]
+    assert indices.tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("max_boxes", [7, 60])
+def test_what_suppression_leaves(evaluate, dtype, per_class, max_boxes):
+    """Which boxes stay follows from three properties, whatever the way to find them."""
+    rng = np.random.default_rng(3)
+    centres, sizes = rng.uniform(0, 400, (2, 50, 2)), rng.uniform(100, 300, (2, 50, 2))
+    boxes = np.concatenate([centres, sizes], -1).astype(dtype)
+    scores = rng.permutation(2 * 50 * 3).reshape(2, 50, 3).astype(dtype)  # No two are equal.
+    options = {"iou_threshold": dtype(0.25), "max_boxes": max_boxes, "per_class_suppression": per_class}
+    threshold = float(np.median(scores.max(-1)))
+    found = _suppress(evaluate, boxes, scores, score_threshold=dtype(threshold), **options)
+    for sample in range(2):
+        count = int(found[3][sample])
+        chosen = found[2][sample, :count]
+        best, classes = scores[sample].max(-1), scores[sample].argmax(-1)
+        overlap = overlaps(boxes[sample]) > 0.25
+        if per_class:
+            overlap &= classes[:, None] == classes[None, :]
+        # By falling score; none overlaps another; whoever is left out overlaps a better one that stays.
+        assert (np.diff(best[chosen]) < 0).all()
+        assert overlap[np.ix_(chosen, chosen)].sum() == count
+        passing = np.flatnonzero(best >= threshold)
+        for other in set(passing) - set(chosen):
+            better = chosen[best[chosen] > best[other]]
+            assert overlap[other, better].any() or (count == max_boxes and best[other] < best[chosen].min())
+        np.testing.assert_array_equal(found[0][sample, :count], boxes[sample, chosen])
+        np.testing.assert_array_equal(found[1][sample, :count], scores[sample, chosen])
+    assert found[0].dtype == dtype
+
+
+def test_suppression_of_ios17(evaluate):
+    """As before with the boxes last, every score passing and no number of boxes."""
+    rng = np.random.default_rng(5)
+    boxes = rng.uniform(100, 300, (2, 20, 4)).astype(np.float32)
+    scores = rng.uniform(-1, 1, (2, 20, 3)).astype(np.float32)
+    options = {"iou_threshold": 0.3, "max_boxes": 20, "per_class_suppression": True}
+    before = _suppress(evaluate, boxes, scores, score_threshold=-10.0, **options)
+    found = evaluate(
+        {"boxes": boxes.swapaxes(1, 2), "scores": scores.swapaxes(1, 2)},
+        lambda boxes, scores: mb.non_maximum_suppression(boxes=boxes, scores=scores, **options),
+        ios=17,
+    )
+    assert before[3].min() > 1
+    assert before[3].max() < 20
+    assert len(found) == 3
+    np.testing.assert_array_equal(found[0], before[0].swapaxes(1, 2))
+    np.testing.assert_array_equal(found[1], before[1].swapaxes(1, 2))
+    np.testing.assert_array_equal(found[2], before[2])

@@ -18,8 +18,8 @@ from coremill.mil.ops.registry import OperationError, find
 X = np.arange(120, dtype=np.float32).reshape(2, 3, 4, 5)
 
 
-def kernel(name):
-    definition = find(name, 18)
+def kernel(name, ios=18):
+    definition = find(name, ios)
     assert definition is not None
     return definition.kernel
 
@@ -149,11 +149,33 @@ def test_reshape_keeps_the_order(data):
     np.testing.assert_array_equal(found.numpy(), x.reshape(target))
 
 
-def test_reshape_inherits_sizes_at_zero():
-    found = kernel("reshape")(torch.from_numpy(X), shape=(0, -1, 0, 5))
+@pytest.mark.parametrize("ios", [15, 16, 17])
+def test_reshape_inherits_sizes_at_zero(ios):
+    found = kernel("reshape", ios)(torch.from_numpy(X), shape=(0, -1, 0, 5))
     assert tuple(found.shape) == (2, 3, 4, 5)
+
+
+def test_reshape_before_ios17_inherits_at_the_same_rank_only():
     with pytest.raises(OperationError, match=r"shape \[0, -1\] has a 0 and another rank than \[2, 3, 4, 5\]"):
-        kernel("reshape")(torch.from_numpy(X), shape=(0, -1))
+        kernel("reshape", 16)(torch.from_numpy(X), shape=(0, -1))
+
+
+@pytest.mark.parametrize(
+    ("x", "shape"),
+    [
+        (X[0, 0], [1, 0, -1, 0]),
+        (X[0, 0], [0, 0, 0, 0, -1]),
+        (X[0], [0, 4, -1, 0]),
+        (X[0], [-1, 0]),
+        (X, [0, -1, 0]),
+        (X, [0, 2, 0, -1, 0]),
+    ],
+)
+def test_reshape_of_ios17_inherits_from_the_last_size_on(evaluate, inferred, x, shape):
+    (expected,) = inferred({"x": x}, lambda x: mb.reshape(x=x, shape=shape), ios=17)
+    (found,) = evaluate({"x": x}, lambda x: mb.reshape(x=x, shape=shape), ios=17)
+    np.testing.assert_array_equal(found, expected)
+    assert found.shape == expected.shape
 
 
 def test_reshape_of_a_transposed_tensor(evaluate):
@@ -211,6 +233,63 @@ def test_pixels_and_blocks(evaluate):
     expected = x.reshape(2, 2, 2, 2, 4, 6).transpose(0, 3, 4, 1, 5, 2).reshape(2, 2, 8, 12)
     np.testing.assert_array_equal(to_space, expected)
     np.testing.assert_array_equal(there_and_back, x)
+
+
+# The examples of TensorFlow's documentation of tf.space_to_batch, which has the channel last: an input (N, H, W),
+# block sizes, paddings, and the result.
+TENSORFLOW_BLOCKS = {
+    "one block": ([[[1, 2], [3, 4]]], [2, 2], [[0, 0], [0, 0]], [[[1]], [[2]], [[3]], [[4]]]),
+    "four blocks": (
+        [[[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]]],
+        [2, 2],
+        [[0, 0], [0, 0]],
+        [[[1, 3], [9, 11]], [[2, 4], [10, 12]], [[5, 7], [13, 15]], [[6, 8], [14, 16]]],
+    ),
+    "padding": (
+        [[[1, 2, 3, 4], [5, 6, 7, 8]], [[9, 10, 11, 12], [13, 14, 15, 16]]],
+        [2, 2],
+        [[0, 0], [2, 0]],
+        [
+            [[0, 1, 3]], [[0, 9, 11]], [[0, 2, 4]], [[0, 10, 12]],
+            [[0, 5, 7]], [[0, 13, 15]], [[0, 6, 8]], [[0, 14, 16]],
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TENSORFLOW_BLOCKS)
+def test_blocks_as_in_tensorflow(evaluate, name):
+    x, blocks, borders, expected = TENSORFLOW_BLOCKS[name]
+    x, expected = (np.array(each, np.float32)[:, None] for each in (x, expected))
+    (batches,) = evaluate({"x": x}, lambda x: mb.space_to_batch(x=x, block_shape=blocks, paddings=borders))
+    np.testing.assert_array_equal(batches, expected)
+    (back,) = evaluate({"x": expected}, lambda x: mb.batch_to_space(x=x, block_shape=blocks, crops=borders))
+    np.testing.assert_array_equal(back, x)
+
+
+def test_uneven_blocks_there_and_back(evaluate):
+    def body(x):
+        batches = mb.space_to_batch(x=x, block_shape=[3, 2], paddings=[[1, 1], [1, 2]])
+        return batches, mb.batch_to_space(x=batches, block_shape=[3, 2], crops=[[1, 1], [1, 2]])
+
+    batches, back = evaluate({"x": X}, body)
+    padded = np.pad(X, [(0, 0), (0, 0), (1, 1), (1, 2)])
+    # The sample at (row, column) of its block, of the sample n, is number (row * 2 + column) * 2 + n.
+    expected = [padded[n, :, row::3, column::2] for row in range(3) for column in range(2) for n in range(2)]
+    np.testing.assert_array_equal(batches, expected)
+    np.testing.assert_array_equal(back, X)
+
+
+def test_impossible_blocks_are_refused():
+    x, none = torch.from_numpy(X), ((0, 0), (0, 0))
+    with pytest.raises(OperationError, match="4 x 5 elements with their padding in blocks of 2 x 2"):
+        kernel("space_to_batch")(x, block_shape=(2, 2), paddings=none)
+    with pytest.raises(OperationError, match="2 samples for blocks of 2 x 2"):
+        kernel("batch_to_space")(x, block_shape=(2, 2), crops=none)
+    with pytest.raises(OperationError, match="a tensor of rank 3, 2 block sizes and 2 pairs of crops; a tensor of"):
+        kernel("batch_to_space")(x[0], block_shape=(2, 2), crops=none)
+    with pytest.raises(OperationError, match=r"block_shape \[2, 1\] and paddings \[\[0, -1\], \[0, 0\]\]"):
+        kernel("space_to_batch")(x, block_shape=(2, 1), paddings=((0, -1), (0, 0)))
 
 
 def test_sliding_windows(evaluate):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from coremill.mil.ops.quantization import along_axis
-from coremill.mil.ops.registry import Ints, OperationError, op
+from coremill.mil.ops.registry import Ints, OperationError, Tensors, op
 from coremill.mil.values import BY_NAME, ElementType, unpack_bits
 
 
@@ -89,3 +89,28 @@ def lut_to_dense(indices: Tensor, lut: Tensor, *, vector_axis: int | None = None
         raise OperationError(f"table entries of {vector_size} elements without a vector_axis")
     axis = vector_axis % indices.dim()
     return picked.movedim(-1, axis + 1).flatten(axis, axis + 1)
+
+
+@op("constexpr_lut_to_sparse", since=18, native=True)
+def constexpr_lut_to_sparse(
+    indices_mask: Tensor, indices_nonzero_data: Tensor, lut: Tensor, *, vector_axis: int | None = None
+) -> Tensors:
+    """constexpr_lut_to_sparse: lut_to_dense of the indices where the mask has a 1.
+
+    Returns the mask, along vector_axis as long as the entries' vectors make it, and the values (N,) at its ones.
+    """
+    values = lut_to_dense(sparse_to_dense(indices_nonzero_data, indices_mask), lut, vector_axis=vector_axis)
+    mask = _spread(indices_mask, values.shape).expand(values.shape)
+    return mask, values[mask != 0]
+
+
+@op("constexpr_sparse_blockwise_shift_scale", since=18)
+def constexpr_sparse_blockwise_shift_scale(
+    data_mask: Tensor, nonzero_data: Tensor, scale: Tensor, offset: Tensor | None = None
+) -> Tensors:
+    """constexpr_sparse_blockwise_shift_scale: blockwise_shift_scale of the data where the mask has a 1.
+
+    Returns the mask and the values (N,) at its ones.
+    """
+    values = constexpr_blockwise_shift_scale(sparse_to_dense(nonzero_data, data_mask), scale, offset)
+    return data_mask, values[data_mask != 0]

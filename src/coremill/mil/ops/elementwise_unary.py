@@ -1,7 +1,7 @@
 """Elementwise operations of one input.
 
 Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.elementwise_unary`, and `iOS17` of the same
-name for more integer types.
+name for more integer types and what `clip` admits.
 """
 
 from __future__ import annotations
@@ -49,9 +49,12 @@ def ceil(x: Tensor) -> Tensor:
     return torch.ceil(x)
 
 
-@op("clip", native=True)
-def clip(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """clip: x held within [alpha, beta]; NaN stays NaN."""
+@op("clip", native=True, fixed={"is_strict": False})
+@op("clip", since=17, native=True, fixed={"is_strict": True})
+def clip(x: Tensor, *, alpha: float, beta: float, is_strict: bool) -> Tensor:
+    """clip: x held within [alpha, beta]; NaN stays NaN. From iOS17 on, alpha must be below beta."""
+    if is_strict and not alpha < beta:
+        raise OperationError(f"alpha {alpha} and beta {beta}; alpha must be below beta")
     return torch.clamp(x, alpha, beta)
 
 

@@ -1,6 +1,7 @@
 """Matrix products, accumulated in fp32.
 
-Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.linear`.
+Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.linear`, and `iOS17.linear` for inputs of
+different types, where a constant is taken for the type of the other.
 """
 
 from __future__ import annotations
@@ -11,24 +12,68 @@ from torch import Tensor
 
 from coremill.mil.ops.registry import Tensors, op
 
+_PIECE_ELEMENTS = 1 << 22
+"""Of a weight that is widened at once: 16 MiB of fp32. Smaller pieces are slower, larger ones gain nothing."""
 
-@op("linear")
+_FEW_ROWS = 4
+"""Up to so many rows, reading the weight is most of the work, and fp16 is half of what fp32 is."""
+
+_onednn_linear = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+)
+"""The product of oneDNN, which torch's compiler uses: on some processors a fifth faster than F.linear's in fp32."""
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, D_in) · weight (D_out, D_in) transposed + bias (D_out,), all fp32."""
+    if _onednn_linear is None or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    product: Tensor = _onednn_linear(x, weight, bias, "none", [], "")
+    return product
+
+
+@op("linear", native=True)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """linear: x (..., D_in) · weight (D_out, D_in) transposed + bias (D_out,)."""
-    if x.is_floating_point():
-        return F.linear(x, weight, bias)
-    product = torch.matmul(x, weight.transpose(0, 1))
-    return product if bias is None else product + bias
+    if x.dtype is torch.float16 and weight.dtype is torch.float16:
+        product = _half_linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return product.reshape(*x.shape[:-1], weight.shape[0])
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if dtype.is_floating_point:
+        dtype = torch.promote_types(dtype, torch.float32)
+        product = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    else:  # torch has no F.linear of integers
+        product = torch.matmul(x.to(dtype), weight.to(dtype).transpose(0, 1))
+        product = product if bias is None else product + bias
+    return product.to(x.dtype)
+
+
+def _half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, D_in), weight (D_out, D_in), bias (D_out,), all fp16: (M, D_out) fp16, summed in fp32 and rounded once.
+
+    No fp32 copy of the weight is ever whole: it would be twice the size of the package's.
+    """
+    if 0 < len(x) <= _FEW_ROWS and bias is None and x.device.type == "cpu":
+        # torch's product of an fp16 matrix and one vector sums in fp32; its products of two matrices are slow here.
+        return torch.cat([F.linear(x[row : row + 1], weight) for row in range(len(x))])
+    wide = x.float()
+    product = torch.empty((len(x), len(weight)), dtype=torch.float16, device=x.device)
+    rows = max(1, _PIECE_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, len(weight), rows):
+        piece = slice(start, start + rows)
+        product[:, piece] = _product(wide, weight[piece].float(), None if bias is None else bias[piece].float())
+    return product
 
 
 @op("matmul")
 def matmul(x: Tensor, y: Tensor, *, transpose_x: bool = False, transpose_y: bool = False) -> Tensor:
     """matmul: product of the last two dimensions, the others broadcast; a flag swaps an input's last two first."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
     if transpose_x and x.dim() > 1:
         x = x.transpose(-1, -2)
     if transpose_y and y.dim() > 1:
         y = y.transpose(-1, -2)
-    return torch.matmul(x, y)
+    return torch.matmul(x.to(dtype), y.to(dtype))
 
 
 @op("einsum")

@@ -84,7 +84,8 @@ def reduce_log_sum_exp(x: Tensor, *, axes: Ints | None = None, keep_dims: bool =
     return torch.logsumexp(_float(x), _axes(x, axes), keep_dims).to(x.dtype)
 
 
-@op("reduce_argmax", native=True)
+@op("reduce_argmax", native=True, fixed={"output_dtype": INT32})
+@op("reduce_argmax", since=17, native=True)
 def reduce_argmax(
     x: Tensor, *, axis: int = -1, keep_dims: bool = False, output_dtype: ElementType = INT32
 ) -> Tensor:
@@ -92,7 +93,8 @@ def reduce_argmax(
     return torch.argmax(x, axis, keep_dims).to(output_dtype.storage)
 
 
-@op("reduce_argmin", native=True)
+@op("reduce_argmin", native=True, fixed={"output_dtype": INT32})
+@op("reduce_argmin", since=17, native=True)
 def reduce_argmin(
     x: Tensor, *, axis: int = -1, keep_dims: bool = False, output_dtype: ElementType = INT32
 ) -> Tensor:

@@ -1,9 +1,10 @@
 """The registry of operations: kernels over torch tensors, and what their signatures say.
 
 A kernel is a function. Its **positional** parameters are the operation's tensor inputs (`Tensor`, `Tensor | None`,
-`Tensors` for a list, `StateCell` for a state). Its **keyword-only** parameters are attributes: plain Python values,
-whether the program fixes them or computes them. A kernel's output shape depends on nothing but its tensor inputs'
-shapes and its attributes' values, unless it is registered with `data_dependent_shape`.
+`Tensors` for several, `TensorList` for a value of list type, `StateCell` for a state). Its **keyword-only**
+parameters are attributes: plain Python values, whether the program fixes them or computes them. A kernel's output
+shape depends on nothing but its tensor inputs' shapes and its attributes' values, unless it is registered with
+`data_dependent_shape`.
 
 Parameter names are those of the operation in coremltools' definitions, `coremltools.converters.mil.mil.ops.defs`,
 whose documentation is the source of the semantics unless a kernel names another.
@@ -17,20 +18,34 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, UnionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from coremill.mil.values import ElementType, StateCell
+from coremill.mil.values import ElementType, StateCell, TensorList
 
 Tensors = tuple[Tensor, ...]
 Ints = tuple[int, ...]
 Bools = tuple[bool, ...]
+IntPairs = tuple[tuple[int, int], ...]
+Symbols = tuple[int | str, ...]
+"""Integers and strings: class labels, or sizes of which some are only named."""
 Kernel = Callable[..., Any]
 
 
 class OperationError(ValueError):
     """Values that an operation does not admit; whoever runs it adds the operation's name."""
+
+
+class Overwritten(NamedTuple):
+    """What a kernel wrote into one of its inputs."""
+
+    result: Tensor
+    """That input."""
+    part: Tensor
+    """The view of it that was written."""
+    before: Tensor
+    """A copy of what the part held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +55,9 @@ class Parameter:
     name: str
     required: bool
     is_list: bool = False
+    """Whether it is given as several tensors."""
+    is_list_value: bool = False
+    """Whether it is one value of list type."""
     convert: Callable[[Any], Any] | None = None
     """Turns a number, list or string of the program into an attribute's value; None for a tensor input."""
     is_element_type: bool = False
@@ -65,6 +83,8 @@ class Definition:
     attributes: Mapping[str, Parameter]
     returns_tuple: bool
     """Whether the kernel may return a tuple of outputs."""
+    in_place: Callable[..., Overwritten] | None
+    """A kernel that writes into its first input; see `coremill.mil.in_place` for when it is used."""
 
 
 @dataclass
@@ -82,19 +102,21 @@ def op(
     pure: bool = True,
     data_dependent_shape: bool = False,
     fixed: Mapping[str, Any] | None = None,
+    in_place: Callable[..., Overwritten] | None = None,
 ) -> Callable[[Kernel], Kernel]:
     """Register a kernel as the operation of these names; see :class:`Definition` for the options.
 
     Args:
         fixed: values of keyword-only parameters that this version of the operation fixes; no program gives them.
             So one kernel serves versions that differ in a rule.
+        in_place: a kernel of the same parameters that writes into its first input instead of copying it.
     """
     fixed = fixed or {}
 
     def register(kernel: Kernel) -> Kernel:
         tensors, attributes = _parameters(kernel, fixed)
         bound = functools.partial(kernel, **fixed) if fixed else kernel
-        returns_tuple = inspect.signature(kernel, eval_str=True).return_annotation is not Tensor
+        returns_tuple = inspect.signature(kernel, eval_str=True).return_annotation not in (Tensor, TensorList)
         for name in names:
             definition = Definition(
                 name,
@@ -106,6 +128,7 @@ def op(
                 tensors,
                 MappingProxyType(attributes),
                 returns_tuple,
+                in_place,
             )
             versions = _REGISTRY.definitions.setdefault(name, [])
             if any(other.since == since for other in versions):
@@ -151,8 +174,10 @@ def _parameters(kernel: Kernel, fixed: Mapping[str, Any]) -> tuple[tuple[Paramet
             attributes[parameter.name] = Parameter(
                 parameter.name, required, convert=_CONVERTERS[kind], is_element_type=kind is ElementType
             )
-        elif kind in (Tensor, StateCell, Tensors):
-            tensors.append(Parameter(parameter.name, required, is_list=kind == Tensors))
+        elif kind in (Tensor, StateCell, Tensors, TensorList):
+            tensors.append(
+                Parameter(parameter.name, required, is_list=kind == Tensors, is_list_value=kind is TensorList)
+            )
         else:
             raise TypeError(f"{kernel.__name__}: positional parameter {parameter.name} is {kind}, not a tensor")
     return tuple(tensors), attributes
@@ -187,6 +212,21 @@ def _sequence(kind: type) -> Callable[[Any], Any]:
     return convert
 
 
+def _int_pairs(value: Any) -> IntPairs:
+    if not isinstance(value, (list, tuple)) or any(
+        not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in value
+    ):
+        raise OperationError(f"{value!r} is not a list of pairs of int")
+    return tuple((int(first), int(second)) for first, second in value)
+
+
+def _symbols(value: Any) -> Symbols:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(each, (int, str)) for each in values):
+        raise OperationError(f"{value!r} is not a list of int and str")
+    return tuple(values)
+
+
 _CONVERTERS: dict[Any, Callable[[Any], Any]] = {
     int: _scalar(int),
     float: _scalar(float),
@@ -194,6 +234,8 @@ _CONVERTERS: dict[Any, Callable[[Any], Any]] = {
     str: _scalar(str),
     Ints: _sequence(int),
     Bools: _sequence(bool),
+    IntPairs: _int_pairs,
+    Symbols: _symbols,
     # The lowering knows how a mode stores the named type.
     ElementType: _scalar(str),
 }

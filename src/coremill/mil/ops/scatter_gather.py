@@ -58,7 +58,8 @@ def _gather(x: Tensor, indices: Tensor, axis: int, batch_dims: int, *, negative:
     return result.reshape(batch + result.shape[1:])
 
 
-@op("gather", native=True, fixed=EITHER_END)
+@op("gather", native=True, fixed={**EITHER_END, "batch_dims": 0})
+@op("gather", since=16, native=True, fixed=EITHER_END)
 @op("gather", since=17, native=True, fixed=FROM_ZERO)
 def gather(
     x: Tensor,
@@ -102,7 +103,8 @@ def _gather_nd(x: Tensor, indices: Tensor, batch_dims: int, *, negative: bool) -
     return result.reshape(batch + result.shape[1:])
 
 
-@op("gather_nd", native=True, fixed=EITHER_END)
+@op("gather_nd", native=True, fixed={**EITHER_END, "batch_dims": 0})
+@op("gather_nd", since=16, native=True, fixed=EITHER_END)
 @op("gather_nd", since=17, native=True, fixed=FROM_ZERO)
 def gather_nd(
     x: Tensor, indices: Tensor, *, batch_dims: int = 0, validate_indices: bool = False, negative: bool

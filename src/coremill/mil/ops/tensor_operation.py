@@ -1,7 +1,8 @@
 """Operations that build, join, split, order or fill tensors.
 
 Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.tensor_operation`, and of the same name
-`iOS16` (`fill_like`, `topk` without indices) and `iOS17` (the type of `topk`'s indices).
+`iOS16` (`fill_like`, `topk` without indices) and `iOS17` (the type of `topk`'s indices, another layout of
+`non_maximum_suppression`). What it gives where no box passes is from coremltools' own operation test.
 """
 
 from __future__ import annotations
@@ -161,7 +162,9 @@ def argsort(x: Tensor, *, axis: int = -1, ascending: bool = False) -> Tensor:
     return torch.sort(x, dim=axis, descending=not ascending, stable=True).indices.to(torch.int32)
 
 
-@op("topk", native=True)
+@op("topk", native=True, fixed={"sort": True, "return_indices": True, "output_indices_dtype": INT32})
+@op("topk", since=16, native=True, fixed={"output_indices_dtype": INT32})
+@op("topk", since=17, native=True)
 def topk(
     x: Tensor,
     *,
@@ -184,3 +187,94 @@ def topk(
     if not return_indices:
         return values
     return values, order.indices.narrow(axis, 0, count).to(output_indices_dtype.storage)
+
+
+@op("non_maximum_suppression", native=True)
+def non_maximum_suppression(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    iou_threshold: float,
+    score_threshold: float,
+    max_boxes: int,
+    per_class_suppression: bool = False,
+) -> Tensors:
+    """non_maximum_suppression: the boxes by falling score, without those that overlap an earlier one too much.
+
+    A box's score is its highest, and its class the one with that score; per class, boxes of other classes are not
+    suppressed. Boxes below the score threshold are left out, but where none passes, the best one stays.
+
+    Args:
+        boxes: (N, B, 4), each the centre's x and y, width and height.
+        scores: (N, B, K) for K classes.
+
+    Returns:
+        Boxes (N, max_boxes, 4), scores (N, max_boxes, K) and indices (N, max_boxes) of those chosen, padded with
+        0 and -1, and their number (N,).
+    """
+    best, classes = scores.max(-1)  # (N, B)
+    rows = []
+    for each_boxes, each_best, each_classes in zip(boxes, best, classes, strict=True):
+        passing = each_best >= score_threshold
+        passing[each_best.argmax()] |= ~passing.any()
+        groups = each_classes if per_class_suppression else torch.zeros_like(each_classes)
+        rows.append(_chosen_boxes(each_boxes, each_best, passing, groups, iou_threshold, max_boxes))
+    indices = torch.stack(rows)  # (N, max_boxes)
+    taken = indices.clamp(min=0).unsqueeze(-1)
+    is_padding = (indices < 0).unsqueeze(-1)
+    return (
+        boxes.take_along_dim(taken, 1).masked_fill(is_padding, 0),
+        scores.take_along_dim(taken, 1).masked_fill(is_padding, 0),
+        indices.to(torch.int32),
+        (indices >= 0).sum(-1).to(torch.int32),
+    )
+
+
+@op("non_maximum_suppression", since=17, native=True)
+def suppress_boxes_last(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    iou_threshold: float,
+    max_boxes: int,
+    per_class_suppression: bool = False,
+) -> Tensors:
+    """non_maximum_suppression of iOS17: the boxes are the last axis, every score passes, and no number is given.
+
+    boxes (N, 4, B), scores (N, K, B). Returns (N, 4, max_boxes), (N, K, max_boxes) and (N, max_boxes).
+    """
+    chosen_boxes, chosen_scores, indices, _ = non_maximum_suppression(
+        boxes.mT,
+        scores.mT,
+        iou_threshold=iou_threshold,
+        score_threshold=-torch.inf,
+        max_boxes=max_boxes,
+        per_class_suppression=per_class_suppression,
+    )
+    return chosen_boxes.mT, chosen_scores.mT, indices
+
+
+def _chosen_boxes(
+    boxes: Tensor, scores: Tensor, passing: Tensor, groups: Tensor, iou_threshold: float, max_boxes: int
+) -> Tensor:
+    """Indices of the boxes to keep, by falling score, -1 after them: (max_boxes,).
+
+    boxes (B, 4), scores, passing and groups (B,); boxes suppress those of their group.
+    """
+    order = torch.sort(scores, descending=True, stable=True).indices
+    left = order[passing[order]]
+    # In fp16 the areas of boxes of some hundred pixels would not be finite.
+    centre, extent = boxes.to(torch.promote_types(boxes.dtype, torch.float32)).split(2, -1)
+    low, high, area = centre - extent / 2, centre + extent / 2, extent.prod(-1)
+    chosen = torch.full((max_boxes,), -1)
+    for position in range(max_boxes):
+        if not len(left):
+            break
+        first, left = left[0], left[1:]
+        chosen[position] = first
+        sides = torch.minimum(high[first], high[left]) - torch.maximum(low[first], low[left])
+        shared = sides.clamp(min=0).prod(-1)
+        # A ratio without area is NaN, which is no overlap.
+        overlap = shared / (area[first] + area[left] - shared)
+        left = left[~((overlap > iou_threshold) & (groups[left] == groups[first]))]
+    return chosen

@@ -1,7 +1,8 @@
 """Operations that change a tensor's shape or pick a part of it; values stay as they are.
 
 Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.tensor_transformation`, and of the same name
-`iOS16` (`reshape_like`, `pixel_unshuffle`), `iOS17` (more types) and `iOS18` (`slice_update`).
+`iOS16` (`reshape_like`, `pixel_unshuffle`), `iOS17` (more types, a 0 in `reshape`'s shape) and `iOS18`
+(`slice_update`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coremill.mil.ops.registry import Bools, Ints, OperationError, Tensors, op
+from coremill.mil.ops.registry import Bools, IntPairs, Ints, OperationError, Overwritten, Tensors, op
 
 
 @op("expand_dims", native=True)
@@ -30,13 +31,18 @@ def squeeze(x: Tensor, *, axes: Ints | None = None) -> Tensor:
     return torch.squeeze(x) if axes is None else torch.squeeze(x, axes)
 
 
-@op("reshape", native=True)
-def reshape(x: Tensor, *, shape: Ints) -> Tensor:
-    """reshape: to `shape`, in which -1 is what remains, and 0 keeps x's size there if the ranks are equal."""
+@op("reshape", native=True, fixed={"any_rank": False})
+@op("reshape", since=17, native=True, fixed={"any_rank": True})
+def reshape(x: Tensor, *, shape: Ints, any_rank: bool) -> Tensor:
+    """reshape: to `shape`, in which -1 is what remains, and 0 keeps x's size there if the ranks are equal.
+
+    From iOS17 on the ranks may differ: sizes are compared from the last on, and a 0 before x's first is a 1.
+    """
     if 0 in shape and x.numel():
-        if len(shape) != x.dim():
+        if len(shape) != x.dim() and not any_rank:
             raise OperationError(f"shape {list(shape)} has a 0 and another rank than {list(x.shape)}")
-        shape = tuple(size or own for size, own in zip(shape, x.shape, strict=True))
+        sizes = (1,) * (len(shape) - x.dim()) + tuple(x.shape)[max(0, x.dim() - len(shape)) :]
+        shape = tuple(size or own for size, own in zip(shape, sizes, strict=True))
     return x.reshape(shape)
 
 
@@ -142,7 +148,36 @@ def slice_by_size(x: Tensor, *, begin: Ints, size: Ints) -> Tensor:
     return x[tuple(index)]
 
 
-@op("slice_update", since=18, native=True)
+def _overwrite_slice(
+    x: Tensor,
+    update: Tensor,
+    *,
+    begin: Ints,
+    end: Ints,
+    stride: Ints | None = None,
+    begin_mask: Bools | None = None,
+    end_mask: Bools | None = None,
+    squeeze_mask: Bools | None = None,
+) -> Overwritten:
+    """`update` in the place of the part of x that slice_by_index would give."""
+    index = _slices(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask)
+    for axis, each in enumerate(index):
+        if isinstance(each, slice):
+            picked = range(*each.indices(x.shape[axis]))
+            if each.step < 0:
+                dropped = sum(isinstance(earlier, int) for earlier in index[:axis])
+                update = update.flip(axis - dropped)
+                picked = picked[::-1]
+            index[axis] = slice(picked[0], picked[-1] + 1, abs(each.step)) if len(picked) else slice(0, 0)
+    part = x[tuple(index)]
+    if part.shape != update.shape:
+        raise OperationError(f"an update of shape {list(update.shape)} for a slice of shape {list(part.shape)}")
+    before = part.clone()
+    part.copy_(update)
+    return Overwritten(x, part, before)
+
+
+@op("slice_update", since=18, native=True, in_place=_overwrite_slice)
 def slice_update(
     x: Tensor,
     update: Tensor,
@@ -155,21 +190,16 @@ def slice_update(
     squeeze_mask: Bools | None = None,
 ) -> Tensor:
     """slice_update: a copy of x in which the part that slice_by_index would give is `update`."""
-    index = _slices(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask)
-    for axis, each in enumerate(index):
-        if isinstance(each, slice):
-            picked = range(*each.indices(x.shape[axis]))
-            if each.step < 0:
-                dropped = sum(isinstance(earlier, int) for earlier in index[:axis])
-                update = update.flip(axis - dropped)
-                picked = picked[::-1]
-            index[axis] = slice(picked[0], picked[-1] + 1, abs(each.step)) if len(picked) else slice(0, 0)
-    result = x.clone()
-    part = result[tuple(index)]
-    if part.shape != update.shape:
-        raise OperationError(f"an update of shape {list(update.shape)} for a slice of shape {list(part.shape)}")
-    part.copy_(update)
-    return result
+    return _overwrite_slice(
+        x.clone(),
+        update,
+        begin=begin,
+        end=end,
+        stride=stride,
+        begin_mask=begin_mask,
+        end_mask=end_mask,
+        squeeze_mask=squeeze_mask,
+    ).result
 
 
 @op("depth_to_space", native=True)
@@ -189,6 +219,50 @@ def space_to_depth(x: Tensor, *, block_size: int) -> Tensor:
     n, c, h, w = x.shape
     split = x.reshape(n, c, h // block_size, block_size, w // block_size, block_size)
     return split.permute(0, 3, 5, 1, 2, 4).reshape(n, c * block_size**2, h // block_size, w // block_size)
+
+
+@op("space_to_batch", native=True)
+def space_to_batch(x: Tensor, *, block_shape: Ints, paddings: IntPairs) -> Tensor:
+    """space_to_batch: (N, C, H, W), padded with zeros, to (N · bh · bw, C, H / bh, W / bw).
+
+    As TensorFlow's operation of the name, which it converts: a sample's place in its block is outermost in N.
+
+    Args:
+        paddings: before and after H, before and after W.
+    """
+    _check_blocks(x, block_shape, paddings, "paddings")
+    (top, bottom), (left, right) = paddings
+    x = F.pad(x, (left, right, top, bottom))
+    n, c, h, w = x.shape
+    block_h, block_w = block_shape
+    if h % block_h or w % block_w:
+        raise OperationError(f"{h} x {w} elements with their padding in blocks of {block_h} x {block_w}")
+    split = x.reshape(n, c, h // block_h, block_h, w // block_w, block_w)
+    return split.permute(3, 5, 0, 1, 2, 4).reshape(-1, c, h // block_h, w // block_w)
+
+
+@op("batch_to_space", native=True)
+def batch_to_space(x: Tensor, *, block_shape: Ints, crops: IntPairs) -> Tensor:
+    """batch_to_space: the inverse of space_to_batch; `crops` are cut off where it pads."""
+    _check_blocks(x, block_shape, crops, "crops")
+    n, c, h, w = x.shape
+    block_h, block_w = block_shape
+    if n % (block_h * block_w):
+        raise OperationError(f"{n} samples for blocks of {block_h} x {block_w}")
+    split = x.reshape(block_h, block_w, -1, c, h, w)
+    joined = split.permute(2, 3, 4, 0, 5, 1).reshape(-1, c, h * block_h, w * block_w)
+    (top, bottom), (left, right) = crops
+    return joined[:, :, top : h * block_h - bottom, left : w * block_w - right]
+
+
+def _check_blocks(x: Tensor, block_shape: Ints, borders: IntPairs, name: str) -> None:
+    if x.dim() != 4 or len(block_shape) != 2 or len(borders) != 2:
+        raise OperationError(
+            f"a tensor of rank {x.dim()}, {len(block_shape)} block sizes and {len(borders)} pairs of {name}; a "
+            "tensor of rank 4, 2 and 2 are admitted"
+        )
+    if min(block_shape) < 1 or min(width for pair in borders for width in pair) < 0:
+        raise OperationError(f"block_shape {list(block_shape)} and {name} {list(map(list, borders))}")
 
 
 @op("pixel_shuffle", native=True)

@@ -1,0 +1,187 @@
+"""Arrays that go into a model and come out: read from .npz files, drawn from a description, written back."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import sys
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from coremill.core.errors import MachineError, PredictionInputError
+from coremill.core.publish import write_atomic
+from coremill.mil.commands.inspect import all_nodes
+from coremill.mil.description import ColorSpace, ImageSpec, TensorSpec
+from coremill.mil.graph import Graph, Node
+from coremill.mil.model import MLModel
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_SAVED = "an .npz file as numpy.savez writes it, with an array for each input by its name"
+
+_UNREADABLE = (EOFError, MemoryError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
+"""What zipfile, zlib and numpy raise of a file that is damaged, encrypted or of an absurd size."""
+
+_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+_DRAWN_SIZE = 16
+"""Size that is drawn for a dimension of a range, or the nearest that the range admits."""
+
+_KEEPS_IDS = frozenset(
+    (
+        *("add", "cast", "expand_dims", "identity", "reshape", "select", "slice_by_index", "slice_by_size"),
+        *("split", "squeeze", "tile", "transpose"),
+    )
+)
+"""Operations through which ids are followed to the gather that reads them. `add` and `select` are the converter's
+way to let negative ids count from the end."""
+
+
+def read_npz(path: Path) -> dict[str, Array]:
+    """The arrays of an .npz file, by name; nothing in it is unpickled.
+
+    Raises:
+        PredictionInputError: it is unreadable, or holds Python objects.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            arrays = {}
+            for name in archive.namelist():
+                with archive.open(name) as member:
+                    arrays[name.removesuffix(".npy")] = np.lib.format.read_array(member, allow_pickle=False)
+            return arrays
+    except OSError as error:
+        raise PredictionInputError(f"cannot read {path}: {error.strerror or error}", expected=_SAVED) from error
+    except _UNREADABLE as error:
+        raise PredictionInputError(f"{path} is not readable: {error}", expected=_SAVED) from error
+
+
+def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write arrays under their names; equal arrays give equal bytes.
+
+    Not `numpy.savez`, whose keywords leave no room for an array called `file`, and which writes the time of day.
+
+    Raises:
+        OutputError: the place is not writable.
+    """
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.lib.format.write_array(content, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
+            entry = zipfile.ZipInfo(f"{name}.npy", date_time=_ZIP_EPOCH)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, content.getvalue())
+    write_atomic(path, buffer.getvalue())
+
+
+def draw_inputs(model: MLModel, seed: int) -> dict[str, Array]:
+    """Arrays that the model admits, the same for the same seed and description.
+
+    Floats are standard normal. Integers are at least 0 and below the sizes of the tables that they index, where the
+    graph shows one, and otherwise 0 or 1. Pixels are 0 to 255. Of enumerated shapes the default is taken; see
+    `_DRAWN_SIZE` for ranges.
+    """
+    generator = np.random.default_rng(seed)
+    limits = index_limits(model.program.graph)
+    drawn = {}
+    for spec in model.inputs:
+        if isinstance(spec, ImageSpec):
+            _, channels, *sizes = _drawn_shape(spec.tensor)
+            pixels = generator.integers(0, 256, (*sizes, channels)).astype(_pixel_dtype(spec.color_space))
+            drawn[spec.name] = pixels if channels > 1 else pixels[..., 0]
+        elif np.dtype(spec.dtype).kind == "f":
+            drawn[spec.name] = generator.standard_normal(_drawn_shape(spec)).astype(spec.dtype)
+        else:
+            drawn[spec.name] = generator.integers(0, limits.get(spec.name, 2), _drawn_shape(spec)).astype(
+                spec.dtype
+            )
+    return drawn
+
+
+def as_images(model: MLModel, data: Mapping[str, Array]) -> dict[str, Any]:
+    """The arrays, with Pillow's images of those for image inputs: (height, width), or with 3 channels behind.
+
+    Raises:
+        PredictionInputError: an array that is no image.
+        MachineError: Pillow is not installed, and there is an image input.
+    """
+    images = {spec.name: spec.color_space for spec in model.inputs if isinstance(spec, ImageSpec)}
+    return {name: _image(name, array, images[name]) if name in images else array for name, array in data.items()}
+
+
+def _image(name: str, array: Array, color_space: ColorSpace) -> Any:
+    if importlib.util.find_spec("PIL") is None:
+        raise MachineError(
+            f"Pillow is not installed in {sys.prefix}, and input {name!r} is an image", run="pip install pillow"
+        )
+    images = importlib.import_module("PIL.Image")
+    dtype = _pixel_dtype(color_space)
+    sizes = "(height, width)" if color_space.channels == 1 else "(height, width, 3)"
+    channels = (3,) if color_space.channels == 3 else ()
+    if array.ndim < 2 or array.shape[2:] != channels or array.dtype.kind != dtype.kind:
+        raise PredictionInputError(
+            f"image input {name!r} is {array.dtype} of shape {list(array.shape)}", expected=f"{dtype} {sizes}"
+        )
+    return images.fromarray(array.astype(dtype))
+
+
+def _pixel_dtype(color_space: ColorSpace) -> np.dtype[Any]:
+    """What Pillow holds the pixels in."""
+    return np.dtype(np.float32 if color_space is ColorSpace.GRAYSCALE_FLOAT16 else np.uint8)
+
+
+def as_arrays(outputs: Mapping[str, Any]) -> dict[str, Array]:
+    """What a model gave, as arrays: an image's pixels, a classifier's label, its probabilities in their order."""
+    return {
+        name: np.array(list(value.values())) if isinstance(value, Mapping) else np.asarray(value)
+        for name, value in outputs.items()
+    }
+
+
+def _drawn_shape(spec: TensorSpec) -> tuple[int, ...]:
+    listed = spec.supported_shapes
+    if listed is not None:
+        return listed[0]
+    ranges = spec.size_ranges or tuple((size or 1, size) for size in spec.shape)
+    return tuple(max(low, _DRAWN_SIZE if high is None else min(high, _DRAWN_SIZE)) for low, high in ranges)
+
+
+def index_limits(graph: Graph) -> dict[str, int]:
+    """For each input whose values index tables: the size of the smallest of them."""
+    limits = {}
+    for slot in graph.inputs:
+        if sizes := _tables(graph, {slot}):
+            limits[graph.names[slot]] = min(sizes)
+    return limits
+
+
+def _tables(graph: Graph, carriers: set[int]) -> list[int]:
+    """Sizes of the tables that the values in these slots index, which other operations may hand on before."""
+    sizes = []
+    for owner, node in all_nodes(graph):
+        if owner is not graph:
+            continue  # A nested block's slots are its own.
+        if node.op_type.startswith("gather"):
+            size = _table_size(graph, node, carriers)
+            if size is not None:
+                sizes.append(size)
+        elif node.op_type in _KEEPS_IDS and carriers.intersection(node.tensor_slots):
+            carriers.update(node.outputs)
+    return sizes
+
+
+def _table_size(graph: Graph, node: Node, carriers: set[int]) -> int | None:
+    if node.definition is None or node.op_type == "gather_nd":
+        return None
+    slots = dict(zip([each.name for each in node.definition.tensors], node.tensors, strict=True))
+    if not carriers.intersection(slots["indices"]):
+        return None
+    table = graph.types[slots["x"][0]].shape
+    axis = graph.constants.get(node.attributes["axis"][0]) if "axis" in node.attributes else 0
+    return None if axis is None else table[int(axis)]

@@ -1,0 +1,309 @@
+"""`coremill mil bisect`: where a program's own types cost it precision, operation by operation.
+
+The program runs twice on the same inputs, step by step side by side: as declared, each value rounded to its type,
+and as the oracle, which computes fp16 in fp32. An operation's relative error is the root mean square of the
+difference divided by that of the oracle's values, rounding of everything before it included. It is a report and no
+gate: the exit code is 0 whatever it finds.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from coremill.core.command import command_parser
+from coremill.core.errors import ConfigError
+from coremill.mil.commands.arrays import as_images, draw_inputs, read_npz
+from coremill.mil.commands.output import console, decibels, number, shape_text, table, title
+from coremill.mil.commands.run import finite_text
+from coremill.mil.measures import MOST_DB
+from coremill.mil.model import MLModel
+from coremill.mil.plan import Step
+
+BOUND = 0.01
+"""Relative error that is worth a look: an SQNR of 40 dB, which verification asks of a converted model's outputs.
+
+Rounding to fp16 alone is at most 2⁻¹¹ ≈ 0.0005 of a value, and grows with the depth of a model."""
+
+WORST = 10
+"""How many of the worst operations are listed."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How the outputs of one operation, as declared, differ from the oracle's."""
+
+    name: str
+    op_type: str
+    relative: float
+    """Relative error of the worst output; infinite where only one of the two is finite, or the oracle is all 0."""
+    max_abs_err: float
+    """Where both are finite."""
+    inputs_relative: float
+    """Relative error of its worst input."""
+    saturated: int
+    """Values at the greatest magnitude of their fp16 or bf16 type, where no input was at it."""
+    infinite: int
+    """Infinities from finite inputs."""
+    nan: int
+    """NaNs from finite inputs."""
+    oracle_finite: bool
+    """Whether the oracle's outputs are finite: if not, no wider type would help."""
+
+    @property
+    def overflows(self) -> bool:
+        return bool(self.saturated or self.infinite or self.nan)
+
+    def __str__(self) -> str:
+        return f"operation {self.name!r} ({self.op_type})"
+
+
+class _StoppedError(Exception):
+    """The declared run ended early, and so does the oracle's."""
+
+
+class _Oracle:
+    """The oracle's run, in a thread of its own, one operation ahead of the declared one; the two take turns.
+
+    So no more is held than the values of one operation, none of them changes while it is compared, and both draw
+    the same random numbers.
+    """
+
+    def __init__(self) -> None:
+        self._steps: queue.Queue[tuple[str, list[Any]] | None] = queue.Queue()
+        self._turn = threading.Semaphore(0)
+        self._current: tuple[str, list[Any]] | None = None
+        self._count = 0
+        self._stopped = False
+
+    def run(self, model: MLModel, data: Mapping[str, Any]) -> None:
+        """The whole run, for the thread."""
+        try:
+            self._wait()
+            model.predict(data, model.make_state() if model.states else None, observe=self._put)
+        finally:
+            self._steps.put(None)
+
+    def _put(self, step: Step, values: list[Any]) -> None:
+        self._steps.put((step.node.name, [values[slot] for slot in step.outputs]))
+        self._wait()
+
+    def _wait(self) -> None:
+        self._turn.acquire()
+        if self._stopped:
+            raise _StoppedError
+
+    def current(self, name: str) -> list[Any]:
+        """The oracle's outputs of the operation that `advance` ran, which is `name`; valid until the next one."""
+        if self._current is None:
+            raise _StoppedError
+        assert self._current[0] == name, "both plans run the same operations in the same order"
+        return self._current[1]
+
+    def advance(self) -> None:
+        """Let the oracle run one operation, and wait for it."""
+        self._count += 1
+        torch.manual_seed(self._count)
+        self._turn.release()
+        self._current = self._steps.get()
+        torch.manual_seed(self._count)
+
+    def stop(self) -> None:
+        """End a run that waits."""
+        self._stopped = True
+        self._turn.release()
+
+
+def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Any]) -> list[Deviation]:
+    """Run both on the same inputs; every operation that ran, in its order. Those of nested blocks count as one.
+
+    Raises:
+        PredictionInputError: `data` is not what the models admit.
+    """
+    found: list[Deviation] = []
+    types = declared.program.graph.types
+    errors: dict[int, float] = {}
+    ahead = _Oracle()
+
+    def observe(step: Step, values: list[Any]) -> None:
+        reference = ahead.current(step.node.name)
+        halves = [slot in types and types[slot].element.is_half for slot in step.outputs]
+        inputs = [values[slot] for slot in step.inputs if isinstance(values[slot], Tensor)]
+        outputs = [values[slot] for slot in step.outputs]
+        parts = [_deviation(own, other) for own, other in zip(outputs, reference, strict=True)]
+        for slot, (relative, _) in zip(step.outputs, parts, strict=True):
+            errors[slot] = relative
+        found.append(
+            Deviation(
+                step.node.name,
+                step.node.op_type,
+                max((relative for relative, _ in parts), default=0.0),
+                max((max_abs for _, max_abs in parts), default=0.0),
+                max((errors.get(slot, 0.0) for slot in step.inputs), default=0.0),
+                *_overflows(inputs, [own for own, half in zip(outputs, halves, strict=True) if half], outputs),
+                all(_is_finite(other) for other in reference),
+            )
+        )
+        ahead.advance()
+
+    with torch.random.fork_rng(devices=[]), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ahead.run, oracle, data)
+        try:
+            ahead.advance()
+            declared.predict(data, declared.make_state() if declared.states else None, observe=observe)
+        except _StoppedError:
+            running.result()  # raises what ended the oracle
+            raise
+        finally:
+            ahead.stop()
+    return found
+
+
+def _deviation(declared: Any, oracle: Any) -> tuple[float, float]:
+    """Relative and greatest absolute error; elements that are equal or both NaN are without one."""
+    if not isinstance(declared, Tensor) or not isinstance(oracle, Tensor) or declared.shape != oracle.shape:
+        return (0.0, 0.0)  # a list, or a size that depends on the data
+    wide = torch.float32 if oracle.is_floating_point() and oracle.dtype is not torch.float64 else torch.float64
+    own, other = declared.to(wide), oracle.to(wide)
+    differs = (own != other) & ~(own.isnan() & other.isnan())
+    if not bool(differs.any()):
+        return (0.0, 0.0)
+    finite = own.isfinite() & other.isfinite()
+    error = torch.where(finite & differs, own - other, 0)
+    noise = float(error.square().sum(dtype=torch.float64))
+    signal = float(torch.where(finite, other, 0).square().sum(dtype=torch.float64))
+    lost = bool((differs & ~finite).any()) or signal == 0
+    return (math.inf if lost else math.sqrt(noise / signal), float(error.abs().max()))
+
+
+def _overflows(inputs: Sequence[Tensor], halves: Sequence[Tensor], outputs: Sequence[Any]) -> tuple[int, int, int]:
+    """How many values of an operation's outputs are at their type's end, infinite, NaN, where no input was."""
+    tensors = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
+    saturated = sum(_at_end(each, torch.finfo(each.dtype).max) for each in halves if isinstance(each, Tensor))
+    if saturated:
+        ends = {torch.finfo(each.dtype).max for each in halves}
+        if any(_at_end(each, end) for each in inputs if each.is_floating_point() for end in ends):
+            saturated = 0
+    if all(_is_finite(each) for each in tensors) or not all(_is_finite(each) for each in inputs):
+        return (saturated, 0, 0)
+    return (
+        saturated,
+        sum(int(each.isinf().sum()) for each in tensors),
+        sum(int(each.isnan().sum()) for each in tensors),
+    )
+
+
+def _at_end(tensor: Tensor, end: float) -> int:
+    return int((tensor.abs() == end).sum())
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, Tensor) or not value.is_floating_point() or bool(value.isfinite().all())
+
+
+def sqnr_db(relative: float) -> float:
+    """A relative error as the signal-to-noise ratio that it is."""
+    if relative == 0:
+        return MOST_DB
+    return -20 * math.log10(relative) + 0.0 if math.isfinite(relative) else -math.inf
+
+
+def render(deviations: Sequence[Deviation], bound: float, to: Console) -> None:
+    """Print the first operation beyond the bound, the worst ones, and those that overflow."""
+    first = next((each for each in deviations if each.relative > bound), None)
+    if first is None:
+        to.print(Text(f"none of {len(deviations)} operations leaves the oracle by more than {number(bound)}"))
+    else:
+        to.print(Text(f"the first operation that leaves the oracle by more than {number(bound)}:", style="bold"))
+        to.print(
+            Text(
+                f"{first}: {number(first.relative)} ({decibels(sqnr_db(first.relative))} dB), "
+                f"its inputs by at most {number(first.inputs_relative)}"
+            )
+        )
+    worst = sorted(deviations, key=lambda each: -each.relative)[:WORST]
+    if worst and worst[0].relative > 0:
+        to.print()
+        to.print(title(f"the worst of {len(deviations)} operations"))
+        to.print(
+            table(
+                ["operation", "type", ">error", ">dB", ">of inputs", ">max abs"],
+                [
+                    (
+                        each.name,
+                        each.op_type,
+                        number(each.relative),
+                        decibels(sqnr_db(each.relative)),
+                        number(each.inputs_relative),
+                        number(each.max_abs_err),
+                    )
+                    for each in worst
+                    if each.relative > 0
+                ],
+            )
+        )
+    to.print()
+    overflows = [each for each in deviations if each.overflows]
+    if not overflows:
+        to.print(Text("no operation saturates, or gives infinities or NaNs for finite inputs"))
+        return
+    to.print(title("operations that saturate, or give infinities or NaNs for finite inputs"))
+    to.print(
+        table(
+            ["operation", "type", ">saturated", ">infinite", ">NaN", "oracle"],
+            [
+                (
+                    each.name,
+                    each.op_type,
+                    str(each.saturated),
+                    str(each.infinite),
+                    str(each.nan),
+                    "finite" if each.oracle_finite else "as well",
+                )
+                for each in overflows
+            ],
+        )
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser("coremill mil bisect", __doc__)
+    parser.add_argument("package", type=Path, help="an .mlpackage")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--input", type=Path, metavar="X.npz", help="an array for each input")
+    given.add_argument("--seed", type=int, default=0, help="of inputs drawn from the description (default: 0)")
+    parser.add_argument("--function", help="the function to run (default: the package's own)")
+    parser.add_argument(
+        "--bound",
+        type=float,
+        default=BOUND,
+        help="relative error from which on an operation is named (%(default)s)",
+    )
+    options = parser.parse_args(argv)
+    if not options.bound > 0:
+        raise ConfigError(f"--bound {options.bound}", expected="a positive number")
+    declared = MLModel(options.package, function_name=options.function)
+    oracle = MLModel(options.package, function_name=options.function, mode="oracle")
+    data = read_npz(options.input) if options.input else draw_inputs(declared, options.seed)
+    deviations = bisect(declared, oracle, as_images(declared, data))
+    to = console()
+    to.print(title(f"{options.package}, function {declared.function_name}"), soft_wrap=True)
+    for name, array in data.items():
+        source = f"from {options.input}" if options.input else f"drawn with seed {options.seed}"
+        finite = finite_text(array)
+        holds = "" if finite == "all" else f"; it holds {finite}"
+        to.print(Text(f"input {name} {shape_text(array.shape)}, {source}{holds}"), soft_wrap=True)
+    to.print()
+    render(deviations, options.bound, to)
+    return 0

@@ -1,0 +1,257 @@
+"""`coremill mil inspect`: what a package holds; nothing of it is run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from coremill.core.command import command_parser
+from coremill.mil.commands.output import bytes_text, console, print_json, shape_text, table, title
+from coremill.mil.description import (
+    ImageSpec,
+    InputSpec,
+    LabelSpec,
+    OutputSpec,
+    ProbabilitiesSpec,
+    TensorSpec,
+    describe_function,
+)
+from coremill.mil.graph import Graph, Node, read_function
+from coremill.mil.loader import Package, open_package
+from coremill.mil.values import ElementType
+
+CONSTEXPR = "constexpr_"
+"""What the names of operations on compressed weights begin with."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one element type, each counted once however many operations take it."""
+
+    dtype: str
+    tensors: int
+    elements: int
+    size_bytes: int
+    """As they are stored: int4 takes half a byte."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The weights that one operation decompresses."""
+
+    operation: str
+    count: int
+    stored_bytes: int
+    dense_bytes: int
+    """What they take decompressed, in their declared type."""
+
+
+@dataclass(frozen=True)
+class FunctionSummary:
+    """What a function holds. Operations and weights of nested blocks count as its own."""
+
+    name: str
+    operation_set: str
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+    states: tuple[TensorSpec, ...]
+    operations: dict[str, int]
+    """How many of each type, the most frequent first."""
+    weights: tuple[Weights, ...]
+    compressed: tuple[Compressed, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(each.size_bytes for each in self.weights)
+
+
+@dataclass(frozen=True)
+class PackageSummary:
+    """What a package holds."""
+
+    package: str
+    specification_version: int
+    functions: tuple[FunctionSummary, ...]
+
+
+def summarize(package: Package) -> PackageSummary:
+    """Read every function of a package.
+
+    Raises:
+        PackageError: it is broken.
+        UnsupportedOperationError: it holds an operation that is not supported.
+    """
+    program = package.spec.mlProgram
+    described = [each.name for each in package.spec.description.functions]
+    return PackageSummary(
+        package.name,
+        int(package.spec.specificationVersion),
+        tuple(_summarize_function(package, name) for name in described or sorted(program.functions)),
+    )
+
+
+def _summarize_function(package: Package, name: str) -> FunctionSummary:
+    graph = read_function(package, name)
+    description = describe_function(package, name, graph)
+    nodes = [node for _, node in all_nodes(graph)]
+    counts = Counter(node.op_type for node in nodes)
+    return FunctionSummary(
+        name,
+        f"iOS{graph.ios_version}",
+        description.inputs,
+        description.outputs,
+        description.states,
+        dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+        _weights(graph),
+        _compressed(graph),
+    )
+
+
+def all_nodes(graph: Graph) -> Iterator[tuple[Graph, Node]]:
+    """Every operation, those of nested blocks behind the one that holds them, with the graph it is in."""
+    for node in graph.nodes:
+        yield graph, node
+        for block in node.blocks:
+            yield from all_nodes(block.graph)
+
+
+def _weights(graph: Graph) -> tuple[Weights, ...]:
+    """Constants that operations take as tensors; axes, sizes and the like are attributes and left out."""
+    seen: dict[int, tuple[ElementType, int]] = {}
+    for owner, node in all_nodes(graph):
+        for slot in node.tensor_slots:
+            value = owner.constants.get(slot)
+            if isinstance(value, torch.Tensor):
+                seen[id(value)] = (owner.types[slot].element, value.numel())
+    by_type: dict[str, list[tuple[ElementType, int]]] = {}
+    for element, count in seen.values():
+        by_type.setdefault(element.name, []).append((element, count))
+    totals = (
+        Weights(
+            name,
+            len(tensors),
+            sum(count for _, count in tensors),
+            sum(_stored_bytes(element, count) for element, count in tensors),
+        )
+        for name, tensors in by_type.items()
+    )
+    return tuple(sorted(totals, key=lambda each: -each.size_bytes))
+
+
+def _compressed(graph: Graph) -> tuple[Compressed, ...]:
+    totals: dict[str, list[int]] = {}
+    for owner, node in all_nodes(graph):
+        if not node.op_type.startswith(CONSTEXPR):
+            continue
+        stored = sum(
+            _stored_bytes(owner.types[slot].element, owner.constants[slot].numel())
+            for slot in node.tensor_slots
+            if isinstance(owner.constants.get(slot), torch.Tensor)
+        )
+        dense = sum(_dense_bytes(owner, slot) for slot in node.outputs)
+        total = totals.setdefault(node.op_type, [0, 0, 0])
+        for position, value in enumerate((1, stored, dense)):
+            total[position] += value
+    return tuple(Compressed(name, *total) for name, total in sorted(totals.items()))
+
+
+def _stored_bytes(element: ElementType, count: int) -> int:
+    return -(-count * element.bits // 8)
+
+
+def _dense_bytes(graph: Graph, slot: int) -> int:
+    value_type = graph.types.get(slot)
+    if value_type is None or None in value_type.shape:
+        return 0
+    count = 1
+    for size in value_type.shape:
+        count *= size or 0
+    return _stored_bytes(value_type.element, count)
+
+
+def render(summary: PackageSummary, to: Console) -> None:
+    """Print the summary as tables."""
+    count = len(summary.functions)
+    to.print(title(summary.package), soft_wrap=True)
+    to.print(
+        Text(
+            f"ML Program, specification version {summary.specification_version}, "
+            f"{count} function{'s' if count > 1 else ''}"
+        )
+    )
+    for function in summary.functions:
+        _render_function(function, to)
+
+
+def _row(spec: OutputSpec, *, is_input: bool) -> tuple[str, str, str]:
+    """Name, type and shape. An input's shapes are enforced, and said in full; another's may follow from them."""
+    if isinstance(spec, LabelSpec):
+        return (spec.name, spec.label_type, "label")
+    if isinstance(spec, ProbabilitiesSpec):
+        return (spec.name, "float", f"by {spec.label_type} label")
+    if isinstance(spec, ImageSpec):
+        return (spec.name, f"image {spec.color_space.value}", spec.describe_sizes())
+    return (spec.name, spec.dtype, spec.describe_shapes() if is_input else shape_text(spec.shape))
+
+
+def _render_function(function: FunctionSummary, to: Console) -> None:
+    to.print()
+    to.print(title(f"function {function.name}, operations of {function.operation_set}"))
+    rows = [
+        (kind, *_row(spec, is_input=kind == "input"))
+        for kind, specs in (("input", function.inputs), ("output", function.outputs), ("state", function.states))
+        for spec in specs
+    ]
+    to.print(table(["", "name", "dtype", "shape"], rows))
+    to.print()
+    to.print(title(f"{sum(function.operations.values())} operations"))
+    # A line of text holds in five lines what a table would stretch over forty.
+    to.print(Text(", ".join(f"{name} {count}" for name, count in function.operations.items()) or "none"))
+    to.print()
+    to.print(title(f"weights, {bytes_text(function.weight_bytes)} bytes"))
+    to.print(
+        table(
+            ["dtype", ">tensors", ">elements", ">bytes"],
+            [
+                (each.dtype, str(each.tensors), f"{each.elements:,}", bytes_text(each.size_bytes))
+                for each in function.weights
+            ],
+        )
+    )
+    if function.compressed:
+        to.print()
+        to.print(title("of these, compressed"))
+        to.print(
+            table(
+                ["operation", ">count", ">bytes stored", ">bytes dense"],
+                [
+                    (each.operation, str(each.count), bytes_text(each.stored_bytes), bytes_text(each.dense_bytes))
+                    for each in function.compressed
+                ],
+            )
+        )
+
+
+def as_document(summary: PackageSummary) -> dict[str, Any]:
+    """The summary as `--json` prints it."""
+    return asdict(summary)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser("coremill mil inspect", __doc__)
+    parser.add_argument("package", type=Path, help="an .mlpackage")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    options = parser.parse_args(argv)
+    summary = summarize(open_package(options.package))
+    if options.json:
+        print_json(console(), as_document(summary))
+    else:
+        render(summary, console())
+    return 0

@@ -1,0 +1,73 @@
+"""Which updates of a state may write into the state's own memory.
+
+`coreml_update_state` of a slice is saved as read_state → slice_update → write_state. Taken to the letter it copies
+the whole state to change a part of it, once a layer for a key/value cache. Where nothing reads the old content
+afterwards, the part alone is written, and what it replaces is kept until the run has ended well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from coremill.mil.graph import Graph, Node
+
+_RETURNS_VIEWS = frozenset({"einsum"})
+"""Operations whose kernels compute, and yet may return their input's memory; every `native` one may too."""
+
+
+def updates_in_place(graph: Graph) -> Mapping[int, int]:
+    """The slot of the state for each such update, by the update's position among the graph's nodes."""
+    if any(node.definition is None for node in graph.nodes):
+        return {}  # What nested blocks read, and when, is not looked into.
+    states = dict.fromkeys(node.tensor_slots[0] for node in graph.nodes if node.op_type == "write_state")
+    return {position: state for state in states for position in _of_state(graph, state)}
+
+
+def _of_state(graph: Graph, state: int) -> list[int]:
+    found: list[int] = []
+    written: set[int] = set()
+    """Results of the updates found."""
+    read: set[int] = set()
+    aliases: set[int] = set()
+    """Slots whose memory may be the state's."""
+    for position, node in enumerate(graph.nodes):
+        if _is_state_operation(node, state):
+            if node.op_type == "read_state":
+                read.update(node.outputs)
+                aliases.update(node.outputs)
+            elif node.tensor_slots[1] not in written:
+                break  # From here on the state's memory is that of some other value.
+            continue
+        if (
+            node.tensor_slots[:1]
+            and node.tensor_slots[0] in read
+            and _may_overwrite(graph, position, state, aliases)
+        ):
+            found.append(position)
+            written.update(node.outputs)
+        if _may_return_memory_of_inputs(node) and aliases.intersection(node.tensor_slots):
+            aliases.update(node.outputs)
+    return found
+
+
+def _is_state_operation(node: Node, state: int) -> bool:
+    return node.op_type in ("read_state", "write_state") and node.tensor_slots[0] == state
+
+
+def _may_overwrite(graph: Graph, position: int, state: int, aliases: set[int]) -> bool:
+    """Whether the node's result is what the state gets next, and nothing after the node reads the old content."""
+    node = graph.nodes[position]
+    if node.definition is None or node.definition.in_place is None or aliases.intersection(node.tensor_slots[1:]):
+        return False
+    rest = graph.nodes[position + 1 :]
+    next_use = next((each for each in rest if _is_state_operation(each, state)), None)
+    if next_use is None or next_use.op_type != "write_state" or next_use.tensor_slots[1] != node.outputs[0]:
+        return False
+    later = set(graph.outputs)
+    for each in rest:
+        later.update(each.tensor_slots, each.attribute_slots)
+    return not aliases.intersection(later)
+
+
+def _may_return_memory_of_inputs(node: Node) -> bool:
+    return node.definition is None or node.definition.native or node.op_type in _RETURNS_VIEWS

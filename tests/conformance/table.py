@@ -1,0 +1,178 @@
+"""The table of a conformance run: by operation, and the exceptions one by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import msgspec
+from tests.conformance.records import Record
+
+OUTCOMES_OF_FAILURE = ("failed", "xfailed")
+"""xfailed: the suite expects Core ML to fail there. It counts as a failure here: nothing agreed."""
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One operation."""
+
+    operation: str
+    tests: int
+    """Tests that ran a program with the operation."""
+    passed: int
+    outputs_compared: int
+
+
+class Totals(msgspec.Struct, frozen=True, kw_only=True):
+    """The run in numbers; every test is in one of the first four."""
+
+    passed: int
+    """Compared at least one output, and all agreed."""
+    failed: int
+    """Everything else that ran a program or broke before it could: exceptions count as failures."""
+    not_about_numbers: int
+    """Passed without running a program: checks of shape inference, of error messages, of constant folding."""
+    skipped: int
+    """Left out by the suite itself."""
+    nothing_compared: int
+    """Of `failed`: ran a program, passed, and compared nothing."""
+    outputs_compared: int
+
+    @property
+    def passed_share(self) -> float:
+        ran = self.passed + self.failed
+        return self.passed / ran if ran else 0.0
+
+    @property
+    def comparisons_per_pass(self) -> float:
+        return self.outputs_compared / self.passed if self.passed else 0.0
+
+
+def compared_nothing(record: Record) -> bool:
+    return record.outcome in ("passed", "xpassed") and record.predictions > 0 and record.compared == 0
+
+
+def is_failure(record: Record) -> bool:
+    return record.outcome in OUTCOMES_OF_FAILURE or compared_nothing(record)
+
+
+def is_about_numbers(record: Record) -> bool:
+    """Whether it counts: it ran a program, or should have and broke."""
+    return record.outcome != "skipped" and (record.predictions > 0 or is_failure(record))
+
+
+def totals(records: Sequence[Record]) -> Totals:
+    counted = [record for record in records if is_about_numbers(record)]
+    failed = [record for record in counted if is_failure(record)]
+    skipped = [record for record in records if record.outcome == "skipped"]
+    return Totals(
+        passed=len(counted) - len(failed),
+        failed=len(failed),
+        not_about_numbers=len(records) - len(counted) - len(skipped),
+        skipped=len(skipped),
+        nothing_compared=sum(map(compared_nothing, failed)),
+        outputs_compared=sum(record.compared for record in counted if not is_failure(record)),
+    )
+
+
+def rows(records: Iterable[Record], operations: Iterable[str]) -> list[Row]:
+    """A row for each operation, those among them that no test runs included."""
+    tests: Counter[str] = Counter()
+    passed: Counter[str] = Counter()
+    compared: Counter[str] = Counter()
+    for record in records:
+        if not is_about_numbers(record):
+            continue
+        for operation in record.operations:
+            tests[operation] += 1
+            if not is_failure(record):
+                passed[operation] += 1
+                compared[operation] += record.compared
+    return [
+        Row(operation=name, tests=tests[name], passed=passed[name], outputs_compared=compared[name])
+        for name in sorted(set(operations) | set(tests))
+    ]
+
+
+def smallest_slice(records: Iterable[Record]) -> list[str]:
+    """Few passing tests that together run every operation that any of them runs, in both precisions; greedily."""
+    covers = {
+        record.test: {(operation, record.precision) for operation in record.operations}
+        for record in records
+        if is_about_numbers(record) and not is_failure(record)
+    }
+    missing = set().union(*covers.values()) if covers else set()
+    chosen = []
+    while missing:
+        best = max(sorted(covers), key=lambda test: len(covers[test] & missing))
+        missing -= covers[best]
+        chosen.append(best)
+    return sorted(chosen)
+
+
+def exceptions(records: Iterable[Record]) -> dict[str, list[str]]:
+    """Failing tests by their reason, the most frequent first."""
+    by_reason: dict[str, list[str]] = {}
+    for record in records:
+        if is_failure(record):
+            reason = "it compares nothing" if compared_nothing(record) else _reason(record)
+            by_reason.setdefault(reason, []).append(record.test)
+    return dict(sorted(by_reason.items(), key=lambda entry: -len(entry[1])))
+
+
+def _reason(record: Record) -> str:
+    if record.outcome == "xfailed":
+        return f"the suite expects Core ML to fail here: {record.reason or 'without a reason'}"
+    return record.reason
+
+
+def skips(records: Iterable[Record]) -> Counter[str]:
+    return Counter(record.reason for record in records if record.outcome == "skipped")
+
+
+def markdown(records: Sequence[Record], operations: Iterable[str], *, heading: Sequence[str]) -> str:
+    """The page. `heading` says when, with what, and how it was run, a line each."""
+    sums = totals(records)
+    lines = [
+        "# Conformance of coremill.mil",
+        "",
+        "coremltools' own operation tests, run with coremill.mil in Core ML's place. Reference numerics: no device",
+        "computes exactly so. fp32 is compared at the tests' own tolerances, fp16 at 5e-3, absolute and relative,",
+        "where the suite allows Core ML 0.5 and 0.05.",
+        "",
+        *(f"- {line}" for line in heading),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| passed | {sums.passed:,} |",
+        f"| failed, exceptions included | {sums.failed:,} |",
+        f"| passed share | {sums.passed_share:.2%} |",
+        f"| outputs compared in what passed | {sums.outputs_compared:,} |",
+        f"| comparisons ÷ passes | {sums.comparisons_per_pass:.2f} |",
+        f"| of the failed: ran a program and compared nothing | {sums.nothing_compared:,} |",
+        f"| not about numbers (nothing to run) | {sums.not_about_numbers:,} |",
+        f"| left out by the suite itself | {sums.skipped:,} |",
+        "",
+        "## By operation",
+        "",
+        "| operation | tests | passed | outputs compared |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in rows(records, operations):
+        lines.append(f"| {row.operation} | {row.tests:,} | {row.passed:,} | {row.outputs_compared:,} |")
+    lines += ["", "## Exceptions", ""]
+    for reason, tests in exceptions(records).items():
+        lines += [f"### {len(tests):,} × {_escaped(reason)}", ""]
+        lines += [f"- `{test}`" for test in tests[:MOST_LISTED]]
+        if len(tests) > MOST_LISTED:
+            lines.append(f"- … and {len(tests) - MOST_LISTED:,} more of the same reason")
+        lines.append("")
+    lines += ["## Left out by the suite", ""]
+    lines += [f"- {count:,} × {_escaped(reason)}" for reason, count in skips(records).most_common()]
+    return "\n".join(lines) + "\n"
+
+
+MOST_LISTED = 40
+
+
+def _escaped(text: str) -> str:
+    return text.replace("<", "&lt;").replace("|", "\\|")

@@ -1,0 +1,242 @@
+"""`coremill mil bisect`: programs whose precision is lost at a known operation, and in a known way."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from coremltools.converters.mil import Builder as mb  # noqa: N813
+
+from coremill.core.errors import PredictionInputError
+from coremill.mil import MLModel
+from coremill.mil.commands.bisect import BOUND, bisect, sqnr_db
+
+X = np.array([1.3, 0.7, 2.1, 1.9], np.float16)
+
+
+@pytest.fixture
+def deviations(build):
+    """`deviations(body, x)`: by name, for every operation of the body."""
+
+    def run(body, *arrays):
+        inputs = {f"x{index}" if index else "x": array for index, array in enumerate(arrays)}
+        model = build(inputs, body)
+        return {each.name: each for each in bisect(MLModel(model), MLModel(model, mode="oracle"), inputs)}
+
+    return run
+
+
+def _cancel(x):
+    raised = mb.add(x=x, y=np.float16(2048), name="raised")
+    return mb.exp(x=mb.sub(x=raised, y=np.float16(2048), name="lowered"), name="y")
+
+
+def test_cancellation_is_found_where_it_shows(deviations):
+    """2049.3 is rounded to 2049 or 2050: nothing beside 2048, and much once 2048 is taken off again."""
+    found = deviations(_cancel, X)
+    rounded = (X.astype(np.float32) + 2048).astype(np.float16).astype(np.float64) - 2048
+    noise = np.square(rounded - X.astype(np.float64)).sum()
+    expected = math.sqrt(noise / np.square(X.astype(np.float64)).sum())
+    assert found["raised"].relative < 0.0005 < BOUND < expected
+    assert found["lowered"].relative == pytest.approx(expected, rel=1e-4)
+    assert found["lowered"].inputs_relative == found["raised"].relative
+    assert found["lowered"].max_abs_err == pytest.approx(np.abs(rounded - X).max(), rel=1e-4)
+    assert list(found) == ["raised", "lowered", "y"]
+
+
+def test_the_report_names_it_first(mil, save, tmp_path):
+    np.savez(tmp_path / "x.npz", x=X)
+    package = save("cancel", {"x": X}, _cancel)
+    # The figures are numpy's, of values rounded by hand.
+    ended = mil("bisect", package, "--input", tmp_path / "x.npz")
+    assert (ended.code, ended.err) == (0, "")
+    body = ended.out.split("x.npz\n", 1)[1]
+    assert body == (
+        "\n"
+        "the first operation that leaves the oracle by more than 0.01:\n"
+        "operation 'lowered' (sub): 0.3132 (10.1 dB), its inputs by at most 0.000244\n"
+        "\n"
+        "the worst of 3 operations\n"
+        "operation  type     error    dB  of inputs  max abs\n"
+        "───────────────────────────────────────────────────\n"
+        "y          exp      0.352   9.1     0.3132    3.722\n"
+        "lowered    sub     0.3132  10.1   0.000244   0.7002\n"
+        "raised     add   0.000244  72.3          0   0.7002\n"
+        "\n"
+        "no operation saturates, or gives infinities or NaNs for finite inputs\n"
+    )
+
+
+def test_nothing_beyond_the_bound(mil, save):
+    package = save("cancel", {"x": X}, _cancel)
+    text = mil("bisect", package, "--bound", "9").out
+    assert "none of 3 operations leaves the oracle by more than 9\n" in text
+    exact = mil("bisect", save("relu", {"x": X}, lambda x: mb.relu(x=x, name="y"))).out
+    assert exact.endswith(
+        "input x [4], drawn with seed 0\n\n"
+        "none of 1 operations leaves the oracle by more than 0.01\n\n"
+        "no operation saturates, or gives infinities or NaNs for finite inputs\n"
+    )
+
+
+def test_at_most_ten_of_the_worst_are_listed(mil, bundle):
+    text = mil("bisect", bundle / "decoder.mlpackage").out
+    rows = text.split("the worst of ")[1].split("no operation")[0].splitlines()[3:]
+    assert len([row for row in rows if "0." in row]) == 10
+    assert max(map(len, text.splitlines())) <= 80
+
+
+# --- overflow --------------------------------------------------------------------------------------------
+
+
+def test_an_infinity_is_blamed_on_the_operation_that_made_it(deviations):
+    def body(x):
+        squared = mb.square(x=mb.mul(x=x, y=np.float16(200), name="large"), name="squared")
+        return mb.real_div(x=squared, y=np.float16(1000), name="y")
+
+    found = deviations(body, X)
+    squares = np.square((X.astype(np.float32) * 200).astype(np.float16).astype(np.float32))
+    assert found["squared"].infinite == (squares > 65520).sum() == 3
+    assert found["squared"].oracle_finite
+    assert math.isinf(found["squared"].relative)
+    # The division gives infinities as well, of infinite inputs.
+    assert not found["y"].overflows
+    assert math.isinf(found["y"].relative)
+    assert not found["large"].overflows
+
+
+def test_a_nan_made_of_infinities_is_not_blamed_but_one_of_finite_values_is(deviations):
+    def body(x):
+        log = mb.log(x=mb.sub(x=x, y=np.float16(1), name="shifted"), epsilon=np.float16(0), name="log")
+        return mb.mul(x=log, y=np.float16(2), name="y")
+
+    found = deviations(body, X)
+    assert (found["log"].nan, found["log"].infinite, found["log"].oracle_finite) == (1, 0, False)
+    assert not found["y"].overflows
+    # NaN on both sides is no difference; the rest is.
+    assert 0 < found["log"].relative < 0.01
+
+
+def test_saturation_counts_where_the_inputs_were_below_it(deviations):
+    def body(x):
+        clipped = mb.clip(
+            x=mb.mul(x=x, y=np.float16(4e4)), alpha=np.float16(0), beta=np.float16(65504), name="clipped"
+        )
+        return mb.relu(x=clipped, name="y")
+
+    found = deviations(body, np.array([0.5, 0.25, 1.6376953125, 0.1], np.float16))
+    assert 1.6376953125 * 4e4 > 65504
+    assert (found["clipped"].saturated, found["y"].saturated) == (0, 0)
+
+
+def test_a_value_that_rounds_to_the_end_is_saturated(deviations):
+    found = deviations(lambda x: mb.mul(x=x, y=np.float16(2), name="y"), np.array([32752, 1], np.float16))
+    assert (found["y"].saturated, found["y"].infinite) == (1, 0)
+
+
+def test_the_table_of_overflows(mil, save, tmp_path):
+    def body(x):
+        return mb.exp(x=mb.mul(x=x, y=np.float16(9), name="large"), name="exp"), mb.rsqrt(
+            x=mb.sub(x=x, y=x, name="zero"), epsilon=np.float16(0), name="rsqrt"
+        )
+
+    np.savez(tmp_path / "x.npz", x=X)
+    out = mil("bisect", save("exp", {"x": X}, body), "--input", tmp_path / "x.npz").out
+    assert out.endswith(
+        "operations that saturate, or give infinities or NaNs for finite inputs\n"
+        "operation  type   saturated  infinite  NaN  oracle\n"
+        "───────────────────────────────────────────────────\n"
+        "exp        exp            0         3    0  finite\n"
+        "rsqrt      rsqrt          0         4    0  as well\n"
+    )
+    assert "operation 'exp' (exp): inf (-inf dB), its inputs by at most 0.000" in out
+
+
+def test_nan_inputs_are_reported_as_such(mil, save, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("x.npz", x=np.array([np.nan, 1, np.inf, 2], np.float16))
+    save("double", {"x": X}, lambda x: mb.mul(x=x, y=np.float16(2), name="y"))
+    assert mil("bisect", "double.mlpackage", "--input", "x.npz").out == (
+        "double.mlpackage, function main\n"
+        "input x [4], from x.npz; it holds 1 NaN, 1 inf\n"
+        "\n"
+        "none of 1 operations leaves the oracle by more than 0.01\n"
+        "\n"
+        "no operation saturates, or gives infinities or NaNs for finite inputs\n"
+    )
+
+
+# --- programs of every kind -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cache", "control_flow", "indexing", "int4"])
+def test_states_blocks_and_compressed_weights(mil, bundle, name):
+    ended = mil("bisect", bundle / f"{name}.mlpackage")
+    assert ended.code == 0
+    assert "none of " in ended.out
+
+
+def test_both_runs_draw_the_same_random_numbers(deviations):
+    """Or every value behind them would differ; torch's own generator goes on as if nothing had been drawn."""
+
+    def body(x):
+        noise = mb.random_normal(shape=[50], mean=np.float16(0), stddev=np.float16(1), name="noise")
+        return mb.sin(
+            x=mb.add(x=noise, y=mb.random_uniform(shape=[50], low=np.float16(0), high=np.float16(1))), name="y"
+        )
+
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    found = deviations(lambda x: mb.add(x=body(x), y=mb.reduce_sum(x=x, axes=[0]), name="z"), X)
+    assert 0 < found["noise"].relative < 0.001
+    assert 0 < found["y"].relative < 0.001
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_every_operation_of_the_plan_is_seen_once(build):
+    model = build({"x": X}, _cancel)
+    declared = MLModel(model)
+    seen = []
+    declared.predict({"x": X}, observe=lambda step, values: seen.append(step.node.name))
+    assert seen == [each.name for each in bisect(declared, MLModel(model, mode="oracle"), {"x": X})]
+
+
+def test_inputs_that_do_not_fit_end_both_runs(build):
+    """Neither waits for the other: an input that is refused, and one that an operation refuses half way."""
+    table = np.zeros((4, 2), np.float16)
+
+    def body(x):
+        return mb.sin(x=mb.gather(x=table, indices=mb.cast(x=mb.exp(x=mb.sqrt(x=x)), dtype="int32"), axis=0))
+
+    model = build({"x": X}, body)
+    before = threading.active_count()
+    for x in (np.ones(3, np.float16), np.full(4, 60, np.float16)):
+        with pytest.raises(PredictionInputError):
+            bisect(MLModel(model), MLModel(model, mode="oracle"), {"x": x})
+    assert threading.active_count() == before
+
+
+def test_the_oracle_alone_failing_ends_both(build, monkeypatch):
+    model = build({"x": X}, _cancel)
+    declared, oracle = MLModel(model), MLModel(model, mode="oracle")
+
+    def fail(*_, **__):
+        raise PredictionInputError("only the oracle")
+
+    monkeypatch.setattr(oracle, "predict", fail)
+    with pytest.raises(PredictionInputError, match=r"^only the oracle$"):
+        bisect(declared, oracle, {"x": X})
+
+
+def test_a_bound_that_is_none(mil, save):
+    ended = mil("bisect", save("sin", {"x": X}, lambda x: mb.sin(x=x)), "--bound", "0")
+    assert (ended.code, ended.err) == (10, "configuration error: --bound 0.0\n  expected: a positive number\n")
+
+
+def test_relative_errors_as_decibels():
+    assert sqnr_db(0.01) == pytest.approx(40)
+    assert (sqnr_db(0), sqnr_db(math.inf)) == (300, -math.inf)

@@ -1,0 +1,240 @@
+"""`coremill mil selftest`: the bundle passes, is what its script makes, and notices what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coremill.core.digest import digest, size_bytes
+from coremill.mil import MLModel
+from coremill.mil.commands import selftest
+from coremill.mil.commands.arrays import read_npz, write_npz
+
+OUTPUTS = {
+    "decoder": ["logits"],
+    "cache": ["logits"],
+    "int4": ["y"],
+    "int8": ["y"],
+    "lut": ["y"],
+    "control_flow": ["y", "count"],
+    "indexing": ["gathered", "along", "nd", "scattered_along", "scattered_nd"],
+    "normalization": ["layer_norm", "attention", "softmax", "log_sum_exp"],
+}
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    path = Path(__file__).with_name("make_selftest.py")
+    spec = importlib.util.spec_from_file_location("make_selftest", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_selftest"] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["make_selftest"]
+
+
+@pytest.fixture
+def altered(bundle, tmp_path):
+    """A copy of the bundle with two cases, to be altered."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle, folder)
+    index = json.loads((folder / "bundle.json").read_text())
+    index["cases"] = [case for case in index["cases"] if case["name"] in ("int8", "control_flow")]
+    (folder / "bundle.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_all_pass(mil):
+    ended = mil("selftest")
+    assert (ended.code, ended.err) == (0, "")
+    rows = ended.out.splitlines()
+    # How far fp16 is off depends on the order in which a processor adds; copies and integers are exact.
+    found = [(row.split()[0], row.split()[1]) for row in rows if row.endswith("  passed")]
+    assert found == [(case, output) for case, outputs in OUTPUTS.items() for output in outputs]
+    assert "control_flow   count                    0    equal  passed\n" in ended.out
+    assert "indexing       scattered_along          0    equal  passed\n" in ended.out
+    assert rows[-1] == "8 of 8 packages passed"
+    if sys.platform != "darwin":
+        assert rows[-2] == f"Core ML: not_run, it needs macOS and this is {sys.platform}"
+
+
+def test_what_is_expected_is_what_torch_and_numpy_compute(recipe, bundle):
+    for case in recipe.CASES:
+        stored, made = read_npz(bundle / f"{case.name}.npz"), recipe.arrays_of(case)
+        assert stored.keys() == made.keys()
+        for name, array in made.items():
+            assert stored[name].dtype == array.dtype
+            np.testing.assert_allclose(stored[name], array, rtol=1e-5, atol=1e-6, err_msg=f"{case.name} {name}")
+
+
+def test_the_packages_are_what_the_recipe_builds(recipe, bundle, tmp_path):
+    """Those built operation by operation, to the byte; the converter's own may change with its version."""
+    for case in recipe.CASES[2:]:
+        made = tmp_path / f"{case.name}.mlpackage"
+        recipe.save_package(case.model(), made)
+        assert digest(made) == digest(bundle / made.name), case.name
+
+
+def test_the_index_lists_the_recipe(recipe, bundle):
+    listed = json.loads((bundle / "bundle.json").read_text())["cases"]
+    assert [(each["name"], each["min_sqnr_db"]) for each in listed] == [
+        (case.name, case.min_sqnr_db) for case in recipe.CASES
+    ]
+    assert size_bytes(bundle) < 150_000
+
+
+def test_a_case_is_more_than_one_call_where_it_matters(bundle):
+    """Every enumerated length; decoding over several calls, whose state counts; both sides of the branch."""
+    assert {
+        name: len(selftest._calls(bundle / f"{name}.npz")) for name in ("decoder", "cache", "control_flow")
+    } == {
+        "decoder": 3,
+        "cache": 4,
+        "control_flow": 2,
+    }
+    model = MLModel(bundle / "cache.mlpackage")
+    calls = selftest._calls(bundle / "cache.npz")
+    alone = model.predict(calls[1].inputs, model.make_state())["logits"]
+    assert np.abs(alone - calls[1].outputs["logits"]).max() > 0.05
+
+
+def test_an_output_that_is_off_fails(mil, altered):
+    arrays = read_npz(altered / "int8.npz")
+    arrays["0.output.y"] = arrays["0.output.y"] * np.float32(1.01)
+    write_npz(altered / "int8.npz", arrays)
+    ended = mil("selftest", altered)
+    assert ended.code == 3
+    # The outputs are a hundredth off: 20·log10(1.01 / 0.01) = 40.1 dB.
+    assert re.search(r"^int8 +y +0\.\d+ +40\.1  failed$", ended.out, re.MULTILINE)
+    assert ended.out.endswith("1 of 2 packages passed\n")
+
+
+def test_integers_must_be_equal(mil, altered):
+    arrays = read_npz(altered / "control_flow.npz")
+    arrays["1.output.count"] = arrays["1.output.count"] + 1
+    write_npz(altered / "control_flow.npz", arrays)
+    ended = mil("selftest", altered)
+    assert ended.code == 3
+    (row,) = [row for row in ended.out.splitlines() if "count" in row]
+    assert row.split()[:3] == ["control_flow", "count", "1"]
+    assert row.endswith("failed")
+
+
+def test_a_value_that_is_not_finite_fails(mil, altered):
+    arrays = read_npz(altered / "int8.npz")
+    arrays["0.input.x"][0, 0] = np.nan
+    write_npz(altered / "int8.npz", arrays)
+    ended = mil("selftest", altered)
+    assert ended.code == 3
+    assert "int8          y           nan      nan  failed\n" in ended.out
+
+
+def test_a_value_that_is_not_finite_is_worse_than_any_call_before(mil, altered):
+    arrays = read_npz(altered / "control_flow.npz")
+    arrays["1.input.x"][0] = np.nan
+    write_npz(altered / "control_flow.npz", arrays)
+    ended = mil("selftest", altered)
+    assert ended.code == 3
+    assert "control_flow  y            nan      nan  failed\n" in ended.out
+
+
+def test_a_package_that_does_not_run_fails_and_the_others_run(mil, altered):
+    weights = altered / "int8.mlpackage" / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    weights.write_bytes(weights.read_bytes()[:100])
+    ended = mil("selftest", altered)
+    assert ended.code == 3
+    assert "int8                                    failed\n" in ended.out
+    assert f"int8: package error: {weights}: the program asks for a blob at offset" in ended.out
+    assert "control_flow  count         0    equal  passed\n" in ended.out
+    assert ended.out.endswith("1 of 2 packages passed\n")
+
+
+def test_written_and_run_elsewhere(mil, tmp_path):
+    assert mil("selftest", "--write", tmp_path / "copy") == (0, "", "")
+    assert digest(tmp_path / "copy") == digest(selftest.BUNDLE)
+    assert mil("selftest", tmp_path / "copy").out == mil("selftest").out
+    ended = mil("selftest", "--write", tmp_path / "copy")
+    assert (ended.code, ended.err) == (52, f"output error: {tmp_path / 'copy'} exists\n  expected: a new folder\n")
+    (tmp_path / "file").write_text("")
+    assert mil("selftest", "--write", tmp_path / "file" / "copy").code == 52
+
+
+def test_what_is_no_bundle(mil, tmp_path):
+    ended = mil("selftest", tmp_path)
+    assert (ended.code, ended.err) == (
+        44,
+        f"package error: cannot read {tmp_path / 'bundle.json'}: No such file or directory\n"
+        "  expected: a folder that `coremill mil selftest --write` wrote\n",
+    )
+    (tmp_path / "bundle.json").write_text("{")
+    assert mil("selftest", tmp_path).code == 11
+    for text in ("[]", "{}", '{"cases": [{"name": "x"}]}', '{"cases": [{"name": "x", "min_sqnr_db": "high"}]}'):
+        (tmp_path / "bundle.json").write_text(text)
+        ended = mil("selftest", tmp_path)
+        assert ended.code == 11
+        assert ended.err.startswith(f"document error: {tmp_path / 'bundle.json'} does not list cases (")
+
+
+class FakeDevice:
+    """Stands in for coremltools' MLModel on a Mac: the reference, one thousandth off, with a state of its own."""
+
+    opened: list[Path] = []  # noqa: RUF012
+
+    def __init__(self, path: str) -> None:
+        self.opened.append(Path(path))
+        self._model = MLModel(path)
+
+    def get_spec(self):
+        from coremill.mil.loader import open_package
+
+        return open_package(self.opened[-1]).spec
+
+    def make_state(self):
+        return self._model.make_state()
+
+    def predict(self, data, state=None):
+        outputs = self._model.predict(data, state)
+        return {name: (array * array.dtype.type(1.001)).astype(array.dtype) for name, array in outputs.items()}
+
+
+def test_on_a_mac_the_distance_of_device_and_reference_is_told(mil, bundle, monkeypatch):
+    monkeypatch.setattr(selftest, "CoreMLToolsModel", FakeDevice)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    FakeDevice.opened.clear()
+    ended = mil("selftest")
+    assert ended.code == 0
+    assert "not_run" not in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 80
+    rows = [row.split() for row in ended.out.splitlines()]
+    assert rows[0] == ["package", "output", "max", "abs", "SQNR", "dB", "apart", "apart", "dB"]
+    (row,) = [row for row in rows if row[1:2] == ["layer_norm"]]
+    assert row[4] == "passed"
+    assert row[6] == "60.0"
+    assert len(FakeDevice.opened) == 8
+    assert not any(path.is_relative_to(bundle) for path in FakeDevice.opened)
+
+
+def test_a_package_that_core_ml_does_not_run_fails(mil, altered, monkeypatch):
+    def refuse(self, data, state=None):
+        raise RuntimeError("Error in declaring network.")
+
+    monkeypatch.setattr(selftest, "CoreMLToolsModel", FakeDevice)
+    monkeypatch.setattr(FakeDevice, "predict", refuse)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    ended = mil("selftest", altered)
+    assert ended.code == 3
+    assert "int8: package error: Core ML does not run int8: Error in declaring network.\n" in ended.out
+
+
+@pytest.mark.needs_macos
+def test_core_ml_itself(mil):
+    ended = mil("selftest")
+    assert ended.code == 0
+    assert "apart: Core ML from the reference" in ended.out
