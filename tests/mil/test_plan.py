@@ -149,7 +149,7 @@ def test_what_follows_from_shapes_is_kept_for_each_shape(plan_of):
     plan = plan_of(FLEXIBLE, _masked)
     assert "shape" in _types(plan.general)
     rng = np.random.default_rng(1)
-    for length in (3, 5, 3, 5):
+    for length in (3, 5, 3, 5, 3):
         x = rng.standard_normal((1, length, 4)).astype(np.float32)
         (found,) = plan.run([torch.from_numpy(x)])
         scores = np.where(np.tril(np.ones((length, length), np.bool_)), x @ x.swapaxes(1, 2), -np.inf)
@@ -175,11 +175,21 @@ def test_what_follows_from_values_is_not_kept(plan_of):
     ]
 
 
+def test_a_shape_that_comes_once_is_not_compiled_for(plan_of):
+    """As in decoding, where each token makes the cache longer."""
+    plan = plan_of(FLEXIBLE, _masked)
+    for length in range(2, 6):
+        plan.run([torch.ones(1, length, 4)])
+    assert list(plan._at_shapes.values()) == [None] * 4
+
+
 def test_only_so_many_shapes_are_kept(plan_of):
     plan = plan_of(FLEXIBLE, _masked)
     for length in range(2, 22):
         plan.run([torch.ones(1, length, 4)])
+        plan.run([torch.ones(1, length, 4)])
     assert len(plan._at_shapes) == 8
+    assert None not in plan._at_shapes.values()
 
 
 def test_every_value_has_its_declared_type(plan_of):

@@ -2,7 +2,7 @@
 
 Lowering does once what does not depend on values: attributes become Python values bound to their kernels,
 operations on constants are computed, dead operations dropped, and each value's last use found, after which it is
-freed. The first run at an input shape also finds what follows from shapes alone (sizes, masks cut to length, …);
+freed. The second run at an input shape also finds what follows from shapes alone (sizes, masks cut to length, …);
 later runs at that shape start with those values and skip the operations that gave them.
 """
 
@@ -165,7 +165,8 @@ class Plan:
         self.general = compile_graph(graph, target, self._wide, {})
         """The steps that run at any shape."""
         self._shape_only = _shape_only_slots(self.general)
-        self._at_shapes: OrderedDict[tuple[Any, ...], Section] = OrderedDict()
+        self._at_shapes: OrderedDict[tuple[Any, ...], Section | None] = OrderedDict()
+        """The section for each shape of the inputs; None for a shape that came once."""
 
     def run(self, arguments: Sequence[Any], observe: Observer | None = None) -> tuple[Any, ...]:
         """Values of the outputs for tensors (state cells where the function takes states); see Section.run.
@@ -179,15 +180,20 @@ class Plan:
         if section is not None:
             self._at_shapes.move_to_end(key)
             return section.run(arguments)
-        outputs, self._at_shapes[key] = self._run_and_specialize(arguments)
+        if key in self._at_shapes:
+            outputs, self._at_shapes[key] = self._run_and_specialize(arguments)
+            return outputs
+        # Compiled when a shape comes again: while a cache fills, each token has a shape of its own.
+        self._at_shapes[key] = None
         if len(self._at_shapes) > _SHAPES_KEPT:
             self._at_shapes.popitem(last=False)
-        return outputs
+        return self.general.run(arguments)
 
     def keeps(self, tensor: torch.Tensor) -> bool:
         """Whether a run that follows may read this tensor's memory."""
         address = tensor.untyped_storage().data_ptr()
-        return any(address in each.constant_storages for each in (self.general, *self._at_shapes.values()))
+        sections = (self.general, *self._at_shapes.values())
+        return any(address in each.constant_storages for each in sections if each is not None)
 
     def _run_and_specialize(self, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], Section]:
         """Run at a new shape, and compile for it with the shape-only values that came up as constants."""

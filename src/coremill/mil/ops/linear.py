@@ -12,8 +12,11 @@ from torch import Tensor
 
 from coremill.mil.ops.registry import Tensors, op
 
-_PIECE_ELEMENTS = 1 << 22
-"""Of a weight that is widened at once: 16 MiB of fp32. Smaller pieces are slower, larger ones gain nothing."""
+_PIECE_ELEMENTS = 1 << 21
+"""Of a weight that is widened at once: 8 MiB of fp32. Smaller pieces are slower, larger ones take more memory."""
+
+_BLOCK_ROWS = 512
+"""Rows of x that are widened and multiplied at once."""
 
 _FEW_ROWS = 4
 """Up to so many rows, reading the weight is most of the work, and fp16 is half of what fp32 is."""
@@ -56,12 +59,14 @@ def _half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if 0 < len(x) <= _FEW_ROWS and bias is None and x.device.type == "cpu":
         # torch's product of an fp16 matrix and one vector sums in fp32; its products of two matrices are slow here.
         return torch.cat([F.linear(x[row : row + 1], weight) for row in range(len(x))])
-    wide = x.float()
     product = torch.empty((len(x), len(weight)), dtype=torch.float16, device=x.device)
-    rows = max(1, _PIECE_ELEMENTS // max(1, weight.shape[1]))
-    for start in range(0, len(weight), rows):
-        piece = slice(start, start + rows)
-        product[:, piece] = _product(wide, weight[piece].float(), None if bias is None else bias[piece].float())
+    piece_rows = max(1, _PIECE_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, len(weight), piece_rows):
+        columns = slice(start, start + piece_rows)
+        wide_weight, wide_bias = weight[columns].float(), None if bias is None else bias[columns].float()
+        for first in range(0, len(x), _BLOCK_ROWS):
+            rows = slice(first, first + _BLOCK_ROWS)
+            product[rows, columns] = _product(x[rows].float(), wide_weight, wide_bias)
     return product
 
 
