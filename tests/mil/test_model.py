@@ -464,3 +464,40 @@ def test_a_digest_notices_a_flipped_bit_of_a_weight(converted, tmp_path):
         MLModel(tmp_path / "absent.mlpackage", expected_digest=recorded)
     with pytest.raises(ValueError, match="this model is in memory"):
         MLModel(converted, expected_digest=recorded)
+
+
+def test_one_state_passes_between_functions(tmp_path):
+    """As prefill and decode share a cache: one function adds to the state, the other adds it twice."""
+
+    def save(name, factor):
+        @mb.program(
+            input_specs=[mb.TensorSpec((2,), dtype=types.fp16), mb.StateTensorSpec((2,), dtype=types.fp16)],
+            opset_version=ct.target.iOS18,
+        )
+        def program(x, total):
+            summed = mb.add(x=mb.read_state(input=total), y=mb.mul(x=x, y=np.float16(factor)))
+            return mb.identity(x=mb.coreml_update_state(state=total, value=summed), name="y")
+
+        path = tmp_path / f"{name}.mlpackage"
+        ct.convert(
+            program,
+            minimum_deployment_target=ct.target.iOS18,
+            compute_precision=ct.precision.FLOAT32,
+            pass_pipeline=ct.PassPipeline.EMPTY,
+            skip_model_load=True,
+        ).save(str(path))
+        return str(path)
+
+    description = ct.utils.MultiFunctionDescriptor()
+    for name, factor in (("once", 1), ("twice", 2)):
+        description.add_function(save(name, factor), src_function_name="main", target_function_name=name)
+    description.default_function_name = "once"
+    both = tmp_path / "both.mlpackage"
+    ct.utils.save_multifunction(description, str(both))
+    once, twice = (MLModel(both, function_name=name) for name in ("once", "twice"))
+    state = once.make_state()
+    x = {"x": np.array([1, 10], np.float16)}
+    assert once.predict(x, state)["y"].tolist() == [1, 10]
+    assert twice.predict(x, state)["y"].tolist() == [3, 30]
+    assert once.predict(x, state)["y"].tolist() == [4, 40]
+    assert state.read("total").tolist() == [4, 40]
