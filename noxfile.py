@@ -309,7 +309,7 @@ CONFORMANCE = next(each for each in ENVIRONMENTS if each.name == f"tests-convert
 
 @nox.session(venv_backend="none", requires=[CONFORMANCE.session], tags=["check"], default=False)
 def conformance(session: nox.Session) -> None:
-    """coremltools' own operation tests against coremill.mil (half an hour; one that was stopped goes on)."""
+    """coremltools' own operation tests against coremill.mil (an hour; one that was stopped goes on)."""
     python = str(installed(ROOT)[CONFORMANCE.name].python)
     session.run(python, "-m", "tests.conformance", *session.posargs, env=SESSION_ENV, external=True)
 

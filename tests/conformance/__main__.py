@@ -4,7 +4,7 @@
     python -m tests.conformance --write               and write docs/CONFORMANCE.md, and the slice
     python -m tests.conformance -- -k TestLinear      what comes after -- is pytest's
 
-Results are kept by a digest of what they depend on: the evaluator, this folder and the versions.
+Results are kept by a digest of what they depend on: the evaluator, the plugin and the versions.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def main() -> int:
     )
     parser.add_argument("options", nargs="*", help="pytest's, after --")
     arguments = parser.parse_args()
+    if arguments.write and arguments.options:
+        parser.error("--write is for the whole suite: leave out what comes after --")
     results = arguments.results or results_path()
     results.parent.mkdir(parents=True, exist_ok=True)
     start = datetime.datetime.now(datetime.timezone.utc)

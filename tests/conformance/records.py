@@ -32,8 +32,15 @@ def append_record(path: Path, record: Record) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file; none where there is no file. A line that a stopped run left unfinished is dropped."""
+    """The records of a file; none where there is no file. A line that a stopped run left unfinished is not one."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
     return [msgspec.json.decode(line, type=Record) for line in lines[:-1]]
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Cut off what a stopped run left of its last line, so that the next record begins a line of its own."""
+    if path.exists():
+        content = path.read_bytes()
+        path.write_bytes(content[: content.rfind(b"\n") + 1])

@@ -164,6 +164,6 @@ def test_a_classifier_described_as_an_array(package):
     with pytest.raises(PackageError) as caught:
         describe_function(package, "main", read_function(package, "main"))
     assert str(caught.value) == (
-        "toy, function 'main': describes 'kind_probs' as float32 of rank 2\n"
+        "toy, function 'main': describes 'kind_probs' as float32 of shape [1, 4]\n"
         "  expected: what a classifier gives, as its program declares it"
     )

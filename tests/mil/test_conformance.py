@@ -1,6 +1,6 @@
 """coremltools' own operation tests with coremill.mil in Core ML's place: a slice of them, and the accounting.
 
-The whole suite is `nox -s conformance`; its table is docs/CONFORMANCE.md.
+The whole suite is `nox -s conformance`, which writes the table by operation.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.conformance.__main__ import HERE, PAGE, ROOT, SLICE, run_suite, suite_folder
-from tests.conformance.records import Record, append_record, read_records
+from tests.conformance.__main__ import HERE, ROOT, SLICE, run_suite, suite_folder
+from tests.conformance.records import Record, append_record, drop_unfinished_line, read_records
 from tests.conformance.table import exceptions, markdown, rows, smallest_slice, totals
 
 from coremill.mil.ops.registry import supported_operations
@@ -82,6 +82,10 @@ def test_a_line_that_was_cut_is_run_again(tmp_path):
     append_record(path, RECORDS[1])
     path.write_bytes(path.read_bytes()[:-9])
     assert read_records(path) == RECORDS[:1]
+    drop_unfinished_line(path)
+    append_record(path, RECORDS[2])
+    assert read_records(path) == [RECORDS[0], RECORDS[2]]
+    drop_unfinished_line(tmp_path / "none.jsonl")
     assert read_records(tmp_path / "none.jsonl") == []
 
 
@@ -104,8 +108,17 @@ def test_a_slice_that_covers_every_operation_passes(tmp_path):
     assert set(supported_operations()) - covered == UNTESTED
 
 
-UNTESTED: set[str] = set()
-"""Operations for which coremltools has no test that compares numbers; tests/mil/ops has its own."""
+UNTESTED = {
+    "ceil",
+    "classify",
+    "conv_quantized",
+    "logical_and",
+    "logical_not",
+    "logical_or",
+    "logical_xor",
+    "non_maximum_suppression",  # its tests need TensorFlow for what they expect
+}
+"""Operations that no test of the suite compares in an ML Program here; tests/mil/ops has its own for each."""
 
 
 BROKEN = """
@@ -137,9 +150,3 @@ def arguments(results: Path, test: str) -> list[str]:
         *("-p", "tests.conformance.plugin", "--conformance-results", str(results)),
         str(suite_folder() / test),
     ]
-
-
-def test_the_page_is_of_this_suite():
-    page = PAGE.read_text(encoding="utf-8")
-    for operation in supported_operations():
-        assert f"| {operation} |" in page

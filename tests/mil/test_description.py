@@ -17,6 +17,7 @@ from coremill.mil.description import (
 )
 from coremill.mil.graph import read_function
 from coremill.mil.loader import Package, open_package
+from coremill.mil.values import STRING
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_an_interface(package):
 def test_another_name(package):
     package.spec.description.input[0].name = "z"
     assert _package_error(package) == (
-        "toy, function 'main': describes the inputs and states ['z']\n  expected: those of its program, ['x']"
+        "toy, function 'main': describes the inputs ['z']\n  expected: those of its program, ['x']"
     )
 
 
@@ -62,10 +63,49 @@ def test_another_type(package):
     array = package.spec.description.input[0].type.multiArrayType
     array.dataType = FeatureTypes_pb2.ArrayFeatureType.INT32
     assert _package_error(package) == (
-        "toy, function 'main': describes 'x' as int32 of rank 2\n  expected: fp32[2, 3], as its program declares it"
+        "toy, function 'main': describes 'x' as int32 of shape [2, 3]\n"
+        "  expected: fp32[2, 3], as its program declares it"
     )
     array.dataType = 7
     assert _package_error(package) == "toy, function 'main': 'x' is of data type number 7"
+
+
+def test_other_sizes_than_the_programs(build, package):
+    """Where both fix a size it must be the same; the description may leave one open."""
+    array = package.spec.description.input[0].type.multiArrayType
+    array.shape[:] = [7, 3]
+    assert _package_error(package) == (
+        "toy, function 'main': describes 'x' as float32 of shape [7, 3]\n"
+        "  expected: fp32[2, 3], as its program declares it"
+    )
+    array.shape[:] = [2, 3, 1]
+    assert "describes 'x' as float32 of shape [2, 3, 1]" in _package_error(package)
+    del array.shape[:]
+    for least, greatest in ((2, 2), (4, 4)):
+        array.shapeRange.sizeRanges.add(lowerBound=least, upperBound=greatest)
+    assert "describes 'x' as float32 of shape [2, 4]" in _package_error(package)
+    array.shapeRange.sizeRanges[1].lowerBound = 1
+    assert _describe(package).inputs[0].shape == (2, None)
+    package.spec.description.output[0].type.multiArrayType.shape[:] = [2, 9]
+    assert "describes 'y' as float32 of shape [2, 9]" in _package_error(package)
+
+
+def test_a_state_is_described_as_one(package):
+    (feature,) = package.spec.description.input
+    state = package.spec.description.state.add(name="x")
+    state.type.stateType.arrayType.CopyFrom(feature.type.multiArrayType)
+    assert _package_error(package) == (
+        "toy, function 'main': describes the states ['x']\n  expected: those of its program, []"
+    )
+    del package.spec.description.input[:]
+    assert "describes the inputs []\n  expected: those of its program, ['x']" in _package_error(package)
+
+
+def test_an_input_that_is_no_tensor(package):
+    package.spec.mlProgram.functions["main"].inputs.add(name="text").type.tensorType.dataType = STRING
+    assert _package_error(package) == (
+        "toy, function 'main': an input of its program is neither a tensor nor a state"
+    )
 
 
 def test_shapes_of_different_ranks(package):

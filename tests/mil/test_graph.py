@@ -12,7 +12,9 @@ from coremill.core.errors import PackageError, UnsupportedOperationError
 from coremill.mil.graph import read_function
 from coremill.mil.loader import Package, open_package
 from coremill.mil.ops.registry import supported_operations
-from coremill.mil.values import STRING
+from coremill.mil.plan import Target
+from coremill.mil.program import Program
+from coremill.mil.values import STRING, Numerics
 
 X = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
 INPUTS = {"x": X}
@@ -206,3 +208,107 @@ def test_a_string_for_a_tensor(package):
     text = _operation(package, "const").outputs[0].name
     _operation(package, "linear").inputs["weight"].arguments[0].name = text
     assert _package_error(package) == "toy: operation 'product' (linear): its input 'weight' is no tensor"
+
+
+def test_a_value_defined_twice(package):
+    """By an operation, by a constant, and by an input."""
+    first, second = _operation(package, "linear"), _operation(package, "softmax")
+    name = second.outputs[0].name
+    second.outputs[0].name = first.outputs[0].name
+    expected = "toy: value 'product' is defined twice\n  expected: one definition a block"
+    assert _package_error(package) == expected
+    second.outputs[0].name = name
+    constant = _operation(package, "const").outputs[0]
+    constant.name = "x"
+    assert "value 'x' is defined twice" in _package_error(package)
+    function = package.spec.mlProgram.functions["main"]
+    function.inputs.add().CopyFrom(function.inputs[0])
+    assert "value 'x' is defined twice" in _package_error(package)
+
+
+def test_more_outputs_than_an_operation_has(package):
+    outputs = _operation(package, "softmax").outputs
+    outputs.add().CopyFrom(outputs[0])
+    outputs[1].name = "second"
+    assert _package_error(package) == (
+        "toy: operation 'share' (softmax): its outputs are ['tensor', 'tensor']\n  expected: one tensor"
+    )
+    del outputs[:]
+    assert "(softmax): its outputs are []\n  expected: one tensor" in _package_error(package)
+
+
+@pytest.mark.parametrize("sizes", [[2**63], [2**64 - 1, 0], [0, 2**64 - 1], [2**32, 2**31], [2**62, 2, 0]], ids=str)
+@pytest.mark.parametrize("of_constant", [True, False])
+def test_sizes_beyond_any_tensor(package, sizes, of_constant):
+    if of_constant:
+        tensor = _operation(package, "const").attributes["val"].type.tensorType
+    else:
+        tensor = _operation(package, "softmax").outputs[0].type.tensorType
+    del tensor.dimensions[:]
+    for size in sizes:
+        tensor.dimensions.add().constant.size = size
+    message = _package_error(package)
+    assert f"is of sizes {sizes}\n  expected: sizes whose product is at most {2**63 - 1}" in message
+
+
+@pytest.fixture
+def with_list(build):
+    model = build(
+        {"x": np.ones(2, np.float32)},
+        lambda x: mb.list_read(
+            ls=mb.list_write(ls=mb.make_list(init_length=2, elem_shape=(2,), dtype="fp32"), index=0, value=x),
+            index=0,
+        ),
+    )
+    return Package("toy", model.get_spec(), open_package(model).weights)
+
+
+def test_a_list_declared_as_a_tensor(with_list):
+    read, written = (_operation(with_list, each).outputs[0].type for each in ("list_read", "list_write"))
+    kept = written.SerializeToString()
+    written.CopyFrom(read)
+    assert "(list_write): its outputs are ['tensor']\n  expected: one list" in _package_error(with_list)
+    written.ParseFromString(kept)
+    read.CopyFrom(written)
+    assert "(list_read): its outputs are ['list']\n  expected: one tensor" in _package_error(with_list)
+
+
+def test_blocks_of_other_values_than_their_operation(build):
+    def body(x):
+        return mb.while_loop(
+            _cond=lambda i, y: mb.less(x=i, y=np.float32(3)),
+            _body=lambda i, y: (mb.add(x=i, y=np.float32(1)), mb.mul(x=y, y=np.float32(2))),
+            loop_vars=(np.float32(0), mb.cond(pred=True, _true_fn=lambda: mb.relu(x=x), _false_fn=lambda: x)),
+        )
+
+    model = build({"x": np.ones(2, np.float32)}, body)
+    edits = {
+        "while_loop": [
+            lambda loop: loop.inputs["loop_vars"].arguments.pop(),
+            lambda loop: loop.outputs.pop(),
+            lambda loop: loop.blocks[0].outputs.append(loop.blocks[0].outputs[0]),
+            lambda loop: loop.blocks[1].outputs.pop(),
+            lambda loop: loop.blocks[1].inputs.pop(),
+        ],
+        "cond": [
+            lambda branch: branch.outputs.pop(),
+            lambda branch: branch.blocks[1].outputs.pop(),
+            lambda branch: branch.inputs["pred"].arguments.pop(),
+        ],
+    }
+    for op_type, changes in edits.items():
+        for change in changes:
+            package = Package("toy", model.get_spec(), open_package(model).weights)
+            read_function(package, "main")
+            change(_operation(package, op_type))
+            assert _package_error(package).startswith("toy: ")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_attribute_that_is_no_integer(package, value):
+    axes = _operation(package, "reduce_mean").inputs["axes"].arguments[0].name
+    constant = next(each for each in _block(package).operations if each.outputs[0].name == axes)
+    constant.attributes["val"].type.tensorType.dataType = 11
+    constant.attributes["val"].immediateValue.tensor.floats.values[:] = [value]
+    with pytest.raises(PackageError, match=r"operation 'y' \(reduce_mean\): input 'axes': (nan|inf) is no int"):
+        Program(package, "main").plan(Target(Numerics.DECLARED))

@@ -82,12 +82,40 @@ def test_a_manifest_without_a_root_model(package, content):
     assert "Manifest.json: names no root model" in _refusal(package)
 
 
-def test_a_root_model_outside_the_package(package):
+def _name_root_model(package, name):
     manifest_path = _parts(package)[0]
     manifest = json.loads(manifest_path.read_text())
-    manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = "../../elsewhere.mlmodel"
+    manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = name
     manifest_path.write_text(json.dumps(manifest))
-    assert "the root model's path '../../elsewhere.mlmodel' leaves the package" in _refusal(package)
+
+
+def test_a_root_model_outside_the_package(package, tmp_path):
+    """Also where the path comes back in, or a model lies at its end."""
+    outside = tmp_path / "elsewhere.mlmodel"
+    shutil.copy(_parts(package)[1], outside)
+    for name in ("../../elsewhere.mlmodel", str(outside), "../Data/com.apple.CoreML/model.mlmodel"):
+        _name_root_model(package, name)
+        assert f"the root model's path {name!r} leaves the package" in _refusal(package)
+
+
+@pytest.mark.parametrize("name", ["", "com.apple.CoreML", "a\0b", "a" * 5000, "\ud800"])
+def test_a_root_model_that_is_no_file(package, name):
+    _name_root_model(package, name)
+    assert "not a Core ML model (" in _refusal(package)
+
+
+def test_symbolic_links_are_followed(package, tmp_path):
+    """As in a download cache, whose snapshots link each file to where its content lies."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    expected = MLModel(package).predict({"x": X})["y"]
+    for position, part in enumerate(_parts(package)):
+        shutil.move(part, blobs / str(position))
+        part.symlink_to(os.path.relpath(blobs / str(position), part.parent))
+    linked = tmp_path / "linked.mlpackage"
+    linked.symlink_to(package)
+    for path in (package, linked):
+        np.testing.assert_array_equal(MLModel(path).predict({"x": X})["y"], expected)
 
 
 def test_no_model_file(package):
@@ -174,3 +202,20 @@ def test_nothing_of_coremltools_reaches_the_user(package):
     )
     lines = [line for line in (run.stdout + run.stderr).splitlines() if "Failed to load" in line]
     assert lines == ["Failed to load _MLModelProxy: said later"]
+
+
+def test_a_weight_file_that_is_cut_after_it_was_opened(package):
+    """Reading what is no longer there would kill the interpreter."""
+    model, other = MLModel(package), MLModel(package)
+    (weights,) = package.rglob("weight.bin")
+    size = weights.stat().st_size
+    with weights.open("r+b") as file:
+        file.truncate(64)
+    data = {spec.name: np.zeros(spec.supported_shapes[0], spec.dtype) for spec in model.inputs}
+    with pytest.raises(PackageError) as caught:
+        model.predict(data)
+    assert caught.value.found == f"{weights}: the weight file has 64 bytes, and had {size} when it was opened"
+    with weights.open("r+b") as file:
+        file.truncate(size)  # zeros now, and no longer a danger
+    weights.unlink()
+    assert other.predict(data)

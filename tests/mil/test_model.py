@@ -402,6 +402,48 @@ class TestStates:
         assert state.read("kept").tolist() == [1.0]
 
 
+def test_a_state_of_another_mode_is_refused(counter):
+    declared, oracle = MLModel(counter), MLModel(counter, mode="oracle")
+    with pytest.raises(PredictionInputError) as caught:
+        declared.predict({"x": np.array([1, 2, 3], np.float16)}, oracle.make_state())
+    assert str(caught.value) == (
+        "state 'total' is float32[3] on cpu\n"
+        "  expected: float16[3] on cpu, from make_state() of a model of this mode and device"
+    )
+
+
+def test_outputs_share_no_memory(build):
+    """Two outputs of one tensor: writing to one leaves the other."""
+    inputs = {"x": np.arange(4, dtype=np.float32)}
+
+    def body(x):
+        y = mb.mul(x=x, y=np.float32(2), name="y")
+        return y, mb.reshape(x=y, shape=[2, 2], name="z")
+
+    outputs = MLModel(build(inputs, body)).predict(inputs)
+    assert not np.shares_memory(outputs["y"], outputs["z"])
+    outputs["y"][:] = -1
+    assert outputs["z"].tolist() == [[0, 2], [4, 6]]
+
+
+def test_a_callers_settings_change_no_number(build):
+    """Autocast and reduced precision of products are the caller's, and come back."""
+    rng = np.random.default_rng(5)
+    inputs = {"x": rng.standard_normal((8, 64)).astype(np.float32)}
+    weight = rng.standard_normal((64, 64)).astype(np.float32)
+    model = MLModel(build(inputs, lambda x: mb.matmul(x=x, y=weight, name="y")))
+    expected = model.predict(inputs)["y"]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            np.testing.assert_array_equal(model.predict(inputs)["y"], expected)
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_functions_of_one_package(tmp_path, build):
     """Two functions saved together; one by default, each by name."""
     for name, factor in (("double", np.float32(2)), ("triple", np.float32(3))):

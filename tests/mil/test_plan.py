@@ -10,17 +10,17 @@ import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813
 
 from coremill.core.errors import PackageError
-from coremill.mil import MLModel
+from coremill.mil import MLModel, plan
 from coremill.mil.graph import read_function
 from coremill.mil.loader import open_package
-from coremill.mil.plan import Plan, Target, WideConstants
-from coremill.mil.values import Numerics
+from coremill.mil.plan import Plan, Target
+from coremill.mil.values import FP16, Numerics
 
 
 @pytest.fixture
 def plan_of(build):
-    def make(inputs, body, numerics=Numerics.DECLARED, wide=None):
-        return Plan(read_function(open_package(build(inputs, body)), "main"), Target(numerics), wide)
+    def make(inputs, body, numerics=Numerics.DECLARED, ios=18):
+        return Plan(read_function(open_package(build(inputs, body, ios=ios)), "main"), Target(numerics))
 
     return make
 
@@ -120,12 +120,14 @@ def test_a_weight_used_twice_is_widened_once(plan_of):
     assert sum(each.shape == (64, 64) for each in wide) == 1
 
 
-def test_beyond_the_limit_weights_are_widened_in_use(plan_of):
+def test_beyond_the_limit_weights_are_widened_in_use(plan_of, monkeypatch):
     inputs = {"x": np.linspace(-1, 1, 64, dtype=np.float16).reshape(1, 64)}
     weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16)
     body = lambda x: mb.matmul(x=x, y=weight)  # noqa: E731
     x = [torch.from_numpy(inputs["x"])]
-    kept, not_kept = plan_of(inputs, body), plan_of(inputs, body, wide=WideConstants(limit_bytes=1000))
+    kept = plan_of(inputs, body)
+    monkeypatch.setattr(plan, "WIDE_CONSTANT_BYTES", 1000)
+    not_kept = plan_of(inputs, body)
     assert not any(
         isinstance(each, torch.Tensor) and each.shape == (64, 64) and each.dtype == torch.float32
         for each in not_kept.general.template
@@ -173,6 +175,58 @@ def test_what_follows_from_values_is_not_kept(plan_of):
         [2, 1],
         [3, 1],
     ]
+
+
+def _storages(section, shape):
+    """Addresses of the section's constants of a shape."""
+    return {
+        value.untyped_storage().data_ptr()
+        for value in section.template
+        if isinstance(value, torch.Tensor) and value.shape == shape
+    }
+
+
+@pytest.mark.parametrize("numerics", [Numerics.DECLARED, Numerics.ORACLE, Numerics.ORACLE_FP64])
+def test_sections_for_shapes_share_what_is_constant(plan_of, numerics):
+    """A weight that is decompressed and one that a mode widens; both as the general section has them."""
+    codes = np.random.default_rng(2).integers(-8, 8, (48, 4)).astype(np.int8)
+    weight = np.random.default_rng(2).standard_normal((4, 48)).astype(np.float16)
+
+    def body(x):
+        decompressed = mb.constexpr_affine_dequantize(
+            quantized_data=codes, zero_point=np.int8(0), scale=np.float16(0.1), axis=np.int32(0)
+        )
+        mask = mb.cast(x=mb.shape(x=x), dtype="fp16")
+        y = mb.matmul(x=mb.linear(x=x, weight=decompressed), y=weight, transpose_y=True)
+        return mb.mul(x=y, y=mb.reduce_sum(x=mask, keep_dims=False))
+
+    made = plan_of({"x": ((1, (1, 32), 4), np.float16)}, body, numerics, ios=16)
+    for length in (2, 3, 5, 2, 3, 5):
+        made.run([torch.ones(1, length, 4, dtype=numerics.storage(FP16))])
+    sections = [made.general, *made._at_shapes.values()]
+    assert len(sections) == 4
+    for shape in ((48, 4), (4, 48)):
+        found = {frozenset(_storages(section, shape)) for section in sections}
+        assert len(found) == 1
+        assert found != {frozenset()}
+
+
+def test_copies_do_not_pile_up_as_shapes_come_and_go(plan_of):
+    table = np.random.default_rng(4).standard_normal((64, 4)).astype(np.float16)
+
+    def body(x):
+        length = mb.slice_by_index(x=mb.shape(x=x), begin=[1], end=[2])
+        part = mb.slice_by_index(x=table, begin=[0, 0], end=mb.concat(values=[length, np.int32([4])], axis=0))
+        return mb.matmul(x=x, y=part, transpose_y=True)
+
+    made = plan_of({"x": ((1, (1, 64), 4), np.float16)}, body)
+    sizes = []
+    for _ in range(3):
+        for length in range(1, 21):
+            for _ in range(2):
+                made.run([torch.ones(1, length, 4, dtype=torch.float16)])
+        sizes.append(len(made._lasting.constants._copies))
+    assert sizes[0] == sizes[1] == sizes[2]
 
 
 def test_a_shape_that_comes_once_is_not_compiled_for(plan_of):

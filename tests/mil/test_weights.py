@@ -140,6 +140,14 @@ def test_other_content(stored):
         _read(root, 64)
 
 
+def test_a_symbolic_link_is_followed(stored):
+    root, offsets = stored
+    path = root / "weights" / "weight.bin"
+    path.rename(root / "blob")
+    path.symlink_to("../blob")
+    assert _read(root, offsets["fp32"]).tolist() == ARRAYS["fp32"].tolist()
+
+
 @pytest.mark.parametrize("name", ["@model_path/../weight.bin", "/etc/passwd", "weight.bin", "@model_path"])
 def test_a_name_that_leaves_the_package(stored, name):
     root, _ = stored

@@ -194,12 +194,15 @@ def describe_function(package: Package, function_name: str, graph: Graph) -> Fun
     source = next((each for each in description.functions if each.name == function_name), description)
     where = f"{package.name}, function {function_name!r}"
     declared = {graph.names[slot]: graph.types[slot] for slot in graph.inputs if slot in graph.types}
-    described = {each.name for each in [*source.input, *source.state]}
-    if described != set(declared):
-        raise PackageError(
-            f"{where}: describes the inputs and states {sorted(described)}",
-            expected=f"those of its program, {sorted(declared)}",
-        )
+    for features, what, kind in ((source.input, "inputs", "tensor"), (source.state, "states", "state")):
+        described = sorted(each.name for each in features)
+        names = sorted(graph.names[slot] for slot in graph.inputs if graph.kind_of(slot) == kind)
+        if described != names:
+            raise PackageError(
+                f"{where}: describes the {what} {described}", expected=f"those of its program, {names}"
+            )
+    if len(declared) != len(graph.inputs):
+        raise PackageError(f"{where}: an input of its program is neither a tensor nor a state")
     returned = {graph.names[slot]: graph.types.get(slot) for slot in graph.outputs}
     classified = {graph.names[slot] for node in graph.nodes if node.op_type == "classify" for slot in node.outputs}
     inputs = _Reader(declared, frozenset(), where)
@@ -312,6 +315,7 @@ class _Reader:
             tensor = TensorSpec(name, dtype, _fixed(ranges), size_ranges=ranges)
         else:
             tensor = TensorSpec(name, dtype, default)
+        self._check_sizes(tensor)
         return ImageSpec(color_space, tensor)
 
     def _distinct(self, name: str, listed: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
@@ -327,16 +331,27 @@ class _Reader:
 
     def _checked(self, spec: TensorSpec) -> TensorSpec:
         value_type = self._types[spec.name]
-        if (
-            value_type is None
-            or _ELEMENT_NAMES[spec.dtype] != value_type.element.name
-            or len(spec.shape) != len(value_type.shape or SCALAR_SHAPE)
-        ):
-            raise PackageError(
-                f"{self._where}: describes {spec.name!r} as {spec.dtype} of rank {len(spec.shape)}",
-                expected=f"{value_type or 'what a classifier gives'}, as its program declares it",
-            )
+        if value_type is None or _ELEMENT_NAMES[spec.dtype] != value_type.element.name:
+            raise self._contradiction(spec)
+        self._check_sizes(spec)
         return spec
+
+    def _check_sizes(self, spec: TensorSpec) -> None:
+        """Sizes that both the description and the program fix must be the same."""
+        value_type = self._types[spec.name]
+        assert value_type is not None, "the type is checked before"
+        declared = value_type.shape or SCALAR_SHAPE
+        if len(spec.shape) != len(declared) or any(
+            None not in (size, own) and size != own for size, own in zip(spec.shape, declared, strict=True)
+        ):
+            raise self._contradiction(spec)
+
+    def _contradiction(self, spec: TensorSpec) -> PackageError:
+        sizes = ", ".join("?" if size is None else str(size) for size in spec.shape)
+        return PackageError(
+            f"{self._where}: describes {spec.name!r} as {spec.dtype} of shape [{sizes}]",
+            expected=f"{self._types[spec.name] or 'what a classifier gives'}, as its program declares it",
+        )
 
 
 def _size_range(bounds: Any) -> tuple[int, int | None]:

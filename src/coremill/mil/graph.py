@@ -6,6 +6,7 @@ signatures decide which inputs of an operation are tensors and which are attribu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,9 @@ NONE_SLOT = 0
 BRANCH = "cond"
 LOOP = "while_loop"
 
+_MOST_ELEMENTS = 2**63 - 1
+"""torch counts in int64."""
+
 _IOS_VERSION = {"CoreML5": 15, "CoreML6": 16, "CoreML7": 17, "CoreML8": 18, "CoreML9": 26}
 """Operation set of a function to the iOS version that introduced it; coremltools' `_OPSET`."""
 
@@ -47,6 +51,10 @@ class Block:
 
     graph: Graph
     captured: tuple[int, ...]
+
+    @property
+    def own_inputs(self) -> tuple[int, ...]:
+        return self.graph.inputs[: len(self.graph.inputs) - len(self.captured)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,8 @@ class Graph:
     """By slot; the first is :data:`NONE_SLOT`."""
     types: dict[int, TensorType] = field(default_factory=dict)
     """Declared types of tensors by slot; a state's is the type of its tensor."""
+    states: set[int] = field(default_factory=set)
+    """Slots of states."""
     list_types: dict[int, ListType] = field(default_factory=dict)
     """Declared types of lists by slot."""
     constants: dict[int, Any] = field(default_factory=dict)
@@ -106,6 +116,17 @@ class Graph:
     def type_of(self, slot: int) -> TensorType | ListType | None:
         """A value's declared type; None for a string or a dictionary."""
         return self.types.get(slot) or self.list_types.get(slot)
+
+    def kind_of(self, slot: int) -> str:
+        """What a value is: "tensor", "list" or "state", or "value" for a string or a dictionary."""
+        if slot in self.list_types:
+            return "list"
+        if slot not in self.types:
+            return "value"
+        return "state" if slot in self.states else "tensor"
+
+    def kinds_of(self, slots: tuple[int, ...]) -> list[str]:
+        return [self.kind_of(slot) for slot in slots]
 
 
 def read_function(package: Package, function_name: str) -> Graph:
@@ -172,6 +193,7 @@ def declared_type(value_type: Any, where: str) -> TensorType | ListType | None:
     None for a string, a list of them or a dictionary.
 
     Raises:
+        PackageError: its sizes are beyond what any tensor has.
         UnsupportedOperationError: an element type that no operation takes.
     """
     kind = value_type.WhichOneof("type")
@@ -192,6 +214,12 @@ def declared_type(value_type: Any, where: str) -> TensorType | ListType | None:
         int(dimension.constant.size) if dimension.WhichOneof("dimension") == "constant" else None
         for dimension in tensor.dimensions
     )
+    # Each size for itself too: a tensor without elements has its other sizes all the same.
+    if math.prod(size for size in shape if size) > _MOST_ELEMENTS:
+        raise PackageError(
+            f"{where} is of sizes {[size for size in shape if size is not None]}",
+            expected=f"sizes whose product is at most {_MOST_ELEMENTS}",
+        )
     return TensorType(ELEMENT_TYPES[tensor.dataType], shape)
 
 
@@ -230,7 +258,7 @@ def read_value(value: Any, weights: WeightStore, where: str) -> tuple[Any, Tenso
         if kind == "bytes":
             return tensor_from_bytes(numbers, value_type.element, shape), value_type
         return tensor_from_numbers(numbers, value_type.element, shape), value_type
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError) as error:
         raise PackageError(f"{where}, a constant of type {value_type}: {error}") from error
 
 
@@ -252,14 +280,24 @@ class _BlockReader:
         for operation in block.operations:
             self._read_operation(operation)
         graph.outputs = tuple(self._resolve(name, "the block's output") for name in block.outputs)
+        for slot in graph.outputs:
+            if slot in graph.states:
+                raise PackageError(f"{self._where}a block's output is the state {graph.names[slot]!r}")
         graph.inputs = own + tuple(self.captured)
         return graph
 
     def _define(self, named: Any) -> int:
         value_type = declared_type(named.type, f"{self._where}value {named.name!r}")
         slot = self._graph.new_slot(named.name, value_type)
-        self._slots[named.name] = slot
+        if named.type.WhichOneof("type") == "stateType":
+            self._graph.states.add(slot)
+        self._name(named.name, slot)
         return slot
+
+    def _name(self, name: str, slot: int) -> None:
+        if name in self._slots:
+            raise PackageError(f"{self._where}value {name!r} is defined twice", expected="one definition a block")
+        self._slots[name] = slot
 
     def _lookup(self, name: str) -> int | None:
         """The slot of a value of this block or, captured, of one around it."""
@@ -270,6 +308,8 @@ class _BlockReader:
             outer = self._outer._graph
             slot = self._graph.new_slot(name, outer.type_of(outer_slot))
             self._slots[name] = slot
+            if outer_slot in outer.states:
+                self._graph.states.add(slot)
             if outer_slot in outer.constants:
                 self._graph.constants[slot] = outer.constants[outer_slot]
             else:
@@ -297,7 +337,7 @@ class _BlockReader:
             if "val" not in operation.attributes or len(operation.outputs) != 1:
                 raise PackageError(f"{self._where}constant {name!r} has no value", expected="an attribute 'val'")
             output = operation.outputs[0].name
-            self._slots[output] = self._constant(operation.attributes["val"], output)
+            self._name(output, self._constant(operation.attributes["val"], output))
             return
         arguments = self._arguments(operation, name)
         if operation.type in (BRANCH, LOOP):
@@ -333,9 +373,8 @@ class _BlockReader:
                 raise PackageError(f"{where} lacks its input {parameter.name!r}")
             if slots is not None and len(slots) != 1 and not parameter.is_list:
                 raise PackageError(f"{where}: {len(slots)} values for input {parameter.name!r}", expected="one")
-            declared = self._graph.list_types if parameter.is_list_value else self._graph.types
-            if slots is not None and not declared.keys() >= set(slots):
-                kind = "list" if parameter.is_list_value else "tensor"
+            kind = "list" if parameter.is_list_value else "state" if parameter.is_state else "tensor"
+            if any(self._graph.kind_of(slot) != kind for slot in slots or ()):
                 raise PackageError(f"{where}: its input {parameter.name!r} is no {kind}")
             tensors.append((NONE_SLOT,) if slots is None else slots)
         for attribute in definition.attributes.values():
@@ -347,6 +386,12 @@ class _BlockReader:
                 f"{where} has the inputs {unknown}",
                 expected=f"of {[each.name for each in definition.tensors] + sorted(definition.attributes)}",
             )
+        outputs = tuple(self._define(output) for output in operation.outputs)
+        if not definition.returns_tuple:
+            kind = "list" if definition.returns_list_value else "tensor"
+            found = self._graph.kinds_of(outputs)
+            if found != [kind]:
+                raise PackageError(f"{where}: its outputs are {found}", expected=f"one {kind}")
         return Node(
             operation.type,
             name,
@@ -354,7 +399,7 @@ class _BlockReader:
             tuple(tensors),
             tuple(parameter.is_list for parameter in definition.tensors),
             arguments,
-            tuple(self._define(output) for output in operation.outputs),
+            outputs,
         )
 
     def _structured_node(self, operation: Any, name: str, arguments: dict[str, tuple[int, ...]]) -> Node:
@@ -365,6 +410,7 @@ class _BlockReader:
                 f"{len(operation.blocks)} blocks",
                 expected=f"the input {expected.pop()!r} and 2 blocks",
             )
+        where = f"{self._where}operation {name!r} ({operation.type})"
         blocks = []
         for block in operation.blocks:
             reader = _BlockReader(self._weights, Graph(self._graph.ios_version), self._where, self)
@@ -372,5 +418,24 @@ class _BlockReader:
             blocks.append(Block(graph, tuple(reader.captured.values())))
         (slots,) = arguments.values()
         outputs = tuple(self._define(output) for output in operation.outputs)
+        self._check_structure(where, operation.type, slots, outputs, blocks)
         tensors = (slots, *(block.captured for block in blocks))
         return Node(operation.type, name, None, tensors, (True, True, True), {}, outputs, tuple(blocks))
+
+    def _check_structure(
+        self, where: str, op_type: str, slots: tuple[int, ...], outputs: tuple[int, ...], blocks: list[Block]
+    ) -> None:
+        """The blocks take and give what the operation does: as many values, each of its kind."""
+        given = self._graph.kinds_of(slots)
+        results = self._graph.kinds_of(outputs)
+        taken = [block.graph.kinds_of(block.own_inputs) for block in blocks]
+        returned = [block.graph.kinds_of(block.graph.outputs) for block in blocks]
+        if op_type == BRANCH:
+            fits = given == ["tensor"] and taken == [[], []] and returned == [results, results]
+        else:
+            fits = taken == [given, given] and returned == [["tensor"], given] and results == given
+        if not fits:
+            raise PackageError(
+                f"{where} takes {given} and gives {results}, its blocks take {taken} and give {returned}",
+                expected="blocks that take and give what the operation does",
+            )

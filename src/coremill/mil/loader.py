@@ -3,6 +3,9 @@
 A package is a `Manifest.json` that lists items under `Data/` and names one of them as the root model; the root
 model is a serialized `Model` message (coremltools' protobuf definitions), its weight files lie beside it.
 
+The paths that a package's own texts name must stay inside it: none is absolute or goes up by `..`. Symbolic links
+are followed wherever they lead: whoever laid the files out made them, and a download cache is full of them.
+
 The program is read from those messages themselves. coremltools' own reader (`frontend.milproto.load`) builds its
 converter's graph from them, which copies every weight and re-infers every type; see `coremill.mil.program`.
 """
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package apart
@@ -78,20 +81,20 @@ def _root_model(package: Path) -> Path:
         ) from error
     if not isinstance(relative, str):
         raise PackageError(f"{manifest_path}: the root model's path is {relative!r}", expected="a string")
-    model_path = package / "Data" / relative
-    if not model_path.resolve().is_relative_to(package.resolve()):
+    named = PurePosixPath(relative)
+    if named.is_absolute() or ".." in named.parts:
         raise PackageError(
             f"{manifest_path}: the root model's path {relative!r} leaves the package", expected="a path inside it"
         )
-    if not model_path.is_file():
-        raise PackageError(f"{model_path}: the root model is missing", expected=_SAVED)
-    return model_path
+    return package / "Data" / named
 
 
 def _read_spec(path: Path) -> Any:
     spec = Model_pb2.Model()
     try:
         spec.ParseFromString(path.read_bytes())
-    except (DecodeError, OSError) as error:
+    except FileNotFoundError as error:
+        raise PackageError(f"{path}: the root model is missing", expected=_SAVED) from error
+    except (DecodeError, OSError, ValueError) as error:  # ValueError: a name that no file can have.
         raise PackageError(f"{path}: not a Core ML model ({error})", expected=_SAVED) from error
     return spec

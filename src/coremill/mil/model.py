@@ -122,18 +122,7 @@ class MLModel:
 
     def make_state(self) -> State:
         """A new state, every element 0."""
-        graph = self.program.graph
-        types = {graph.names[slot]: graph.types[slot] for slot in graph.inputs}
-        return State(
-            {
-                spec.name: torch.zeros(
-                    tuple(size or 0 for size in spec.shape),
-                    dtype=self._target.numerics.storage(types[spec.name].element),
-                    device=self._target.device,
-                )
-                for spec in self.states
-            }
-        )
+        return State({name: tensor.contiguous() for name, tensor in self._empty_states().items()})
 
     def predict(
         self, data: Mapping[str, Any], state: State | None = None, *, observe: Observer | None = None
@@ -141,8 +130,9 @@ class MLModel:
         """Run the function.
 
         Args:
-            data: an array for each input. An integer array of any type is taken for an int32 input, and a
-                floating-point one of any type for a float input, if every value fits; nothing else is converted.
+            data: an array for each input. An integer array of any type is taken for an int32 input if every value
+                fits, and a floating-point one of any type for a float input, rounded as IEEE says (beyond the
+                type's range to an infinity); nothing else is converted.
                 For an image a PIL image of mode RGB (color spaces RGB and BGR), L (GRAYSCALE) or F
                 (GRAYSCALE_FLOAT16). An optional input may be left out, and has its default then.
             state: what :meth:`make_state` made, for a function with states. It is left as it was if this raises.
@@ -172,12 +162,13 @@ class MLModel:
         try:
             results = self.program.run([values[graph.names[slot]] for slot in graph.inputs], self._target, observe)
             outputs = self._outputs(dict(zip(graph.outputs, results, strict=True)), given, cells)
+            contents = self._contents(cells, given)
         except BaseException:
             for cell in cells.values():
                 cell.restore()
             raise
         if state is not None:
-            state._tensors.update(self._contents(cells, given))
+            state._tensors.update(contents)
         return outputs
 
     def _contents(
@@ -219,14 +210,30 @@ class MLModel:
                 expected="predict(data, state) with what make_state() made",
             )
         cells = {}
-        for spec in self.states:
-            tensor = state._tensor(spec.name)
-            if tuple(tensor.shape) != spec.shape:
+        for name, expected in self._empty_states().items():
+            tensor = state._tensor(name)
+            if (tensor.shape, tensor.dtype, tensor.device.type) != (
+                expected.shape,
+                expected.dtype,
+                expected.device.type,
+            ):
                 raise PredictionInputError(
-                    f"state {spec.name!r} is of shape {list(tensor.shape)}", expected=str(list(spec.shape))
+                    f"state {name!r} is {_describe_state(tensor)}",
+                    expected=f"{_describe_state(expected)}, from make_state() of a model of this mode and device",
                 )
-            cells[spec.name] = StateCell(tensor)
+            cells[name] = StateCell(tensor)
         return cells
+
+    def _empty_states(self) -> dict[str, torch.Tensor]:
+        """By name, tensors like the states as the mode and device hold them: all 0, and not yet in memory."""
+        graph, target = self.program.graph, self._target
+        types = {graph.names[slot]: graph.types[slot] for slot in graph.inputs}
+        return {
+            spec.name: torch.zeros(
+                (), dtype=target.numerics.storage(types[spec.name].element), device=target.device
+            ).expand(tuple(size or 0 for size in spec.shape))
+            for spec in self.states
+        }
 
     def _outputs(
         self, results: Mapping[int, Any], given: Mapping[str, torch.Tensor], cells: Mapping[str, StateCell]
@@ -241,6 +248,7 @@ class MLModel:
             value = by_name[spec.name]
             if isinstance(spec, TensorSpec):
                 outputs[spec.name] = self._array(spec, value, kept)
+                kept.add(value.untyped_storage().data_ptr())  # another output may be a view of it
             elif isinstance(spec, ImageSpec):
                 outputs[spec.name] = image_from_array(spec, value.cpu().numpy())
             else:
@@ -270,8 +278,14 @@ def _check_digest(model: str | Path | CoreMLToolsModel, expected: str) -> None:
         raise DigestError(f"{model}: found {found}", expected=f"{expected}, as it was recorded")
 
 
+def _describe_state(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device.type}"
+
+
 def _device(name: str) -> torch.device:
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+    if name not in ("cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))) or (
+        name == "cuda" and not torch.cuda.is_available()
+    ):
         raise MachineError(
             f"torch {torch.__version__} has no device {name!r} here",
             expected='"cpu", or "cuda" where torch.cuda.is_available()',

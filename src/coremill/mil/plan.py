@@ -12,13 +12,13 @@ import contextlib
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from coremill.core.errors import CoremillError, PackageError, PredictionInputError
-from coremill.mil.graph import BRANCH, NONE_SLOT, Graph, Node
+from coremill.mil.graph import BRANCH, NONE_SLOT, Block, Graph, Node
 from coremill.mil.in_place import updates_in_place
 from coremill.mil.ops.control_flow import run_cond, run_while_loop
 from coremill.mil.ops.registry import Definition, OperationError, Overwritten
@@ -27,8 +27,21 @@ from coremill.mil.values import BY_NAME, ElementType, Numerics, TensorType
 Observer = Callable[["Step", list[Any]], None]
 """Called after each step with the step and the values of all slots, before those it frees are freed."""
 
-KERNEL_FAILURES = (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError)
-"""What torch and Python raise where shapes or attributes do not fit together."""
+KERNEL_FAILURES = (
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+)
+"""What torch and Python raise where shapes or attributes do not fit together.
+
+LookupError is that of a table without the key or index that a program names, AttributeError of a value of another
+kind than declared, MemoryError of numpy for a shape that no memory holds. What the kernels refuse themselves comes
+with a better message; this is for the programs that nobody thought of.
+"""
 
 _SHAPES_KEPT = 8
 """Input shapes whose shape-only values are kept; the least recently used goes first."""
@@ -58,33 +71,38 @@ class Target:
         return bool(self.device == CPU)
 
     def activate(self) -> contextlib.AbstractContextManager[Any]:
-        """The context to compute in: what kernels create lies on the device, and fp32 products are of fp32.
+        """The context to compute in: what kernels create lies on the device, and products are of the types given.
 
-        torch's CPU is the default and needs no context, which would cost time at each operation.
+        Whatever a caller has set, autocast and reduced precisions are off; its settings come back.
         """
-        if self.is_cpu:
-            return contextlib.nullcontext()
         stack = contextlib.ExitStack()
-        stack.enter_context(self.device)
-        stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
+        stack.enter_context(torch.autocast(self.device.type, enabled=False))
+        if torch.get_float32_matmul_precision() != "highest":
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        if not self.is_cpu:  # torch's default, which needs no context; one costs time at each operation
+            stack.enter_context(self.device)
+            stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
         return stack
 
 
-class WideConstants:
-    """fp32 copies of small fp16 constants, one a constant however many operations use it."""
+class Constants:
+    """A program's constants in other types and on devices: each copy is made once, whoever asks for it.
 
-    def __init__(self, limit_bytes: int = WIDE_CONSTANT_BYTES) -> None:
-        self._limit_bytes = limit_bytes
-        # The narrow tensor is kept beside its copy: an id is only unique while its object lives.
-        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    For values that last as long as the program or a plan of it: a copy is kept as long as its original.
+    """
 
-    def get(self, narrow: torch.Tensor) -> torch.Tensor | None:
-        """The fp32 copy of a constant, or None where it would be too large."""
-        if narrow.numel() * 4 > self._limit_bytes:
-            return None
-        if id(narrow) not in self._copies:
-            self._copies[id(narrow)] = (narrow, narrow.float())
-        return self._copies[id(narrow)][1]
+    def __init__(self) -> None:
+        # The original is kept beside its copy: an id is only unique while its object lives.
+        self._copies: dict[tuple[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def get(self, original: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if original.dtype is dtype and original.device == device:
+            return original
+        key = (id(original), dtype, device)
+        if key not in self._copies:
+            self._copies[key] = (original, original.to(device, dtype))
+        return self._copies[key][1]
 
 
 @dataclass(slots=True)
@@ -158,11 +176,11 @@ def _describe(step: Step, values: list[Any]) -> str:
 class Plan:
     """A function compiled for one mode."""
 
-    def __init__(self, graph: Graph, target: Target, wide: WideConstants | None = None) -> None:
+    def __init__(self, graph: Graph, target: Target, constants: Constants | None = None) -> None:
         self.graph = graph
         self.target = target
-        self._wide = WideConstants() if wide is None else wide
-        self.general = compile_graph(graph, target, self._wide, {})
+        self._lasting = Lasting(target, Constants() if constants is None else constants)
+        self.general = compile_graph(graph, self._lasting)
         """The steps that run at any shape."""
         self._shape_only = _shape_only_slots(self.general)
         self._at_shapes: OrderedDict[tuple[Any, ...], Section | None] = OrderedDict()
@@ -205,7 +223,12 @@ class Plan:
                     found[slot] = values[slot]
 
         outputs = self.general.run(arguments, record)
-        return outputs, compile_graph(self.graph, self.target, self._wide, found)
+        return outputs, compile_graph(self.graph, self._lasting, self._general_values(), found)
+
+    def _general_values(self) -> dict[int, Any]:
+        """Constants and what was computed from them; slots beyond the graph's are copies of a section's own."""
+        slots = enumerate(self.general.template[: len(self.graph.names)])
+        return {slot: value for slot, value in slots if value is not None}
 
 
 def _is_worth_keeping(value: Any, constant_storages: frozenset[int]) -> bool:
@@ -241,16 +264,30 @@ def _shape_only_slots(section: Section) -> frozenset[int]:
     return frozenset(known_value - constant)
 
 
-def compile_graph(graph: Graph, target: Target, wide: WideConstants, known: Mapping[int, Any]) -> Section:
+@dataclass(slots=True)
+class Lasting:
+    """What the sections of one plan share."""
+
+    target: Target
+    constants: Constants
+    blocks: dict[int, Section] = field(default_factory=dict)
+    """Nested blocks that were compiled with nothing but constants, by the id of their graph."""
+
+
+def compile_graph(
+    graph: Graph, lasting: Lasting, shared: Mapping[int, Any] | None = None, own: Mapping[int, Any] | None = None
+) -> Section:
     """Compile a graph.
 
     Args:
-        known: further values by slot, in the mode's storage; the operations that give them are left out.
+        shared: values by slot that last as long as the plan, in the mode's storage; the operations that give them
+            are left out.
+        own: further values, of this section alone: no copy of them is kept elsewhere.
 
     Raises:
         PackageError: an operation on constants cannot be computed.
     """
-    compiler = _Compiler(graph, target, wide, known)
+    compiler = _Compiler(graph, lasting, shared or {}, own or {})
     steps = []
     in_place = updates_in_place(graph)
     for position, node in enumerate(graph.nodes):
@@ -295,29 +332,29 @@ def _set_frees(steps: list[Step], outputs: tuple[int, ...], constant: frozenset[
 class _Compiler:
     """Binds nodes to calls; holds the values that are known while compiling."""
 
-    def __init__(self, graph: Graph, target: Target, wide: WideConstants, known: Mapping[int, Any]) -> None:
+    def __init__(self, graph: Graph, lasting: Lasting, shared: Mapping[int, Any], own: Mapping[int, Any]) -> None:
         self._graph = graph
-        self._target = target
-        self._numerics = target.numerics
-        self._wide = wide
+        self._lasting = lasting
+        self._numerics = lasting.target.numerics
+        self._fleeting = set(own)
+        """Slots whose values are this section's alone."""
+        self._has_own = bool(own)
         self._wide_slots: dict[int, int] = {}
         self.slot_count = len(graph.names)
         self.nested_storages: list[frozenset[int]] = []
         self.values: dict[int, Any] = {NONE_SLOT: None}
         for slot, value in graph.constants.items():
-            self.values[slot] = self._stored(slot, value)
-        self.values.update(known)
+            if slot not in shared and slot not in own:
+                self.values[slot] = self._stored(slot, value)
+        self.values.update(shared)
+        self.values.update(own)
 
     def _stored(self, slot: int, value: Any) -> Any:
         """A constant as the mode holds it, on the device."""
         if not isinstance(value, torch.Tensor):
             return value
         storage = self._numerics.storage(self._graph.types[slot].element)
-        if value.dtype is torch.float16 and storage is torch.float32 and self._target.is_cpu:
-            copy = self._wide.get(value)
-            if copy is not None:
-                return copy
-        return value.to(self._target.device, storage)
+        return self._lasting.constants.get(value, storage, self._lasting.target.device)
 
     def _is_half(self, slot: int) -> bool:
         value_type = self._graph.types.get(slot)
@@ -327,10 +364,12 @@ class _Compiler:
         """Compute a step whose inputs are known."""
         try:
             result = step.call(*[self.values[slot] for slot in step.inputs])
+            results = (result,) if step.single else result
+            self.values.update(zip(step.outputs, results, strict=True))
         except KERNEL_FAILURES as error:
             raise PackageError(f"{step.node}, whose inputs are constants: {error}") from error
-        results = (result,) if step.single else result
-        self.values.update(zip(step.outputs, results, strict=True))
+        if self._has_own:
+            self._fleeting.update(step.outputs)
 
     def bind(self, node: Node, state: int | None = None) -> Step:
         """The step of a node; one that is to overwrite a state's memory if it is given the state's slot."""
@@ -422,25 +461,36 @@ class _Compiler:
 
     def _wide_slot(self, slot: int) -> int | None:
         if slot not in self._wide_slots:
-            copy = self._wide.get(self.values[slot])
-            if copy is None:
+            value = self.values[slot]
+            if value.numel() * 4 > WIDE_CONSTANT_BYTES:
                 return None
+            if slot in self._fleeting:
+                copy = value.float()
+            else:
+                copy = self._lasting.constants.get(value, torch.float32, self._lasting.target.device)
             self._wide_slots[slot] = self.slot_count
             self.values[self.slot_count] = copy
             self.slot_count += 1
         return self._wide_slots[slot]
 
+    def _nested(self, block: Block) -> Section:
+        """The section of a nested block, compiled once where what it captures lasts."""
+        captured_inputs = block.graph.inputs[len(block.graph.inputs) - len(block.captured) :]
+        known = {
+            slot: outer for slot, outer in zip(captured_inputs, block.captured, strict=True) if outer in self.values
+        }
+        own = {slot: self.values[outer] for slot, outer in known.items() if outer in self._fleeting}
+        shared = {slot: self.values[outer] for slot, outer in known.items() if slot not in own}
+        if own:
+            return compile_graph(block.graph, self._lasting, shared, own)
+        blocks = self._lasting.blocks
+        if id(block.graph) not in blocks:
+            blocks[id(block.graph)] = compile_graph(block.graph, self._lasting, shared)
+        return blocks[id(block.graph)]
+
     def _bind_structured(self, node: Node) -> Step:
-        sections = []
-        for block in node.blocks:
-            captured_inputs = block.graph.inputs[len(block.graph.inputs) - len(block.captured) :]
-            inner = {
-                own: self.values[outer]
-                for own, outer in zip(captured_inputs, block.captured, strict=True)
-                if outer in self.values
-            }
-            sections.append(compile_graph(block.graph, self._target, self._wide, inner))
-            self.nested_storages.append(sections[-1].constant_storages)
+        sections = [self._nested(block) for block in node.blocks]
+        self.nested_storages += [section.constant_storages for section in sections]
         own, first, second = (len(slots) for slots in node.tensors)
         call = (_branch if node.op_type == BRANCH else _loop)(sections[0], sections[1], own, first)
         assert own + first + second == len(node.tensor_slots)

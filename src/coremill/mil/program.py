@@ -9,7 +9,7 @@ import torch
 
 from coremill.mil.graph import Graph, read_function
 from coremill.mil.loader import Package
-from coremill.mil.plan import Observer, Plan, Target, WideConstants
+from coremill.mil.plan import Constants, Observer, Plan, Target
 
 
 class Program:
@@ -25,7 +25,8 @@ class Program:
 
     def __init__(self, package: Package, function_name: str) -> None:
         self.graph: Graph = read_function(package, function_name)
-        self._wide = WideConstants()
+        self._weights = package.weights
+        self._constants = Constants()
         self._plans: dict[Target, Plan] = {}
 
     def plan(self, target: Target) -> Plan:
@@ -36,7 +37,7 @@ class Program:
         """
         if target not in self._plans:
             with torch.inference_mode(), target.activate():
-                self._plans[target] = Plan(self.graph, target, self._wide)
+                self._plans[target] = Plan(self.graph, target, self._constants)
         return self._plans[target]
 
     def run(self, arguments: Sequence[Any], target: Target, observe: Observer | None = None) -> tuple[Any, ...]:
@@ -44,7 +45,11 @@ class Program:
 
         Args:
             arguments: a tensor for each input and a cell for each state, in the function's order.
+
+        Raises:
+            PackageError: as Section.run does, or a weight file was cut since it was opened.
         """
+        self._weights.check_sizes()
         plan = self.plan(target)
         held = [
             argument.to(target.device, target.numerics.storage(self.graph.types[slot].element))

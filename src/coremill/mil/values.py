@@ -171,12 +171,18 @@ def unpack_bits(packed: np.ndarray[Any, Any], element: ElementType, count: int) 
     Source: the layout that coremltools documents for `constexpr_lut_to_dense` (iOS16).
 
     Args:
-        packed: uint8, at least `count` elements.
+        packed: uint8 of one axis, as many as `count` elements take.
         count: elements to read.
 
     Returns:
         (count,) int8 or uint8.
+
+    Raises:
+        ValueError: there are fewer bytes, or more.
     """
+    needed = -(-count * element.bits // 8)
+    if packed.shape != (needed,):
+        raise ValueError(f"{packed.size} bytes for {count} elements of {element.name}, which take {needed}")
     bits = np.unpackbits(packed, bitorder="little", count=count * element.bits).reshape(count, element.bits)
     values = bits @ (1 << np.arange(element.bits, dtype=np.int16))
     if element.low < 0:
@@ -202,9 +208,6 @@ def tensor_from_bytes(data: bytes, element: ElementType, shape: tuple[int, ...])
     """
     count = int(np.prod(shape, dtype=np.int64))
     if element.packed is None:
-        needed = -(-count * element.bits // 8)
-        if len(data) != needed:
-            raise ValueError(f"{len(data)} bytes for {count} elements of {element.name}, which take {needed}")
         return torch.from_numpy(unpack_bits(np.frombuffer(data, np.uint8), element, count)).reshape(shape)
     if len(data) != count * element.packed.itemsize:
         raise ValueError(f"{len(data)} bytes for {count} elements of {element.name}")

@@ -50,6 +50,21 @@ class WeightFile:
         self._path = path
         self._map = _map_file(path)
 
+    def check_size(self) -> None:
+        """Check that the file still holds what was mapped: reading beyond its end would kill the interpreter.
+
+        A file that was removed or replaced stays as it was for whoever has it mapped; one that was cut does not.
+
+        Raises:
+            PackageError: it is shorter, as when a package is saved again in place.
+        """
+        size = self._map.size()
+        if size < len(self._map):
+            raise PackageError(
+                f"{self._path}: the weight file has {size} bytes, and had {len(self._map)} when it was opened",
+                expected="the package as it was opened; open it again",
+            )
+
     def tensor(self, offset: int, element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor of the blob whose record is at `offset`; shares the file's memory where it can.
 
@@ -129,7 +144,8 @@ class WeightStore:
     """The weight files of one package, by the names that its program uses (`@model_path/weights/weight.bin`).
 
     Args:
-        root: the directory that `@model_path` stands for: the one of the model file.
+        root: the directory that `@model_path` stands for: the one of the model file. Names lead nowhere outside of
+            it but by symbolic links; see `coremill.mil.loader`.
     """
 
     def __init__(self, root: Path) -> None:
@@ -149,6 +165,11 @@ class WeightStore:
                 self._files[name] = WeightFile(self._path(name))
             self._tensors[key] = self._files[name].tensor(offset, element, shape)
         return self._tensors[key]
+
+    def check_sizes(self) -> None:
+        """See :meth:`WeightFile.check_size`; of every file that was opened."""
+        for file in self._files.values():
+            file.check_size()
 
     def _path(self, name: str) -> Path:
         parts = PurePosixPath(name).parts

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 
+import coremltools as ct
 import numpy as np
 import pytest
 import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import types
 
 from coremill.core.errors import PredictionInputError
 from coremill.mil import MLModel
@@ -167,6 +170,101 @@ def test_nan_inputs_are_reported_as_such(mil, save, tmp_path, monkeypatch):
         "\n"
         "no operation saturates, or gives infinities or NaNs for finite inputs\n"
     )
+
+
+# --- what is not compared ------------------------------------------------------------------------------------
+
+
+def _list_of(x):
+    """The list holds x + 2048, rounded; what is read from it is off as it is."""
+    made = mb.make_list(init_length=2, elem_shape=(4,), dtype="fp16", name="made")
+    written = mb.list_write(ls=made, index=0, value=mb.add(x=x, y=np.float16(2048), name="raised"), name="written")
+    return mb.sub(x=mb.list_read(ls=written, index=0, name="read"), y=np.float16(2048), name="y")
+
+
+def test_lists_are_not_compared(deviations):
+    found = deviations(_list_of, X)
+    assert [name for name, each in found.items() if not each.is_compared] == ["written"]
+    assert math.isnan(found["written"].relative)
+    assert 0 < found["written"].inputs_relative < 0.001
+    assert math.isnan(found["read"].inputs_relative)
+    assert found["read"].relative == found["raised"].relative > 0
+    assert found["y"].relative > BOUND
+
+
+def test_what_is_not_compared_is_counted(mil, save, tmp_path):
+    np.savez(tmp_path / "x.npz", x=X)
+    package = save("list", {"x": X}, _list_of)
+    text = mil("bisect", package, "--input", tmp_path / "x.npz").out
+    assert "operation 'y' (sub): 0.3132 (10.1 dB), its inputs by at most 0.000244\n" in text
+    assert "the worst of 3 operations\n" in text
+    assert "read       list_read  0.000244  72.3    unknown   0.7002\n" in text
+    assert "\nnot compared: 1, which give lists, labels or dictionaries\nwritten (list_write)\n\n" in text
+    calm = mil("bisect", package, "--input", tmp_path / "x.npz", "--bound", "9").out
+    assert "none of 3 operations leaves the oracle by more than 9\n" in calm
+
+
+def test_labels_are_not_compared():
+    program = mb.program(input_specs=[mb.TensorSpec((1, 3), dtype=types.fp16)], opset_version=ct.target.iOS16)(
+        lambda x: mb.softmax(x=x, axis=1, name="probabilities")
+    )
+    model = ct.convert(
+        program,
+        minimum_deployment_target=ct.target.iOS16,
+        classifier_config=ct.ClassifierConfig(["cat", "dog", "cow"]),
+        skip_model_load=True,
+    )
+    found = bisect(MLModel(model), MLModel(model, mode="oracle"), {"x": np.array([[1, 2, 3]], np.float16)})
+    (classified,) = [each for each in found if each.op_type == "classify"]
+    assert not classified.is_compared
+    assert classified.inputs_relative > 0
+
+
+def _select(x):
+    """2048.9 rounds to 2048, so one value fewer is above the threshold than the oracle finds."""
+    lowered = mb.sub(x=mb.add(x=x, y=np.float16(2048), name="raised"), y=np.float16(2048), name="lowered")
+    above = mb.cast(x=mb.greater(x=lowered, y=np.float16(0.8)), dtype="fp16", name="above")
+    return mb.cast(x=mb.non_zero(x=above, name="found"), dtype="fp16", name="y")
+
+
+FEWER = np.array([0.9, 2.25, 4.75, 0.25], np.float16)
+
+
+def test_another_shape_is_a_deviation(deviations):
+    found = deviations(_select, FEWER)
+    assert (found["above"].relative > 0, found["above"].shapes) == (True, None)
+    assert (found["found"].relative, found["found"].shapes) == (math.inf, "[2, 1], the oracle [3, 1]")
+    assert math.isnan(found["found"].max_abs_err)
+    assert found["y"].inputs_relative == math.inf
+
+
+def test_other_shapes_are_listed(mil, save, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("x.npz", x=FEWER)
+    save("select", {"x": FEWER}, _select)
+    text = mil("bisect", "select.mlpackage", "--input", "x.npz").out
+    assert (
+        "operations that give another shape than the oracle\n"
+        "found (non_zero): [2, 1], the oracle [3, 1]\n"
+        "y (cast): [2, 1], the oracle [3, 1]\n"
+    ) in text
+    assert re.search(r"^found +non_zero +inf +-inf +[0-9.]+ +unknown$", text, re.MULTILINE)
+    first = mil("bisect", "select.mlpackage", "--input", "x.npz", "--bound", "9").out
+    assert "operation 'found' (non_zero): shape [2, 1], the oracle [3, 1], its inputs by at" in first
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_many_other_shapes_are_cut_short(mil, save, tmp_path):
+    def body(x):
+        y = _select(x)
+        for _ in range(9):
+            y = mb.relu(x=y)
+        return y
+
+    np.savez(tmp_path / "x.npz", x=FEWER)
+    text = mil("bisect", save("deep", {"x": FEWER}, body), "--input", tmp_path / "x.npz").out
+    assert text.count("the oracle [3, 1]\n") == 10
+    assert "the oracle [3, 1]\n… and 1 more\n" in text
 
 
 # --- programs of every kind -------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813
 from torch import nn
 
-from coremill.core.errors import PackageError
+from coremill.core.errors import PackageError, PredictionInputError, TorchScriptError
 from coremill.mil import MLModel
 from coremill.mil.commands.arrays import draw_inputs, index_limits
-from coremill.mil.commands.compare import compare
+from coremill.mil.commands.compare import compare, torchscript_runner
+from coremill.mil.graph import Graph, Node
+from coremill.mil.ops.registry import find
+from coremill.mil.values import BY_NAME, TensorType
 
 X = np.array([[1, 2, -3, 4]], np.float32)
 
@@ -180,6 +183,69 @@ def test_inputs_that_torchscript_does_not_take(mil, pair, traced):
     assert ended.err.startswith(f"TorchScript error: {traced[1]} does not run on these inputs: ")
 
 
+class Halved(nn.Module):
+    def forward(self, x):
+        return x.to(torch.bfloat16), x.to(torch.float16)
+
+
+class Weighted(nn.Module):
+    """Gives its parameter itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+
+    def forward(self, x):
+        return self.weight
+
+
+class Sparse(nn.Module):
+    def forward(self, x):
+        return x.to_sparse()
+
+
+class Complex(nn.Module):
+    def forward(self, x):
+        return torch.complex(x, x)
+
+
+class Empty(nn.Module):
+    def forward(self, x):
+        return ()
+
+
+@pytest.fixture
+def scripted(tmp_path):
+    """`scripted(module)`: what runs it, saved as TorchScript."""
+
+    def run(module):
+        path = tmp_path / "module.pt"
+        torch.jit.script(module).save(str(path))
+        return torchscript_runner(path)
+
+    return run
+
+
+def test_bfloat16_outputs_and_parameters_of_torchscript(scripted):
+    """numpy has no bfloat16: it becomes float32, which holds all of its values. 1 + 2⁻⁸ lies between two."""
+    first, second = scripted(Halved())({"x": np.array([1.00390625, 3], np.float32)}).values()
+    np.testing.assert_array_equal(first, np.array([1, 3], np.float32), strict=True)
+    np.testing.assert_array_equal(second, np.array([1.00390625, 3], np.float16), strict=True)
+    (weight,) = scripted(Weighted())({"x": X}).values()
+    np.testing.assert_array_equal(weight, np.array([3, 4], np.float32), strict=True)
+
+
+@pytest.mark.parametrize("module", [Sparse(), Complex(), Empty()], ids=["sparse", "complex", "empty"])
+def test_outputs_of_torchscript_that_are_nothing_to_compare(scripted, module):
+    with pytest.raises(TorchScriptError, match=r"expected: dense tensors of real numbers alone$"):
+        scripted(module)({"x": X})
+
+
+def test_arrays_that_torch_does_not_hold(scripted):
+    with pytest.raises(PredictionInputError, match=r"^input 'x' is <U1\n  expected: numbers or bools$"):
+        scripted(Weighted())({"x": np.array(["a", "b"])})
+
+
 def test_outputs_that_do_not_pair(mil, pair, save):
     two = save("two", {"x": X}, lambda x: (mb.sin(x=x, name="a"), mb.cos(x=x, name="b")))
     ended = mil("compare", pair[0], two)
@@ -231,6 +297,27 @@ def test_the_smallest_of_several_tables_counts(save):
     for body, limit in ((one, 5), (both, 4)):
         package = save(body.__name__, {"i": np.zeros(2, np.int32)}, body)
         assert index_limits(MLModel(package).program.graph) == {"i": limit}
+
+
+@pytest.mark.parametrize(("axis", "limits"), [(1, {"i": 5}), (-1, {"i": 5}), (7, {}), (-3, {}), ([0, 1], {})])
+def test_a_gather_along_an_axis_that_is_none_limits_nothing(axis, limits):
+    """What is wrong there, prediction says."""
+    graph = Graph(18)
+    table, indices, along, y = (graph.new_slot(name, None) for name in ("table", "i", "axis", "y"))
+    graph.types[table] = TensorType(BY_NAME["fp16"], (7, 5))
+    graph.types[indices] = TensorType(BY_NAME["int32"], (2,))
+    graph.constants |= {table: torch.zeros(7, 5), along: torch.tensor(axis, dtype=torch.int32)}
+    graph.inputs, graph.outputs = (indices,), (y,)
+    graph.nodes.append(
+        Node("gather", "y", find("gather", 18), ((table,), (indices,)), (False, False), {"axis": (along,)}, (y,))
+    )
+    assert index_limits(graph) == limits
+
+
+def test_ids_of_an_empty_table_are_drawn_all_the_same(save):
+    table = np.zeros((0, 2), np.float32)
+    package = save("none", {"i": np.zeros(2, np.int32)}, lambda i: mb.gather(x=table, indices=i, axis=0))
+    assert draw_inputs(MLModel(package), 0)["i"].shape == (2,)
 
 
 def test_other_integers_are_zero_or_one(save):

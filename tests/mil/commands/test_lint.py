@@ -63,6 +63,12 @@ BROKEN = [
         ["wide (sin): fp32[2, 3]"],
     ),
     (
+        "tensors of rank above 5",
+        {"x": np.ones((1, 1, 1, 2, 1, 4), np.float16)},
+        lambda x: mb.reduce_sum(x=x, axes=[0, 1, 2], keep_dims=False, name="y"),
+        ["input x: fp16[1, 1, 1, 2, 1, 4]"],
+    ),
+    (
         "integer and bool tensors",
         {"x": HALF},
         lambda x: mb.select(cond=mb.greater(x=x, y=np.float16(0), name="mask"), a=x, b=HALF),
@@ -134,6 +140,42 @@ def test_a_program_that_breaks_none(findings):
     assert findings({"x": np.ones((1, 4, 1, 64), np.float16)}, body) == {}
 
 
+def test_what_follows_from_constants_is_not_computed(findings):
+    """Indices behind a cast and a shape behind a concat, each of constants alone; here and in a nested block."""
+
+    def of_constants(x):
+        indices = mb.cast(x=mb.const(val=np.array([0, 1], np.int32)), dtype="int16")
+        shape = mb.concat(values=[mb.const(val=np.array([2], np.int32)), [3]], axis=0)
+        return indices, shape, mb.reshape(x=mb.gather(x=x, indices=indices, axis=0), shape=shape)
+
+    def body(x):
+        indices, shape, y = of_constants(x)
+        return mb.cond(
+            pred=mb.greater(x=mb.reduce_max(x=x, axes=[0, 1], keep_dims=False), y=np.float16(0)),
+            _true_fn=lambda: mb.reshape(x=mb.gather(x=x, indices=indices, axis=0), shape=shape),
+            _false_fn=lambda: y,
+        )
+
+    found = findings({"x": HALF}, body)
+    assert len(found["reshapes and transposes"]) == 2
+    assert "gathers with computed indices" not in found
+    assert "reshapes to a computed shape" not in found
+
+
+def test_inputs_and_states_are_looked_at(findings, bundle):
+    """Even those that the first operation turns into something else."""
+    wide, ids = np.ones((1, 2, 1), np.float32), np.zeros((2, 20_000), np.int32)
+    found = findings(
+        {"x": wide, "i": ids},
+        lambda x, i: (mb.cast(x=x, dtype="fp16"), mb.cast(x=mb.reduce_sum(x=i, axes=[1]), dtype="fp16")),
+    )
+    assert found["floating-point types other than fp16"] == ["input x: fp32[1, 2, 1]"]
+    assert found["integer and bool tensors"][0] == "input i: int32[2, 20000]"
+    assert found["very large dimensions"] == ["input i: int32[2, 20000]"]
+    single = findings({"x": np.ones((1, 2, 1), np.float16)}, lambda x: mb.squeeze(x=x, axes=[2]))
+    assert single["a last axis of 1"] == ["input x: fp16[1, 2, 1]"]
+
+
 def test_operations_of_nested_blocks_are_looked_at(findings):
     def body(x):
         return mb.cond(
@@ -152,19 +194,27 @@ def _rule(name):
     return next(rule for rule in RULES if rule.name == name)
 
 
-def _found(rule: Rule, *, output="fp16", shape=(1,), op_type="sin", inputs=(), states=(), dilations=None):
+def _found(
+    rule: Rule, *, output="fp16", shape=(1,), op_type="sin", inputs=(), states=(), state_type=None, dilations=None
+):
     graph = Graph(18)
+    if state_type is not None:
+        graph.inputs = (graph.new_slot("keys", state_type),)
     slot = graph.new_slot("y", TensorType(BY_NAME[output], shape))
     attributes = {}
     if dilations is not None:
         attributes["dilations"] = (graph.new_slot("dilations", None),)
         graph.constants[attributes["dilations"][0]] = torch.tensor(dilations)
     node = Node(op_type, "y", None, (), (), attributes, (slot,))
-    return list(rule.find(Subject(FunctionDescription("main", inputs, (), states), (Place(graph, node),))))
+    places = (Place(graph, node, frozenset(graph.constants)),)
+    return list(rule.find(Subject(FunctionDescription("main", inputs, (), states), graph, places)))
 
 
 def test_high_rank():
     rule = _rule("tensors of rank above 5")
+    deep = (1, 1, 1, 1, 2, 32)
+    keys = {"states": (TensorSpec("keys", "float16", deep),), "state_type": TensorType(BY_NAME["fp16"], deep)}
+    assert _found(rule, **keys) == ["state keys: fp16[1, 1, 1, 1, 2, 32]"]
     assert _found(rule, shape=(1, 2, 1, 2, 1, 2)) == ["y (sin): fp16[1, 2, 1, 2, 1, 2]"]
     assert _found(rule, shape=(1, 2, 1, 2, 1)) == []
 
@@ -216,7 +266,6 @@ def test_every_rule_names_its_source_and_has_a_test():
         assert "github.com/" in rule.source or "apple.com/" in rule.source or "apple.github.io/" in rule.source
         assert rule.why.endswith(".")
     by_hand = {
-        "tensors of rank above 5",
         "64-bit and uint32 integers",
         "inputs with more than 128 enumerated shapes",
         "recurrent layers",
@@ -252,6 +301,29 @@ def test_the_report(mil, save, monkeypatch, tmp_path):
         "\n"
         "2 findings; hints, not a verdict: see --help\n"
     )
+
+
+def test_a_few_places_a_finding_and_all_when_asked(mil, save):
+    """The eighth is the last that is listed: a ninth costs the same line."""
+
+    def linears(count):
+        def body(x):
+            for index in range(count):
+                x = mb.linear(x=x, weight=np.ones((4, 4), np.float16), name=f"linear_{index}")
+            return x
+
+        return save(f"linear{count}", {"x": np.ones((1, 5, 4), np.float16)}, body)
+
+    nine = linears(9)
+    short, whole = mil("lint", nine).out, mil("lint", nine, "--all").out
+    assert "dimensions: 9\n" in short
+    assert "    linear_7 (linear): fp16[1, 5, 4]\n    … and 1 more; --all lists them\n  why: " in short
+    assert "linear_8" not in short
+    assert "    linear_8 (linear): fp16[1, 5, 4]\n  why: " in whole
+    assert "more" not in whole
+    assert short.splitlines()[-1] == whole.splitlines()[-1] == "9 findings; hints, not a verdict: see --help"
+    assert mil("lint", linears(8)).out.count("linear_") == 8
+    assert "--all" not in mil("lint", linears(8)).out
 
 
 def test_strict(mil, save, bundle):

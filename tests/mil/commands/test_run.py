@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import random
+import zipfile
 
 import coremltools as ct
 import numpy as np
@@ -11,8 +13,9 @@ from coremltools.converters.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil import types
 from PIL import Image
 
+from coremill.core.errors import PredictionInputError
 from coremill.mil import MLModel
-from coremill.mil.commands.arrays import as_arrays
+from coremill.mil.commands.arrays import as_arrays, read_npz
 from coremill.mil.commands.run import describe
 
 SAVED = "  expected: an .npz file as numpy.savez writes it, with an array for each input by its name\n"
@@ -184,6 +187,58 @@ def test_a_truncated_file(mil, doubled, tmp_path, kept):
     assert ended.code == 46
     assert ended.err.startswith("prediction input error: ")
     assert ended.err.endswith(SAVED)
+
+
+def _npz_of(path, header, compression=zipfile.ZIP_STORED):
+    """An .npz file of one array of 16 zero bytes behind the header."""
+    padded = header.encode() + b" " * (-(len(header) + 11) % 64) + b"\n"
+    content = b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded + bytes(16)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("x.npy", content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (",
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**70},), }}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (-4,), }",
+        "{'descr': [('a',)], 'fortran_order': False, 'shape': (4,), }",
+        "{'descr': (), 'fortran_order': False, 'shape': (4,), }",
+        "{'descr': '<f4', 'fortran_order': False, 1: (4,), }",
+        "{[]: '<f4', 'fortran_order': False, 'shape': (4,), }",
+        "(" * 3000,
+        " {\n\t1\n  2",
+    ],
+)
+def test_a_header_that_is_none(mil, doubled, tmp_path, header):
+    given = _npz_of(tmp_path / "x.npz", header)
+    ended = mil("run", doubled, "--input", given)
+    assert ended.code == 46
+    assert ended.err.startswith(f"prediction input error: {given} is not readable: ")
+    assert ended.err.endswith(SAVED)
+
+
+@pytest.mark.parametrize(
+    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
+def test_damaged_bytes_are_told(tmp_path, compression):
+    """Whatever byte is wrong, and however it was packed: the arrays, or the one error."""
+    header = "{'descr': '<f4', 'fortran_order': False, 'shape': (4,), }"
+    whole = _npz_of(tmp_path / "x.npz", header, compression).read_bytes()
+    damaged, generator, errors = tmp_path / "damaged.npz", random.Random(0), []
+    for _ in range(400):
+        data = bytearray(whole)
+        for _ in range(generator.randint(1, 4)):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        damaged.write_bytes(data)
+        try:
+            read_npz(damaged)
+        except PredictionInputError as error:
+            errors.append(str(error))
+    assert len(errors) > 200
+    assert all(str(damaged) in error for error in errors)
 
 
 def test_one_array_without_a_name(mil, doubled, tmp_path):

@@ -175,11 +175,50 @@ def test_what_is_no_bundle(mil, tmp_path):
     )
     (tmp_path / "bundle.json").write_text("{")
     assert mil("selftest", tmp_path).code == 11
-    for text in ("[]", "{}", '{"cases": [{"name": "x"}]}', '{"cases": [{"name": "x", "min_sqnr_db": "high"}]}'):
+    for text in (
+        "[]",
+        "{}",
+        '{"cases": [{"name": "x"}]}',
+        '{"cases": [{"name": "x", "min_sqnr_db": "high"}]}',
+        '{"cases": [{"name": "x", "min_sqnr_db": 1' + "0" * 400 + "}]}",
+        '{"cases": [{"name": "x", "min_sqnr_db": -Infinity}]}',
+    ):
         (tmp_path / "bundle.json").write_text(text)
         ended = mil("selftest", tmp_path)
         assert ended.code == 11
         assert ended.err.startswith(f"document error: {tmp_path / 'bundle.json'} does not list cases (")
+
+
+@pytest.mark.parametrize("cases", [[], {}])
+def test_a_bundle_without_cases(mil, tmp_path, cases):
+    (tmp_path / "bundle.json").write_text(json.dumps({"cases": cases}))
+    ended = mil("selftest", tmp_path)
+    assert (ended.code, ended.out) == (11, "")
+    assert ended.err.startswith(f"document error: {tmp_path / 'bundle.json'} lists no cases\n  expected: ")
+
+
+Y = np.ones((1, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({}, "holds no calls"),
+        ({"0.input.x": Y}, "expects no outputs of call 0"),
+        ({"0.input.x": Y, "0.output.y": Y, "1.input.x": Y}, "expects no outputs of call 1"),
+        ({"0.input.x": Y, "0.output.y": Y[:, :0]}, "expects nothing of output 'y' of call 0, of shape [1, 0]"),
+        ({"0.input.x": Y, "0.output.y": Y, "2.input.x": Y, "2.output.y": Y}, "holds the calls [0, 2]"),
+        *(
+            ({"0.output.y": Y, key: Y}, f"holds an array called {key!r}")
+            for key in ("x", "0.input", "0.input.", "0.inputs.x", "x.input.x", "-1.input.x", "00.input.x", "²..x")
+        ),
+    ],
+)
+def test_calls_that_compare_nothing(mil, altered, arrays, reason):
+    write_npz(altered / "int8.npz", arrays)
+    ended = mil("selftest", altered)
+    assert (ended.code, ended.out) == (11, "")
+    assert ended.err.startswith(f"document error: {altered / 'int8.npz'} {reason}\n  expected: ")
 
 
 class FakeDevice:
@@ -204,33 +243,135 @@ class FakeDevice:
         return {name: (array * array.dtype.type(1.001)).astype(array.dtype) for name, array in outputs.items()}
 
 
-def test_on_a_mac_the_distance_of_device_and_reference_is_told(mil, bundle, monkeypatch):
+@pytest.fixture
+def device(monkeypatch):
+    """A Mac, whose Core ML predicts as `device(predict)` says: from the device, the inputs and a state."""
     monkeypatch.setattr(selftest, "CoreMLToolsModel", FakeDevice)
     monkeypatch.setattr(sys, "platform", "darwin")
     FakeDevice.opened.clear()
+    return lambda predict: monkeypatch.setattr(FakeDevice, "predict", predict)
+
+
+REFERENCE_ROW = re.compile(r"^int8 +y +0\.\d+ +\d+\.\d  passed", re.MULTILINE)
+
+
+def test_on_a_mac_the_distance_of_device_and_reference_is_told(mil, bundle, device):
     ended = mil("selftest")
     assert ended.code == 0
     assert "not_run" not in ended.out
     assert max(map(len, ended.out.splitlines())) <= 80
     rows = [row.split() for row in ended.out.splitlines()]
     assert rows[0] == ["package", "output", "max", "abs", "SQNR", "dB", "apart", "apart", "dB"]
+    assert [tuple(row[:2]) for row in rows if len(row) == 7 and row[4] == "passed"] == [
+        (case, output) for case, outputs in OUTPUTS.items() for output in outputs
+    ]
     (row,) = [row for row in rows if row[1:2] == ["layer_norm"]]
     assert row[4] == "passed"
-    assert row[6] == "60.0"
+    assert row[6:] == ["60.0"]
     assert len(FakeDevice.opened) == 8
     assert not any(path.is_relative_to(bundle) for path in FakeDevice.opened)
+    assert ended.out.endswith(
+        "apart: Core ML from the reference, by the same measures\n"
+        "Core ML: 8 of 8 packages ran\n"
+        "Core ML is far off (below 40 dB, or other integers) in 0\n"
+        "8 of 8 packages passed\n"
+    )
+    assert mil("selftest", "--strict").code == 0
 
 
-def test_a_package_that_core_ml_does_not_run_fails(mil, altered, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, Exception])
+def test_core_ml_that_does_not_run_is_no_failure_of_the_reference(mil, altered, device, error):
+    """coremltools raises plain Exception where its libraries are missing."""
+
     def refuse(self, data, state=None):
-        raise RuntimeError("Error in declaring network.")
+        raise error("Error in declaring network.")
 
-    monkeypatch.setattr(selftest, "CoreMLToolsModel", FakeDevice)
-    monkeypatch.setattr(FakeDevice, "predict", refuse)
-    monkeypatch.setattr(sys, "platform", "darwin")
+    device(refuse)
+    ended = mil("selftest", altered)
+    assert ended.code == 0
+    assert REFERENCE_ROW.search(ended.out)
+    (row,) = [row for row in ended.out.splitlines() if row.startswith("int8 ")]
+    assert row.endswith("failed")
+    assert "\nint8: Core ML does not run it: Error in declaring network.\n" in ended.out
+    assert "\nCore ML: 0 of 2 packages ran\n" in ended.out
+    assert ended.out.endswith(" in 0\n2 of 2 packages passed\n")
+    strict = mil("selftest", altered, "--strict")
+    assert (strict.code, strict.out) == (3, ended.out)
+
+
+def test_a_core_ml_that_cannot_be_opened(mil, altered, device, monkeypatch):
+    def refuse(self, path):
+        raise Exception("Unable to load CoreML.framework. Cannot make predictions.")
+
+    monkeypatch.setattr(FakeDevice, "__init__", refuse)
+    ended = mil("selftest", altered)
+    assert ended.code == 0
+    assert REFERENCE_ROW.search(ended.out)
+    assert "Core ML does not run it: Unable to load CoreML.framework. Cannot make predictions.\n" in ended.out
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {"y": np.zeros((1, 1, 9), np.float32)},
+        {},
+        {"y": np.zeros((3, 16), np.float16), "z": np.zeros(1)},
+    ],
+)
+def test_a_core_ml_that_gives_something_else(mil, altered, device, outputs):
+    device(lambda self, data, state=None: outputs)
+    ended = mil("selftest", altered)
+    assert ended.code == 0
+    assert REFERENCE_ROW.search(ended.out)
+    assert re.search(r"^int8: Core ML gives something else: .*outputs? ", ended.out, re.MULTILINE)
+    assert mil("selftest", altered, "--strict").code == 3
+
+
+@pytest.mark.parametrize(("factor", "is_far"), [(1.02, True), (1.005, False), (np.nan, True)])
+def test_a_core_ml_that_is_far_off(mil, altered, device, factor, is_far):
+    """20·log10(1 / 0.02) = 34 dB, and 46 dB of a half per cent."""
+
+    def scaled(self, data, state=None):
+        outputs = self._model.predict(data, state)
+        return {n: a.astype(np.float32) * np.float32(factor) if n == "y" else a for n, a in outputs.items()}
+
+    device(scaled)
+    ended = mil("selftest", altered)
+    assert ended.code == 0
+    assert "\nCore ML: 2 of 2 packages ran\n" in ended.out
+    assert f" in {'2: int8, control_flow' if is_far else '0'}\n2 of 2 packages passed\n" in ended.out
+    assert mil("selftest", altered, "--strict").code == (3 if is_far else 0)
+
+
+def test_integers_of_core_ml_that_differ_are_far_off(mil, altered, device):
+    """A count of 5001 for 5000 is 74 dB, and wrong."""
+
+    def count(self, data, state=None):
+        outputs = self._model.predict(data, state)
+        return {name: array + (array.dtype.kind == "i") for name, array in outputs.items()}
+
+    device(count)
+    ended = mil("selftest", altered)
+    assert ended.code == 0
+    assert " in 1: control_flow\n2 of 2 packages passed\n" in ended.out
+
+
+def test_a_reference_that_fails_fails_whatever_core_ml_does(mil, altered, device):
+    arrays = read_npz(altered / "int8.npz")
+    write_npz(altered / "int8.npz", arrays | {"0.output.y": arrays["0.output.y"] * np.float32(1.01)})
     ended = mil("selftest", altered)
     assert ended.code == 3
-    assert "int8: package error: Core ML does not run int8: Error in declaring network.\n" in ended.out
+    assert ended.out.endswith(" in 0\n1 of 2 packages passed\n")
+
+
+def test_strict_needs_core_ml(mil, altered, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    ended = mil("selftest", altered, "--strict")
+    assert (ended.code, ended.out, ended.err) == (
+        32,
+        "",
+        "machine error: --strict asks for Core ML, and this is linux\n  expected: macOS\n",
+    )
 
 
 @pytest.mark.needs_macos

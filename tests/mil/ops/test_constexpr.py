@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil import types
 from coremltools.converters.mil.mil.ops.defs.iOS16 import constexpr_ops as ios16
 from coremltools.converters.mil.mil.ops.defs.iOS18 import compression as ios18
+
+from coremill.core.errors import PackageError
+from coremill.mil.loader import Package, open_package
+from coremill.mil.ops.registry import OperationError, find
+from coremill.mil.plan import Target
+from coremill.mil.program import Program
+from coremill.mil.values import Numerics
 
 RNG = np.random.default_rng(23)
 ONE = {"x": np.zeros((1,), np.float32)}
@@ -60,6 +68,61 @@ def test_sparse_of_ios16(weights_of):
     shape = np.array([2, 5], np.uint32)
     found = weights_of(lambda: mb.constexpr_sparse_to_dense(nonzero_data=data, mask=mask, shape=shape), ios=16)
     np.testing.assert_array_equal(found, [[1, 0, 2, 0, 0], [3, 0, 4, 0, 5]])
+
+
+def _kernel(name, ios):
+    return find(f"constexpr_{name}", ios).kernel
+
+
+BYTES = torch.full((4,), 0b0101, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("indices", "entries", "shape", "message"),
+    [
+        (BYTES, 32, (8,), r"a table of shape \[32\], expected one axis of 2, 4, 16, 64, 256 entries"),
+        (BYTES, 16, (9,), r"shape \[9\]: 4 bytes for 9 elements of uint4, which take 5"),
+        (BYTES, 16, (6,), r"shape \[6\]: 4 bytes for 6 elements of uint4, which take 3"),
+        (BYTES[:0], 16, (1,), "0 bytes for 1 elements"),
+        (BYTES, 16, (2**31 - 1, 2**31 - 1), "4 bytes for 4611686014132420609 elements"),
+        (BYTES, 16, (-2, -4), r"shape \[-2, -4\], expected sizes of at least 0"),
+        (BYTES.int(), 16, (8,), "packed elements of torch.int32, expected uint8"),
+    ],
+)
+def test_a_broken_lut_of_ios16(indices, entries, shape, message):
+    with pytest.raises(OperationError, match=message):
+        _kernel("lut_to_dense", 16)(indices, torch.zeros(entries), shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("values", "shape", "message"),
+    [
+        (8, (33,), r"shape \[33\]: 4 bytes for 33 elements of uint1, which take 5"),
+        (8, (2**31 - 1, 2**31 - 1), "which take 576460751766552577"),
+        (1, (32,), r"data of shape \[1\] for a mask with 8 ones"),
+        (9, (32,), r"data of shape \[9\] for a mask with 8 ones"),
+    ],
+)
+def test_a_broken_mask_of_ios16(values, shape, message):
+    with pytest.raises(OperationError, match=message):
+        _kernel("sparse_to_dense", 16)(torch.ones(values), BYTES, shape=shape)
+
+
+def test_a_broken_lut_is_found_on_opening(build):
+    """In a package: the error is one of the package's, and names the operation."""
+    lut, indices = np.zeros(16, np.float32), np.zeros(16, np.uint8)
+    shape = np.array([32], np.uint32)
+    weights = lambda: mb.constexpr_lut_to_dense(indices=indices, lut=lut, shape=shape, name="table")  # noqa: E731
+    model = build(ONE, _beside(weights), ios=16)
+    package = Package("toy", model.get_spec(), open_package(model).weights)
+    block = package.spec.mlProgram.functions["main"].block_specializations["CoreML6"]
+    table = next(each for each in block.operations if each.type == "constexpr_lut_to_dense").attributes["lut"]
+    table.type.tensorType.dimensions[0].constant.size = 32
+    table.immediateValue.tensor.floats.values[:] = [0.0] * 32
+    with pytest.raises(
+        PackageError, match=r"^operation 'table' \(constexpr_lut_to_dense\), whose inputs are .*\[32\]"
+    ):
+        Program(package, "main").plan(Target(Numerics.DECLARED))
 
 
 def test_cast(weights_of):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813
 
 from coremill.core.errors import PredictionInputError
 from coremill.mil import MLModel
+from coremill.mil.ops.registry import OperationError, find
 
 TABLE = np.arange(24, dtype=np.float32).reshape(6, 4)
 
@@ -131,3 +133,33 @@ def test_scatter_adds_repeated_indices(evaluate):
     expected = TABLE.copy()
     np.add.at(expected, [2, 2, 0], 1)
     np.testing.assert_array_equal(found, expected)
+
+
+X = torch.arange(24.0).reshape(2, 3, 4)
+
+
+def _zeros(*shape):
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "arguments", "attributes", "message"),
+    [
+        ("gather", (X, _zeros(2, 3)), {"axis": 0, "batch_dims": 1}, "batch_dims 1, expected 0 to 0"),
+        ("gather", (X, _zeros(2)), {"axis": 2, "batch_dims": 2}, "batch_dims 2, expected 0 to 1"),
+        ("gather", (X, _zeros(2, 3)), {"axis": 1, "batch_dims": -1}, "batch_dims -1, expected 0 to 1"),
+        ("gather", (X, _zeros(3, 2)), {"axis": 2, "batch_dims": 2}, "expected 2 equal first sizes"),
+        ("gather_nd", (X, _zeros(3, 2)), {"batch_dims": 1}, "expected 1 equal first sizes"),
+        ("gather_nd", (X, _zeros(2, 4)), {}, r"indices of shape \[2, 4\] into the sizes \[2, 3, 4\]"),
+        ("gather_along_axis", (X, _zeros(1, 3, 4)), {"axis": 1}, r"must be \[2, 3, 4\] but along axis 1"),
+        ("scatter", (X, _zeros(2), X[:1]), {"axis": 0}, r"updates of shape \[1, 3, 4\], which must be \[2, 3, 4\]"),
+        ("scatter_along_axis", (X, _zeros(2, 1, 3), X), {"axis": 1}, r"must be \[2, 3, 4\] but along axis 1"),
+        ("scatter_along_axis", (X, _zeros(2, 1, 4), X), {"axis": 1}, r"which must be \[2, 1, 4\]"),
+        ("scatter_nd", (X, _zeros(1, 1), X), {}, r"updates of shape \[2, 3, 4\], which must be \[1, 3, 4\]"),
+        ("scatter_nd", (X, _zeros(2, 4), X), {}, r"indices of shape \[2, 4\] into the sizes \[2, 3, 4\]"),
+    ],
+)
+def test_shapes_that_do_not_fit(op_type, arguments, attributes, message):
+    """torch would broadcast, wrap or leave out; the definitions of coremltools refuse."""
+    with pytest.raises(OperationError, match=message):
+        find(op_type, 18).kernel(*arguments, **attributes)

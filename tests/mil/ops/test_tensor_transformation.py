@@ -317,3 +317,9 @@ def test_reshape_like(evaluate):
         ),
     )
     np.testing.assert_array_equal(found, X)
+
+
+@pytest.mark.parametrize(("begin", "size"), [((0,), (1,)), ((0, 0, 0), (1, 1, 1)), ((0, 0), (1,))])
+def test_a_slice_by_size_of_another_rank(begin, size):
+    with pytest.raises(OperationError, match="for a tensor of rank 2"):
+        find("slice_by_size", 18).kernel(torch.zeros(2, 3), begin=begin, size=size)

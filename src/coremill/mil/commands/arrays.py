@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import lzma
+import struct
 import sys
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
 from coremill.core.errors import MachineError, PredictionInputError
 from coremill.core.publish import write_atomic
@@ -24,8 +28,12 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _SAVED = "an .npz file as numpy.savez writes it, with an array for each input by its name"
 
-_UNREADABLE = (EOFError, MemoryError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
-"""What zipfile, zlib and numpy raise of a file that is damaged, encrypted or of an absurd size."""
+_UNREADABLE = (
+    *(EOFError, LookupError, MemoryError, OverflowError, RuntimeError, SyntaxError, TypeError, ValueError),
+    *(lzma.LZMAError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
+"""What zipfile, the decompressors and numpy, which reads headers as Python literals, raise of a file that is
+damaged, encrypted or of an absurd size."""
 
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -183,5 +191,8 @@ def _table_size(graph: Graph, node: Node, carriers: set[int]) -> int | None:
     if not carriers.intersection(slots["indices"]):
         return None
     table = graph.types[slots["x"][0]].shape
-    axis = graph.constants.get(node.attributes["axis"][0]) if "axis" in node.attributes else 0
-    return None if axis is None else table[int(axis)]
+    axis = graph.constants.get(node.attributes["axis"][0]) if "axis" in node.attributes else torch.tensor(0)
+    # An axis that is none, or no index into a table without rows, is for the prediction to refuse.
+    if not isinstance(axis, torch.Tensor) or axis.numel() != 1 or not -len(table) <= int(axis) < len(table):
+        return None
+    return table[int(axis)] or None

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
@@ -36,8 +38,8 @@ BOUND = 0.01
 
 Rounding to fp16 alone is at most 2⁻¹¹ ≈ 0.0005 of a value, and grows with the depth of a model."""
 
-WORST = 10
-"""How many of the worst operations are listed."""
+LISTED = 10
+"""How many operations are listed: of the worst, of other shapes, of those not compared."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,14 @@ class Deviation:
     name: str
     op_type: str
     relative: float
-    """Relative error of the worst output; infinite where only one of the two is finite, or the oracle is all 0."""
+    """Relative error of the worst output; infinite where only one of the two is finite, the oracle is all 0, or the
+    shapes differ. NaN where no output is compared: lists, labels and dictionaries are not."""
     max_abs_err: float
-    """Where both are finite."""
+    """Where both are finite; NaN where the shapes differ."""
     inputs_relative: float
-    """Relative error of its worst input."""
+    """Relative error of its worst input; NaN where one was not compared."""
+    shapes: str | None
+    """Both shapes, where they differ: what depends on data may be of another size."""
     saturated: int
     """Values at the greatest magnitude of their fp16 or bf16 type, where no input was at it."""
     infinite: int
@@ -60,6 +65,10 @@ class Deviation:
     """NaNs from finite inputs."""
     oracle_finite: bool
     """Whether the oracle's outputs are finite: if not, no wider type would help."""
+
+    @property
+    def is_compared(self) -> bool:
+        return not math.isnan(self.relative)
 
     @property
     def overflows(self) -> bool:
@@ -148,9 +157,10 @@ def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Any]) -> list[
             Deviation(
                 step.node.name,
                 step.node.op_type,
-                max((relative for relative, _ in parts), default=0.0),
-                max((max_abs for _, max_abs in parts), default=0.0),
-                max((errors.get(slot, 0.0) for slot in step.inputs), default=0.0),
+                *_worst_part(parts),
+                # NaN, of an input that was not compared, is greater than all.
+                float(np.max([errors.get(slot, 0.0) for slot in step.inputs], initial=0.0)),
+                next(filter(None, map(_other_shapes, outputs, reference)), None),
                 *_overflows(inputs, [own for own, half in zip(outputs, halves, strict=True) if half], outputs),
                 all(_is_finite(other) for other in reference),
             )
@@ -171,9 +181,14 @@ def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Any]) -> list[
 
 
 def _deviation(declared: Any, oracle: Any) -> tuple[float, float]:
-    """Relative and greatest absolute error; elements that are equal or both NaN are without one."""
-    if not isinstance(declared, Tensor) or not isinstance(oracle, Tensor) or declared.shape != oracle.shape:
-        return (0.0, 0.0)  # a list, or a size that depends on the data
+    """Relative and greatest absolute error; elements that are equal or both NaN are without one.
+
+    Both are NaN of a list, a label or a dictionary; for another shape see :class:`Deviation`.
+    """
+    if not isinstance(declared, Tensor) or not isinstance(oracle, Tensor):
+        return (math.nan, math.nan)
+    if declared.shape != oracle.shape:
+        return (math.inf, math.nan)
     wide = torch.float32 if oracle.is_floating_point() and oracle.dtype is not torch.float64 else torch.float64
     own, other = declared.to(wide), oracle.to(wide)
     differs = (own != other) & ~(own.isnan() & other.isnan())
@@ -185,6 +200,21 @@ def _deviation(declared: Any, oracle: Any) -> tuple[float, float]:
     signal = float(torch.where(finite, other, 0).square().sum(dtype=torch.float64))
     lost = bool((differs & ~finite).any()) or signal == 0
     return (math.inf if lost else math.sqrt(noise / signal), float(error.abs().max()))
+
+
+def _worst_part(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of those outputs that are compared; nothing is off where there are none at all."""
+    compared = [part for part in parts if not math.isnan(part[0])]
+    if parts and not compared:
+        return (math.nan, math.nan)
+    relative = max((part[0] for part in compared), default=0.0)
+    return (relative, float(np.max([part[1] for part in compared], initial=0.0)))
+
+
+def _other_shapes(declared: Any, oracle: Any) -> str | None:
+    if not isinstance(declared, Tensor) or not isinstance(oracle, Tensor) or declared.shape == oracle.shape:
+        return None
+    return f"{shape_text(declared.shape)}, the oracle {shape_text(oracle.shape)}"
 
 
 def _overflows(inputs: Sequence[Tensor], halves: Sequence[Tensor], outputs: Sequence[Any]) -> tuple[int, int, int]:
@@ -220,60 +250,84 @@ def sqnr_db(relative: float) -> float:
 
 
 def render(deviations: Sequence[Deviation], bound: float, to: Console) -> None:
-    """Print the first operation beyond the bound, the worst ones, and those that overflow."""
-    first = next((each for each in deviations if each.relative > bound), None)
+    """Print the first operation beyond the bound, the worst ones, what is not compared, and what overflows."""
+    compared = [each for each in deviations if each.is_compared]
+    first = next((each for each in compared if each.relative > bound), None)
     if first is None:
-        to.print(Text(f"none of {len(deviations)} operations leaves the oracle by more than {number(bound)}"))
+        to.print(Text(f"none of {len(compared)} operations leaves the oracle by more than {number(bound)}"))
     else:
         to.print(Text(f"the first operation that leaves the oracle by more than {number(bound)}:", style="bold"))
-        to.print(
-            Text(
-                f"{first}: {number(first.relative)} ({decibels(sqnr_db(first.relative))} dB), "
-                f"its inputs by at most {number(first.inputs_relative)}"
-            )
-        )
-    worst = sorted(deviations, key=lambda each: -each.relative)[:WORST]
-    if worst and worst[0].relative > 0:
+        to.print(Text(f"{first}: {_error_text(first)}, its inputs by at most {_known(first.inputs_relative)}"))
+    worst = [each for each in sorted(compared, key=lambda each: -each.relative)[:LISTED] if each.relative > 0]
+    if worst:
         to.print()
-        to.print(title(f"the worst of {len(deviations)} operations"))
-        to.print(
-            table(
-                ["operation", "type", ">error", ">dB", ">of inputs", ">max abs"],
-                [
-                    (
-                        each.name,
-                        each.op_type,
-                        number(each.relative),
-                        decibels(sqnr_db(each.relative)),
-                        number(each.inputs_relative),
-                        number(each.max_abs_err),
-                    )
-                    for each in worst
-                    if each.relative > 0
-                ],
-            )
-        )
+        to.print(title(f"the worst of {len(compared)} operations"))
+        to.print(_worst_table(worst))
     to.print()
+    if reshaped := [each for each in deviations if each.shapes]:
+        to.print(title("operations that give another shape than the oracle"))
+        _print_some([f"{each.name} ({each.op_type}): {each.shapes}" for each in reshaped], to)
+        to.print()
+    if apart := [each for each in deviations if not each.is_compared]:
+        to.print(title(f"not compared: {len(apart)}, which give lists, labels or dictionaries"))
+        _print_some([f"{each.name} ({each.op_type})" for each in apart], to)
+        to.print()
     overflows = [each for each in deviations if each.overflows]
-    if not overflows:
+    if overflows:
+        to.print(title("operations that saturate, or give infinities or NaNs for finite inputs"))
+        to.print(_overflow_table(overflows))
+    else:
         to.print(Text("no operation saturates, or gives infinities or NaNs for finite inputs"))
-        return
-    to.print(title("operations that saturate, or give infinities or NaNs for finite inputs"))
-    to.print(
-        table(
-            ["operation", "type", ">saturated", ">infinite", ">NaN", "oracle"],
-            [
-                (
-                    each.name,
-                    each.op_type,
-                    str(each.saturated),
-                    str(each.infinite),
-                    str(each.nan),
-                    "finite" if each.oracle_finite else "as well",
-                )
-                for each in overflows
-            ],
-        )
+
+
+def _print_some(lines: Sequence[str], to: Console) -> None:
+    for line in lines[:LISTED]:
+        to.print(Text(line))
+    if len(lines) > LISTED:
+        to.print(Text(f"… and {len(lines) - LISTED} more"))
+
+
+def _error_text(each: Deviation) -> str:
+    if each.shapes:
+        return f"shape {each.shapes}"
+    return f"{number(each.relative)} ({decibels(sqnr_db(each.relative))} dB)"
+
+
+def _known(value: float) -> str:
+    return "unknown" if math.isnan(value) else number(value)
+
+
+def _worst_table(worst: Sequence[Deviation]) -> Table:
+    return table(
+        ["operation", "type", ">error", ">dB", ">of inputs", ">max abs"],
+        [
+            (
+                each.name,
+                each.op_type,
+                number(each.relative),
+                decibels(sqnr_db(each.relative)),
+                _known(each.inputs_relative),
+                _known(each.max_abs_err),
+            )
+            for each in worst
+        ],
+    )
+
+
+def _overflow_table(overflows: Sequence[Deviation]) -> Table:
+    return table(
+        ["operation", "type", ">saturated", ">infinite", ">NaN", "oracle"],
+        [
+            (
+                each.name,
+                each.op_type,
+                str(each.saturated),
+                str(each.infinite),
+                str(each.nan),
+                "finite" if each.oracle_finite else "as well",
+            )
+            for each in overflows
+        ],
     )
 
 

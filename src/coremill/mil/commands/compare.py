@@ -16,7 +16,14 @@ import numpy as np
 import torch
 
 from coremill.core.command import command_parser
-from coremill.core.errors import GATES_FAILED, OK, ConfigError, PackageError, TorchScriptError
+from coremill.core.errors import (
+    GATES_FAILED,
+    OK,
+    ConfigError,
+    PackageError,
+    PredictionInputError,
+    TorchScriptError,
+)
 from coremill.mil.commands.arrays import Array, draw_inputs, read_npz
 from coremill.mil.commands.output import console, decibels, number, shape_text, table, title
 from coremill.mil.commands.run import MODES, finite_text, predict
@@ -118,10 +125,12 @@ def is_torchscript(path: Path) -> bool:
 def torchscript_runner(path: Path) -> Runner:
     """Runs a TorchScript program on arrays by name; floats in float32, outputs in its own order.
 
-    Its inputs go by name where all names agree, and otherwise in the order of the arrays.
+    Its inputs go by name where all names agree, and otherwise in the order of the arrays. Outputs in bfloat16,
+    which numpy has not, become float32.
 
     Raises:
-        TorchScriptError: it is no TorchScript program.
+        TorchScriptError: it is no TorchScript program; when run, one that fails or returns other than tensors.
+        PredictionInputError: when run, an array of a type that torch has not.
     """
     expected = "a TorchScript program, as torch.jit.save writes it"
     try:
@@ -132,8 +141,8 @@ def torchscript_runner(path: Path) -> Runner:
     names = [_plain_name(value) for value in list(program.graph.inputs())[1:]]  # the first is the module itself
 
     def run(data: Mapping[str, Array]) -> dict[str, Array]:
-        arrays = [data[name] for name in (names if set(names) == set(data) else data)]
-        tensors = [torch.from_numpy(each.astype(np.float32) if each.dtype.kind == "f" else each) for each in arrays]
+        ordered = names if set(names) == set(data) else list(data)
+        tensors = [_tensor(name, data[name]) for name in ordered]
         try:
             with torch.no_grad():
                 outputs = program(*tensors)
@@ -141,14 +150,41 @@ def torchscript_runner(path: Path) -> Runner:
             reason = str(error).strip().splitlines()[-1]
             raise TorchScriptError(f"{path} does not run on these inputs: {reason}") from error
         values = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-        if not all(isinstance(value, torch.Tensor) for value in values):
-            raise TorchScriptError(f"{path} returns something other than tensors", expected="tensors alone")
+        if not values or not all(map(_is_comparable, values)):
+            raise TorchScriptError(
+                f"{path} returns {', '.join(map(_kind, values)) or 'nothing'}",
+                expected="dense tensors of real numbers alone",
+            )
         found = _output_names(program)
         if len(set(found)) != len(values):
             found = [f"output {position}" for position in range(len(values))]
-        return {name: value.numpy() for name, value in zip(found, values, strict=True)}
+        return {name: _array(value) for name, value in zip(found, values, strict=True)}
 
     return run
+
+
+def _tensor(name: str, array: Array) -> torch.Tensor:
+    if array.dtype.kind not in "biuf":
+        raise PredictionInputError(f"input {name!r} is {array.dtype}", expected="numbers or bools")
+    return torch.from_numpy(array.astype(np.float32) if array.dtype.kind == "f" else array)
+
+
+def _is_comparable(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.layout is torch.strided and not (value.is_complex() or value.is_quantized)
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{value.dtype} ({str(value.layout).removeprefix('torch.')})"
+
+
+def _array(value: torch.Tensor) -> Array:
+    plain = value.detach()  # a parameter that is returned as it is asks for gradients even here
+    array: Array = (plain.float() if plain.dtype is torch.bfloat16 else plain).numpy()
+    return array
 
 
 def _output_names(program: Any) -> list[str]:

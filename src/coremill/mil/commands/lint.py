@@ -8,6 +8,7 @@ source.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +52,14 @@ MAX_INNER_SIZE, MAX_OUTER_SIZE = 16_384, 65_536
 STATE_MULTIPLE = 32
 
 WIDE_FLOATS = ("fp32", "fp64", "bf16")
-WIDE_INTEGERS = ("int64", "uint64", "uint32")
+WIDE_INTEGERS = ("int64", "uint32")
 """Integers that no cast of ML Programs gives."""
 
 RECURRENT = ("gru", "lstm", "rnn")
 SHAPERS = ("reshape", "transpose")
+
+SHOWN = 8
+"""Places of a rule that are printed, unless all are asked for."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,11 @@ class Place:
 
     graph: Graph
     node: Node
+    known: AbstractSet[int]
+    """Slots of the graph that follow from constants alone."""
 
     def is_constant(self, slot: int) -> bool:
-        return slot in self.graph.constants
+        return slot in self.known
 
     def tensors(self, parameter: str) -> tuple[int, ...]:
         """Slots of a tensor parameter."""
@@ -88,7 +94,23 @@ class Subject:
     """What a rule looks at."""
 
     description: FunctionDescription
+    graph: Graph
     places: tuple[Place, ...]
+
+    def inputs(self) -> Iterator[tuple[str, TensorType]]:
+        """Inputs and states, as the program declares them."""
+        states = {each.name for each in self.description.states}
+        for slot in self.graph.inputs:
+            if slot in self.graph.types:
+                name = self.graph.names[slot]
+                yield f"{'state' if name in states else 'input'} {name}", self.graph.types[slot]
+
+    def values(self) -> Iterator[tuple[str, TensorType]]:
+        """Every tensor of a prediction: inputs, states, and what operations give."""
+        yield from self.inputs()
+        for place in self.places:
+            for value_type in place.outputs():
+                yield str(place), value_type
 
 
 @dataclass(frozen=True)
@@ -112,7 +134,7 @@ class Finding:
 
 def lint(description: FunctionDescription, graph: Graph) -> list[Finding]:
     """Everything that the rules find in a function, rule by rule."""
-    subject = Subject(description, tuple(_places(graph, set())))
+    subject = Subject(description, graph, tuple(_places(graph, set())))
     return [Finding(rule, where) for rule in RULES for where in rule.find(subject)]
 
 
@@ -128,7 +150,7 @@ def _places(graph: Graph, constant: set[int]) -> Iterator[Place]:
         if node.definition is not None and node.definition.pure and slots <= known:
             known.update(node.outputs)
             continue
-        yield Place(graph, node)
+        yield Place(graph, node, known)
         for block in node.blocks:
             inner = block.graph
             captured = inner.inputs[len(inner.inputs) - len(block.captured) :]
@@ -156,24 +178,25 @@ def _many_shapes(subject: Subject) -> Iterator[str]:
 
 
 def _high_rank(subject: Subject) -> Iterator[str]:
-    for place in subject.places:
-        for value_type in place.outputs():
-            if len(value_type.shape) > MAX_RANK:
-                yield f"{place}: {value_type}"
+    for where, value_type in subject.values():
+        if len(value_type.shape) > MAX_RANK:
+            yield f"{where}: {value_type}"
 
 
 def _large_dimensions(subject: Subject) -> Iterator[str]:
-    for place in subject.places:
-        for value_type in place.outputs():
-            sizes = [size or 0 for size in value_type.shape]
-            if max(sizes[-2:], default=0) > MAX_INNER_SIZE or max(sizes, default=0) > MAX_OUTER_SIZE:
-                yield f"{place}: {value_type}"
+    for where, value_type in subject.values():
+        sizes = [size or 0 for size in value_type.shape]
+        if max(sizes[-2:], default=0) > MAX_INNER_SIZE or max(sizes, default=0) > MAX_OUTER_SIZE:
+            yield f"{where}: {value_type}"
 
 
 def _of_types(names: Sequence[str], *, besides: Sequence[str] = ()) -> Callable[[Subject], Iterator[str]]:
-    """Operations that give one of these types, but for some operations."""
+    """Inputs of one of these types, and operations that give one, but for some operations."""
 
     def find(subject: Subject) -> Iterator[str]:
+        for where, value_type in subject.inputs():
+            if value_type.element.name in names:
+                yield f"{where}: {value_type}"
         for place in subject.places:
             found = [each for each in place.outputs() if each.element.name in names]
             if found and place.node.op_type not in besides:
@@ -183,12 +206,15 @@ def _of_types(names: Sequence[str], *, besides: Sequence[str] = ()) -> Callable[
 
 
 def _integer_or_bool(subject: Subject) -> Iterator[str]:
+    def is_narrow(value_type: TensorType) -> bool:
+        element = value_type.element
+        return not element.is_float and element.name not in WIDE_INTEGERS and len(value_type.shape) > 0
+
+    for where, value_type in subject.inputs():
+        if is_narrow(value_type):
+            yield f"{where}: {value_type}"
     for place in subject.places:
-        found = [
-            each
-            for each in place.outputs()
-            if not each.element.is_float and each.element.name not in WIDE_INTEGERS and len(each.shape) > 0
-        ]
+        found = list(filter(is_narrow, place.outputs()))
         # From the A17 Pro on it computes with quantized activations as such (coremltools guide, What's New).
         if found and place.node.op_type != "quantize":
             yield f"{place}: {', '.join(map(str, found))}"
@@ -239,11 +265,10 @@ def _linear_layers(subject: Subject) -> Iterator[str]:
 
 
 def _single_last_axis(subject: Subject) -> Iterator[str]:
-    for place in subject.places:
-        for value_type in place.outputs():
-            shape = value_type.shape
-            if value_type.element.name == "fp16" and len(shape) >= 3 and shape[-1] == 1:
-                yield f"{place}: {value_type}"
+    for where, value_type in subject.values():
+        shape = value_type.shape
+        if value_type.element.name == "fp16" and len(shape) >= 3 and shape[-1] == 1:
+            yield f"{where}: {value_type}"
 
 
 def _state_sizes(subject: Subject) -> Iterator[str]:
@@ -365,15 +390,23 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def render(findings: Sequence[Finding], to: Console) -> None:
-    """Print the findings by rule: what, where, why, and who says so."""
+def render(findings: Sequence[Finding], to: Console, shown: int | None = SHOWN) -> None:
+    """Print the findings by rule: what, where, why, and who says so.
+
+    Args:
+        shown: so many places a rule at most; None for all.
+    """
     for rule in RULES:
         places = [each.where for each in findings if each.rule is rule]
         if not places:
             continue
         to.print(Text.assemble((rule.name, "bold"), f": {len(places)}"))
-        for where in places:
+        for where in places[:shown]:
             to.print(Padding(Text(where), (0, 0, 0, 4), expand=False))
+        if hidden := len(places) - len(places[:shown]):
+            to.print(
+                Padding(Text(f"… and {hidden} more; --all lists them", style="dim"), (0, 0, 0, 4), expand=False)
+            )
         to.print(Padding(Text.assemble(("why: ", "dim"), rule.why), (0, 0, 0, 2), expand=False))
         to.print(Padding(Text.assemble(("source: ", "dim"), rule.source), (0, 0, 0, 2), expand=False))
         to.print()
@@ -385,6 +418,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser("coremill mil lint", __doc__)
     parser.add_argument("package", type=Path, help="an .mlpackage")
     parser.add_argument("--function", help="the function to look at (default: the package's own)")
+    parser.add_argument("--all", action="store_true", help=f"list every place, not {SHOWN} a finding")
     parser.add_argument("--strict", action="store_true", help="exit with 3 if there is a finding")
     options = parser.parse_args(argv)
     package = open_package(options.package)
@@ -394,5 +428,5 @@ def main(argv: list[str] | None = None) -> int:
     to = console()
     to.print(title(f"{package.name}, function {name}"), soft_wrap=True)
     to.print()
-    render(findings, to)
+    render(findings, to, None if options.all else SHOWN)
     return GATES_FAILED if findings and options.strict else OK

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coremill.mil.ops.axes import axis_of
 from coremill.mil.ops.registry import OperationError, op
 
 _SQRT_HALF = math.sqrt(0.5)
@@ -103,7 +104,7 @@ def silu(x: Tensor) -> Tensor:
 @op("softmax", native=True)
 def softmax(x: Tensor, *, axis: int = -1) -> Tensor:
     """softmax: e^x / sum of e^x along the axis."""
-    return torch.softmax(x, axis)
+    return torch.softmax(x, axis_of(x.dim(), axis))
 
 
 @op("softplus")

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from coremill.mil.ops.axes import axis_of
 from coremill.mil.ops.quantization import along_axis
 from coremill.mil.ops.registry import Ints, OperationError, Tensors, op
 from coremill.mil.values import BY_NAME, ElementType, unpack_bits
@@ -29,24 +30,49 @@ def constexpr_cast(source_val: Tensor, *, output_dtype: ElementType) -> Tensor:
     return source_val.to(output_dtype.storage)
 
 
+_INDEX_TYPES = {1 << bits: BY_NAME[f"uint{bits}"] for bits in (1, 2, 4, 6, 8)}
+"""Type of an index of iOS16 by the number of entries of its table."""
+
+
+def _unpacked(packed: Tensor, element: ElementType, shape: Ints) -> Tensor:
+    """The elements of a tensor of `shape` from their bytes, in one axis.
+
+    Raises:
+        OperationError: the shape has a negative size, or the bytes are too few or too many for it.
+    """
+    if min(shape, default=0) < 0:
+        raise OperationError(f"shape {list(shape)}, expected sizes of at least 0")
+    if packed.dtype != torch.uint8:
+        raise OperationError(f"packed elements of {packed.dtype}, expected uint8")
+    try:
+        unpacked = unpack_bits(packed.cpu().numpy(), element, math.prod(shape))
+    except ValueError as error:
+        raise OperationError(f"shape {list(shape)}: {error}") from error
+    return torch.from_numpy(unpacked).to(packed.device)
+
+
 @op("constexpr_lut_to_dense", since=16, native=True)
 def constexpr_lut_to_dense(indices: Tensor, lut: Tensor, *, shape: Ints) -> Tensor:
     """constexpr_lut_to_dense: lut[index] for indices of log2(len(lut)) bits, packed least significant bit first."""
-    width = BY_NAME[f"uint{int(math.log2(lut.numel()))}"]
-    unpacked = unpack_bits(indices.numpy(), width, math.prod(shape))
-    return lut[torch.from_numpy(unpacked).long()].reshape(shape)
+    if lut.dim() != 1 or lut.numel() not in _INDEX_TYPES:
+        sizes = ", ".join(map(str, _INDEX_TYPES))
+        raise OperationError(f"a table of shape {list(lut.shape)}, expected one axis of {sizes} entries")
+    unpacked = _unpacked(indices, _INDEX_TYPES[lut.numel()], shape)
+    return lut[unpacked.long()].reshape(shape)
 
 
 @op("constexpr_sparse_to_dense", since=16, native=True)
 def constexpr_sparse_to_dense(nonzero_data: Tensor, mask: Tensor, *, shape: Ints) -> Tensor:
     """constexpr_sparse_to_dense: the data where the packed mask has a 1, else 0."""
-    bits = torch.from_numpy(unpack_bits(mask.numpy(), BY_NAME["uint1"], math.prod(shape))).reshape(shape)
-    return sparse_to_dense(nonzero_data, bits)
+    return sparse_to_dense(nonzero_data, _unpacked(mask, BY_NAME["uint1"], shape).reshape(shape))
 
 
 @op("constexpr_sparse_to_dense", since=18, native=True)
 def sparse_to_dense(nonzero_data: Tensor, mask: Tensor) -> Tensor:
     """constexpr_sparse_to_dense of iOS18: the mask has the result's shape."""
+    ones = int((mask != 0).sum())
+    if nonzero_data.shape != (ones,):
+        raise OperationError(f"data of shape {list(nonzero_data.shape)} for a mask with {ones} ones")
     dense = torch.zeros(mask.shape, dtype=nonzero_data.dtype)
     dense[mask != 0] = nonzero_data
     return dense
@@ -87,7 +113,7 @@ def lut_to_dense(indices: Tensor, lut: Tensor, *, vector_axis: int | None = None
         return picked.squeeze(-1)
     if vector_axis is None:
         raise OperationError(f"table entries of {vector_size} elements without a vector_axis")
-    axis = vector_axis % indices.dim()
+    axis = axis_of(indices.dim(), vector_axis)
     return picked.movedim(-1, axis + 1).flatten(axis, axis + 1)
 
 

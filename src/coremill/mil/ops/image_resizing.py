@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coremill.mil.ops.axes import axis_of
 from coremill.mil.ops.registry import Ints, OperationError, op
 
 _SAMPLING_MODES = ("STRICT_ALIGN_CORNERS", "ALIGN_CORNERS", "DEFAULT", "OFFSET_CORNERS", "UNALIGN_CORNERS")
@@ -69,7 +70,8 @@ def _linear(x: Tensor, axis: int, mode: str, count: int) -> Tensor:
         return x.clone()  # The products below would make NaN of an infinity.
     before = low.long()
     after = (before + 1).clamp(max=size - 1)
-    shape = [-1 if each == axis % x.dim() else 1 for each in range(x.dim())]
+    position = axis_of(x.dim(), axis)
+    shape = [-1 if each == position else 1 for each in range(x.dim())]
     weight = weight.to(x.dtype).reshape(shape)
     return x.index_select(axis, before) * (1 - weight) + x.index_select(axis, after) * weight
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from coremill.mil.ops.axes import axes_of
 from coremill.mil.ops.registry import Ints, op
 
 
@@ -70,7 +71,7 @@ def layer_norm(
 ) -> Tensor:
     """layer_norm: over `axes` (all by default), then gamma and beta, whose shape is that of x at those axes."""
     rank = x.dim()
-    over = tuple(range(rank)) if axes is None else tuple(sorted(axis % rank for axis in axes))
+    over = tuple(range(rank)) if axes is None else axes_of(rank, axes)
     # Where gamma's axes are not adjacent in x, sizes of 1 stand for those between.
     affine_shape = tuple(size if axis in over else 1 for axis, size in enumerate(x.shape))
     mean = x.mean(over, keepdim=True)

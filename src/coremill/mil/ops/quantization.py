@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from coremill.mil.ops.axes import axis_of
 from coremill.mil.ops.registry import op
 from coremill.mil.values import ElementType
 
@@ -16,7 +17,8 @@ def along_axis(values: Tensor, rank: int, axis: int | None) -> Tensor:
     """A number as it is, a list (N,) as (1, …, N, …, 1) of the given rank."""
     if values.dim() == 0 or axis is None:
         return values
-    return values.reshape(tuple(-1 if each == axis % rank else 1 for each in range(rank)))
+    position = axis_of(rank, axis)
+    return values.reshape(tuple(-1 if each == position else 1 for each in range(rank)))
 
 
 @op("quantize", since=17)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from coremill.mil.ops.axes import axes_of
 from coremill.mil.ops.registry import Ints, op
 from coremill.mil.values import INT32, ElementType
 
 
 def _axes(x: Tensor, axes: Ints | None) -> Ints:
-    return tuple(range(x.dim())) if axes is None else axes
+    return tuple(range(x.dim())) if axes is None else axes_of(x.dim(), axes)
 
 
 def _float(x: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def reduce_min(x: Tensor, *, axes: Ints | None = None, keep_dims: bool = False) 
 def reduce_prod(x: Tensor, *, axes: Ints | None = None, keep_dims: bool = False) -> Tensor:
     """reduce_prod: the product."""
     # From the last axis to the first, so that a removed one leaves the numbers of the others as they were.
-    for axis in sorted((axis % x.dim() for axis in _axes(x, axes)), reverse=True):
+    for axis in reversed(_axes(x, axes)):
         x = torch.prod(x, axis, keep_dims, dtype=x.dtype)
     return x
 

@@ -56,6 +56,7 @@ class Parameter:
     required: bool
     is_list: bool = False
     """Whether it is given as several tensors."""
+    is_state: bool = False
     is_list_value: bool = False
     """Whether it is one value of list type."""
     convert: Callable[[Any], Any] | None = None
@@ -82,7 +83,9 @@ class Definition:
     tensors: tuple[Parameter, ...]
     attributes: Mapping[str, Parameter]
     returns_tuple: bool
-    """Whether the kernel may return a tuple of outputs."""
+    """Whether the kernel may return a tuple of outputs; otherwise it returns one."""
+    returns_list_value: bool
+    """Whether its output is of list type."""
     in_place: Callable[..., Overwritten] | None
     """A kernel that writes into its first input; see `coremill.mil.in_place` for when it is used."""
 
@@ -116,7 +119,7 @@ def op(
     def register(kernel: Kernel) -> Kernel:
         tensors, attributes = _parameters(kernel, fixed)
         bound = functools.partial(kernel, **fixed) if fixed else kernel
-        returns_tuple = inspect.signature(kernel, eval_str=True).return_annotation not in (Tensor, TensorList)
+        returned = inspect.signature(kernel, eval_str=True).return_annotation
         for name in names:
             definition = Definition(
                 name,
@@ -127,7 +130,8 @@ def op(
                 data_dependent_shape,
                 tensors,
                 MappingProxyType(attributes),
-                returns_tuple,
+                returned not in (Tensor, TensorList),
+                returned is TensorList,
                 in_place,
             )
             versions = _REGISTRY.definitions.setdefault(name, [])
@@ -176,7 +180,13 @@ def _parameters(kernel: Kernel, fixed: Mapping[str, Any]) -> tuple[tuple[Paramet
             )
         elif kind in (Tensor, StateCell, Tensors, TensorList):
             tensors.append(
-                Parameter(parameter.name, required, is_list=kind == Tensors, is_list_value=kind is TensorList)
+                Parameter(
+                    parameter.name,
+                    required,
+                    is_list=kind == Tensors,
+                    is_state=kind is StateCell,
+                    is_list_value=kind is TensorList,
+                )
             )
         else:
             raise TypeError(f"{kernel.__name__}: positional parameter {parameter.name} is {kind}, not a tensor")
@@ -197,7 +207,7 @@ def _scalar(kind: type) -> Callable[[Any], Any]:
             value = value[0]
         if isinstance(value, (list, tuple)) or (isinstance(value, str) != (kind is str)):
             raise OperationError(f"{value!r} is not one {kind.__name__}")
-        return kind(value)
+        return _converted(kind, value)
 
     return convert
 
@@ -207,9 +217,16 @@ def _sequence(kind: type) -> Callable[[Any], Any]:
         values = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(each, (list, tuple, str)) for each in values):
             raise OperationError(f"{value!r} is not a list of {kind.__name__}")
-        return tuple(kind(each) for each in values)
+        return tuple(_converted(kind, each) for each in values)
 
     return convert
+
+
+def _converted(kind: type, value: Any) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError) as error:  # A list's or state's value, a NaN, an infinity.
+        raise OperationError(f"{value!r} is no {kind.__name__}") from error
 
 
 def _int_pairs(value: Any) -> IntPairs:
@@ -217,7 +234,7 @@ def _int_pairs(value: Any) -> IntPairs:
         not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in value
     ):
         raise OperationError(f"{value!r} is not a list of pairs of int")
-    return tuple((int(first), int(second)) for first, second in value)
+    return tuple((_converted(int, first), _converted(int, second)) for first, second in value)
 
 
 def _symbols(value: Any) -> Symbols:

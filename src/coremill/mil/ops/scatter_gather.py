@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from coremill.mil.ops.axes import axis_of
 from coremill.mil.ops.registry import OperationError, op
 
 EITHER_END = {"negative": True, "validate_indices": False}
@@ -40,8 +41,34 @@ def _in_bounds(indices: Tensor, size: int, axis: int, *, negative: bool) -> Tens
     return torch.where(indices < 0, indices + size, indices) if low < 0 else indices
 
 
+def _check_batch(x: Tensor, indices: Tensor, batch_dims: int, limit: int) -> None:
+    """Both begin with the batch, whose dimensions are at most `limit`."""
+    if not 0 <= batch_dims <= min(limit, indices.dim()):
+        raise OperationError(f"batch_dims {batch_dims}, expected 0 to {min(limit, indices.dim())}")
+    if x.shape[:batch_dims] != indices.shape[:batch_dims]:
+        raise OperationError(
+            f"x of shape {list(x.shape)} and indices of shape {list(indices.shape)}, expected {batch_dims} equal "
+            "first sizes"
+        )
+
+
+def _check_along_axis(data: Tensor, indices: Tensor, axis: int) -> None:
+    """torch leaves out what indices of smaller sizes do not reach."""
+    expected = (*data.shape[:axis], -1, *data.shape[axis + 1 :])
+    if (*indices.shape[:axis], -1, *indices.shape[axis + 1 :]) != expected or indices.dim() != data.dim():
+        raise OperationError(
+            f"indices of shape {list(indices.shape)}, which must be {list(data.shape)} but along axis {axis}"
+        )
+
+
+def _check_updates(updates: Tensor, expected: tuple[int, ...]) -> None:
+    if updates.shape != expected:
+        raise OperationError(f"updates of shape {list(updates.shape)}, which must be {list(expected)}")
+
+
 def _gather(x: Tensor, indices: Tensor, axis: int, batch_dims: int, *, negative: bool) -> Tensor:
-    axis = axis % x.dim()
+    axis = axis_of(x.dim(), axis)
+    _check_batch(x, indices, batch_dims, axis)
     flat = _in_bounds(indices, x.shape[axis], axis, negative=negative)
     if batch_dims == 0:
         if indices.dim() == 0:
@@ -80,18 +107,22 @@ def gather_along_axis(
     x: Tensor, indices: Tensor, *, axis: int = 0, validate_indices: bool = False, negative: bool
 ) -> Tensor:
     """gather_along_axis: at each position the element of x whose index along the axis is given there."""
-    axis = axis % x.dim()
+    axis = axis_of(x.dim(), axis)
+    _check_along_axis(x, indices, axis)
     return torch.gather(x, axis, _in_bounds(indices, x.shape[axis], axis, negative=negative))
 
 
 def _nd_index(indices: Tensor, sizes: torch.Size, *, negative: bool) -> tuple[Tensor, ...]:
     """The columns of (…, K) indices, each checked against its axis."""
+    if indices.dim() == 0 or indices.shape[-1] > len(sizes):
+        raise OperationError(f"indices of shape {list(indices.shape)} into the sizes {list(sizes)}")
     return tuple(
         _in_bounds(column, sizes[axis], axis, negative=negative) for axis, column in enumerate(indices.unbind(-1))
     )
 
 
 def _gather_nd(x: Tensor, indices: Tensor, batch_dims: int, *, negative: bool) -> Tensor:
+    _check_batch(x, indices, batch_dims, x.dim())
     if batch_dims == 0:
         return x[_nd_index(indices, x.shape, negative=negative)]
     batch = x.shape[:batch_dims]
@@ -143,11 +174,10 @@ def scatter(
     negative: bool,
 ) -> Tensor:
     """scatter: slices of `updates` combined into a copy of `data` at `indices` along the axis."""
-    axis = axis % data.dim()
+    axis = axis_of(data.dim(), axis)
     flat = _in_bounds(indices, data.shape[axis], axis, negative=negative)
     expected = data.shape[:axis] + indices.shape + data.shape[axis + 1 :]
-    if updates.shape != expected:
-        raise OperationError(f"updates of shape {list(updates.shape)}, which must be {list(expected)}")
+    _check_updates(updates, expected)
     along = [1] * data.dim()
     along[axis] = -1
     updates = updates.reshape((*data.shape[:axis], -1, *data.shape[axis + 1 :]))
@@ -167,7 +197,9 @@ def scatter_along_axis(
     negative: bool,
 ) -> Tensor:
     """scatter_along_axis: each update combined into a copy of `data` at the index along the axis given there."""
-    axis = axis % data.dim()
+    axis = axis_of(data.dim(), axis)
+    _check_along_axis(data, indices, axis)
+    _check_updates(updates, indices.shape)
     return _combine(data, axis, _in_bounds(indices, data.shape[axis], axis, negative=negative), updates, mode)
 
 
@@ -183,9 +215,10 @@ def scatter_nd(
     negative: bool,
 ) -> Tensor:
     """scatter_nd: slices of `updates` combined into a copy of `data` where the last axis of `indices` points."""
-    depth = indices.shape[-1]
     columns = _nd_index(indices, data.shape, negative=negative)
+    depth = indices.shape[-1]
     slice_shape = data.shape[depth:]
+    _check_updates(updates, indices.shape[:-1] + slice_shape)
     row = torch.zeros(indices.shape[:-1], dtype=torch.int64, device=data.device)
     for column, size in zip(columns, data.shape[:depth], strict=True):
         row = row * size + column

@@ -6,20 +6,32 @@ that `coreml_update_state` is saved as a `write_state` and, where its result is 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from coremill.mil.ops.registry import op
+from coremill.mil.ops.registry import OperationError, op
 from coremill.mil.values import StateCell
 
 
 @op("read_state", since=18, native=True, pure=False)
 def read_state(input: StateCell) -> Tensor:
-    """read_state: the state's content. No copy: no kernel writes to its inputs, and `write_state` replaces."""
+    """read_state: the state's content, without a copy.
+
+    `write_state` replaces the tensor, and an update in place writes into it only where nothing reads this value
+    afterwards; see `coremill.mil.in_place`.
+    """
     return input.tensor
 
 
 @op("write_state", since=18, native=True, pure=False)
 def write_state(input: StateCell, data: Tensor) -> tuple[()]:
-    """write_state: makes `data` the state's content."""
+    """write_state: makes `data`, which must be of the state's shape and type, its content."""
+    found, expected = ((tensor.shape, tensor.dtype) for tensor in (data, input.tensor))
+    if found != expected:
+        raise OperationError(f"a tensor of {_text(*found)} for a state, expected {_text(*expected)}")
     input.tensor = data
     return ()
+
+
+def _text(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"

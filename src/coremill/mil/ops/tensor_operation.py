@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coremill.mil.ops.axes import axis_of
 from coremill.mil.ops.registry import Ints, OperationError, Tensors, op
 from coremill.mil.values import INT32, ElementType
 
@@ -31,7 +32,7 @@ def shape(x: Tensor) -> Tensor:
 def concat(values: Tensors, *, axis: int, interleave: bool = False) -> Tensor:
     """concat: the values joined along the axis; interleaved, one element of each in turn."""
     if interleave:
-        position = axis % values[0].dim()
+        position = axis_of(values[0].dim(), axis)
         return torch.stack(values, position + 1).flatten(position, position + 1)
     # Numbers of rank 0 are joined like lists of one.
     return torch.cat([value.reshape(1) if value.dim() == 0 else value for value in values], axis)

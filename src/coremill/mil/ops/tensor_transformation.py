@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coremill.mil.ops.axes import axes_of, axis_of
 from coremill.mil.ops.registry import Bools, IntPairs, Ints, OperationError, Overwritten, Tensors, op
 
 
 @op("expand_dims", native=True)
 def expand_dims(x: Tensor, *, axes: Ints) -> Tensor:
     """expand_dims: a dimension of 1 at each of `axes`, which count in the result."""
-    rank = x.dim() + len(axes)
-    for axis in sorted(axis % rank for axis in axes):
+    for axis in axes_of(x.dim() + len(axes), axes):
         x = x.unsqueeze(axis)
     return x
 
@@ -137,9 +137,10 @@ def slice_by_index(
 @op("slice_by_size", native=True)
 def slice_by_size(x: Tensor, *, begin: Ints, size: Ints) -> Tensor:
     """slice_by_size: `size` elements from `begin` on along each axis; a size of -1 takes what remains."""
+    if len(begin) != x.dim() or len(size) != x.dim():
+        raise OperationError(f"begin {list(begin)} and size {list(size)} for a tensor of rank {x.dim()}")
     index = []
-    for axis, (start, length) in enumerate(zip(begin, size, strict=True)):
-        total = x.shape[axis]
+    for axis, (start, length, total) in enumerate(zip(begin, size, x.shape, strict=True)):
         first = start + total if start < 0 else start
         last = total if length == -1 else first + length
         if not 0 <= first <= last <= total:
@@ -280,11 +281,13 @@ def pixel_unshuffle(x: Tensor, *, downscale_factor: int) -> Tensor:
 @op("sliding_windows", native=True)
 def sliding_windows(x: Tensor, *, axis: int, size: int, stride: int = 1) -> Tensor:
     """sliding_windows: windows of `size` elements along the axis, `stride` apart; the new axis follows it."""
-    position = axis % x.dim()
+    position = axis_of(x.dim(), axis)
     return x.unfold(position, size, stride).movedim(-1, position + 1)
 
 
 @op("flatten2d", native=True)
 def flatten2d(x: Tensor, *, axis: int = 1) -> Tensor:
     """flatten2d: (product of the dimensions before the axis, product of those from it on)."""
+    if not -x.dim() <= axis <= x.dim():
+        raise OperationError(f"axis {axis} of a tensor of rank {x.dim()}, expected {-x.dim()} to {x.dim()}")
     return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
