@@ -7,11 +7,13 @@ runs in the convert environment of this checkout instead.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import coremill
@@ -39,10 +41,24 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if missing := [package for package in NEEDS if importlib.util.find_spec(package) is None]:
         _run_elsewhere(arguments, missing)
-    # It warns on import of versions that it has not converted with; nothing is converted here.
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
-    module = importlib.import_module(f"coremill.mil.commands.{options.command}")
-    return int(module.main(options.arguments))
+    with _quiet_coremltools():
+        module = importlib.import_module(f"coremill.mil.commands.{options.command}")
+        return int(module.main(options.arguments))
+
+
+@contextlib.contextmanager
+def _quiet_coremltools() -> Iterator[None]:
+    """It warns on import of versions that it has not converted with, and nothing is converted here.
+
+    The level comes back: a conversion in the same process has to hear of its warnings.
+    """
+    logger = logging.getLogger("coremltools")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import coremltools as ct
 import numpy as np
 import pytest
 from coremltools.converters.mil import Builder as mb  # noqa: N813
+
+from coremill import cli
 
 INT4 = """\
 {package}
@@ -139,3 +142,13 @@ def test_what_is_no_package(mil, tmp_path):
         f"package error: {tmp_path / 'none.mlpackage'}: no such package\n"
         "  expected: an .mlpackage directory as coremltools or Xcode saves it\n"
     )
+
+
+def test_a_command_leaves_coremltools_as_loud_as_it_was(capsys):
+    """A conversion in the same process still hears of its warnings."""
+    logger = logging.getLogger("coremltools")
+    before = logger.level
+    with pytest.raises(SystemExit):
+        cli.main(["mil", "inspect", "--help"])
+    assert logger.level == before
+    assert "usage: " in capsys.readouterr().out
