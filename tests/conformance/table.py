@@ -8,9 +8,6 @@ from collections.abc import Iterable, Sequence
 import msgspec
 from tests.conformance.records import Record
 
-OUTCOMES_OF_FAILURE = ("failed", "xfailed")
-"""xfailed: the suite expects Core ML to fail there. It counts as a failure here: nothing agreed."""
-
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One operation."""
@@ -48,11 +45,11 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compared_nothing(record: Record) -> bool:
-    return record.outcome in ("passed", "xpassed") and record.predictions > 0 and record.compared == 0
+    return record.outcome == "passed" and record.predictions > 0 and record.compared == 0
 
 
 def is_failure(record: Record) -> bool:
-    return record.outcome in OUTCOMES_OF_FAILURE or compared_nothing(record)
+    return record.outcome == "failed" or compared_nothing(record)
 
 
 def is_about_numbers(record: Record) -> bool:
@@ -114,15 +111,9 @@ def exceptions(records: Iterable[Record]) -> dict[str, list[str]]:
     by_reason: dict[str, list[str]] = {}
     for record in records:
         if is_failure(record):
-            reason = "it compares nothing" if compared_nothing(record) else _reason(record)
+            reason = "it compares nothing" if compared_nothing(record) else record.reason
             by_reason.setdefault(reason, []).append(record.test)
     return dict(sorted(by_reason.items(), key=lambda entry: -len(entry[1])))
-
-
-def _reason(record: Record) -> str:
-    if record.outcome == "xfailed":
-        return f"the suite expects Core ML to fail here: {record.reason or 'without a reason'}"
-    return record.reason
 
 
 def skips(records: Iterable[Record]) -> Counter[str]:
