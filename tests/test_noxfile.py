@@ -24,17 +24,33 @@ def nox(*arguments, cwd=ROOT, **env):
     )
 
 
+def listed(*posargs):
+    ended = nox("--list-sessions", "--json", "-t", "environment", "build", "check", "upkeep", *posargs)
+    assert ended.returncode == 0, ended.stderr
+    return {session["session"]: session for session in json.loads(ended.stdout)}
+
+
 @pytest.fixture(scope="module")
 def sessions():
-    listed = nox("--list-sessions", "--json", "-t", "environment", "build", "check", "upkeep")
-    assert listed.returncode == 0, listed.stderr
-    return {session["session"]: session for session in json.loads(listed.stdout)}
+    return listed()
 
 
 def test_the_table_of_contents(sessions):
     """A session that is renamed or lost is a difference in a checked-in file."""
     golden = ROOT / "tests" / "golden" / "sessions.txt"
     assert "".join(f"{name}\n" for name in sessions) == golden.read_text()
+
+
+def test_the_table_of_contents_of_a_run_that_imports_its_model():
+    golden = ROOT / "tests" / "golden" / "sessions-imported.txt"
+    found = listed("--", "--config", "configs/smollm2-135m.toml")
+    assert "".join(f"{name}\n" for name in found) == golden.read_text()
+    assert [name for name, session in found.items() if not session["description"]] == []
+
+
+def test_a_configuration_that_cannot_be_read_still_lists_every_session(sessions):
+    found = listed("--", "--config", "configs/none.toml")
+    assert found.keys() == {*sessions, "texts", "import"}
 
 
 def test_every_session_says_what_it_is(sessions):
@@ -106,11 +122,44 @@ def test_an_unknown_key_in_the_configuration_stops_the_build_at_once(tmp_path):
     assert "expected: `epochs`?" in ended.stderr
 
 
-def test_a_dry_run_says_what_would_run_and_runs_nothing(tmp_path):
-    ended = nox("-s", "pipeline", "--", "--build-dir", str(tmp_path / "build"), "--dry-run")
+@pytest.mark.parametrize("session", ["import", "pipeline"])
+def test_a_configuration_that_is_not_there_is_named_whatever_was_asked_for(tmp_path, session):
+    ended = nox("-s", session, "--", "--build-dir", str(tmp_path), "--config", "configs/none.toml", "--dry-run")
+    assert ended.returncode == 1
+    assert "aborted: cannot read configs/none.toml: No such file or directory" in ended.stderr
+
+
+def test_a_stage_that_the_run_has_not_cannot_be_forced(tmp_path):
+    ended = nox("-s", "dataset", "--", "--build-dir", str(tmp_path), "--force", "import", "--dry-run")
+    assert ended.returncode == 1
+    assert (
+        "--force import: configs/magic-8-ball.toml has no such stage, but all, dataset, training, export, convert, "
+        "verify" in ended.stderr
+    )
+
+
+FIRST_STAGES = {"magic-8-ball": ["dataset", "training"], "smollm2-135m": ["texts", "import"]}
+
+
+@pytest.mark.parametrize("run", FIRST_STAGES)
+def test_a_dry_run_says_what_would_run_and_runs_nothing(tmp_path, run):
+    options = ("--config", f"configs/{run}.toml", "--build-dir", str(tmp_path / "build"), "--dry-run")
+    ended = nox("-s", "pipeline", "--", *options)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("would run: never ran") == 5
+    for stage in (*FIRST_STAGES[run], "verify(torch='2.9.1')"):
+        assert f"Running session {stage}\n" in ended.stderr
     assert not (tmp_path / "build").exists()
+
+
+@pytest.mark.parametrize("run", FIRST_STAGES)
+def test_the_matrix_runs_what_lanes_share_once_and_the_rest_in_every_lane(tmp_path, run):
+    options = ("--config", f"configs/{run}.toml", "--build-dir", str(tmp_path / "build"), "--dry-run")
+    ended = nox("-s", "matrix", "--", *options)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("would run: never ran") == 2 + 3 * len(LANES)
+    for stage in FIRST_STAGES[run]:
+        assert ended.stderr.count(f"Running session {stage}\n") == 1
 
 
 def test_the_lane_chooses_the_sessions(tmp_path):

@@ -24,11 +24,15 @@ COMMANDS = {
     "report": Command("coremill.report.summary", "stages, shapes, gates and answers of a finished run"),
     "stage": Command("coremill.pipeline.runner", "run one stage of a run in this interpreter"),
     "dataset": Command("coremill.data.make_toy_kd", "write a dataset, its held-out set and its tokenizer"),
+    "import": Command("coremill.infra.importer", "bring the weights and the tokenizer of a model that exists in"),
     "train": Command("coremill.training.run_toy_distill", "distil a student from a dataset"),
     "check-checkpoint": Command("coremill.training.check_checkpoint", "validate a checkpoint"),
     "export": Command("coremill.conversion.export_pytorch", "write TorchScript and its contract"),
     "convert": Command("coremill.conversion.convert_coreml", "write the Core ML package"),
     "verify": Command("coremill.conversion.verify_contract", "run the package and check it against its contract"),
+    "agree": Command(
+        "coremill.infra.agree", "compare every format of a run's model with its checkpoint, in one table"
+    ),
     "mil": Command("coremill.infra.mil", "run, compare and examine any Core ML package: inspect, run, compare, …"),
 }
 

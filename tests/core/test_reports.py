@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -16,9 +17,11 @@ from coremill.core.reports import (
     Backend,
     LaneFailed,
     LaneVerified,
+    Perplexity,
     RunSummary,
     ShapeError,
     StageSummary,
+    StatefulMeasured,
     lane_failed,
 )
 
@@ -98,14 +101,55 @@ def test_only_verified_lanes_answer() -> None:
     answer = Answer(prompt="?", answer="!", mood=None, right=True)
     summary = run(FAILED, verified(), sampled_seed=8, sampled=(answer,))
     assert [lane.lane for lane in summary.verified] == ["2.9.1"]
-    with pytest.raises(ValueError, match="0 lanes were verified, and `sampled_seed` is 8"):
+    assert run(verified(), sampled=(answer,), gates_ok=True).sampled_seed is None  # greedy
+    with pytest.raises(ValueError, match=r"^no lane was verified, and there are 0 answers, of seed 8$"):
         run(FAILED, sampled_seed=8)
-    with pytest.raises(ValueError, match="0 lanes were verified"):
+    with pytest.raises(ValueError, match=r"^no lane was verified, and there are 1 answers, of seed None$"):
         run(FAILED, sampled=(answer,))
-    with pytest.raises(ValueError, match="1 lanes were verified, and `sampled_seed` is None"):
-        run(verified(), gates_ok=True)
     with pytest.raises(ValueError, match="`gates_ok` is True, the lanes say otherwise"):
         run(FAILED, verified(), sampled_seed=8, gates_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": math.inf}, "the perplexity `reference` is inf"),
+        ({"measured": math.nan}, "the perplexity `measured` is nan"),
+        ({"measured": 0.0}, "the perplexity `measured` is 0.0"),
+        ({"tokens": 0}, "a perplexity of 0 tokens"),
+    ],
+)
+def test_a_perplexity_is_a_number_of_some_tokens(changes: dict[str, float], message: str) -> None:
+    good = Perplexity(reference=20.0, measured=19.9, tokens=7)
+    assert good.change == pytest.approx(0.005)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        msgspec.structs.replace(good, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prefills": 0}, "`prefills` is 0"),
+        ({"continued": 0}, "`continued` is 0"),
+        ({"padding_err": math.nan}, "`padding_err` is nan"),
+        ({"emptied_sqnr_db": -math.inf}, "`emptied_sqnr_db` is -inf"),
+    ],
+)
+def test_functions_with_a_cache_were_measured_or_are_an_error(changes: dict[str, float], message: str) -> None:
+    good = StatefulMeasured(
+        backend=Backend.MIL_REFERENCE,
+        cache_positions=40,
+        prefills=6,
+        prefill_sqnr_db=58.0,
+        decoded=20,
+        decode_sqnr_db=57.0,
+        continued=11,
+        continued_sqnr_db=56.0,
+        padding_err=0.0,
+        emptied_sqnr_db=9.0,
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        msgspec.structs.replace(good, **changes)
 
 
 RAN = {"python": "3.11.7", "duration_s": 1.0, "started_at": "2026-05-04T09:13:20+00:00"}

@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coremill.core.config import ModelConfig
+from coremill.core.config import FrequencyFactors, LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
 from coremill.core.contract import ModelArch, TokenizerRef
 from coremill.core.errors import (
     CheckpointContentError,
@@ -28,6 +32,7 @@ from coremill.core.errors import (
     UnsafeCheckpointError,
     VocabularyMismatchError,
 )
+from coremill.model import checkpoint as checkpoint_module
 from coremill.model.checkpoint import (
     Checkpoint,
     build_student,
@@ -391,7 +396,121 @@ def test_the_vocabulary_is_the_tokenizer_s() -> None:
         check_vocabulary(ckpt, TokenizerRef(vocab_size=20, digest="sha256:def"))
 
 
-def test_saving_goes_through_memory_not_a_named_file(saved: Path) -> None:
+def test_an_embedding_may_have_more_rows_than_the_tokenizer_has_tokens(tmp_path: Path) -> None:
+    save_checkpoint(
+        tmp_path / "padded.ckpt", a_checkpoint(tokenizer=TokenizerRef(vocab_size=17, digest="sha256:abc"))
+    )
+    assert load_checkpoint(tmp_path / "padded.ckpt").tokenizer.vocab_size == 17
+
+
+SCALINGS = [
+    None,
+    LinearScaling(factor=2.0),
+    Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8),
+    YarnScaling(factor=4.0, original_max_seq_len=8, attention_factor=1.1, truncate=False),
+    FrequencyFactors(factors=(1.0, 2.5)),
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_the_options_of_the_family_are_kept(tmp_path: Path, scaling: Any) -> None:
+    config = msgspec.structs.replace(
+        CONFIG, head_size=4, rope_scaling=scaling, attention_bias="qkvo", mlp_bias=True, qk_norm=True
+    )
+    student = new_student(config, seed=1)
+    ckpt = checkpoint_of(student, model_type="qwen3", step=0, tokenizer=TOKENIZER)
+    save_checkpoint(tmp_path / "options.ckpt", ckpt)
+    loaded = load_checkpoint(tmp_path / "options.ckpt")
+    assert loaded.config == config
+    assert torch.equal(build_student(loaded).cos, student.cos)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"kind": "cubic"}, "Invalid value 'cubic' at `$.config.rope_scaling.kind`"),
+        ({"kind": "linear", "factor": 2.0, "fcator": 1}, "unknown key `fcator` at `$.config.rope_scaling`"),
+        ({"kind": "linear", "factor": -1.0}, "`factor` must be positive, found -1.0 at `$.config.rope_scaling`"),
+    ],
+)
+def test_a_scaling_that_is_not_one(saved: Path, change: dict[str, Any], found: str) -> None:
+    rewrite(saved, lambda value: value["config"].update(rope_scaling=change))
+    assert refusal(saved, CheckpointContentError) == f"{saved}: {found}"
+
+
+def test_what_was_imported_says_so() -> None:
+    assert not a_checkpoint().imported
+    assert a_checkpoint(step=0, training={"imported_from": {"format": "gguf"}}).imported
+
+
+def test_half_precision_keeps_its_type_and_is_built_in_float32(tmp_path: Path) -> None:
+    halves = {name: tensor.bfloat16() for name, tensor in a_checkpoint().state_dict.items()}
+    save_checkpoint(tmp_path / "half.ckpt", a_checkpoint(state_dict=halves))
+    loaded = load_checkpoint(tmp_path / "half.ckpt")
+    assert all(torch.equal(loaded.state_dict[name], halves[name]) for name in halves)
+    assert {tensor.dtype for tensor in loaded.state_dict.values()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in build_student(loaded).parameters()} == {torch.float32}
+
+
+def test_tensors_of_one_storage_are_written_apart_and_not_copied(saved: Path, tmp_path: Path) -> None:
+    """Tensors mapped from a file may share its storage; the archive has each by itself, and nothing twice."""
+    state = a_checkpoint().state_dict
+    everything = torch.cat([state[name].reshape(-1) for name in state])
+    parts = everything.split([state[name].numel() for name in state])
+    views = {name: part.view(state[name].shape) for name, part in zip(state, parts, strict=True)}
+    save_checkpoint(tmp_path / "views.ckpt", a_checkpoint(state_dict=views))
+    assert (tmp_path / "views.ckpt").read_bytes() == saved.read_bytes()
+    own = checkpoint_module._apart(views["norm.weight"])
+    assert own.data_ptr() == views["norm.weight"].data_ptr()
+    assert own.untyped_storage().nbytes() == own.nbytes < everything.nbytes
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_values_that_are_not_finite_are_counted(value: float, dtype: torch.dtype) -> None:
+    tensor = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)  # their sum overflows, and they are finite
+    assert checkpoint_module._not_finite(tensor) == 0
+    tensor[1, 2] = tensor[2, 4] = value
+    assert checkpoint_module._not_finite(tensor) == 2
+    assert checkpoint_module._not_finite(tensor.T) == 2
+
+
+@pytest.mark.parametrize("vocab_size", [20, 4000])  # it is full when the file is closed, or while torch writes
+def test_a_full_disk_is_named_and_leaves_the_old_file(saved: Path, vocab_size: int) -> None:
+    """A limit on the size of files stands for the disk; the tensors are what does not fit."""
+    student = new_student(msgspec.structs.replace(CONFIG, vocab_size=vocab_size), seed=4)
+    save_checkpoint(saved, checkpoint_of(student, model_type="toy", step=7, tokenizer=TOKENIZER))
+    before = saved.read_bytes()
+    script = (
+        "import resource, signal, sys; from pathlib import Path;"
+        "from coremill.model.checkpoint import load_checkpoint, save_checkpoint;"
+        "from coremill.core.errors import OutputError;"
+        "path = Path(sys.argv[1]); ckpt = load_checkpoint(path);"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "try: save_checkpoint(path, ckpt)\n"
+        "except OutputError as error: print(error.found)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(saved)], capture_output=True, text=True, check=True)
+    assert done.stdout == f"cannot write {saved}: File too large\n"
+    assert saved.read_bytes() == before
+    assert [entry.name for entry in saved.parent.iterdir()] == ["toy.ckpt"]
+
+
+def test_a_checkpoint_replaced_while_it_is_read_is_the_one_that_was_checked(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = checkpoint_module._pickle_in_archive
+
+    def check_and_replace(path: Path, file: Any) -> bytes:
+        pickled = check(path, file)
+        save_checkpoint(path, a_checkpoint(step=99))
+        return pickled
+
+    monkeypatch.setattr(checkpoint_module, "_pickle_in_archive", check_and_replace)
+    assert load_checkpoint(saved).step == 7
+
+
+def test_the_archive_does_not_hold_the_file_s_name(saved: Path) -> None:
     """torch.save to a path writes the stem into the archive, and the digest then depends on the name."""
     with zipfile.ZipFile(io.BytesIO(saved.read_bytes())) as archive:
         assert {name.split("/")[0] for name in archive.namelist()} == {"archive"}

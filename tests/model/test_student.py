@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from coremill.core.config import ModelConfig, read_config
 from coremill.core.contract import ModelArch
 from coremill.model import student as student_module
-from coremill.model.student import MASKED_SCORE, Student, new_student, output_names
+from coremill.model.student import MASKED_SCORE, Student, new_student, output_names, parameter_shapes
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -211,3 +213,25 @@ def test_rotary_angles_are_those_of_the_paper() -> None:
     assert torch.allclose(model.cos[position], expected.cos().float(), atol=1e-7)
     assert torch.allclose(model.sin[position], expected.sin().float(), atol=1e-7)
     assert model.cos.shape == (33, 4)
+
+
+@pytest.mark.parametrize("halt", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", ["none", "qkv", "qkvo"])
+@pytest.mark.parametrize("others", [{}, {"mlp_bias": True}, {"qk_norm": True}, {"head_size": 10, "d_model": 25}])
+def test_parameter_shapes_are_those_of_a_model(halt: bool, tied: bool, bias: str, others: dict[str, Any]) -> None:
+    options = config(halt=halt, tied=tied, attention_bias=bias, **others)
+    state = Student(options).state_dict()
+    assert list(parameter_shapes(options).items()) == [(name, tuple(value.shape)) for name, value in state.items()]
+
+
+def test_loading_shapes_imports_nothing_slow() -> None:
+    """torch's "meta" device brings sympy and 800 other modules along: two seconds of every command."""
+    script = (
+        "import sys, torch; from coremill.core.config import read_config; from pathlib import Path;"
+        "from coremill.model.student import Student, parameter_shapes;"
+        f"config = read_config(Path({str(CONFIGS / 'magic-8-ball.toml')!r})).model;"
+        "parameter_shapes(config); Student(config); print('sympy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coremill.core.config import RunConfig, read_config
+from coremill.core.config import DistilledRun, read_distilled_config
 from coremill.core.layout import RunLayout
 from coremill.pipeline.environments import Toolset
 from coremill.pipeline.stages import Stage
@@ -24,8 +24,8 @@ SCRIPT = """
 
 
 @pytest.fixture
-def config() -> RunConfig:
-    return read_config(CONFIG)
+def config() -> DistilledRun:
+    return read_distilled_config(CONFIG)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 import coremill
 from coremill.pipeline.sources import source_digest, source_files
-from coremill.pipeline.stages import STAGES
+from coremill.pipeline.stages import EVERY_STAGE
 
 ROOT = Path(coremill.__file__).parent
 
@@ -29,13 +29,20 @@ def test_the_dataset_rests_on_its_room_and_not_on_the_others():
 WORK = {
     "dataset": {"data/make_toy_kd.py"},
     "training": {"training/run_toy_distill.py"},
+    "texts": {
+        "data/corpora/__init__.py",
+        "data/corpora/sources.toml",
+        "data/corpora/chat_prompts.toml",
+        "data/corpora/king-james-bible.txt",
+    },
+    "import": {"training/import_model.py"},
     "export": {"conversion/export_pytorch.py", "conversion/export.py"},
     "convert": {"conversion/convert_coreml.py", "conversion/convert.py"},
     "verify": {"conversion/verify_contract.py", "conversion/verify.py"},
 }
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", EVERY_STAGE, ids=lambda stage: stage.name)
 def test_the_closure_holds_the_stages_own_work_and_no_other_stages(stage):
     assert names(stage.module) & set().union(*WORK.values()) == WORK[stage.name]
 
@@ -47,6 +54,7 @@ def test_imports_inside_functions_and_data_files_count(tmp_path):
     shutil.copytree(ROOT / "pipeline", tree / "pipeline")
     (tree / "late.py").write_text("def f():\n    from coremill.core import digest\n    return digest\n")
     (tree / "data.toml").write_text("x = 1")
+    (tree / "text.txt").write_text("one")
     script = "from coremill.pipeline.sources import *; print(source_digest('coremill.late'))"
 
     def run():
@@ -61,7 +69,9 @@ def test_imports_inside_functions_and_data_files_count(tmp_path):
     after = run().stdout
     assert after != before
     (tree / "data.toml").write_text("x = 2")
-    assert run().stdout not in (before, after)
+    other_data = run().stdout
+    (tree / "text.txt").write_text("two")
+    assert len({before, after, other_data, run().stdout}) == 4
 
 
 def test_equal_sources_give_equal_digests():

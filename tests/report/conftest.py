@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from coremill.core.config import RunConfig, read_config
+from coremill.core.config import ImportedRun, RunConfig, read_config
 from coremill.core.contract import Toolchain
 from coremill.core.diagnostics import (
     ConversionDiagnostics,
@@ -40,6 +41,7 @@ from coremill.core.layout import (
     dataset_file,
     diagnostics_file,
     package_dir,
+    texts_file,
     verification_report,
 )
 from coremill.core.manifest import Fingerprint, StageManifest, measure_outputs
@@ -49,16 +51,18 @@ from coremill.core.reports import (
     HeldoutAnswers,
     LaneSummary,
     LaneVerified,
+    Perplexity,
     RunSummary,
     ShapeError,
     ShapeMeasured,
     ShapeReport,
     StageSummary,
+    StatefulMeasured,
     VerificationReport,
     lane_failed,
 )
 from coremill.pipeline.freshness import input_digests
-from coremill.pipeline.stages import find_stage
+from coremill.pipeline.stages import find_stage, stages_of
 
 BLOCKING = (
     "SQNR at the primary shape",
@@ -71,7 +75,9 @@ CONVERT_FAILURE = (
     "implemented; see build/magic-8-ball/torch-2.9.1/convert.failed/conversion.log"
 )
 GOLDEN = Path(__file__).parent / "golden"
-CONFIG = Path(__file__).parents[2] / "configs" / "magic-8-ball.toml"
+CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIG = CONFIGS / "magic-8-ball.toml"
+IMPORTED_CONFIG = CONFIGS / "smollm2-135m.toml"
 MUST, SHOULD, NICE = Severity.MUST, Severity.SHOULD, Severity.NICE
 
 ANSWERS = (
@@ -223,7 +229,7 @@ def stage_summary(stage: str, lane: str | None, duration_s: float, reason: str |
         stage=stage,
         lane=lane,
         python="3.13.0" if lane is None else "3.11.7",
-        torch=lane or ("2.9.1" if stage == "training" else None),
+        torch=lane or ("2.9.1" if stage in ("training", "import") else None),
         duration_s=duration_s,
         started_at="2026-05-04T09:12:33+00:00",
         outcome=Outcome.PASSED if reason is None else Outcome.FAILED,
@@ -297,6 +303,74 @@ def broken_lane(lane: str) -> LaneSummary:
     return lane_failed(lane, "convert", CONVERT_FAILURE, toolchain(**packages))
 
 
+def imported_shapes() -> dict[str, ShapeReport]:
+    shapes = list(good_shapes().values())
+    figures = ((14.707, 14.704), (15.1695, 15.169), (16.6488, 16.6499), (16.8019, 16.8022))
+    return {
+        f"T{512 * 2**power}": msgspec.structs.replace(
+            shapes[min(power, 2)],
+            perplexity=Perplexity(reference=reference, measured=measured, tokens=512 * 2**power - 1),
+        )
+        for power, (reference, measured) in enumerate(figures)
+    }
+
+
+def stateful() -> StatefulMeasured:
+    return StatefulMeasured(
+        backend=Backend.MIL_REFERENCE,
+        cache_positions=4096,
+        prefills=7,
+        prefill_sqnr_db=94.12,
+        decoded=32,
+        decode_sqnr_db=43.61,
+        continued=13,
+        continued_sqnr_db=48.55,
+        padding_err=0.0,
+        emptied_sqnr_db=3.27,
+    )
+
+
+def greedy_answers() -> tuple[Answer, ...]:
+    return (
+        Answer(prompt="What is the capital of Australia?", answer="Canberra.", mood=None, right=True),
+        Answer(prompt="Why is the sky blue?", answer="It scatters.\n\nMostly.", mood=None, right=False),
+    )
+
+
+def imported_gates() -> tuple[Gate, ...]:
+    """Those of a model that nobody asked anything."""
+    measured = {
+        "Primary shape validation succeeds": "T1024 ok",
+        "All shape enumerations succeed": "4 of 4",
+        "Secondary shapes validate": "3 of 3",
+    }
+    gates = (gate for gate in good_gates() if "answer" not in gate.name)
+    return tuple(msgspec.structs.replace(gate, measured=measured.get(gate.name, gate.measured)) for gate in gates)
+
+
+@pytest.fixture
+def imported() -> RunSummary:
+    """Of a run whose model existed."""
+    lane = msgspec.structs.replace(
+        lane_summary("2.9.1", imported_gates(), good_shapes()),
+        primary="T1024",
+        shapes=imported_shapes(),
+        stateful=stateful(),
+        heldout=None,
+        package_size_bytes=271_834_112,
+    )
+    stages = [stage_summary("texts", None, 0.121), stage_summary("import", None, 6.304), *lane_stages(lane, None)]
+    return msgspec.structs.replace(
+        run_summary([lane]),
+        run="smollm2-135m",
+        model_type="llama",
+        stages=tuple(stages),
+        figures={"texts.characters": 121_442, "import.parameters": 134_515_008},
+        sampled_seed=None,
+        sampled=greedy_answers(),
+    )
+
+
 @pytest.fixture
 def failed_lane() -> RunSummary:
     return run_summary([broken_lane("2.9.1")])
@@ -320,8 +394,16 @@ def summaries(
     matrix: RunSummary,
     failed_lane: RunSummary,
     failed_matrix: RunSummary,
+    imported: RunSummary,
 ) -> dict[str, RunSummary]:
-    return {"good": good, "bad": bad, "matrix": matrix, "failed": failed_lane, "failed-matrix": failed_matrix}
+    return {
+        "good": good,
+        "bad": bad,
+        "matrix": matrix,
+        "failed": failed_lane,
+        "failed-matrix": failed_matrix,
+        "imported": imported,
+    }
 
 
 class FinishedRun:
@@ -329,6 +411,7 @@ class FinishedRun:
 
     def __init__(self, build: Path, config: RunConfig) -> None:
         self.config = config
+        self.stages = stages_of(config)
         self.layout = RunLayout(build=build, run=config.name)
 
     def publish(self, stage: str, lane: str | None = None, **figures: float | int | str) -> Path:
@@ -353,8 +436,8 @@ class FinishedRun:
     ) -> None:
         (folder / MANIFEST).unlink(missing_ok=True)
         packages = {"torch": lane, "coremltools": "9.0", "numpy": "2.3.5"} if lane else {"torch": "2.9.1"}
-        inputs = input_digests(self.layout, find_stage(stage), lane)
-        config = find_stage(stage).config_slice(self.config)
+        inputs = input_digests(self.layout, find_stage(stage, self.stages), lane, self.stages)
+        config = find_stage(stage, self.stages).config_slice(self.config)
         manifest = StageManifest(
             outcome="succeeded" if error is None else "failed",
             error=error,
@@ -374,13 +457,23 @@ class FinishedRun:
         write_json(folder / MANIFEST, manifest)
 
     def shared(self) -> None:
-        """The dataset and the training."""
+        """The dataset and the training, or the texts and the import."""
+        if isinstance(self.config, ImportedRun):
+            return self._shared_imported()
         for stage in ("dataset", "training"):
             self.layout.stage(stage).mkdir(parents=True)
         dataset_file(self.layout.stage("dataset")).write_text("{}\n")
         self.publish("dataset", rows=2048)
         checkpoint_file(self.layout.stage("training"), self.config.name).write_text("weights")
         self.publish("training", parameters=623_232, loss_last=0.3412)
+
+    def _shared_imported(self) -> None:
+        for stage in ("texts", "import"):
+            self.layout.stage(stage).mkdir(parents=True)
+        texts_file(self.layout.stage("texts")).write_text("{}\n")
+        self.publish("texts", characters=121_442)
+        checkpoint_file(self.layout.stage("import"), self.config.name).write_text("weights")
+        self.publish("import", parameters=134_515_008)
 
     def export(self, lane: str) -> Path:
         folder = self.layout.stage("export", lane)
@@ -421,16 +514,18 @@ class FinishedRun:
             "package_digest": digest(package_dir(self.layout.stage("convert", lane), self.config.name)),
             "contract_digest": digest(contract_file(self.layout.stage("export", lane), self.config.name)),
         }
+        is_imported = isinstance(self.config, ImportedRun)
         report = VerificationReport(
             run=self.config.name,
             lane=lane,
             model_type=self.config.model_type,
             **{**subjects, **digests},
-            primary="T128",
+            primary=f"T{self.config.shapes.primary}",
             shapes=shapes,
-            heldout=heldout(),
-            sampled_seed=8,
-            sampled=answers(),
+            stateful=stateful() if is_imported else None,
+            heldout=None if is_imported else heldout(),
+            sampled_seed=None if is_imported else 8,
+            sampled=greedy_answers() if is_imported else answers(),
             gates=gates,
             gates_ok=gates_ok(gates),
         )
@@ -445,6 +540,15 @@ def finished(tmp_path: Path, config: RunConfig) -> FinishedRun:
     run.shared()
     run.lane("2.9.1", good_gates(), good_shapes())
     run.lane("2.8.0", bad_gates(), bad_shapes())
+    return run
+
+
+@pytest.fixture
+def finished_import(tmp_path: Path) -> FinishedRun:
+    """A run that imported its model, one lane of it, all right."""
+    run = FinishedRun(tmp_path / "build", read_config(IMPORTED_CONFIG))
+    run.shared()
+    run.lane("2.9.1", imported_gates(), imported_shapes())
     return run
 
 

@@ -22,7 +22,7 @@ def inline(markdown: str) -> str:
     return "".join(parts)
 
 
-@pytest.mark.parametrize("name", ["good", "bad", "matrix", "failed", "failed-matrix"])
+@pytest.mark.parametrize("name", ["good", "bad", "matrix", "failed", "failed-matrix", "imported"])
 def test_the_page(name: str, summaries, golden) -> None:
     golden(f"{name}.md", status_markdown(summaries[name]))
 

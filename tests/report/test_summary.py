@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from coremill.core.command import exit_on_error
+from coremill.core.config import ExportConfig
 from coremill.core.digest import digest
 from coremill.core.documents import json_schemas, read_json
 from coremill.core.errors import DigestError, StageError, exit_code_table
@@ -48,6 +49,24 @@ def test_a_summary_is_of_what_the_stages_left(finished) -> None:
     assert lane.toolchain.packages == {"torch": "2.9.1", "coremltools": "9.0", "numpy": "2.3.5"}
     assert (summary.gates_ok, summary.sampled_seed, len(summary.sampled)) == (True, 8, 7)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", summary.created_at)
+
+
+def test_a_run_that_imports_its_model_has_stages_of_its_own(finished_import) -> None:
+    summary = summarise(finished_import.layout, finished_import.config, ["2.9.1"])
+    assert [row.stage for row in summary.stages] == ["texts", "import", "export", "convert", "verify"]
+    assert {row.outcome for row in summary.stages} == {Outcome.PASSED}
+    assert summary.figures == {"texts.characters": 121_442, "import.parameters": 134_515_008}
+    (lane,) = summary.lanes
+    assert (lane.primary, sorted(lane.shapes)) == ("T1024", ["T1024", "T2048", "T4096", "T512"])
+    assert (lane.heldout, summary.sampled_seed, len(summary.sampled), summary.gates_ok) == (None, None, 2, True)
+    assert (lane.stateful.cache_positions, lane.shapes["T1024"].perplexity.tokens) == (4096, 1023)
+
+
+def test_another_export_than_the_build_did_is_refused(finished_import) -> None:
+    run = finished_import
+    other = msgspec.structs.replace(run.config, export=ExportConfig(frontend="torch-export"))
+    with pytest.raises(StageError, match=r"^stage export was run with another configuration"):
+        summarise(run.layout, other, ["2.9.1"])
 
 
 def test_lanes_share_what_ran_once(finished) -> None:

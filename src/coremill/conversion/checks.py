@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,9 +16,9 @@ import torch
 from coremill.conversion.agreement import Agreement, Comparison
 from coremill.conversion.backends import Array, Runner
 from coremill.conversion.graph import LOGITS, as_input
+from coremill.conversion.prompts import Probe, Prompts, conversation
 from coremill.conversion.scoring import ScoredAnswer, Scorer, answer_question, score_answer
-from coremill.conversion.sequences import conversation, packed
-from coremill.core.config import VerifyConfig
+from coremill.core.config import DistilledVerify
 from coremill.core.errors import ContractMismatchError, CoremillError
 from coremill.core.reports import Answer, HeldoutAnswers, ShapeError, ShapeMeasured, ShapeReport
 from coremill.data.judge import judge
@@ -29,9 +29,8 @@ from coremill.mil.measures import log_softmax, max_abs_err, sqnr_db
 from coremill.model.decoding import TemperatureSampler, greedy
 from coremill.model.student import Student, output_names
 
-PACKED_SEQUENCES = 4
-CONVERSATIONS = 64
-"""Conversations compared at each length, so that 2 % of their answer tokens are more than one or two."""
+Outputs = Mapping[str, Array]
+"""By name, each (T, …) without the batch dimension."""
 
 
 class Reference:
@@ -48,86 +47,93 @@ class Reference:
         return {name: tensor[0].numpy() for name, tensor in zip(self.names, outputs, strict=True)}
 
 
-def measure_shape(
-    runner: Runner, reference: Reference, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, *, margin: float
-) -> ShapeReport:
-    """Run the package at `seq_len` and compare it with the checkpoint's model, on real held-out conversations.
+class ShapeRun(NamedTuple):
+    """What came of one shape."""
 
-    Errors, SQNR and KL are over every position of sequences packed full, where each position up to the last
-    has a real token, and over the conversations; the first two are of the worst output. Top-1 agreement is over
-    the tokens of answers, in conversations padded as they are when the package answers: what a toy says within
-    a question was never trained, and near-ties are frequent there.
+    report: ShapeReport
+    ids: list[int]
+    """The first sequence that was compared, T tokens."""
+    outputs: Outputs
+    """The package's, for `ids`; none where the shape did not run."""
+
+
+def measure_shape(
+    runner: Runner, reference: Reference, prompts: Prompts, seq_len: int, *, margin: float
+) -> ShapeRun:
+    """Run the package at `seq_len` and compare it with the checkpoint's model, on real token ids.
+
+    Errors, SQNR and KL are over every position; the first two are of the worst output. See
+    :meth:`Prompts.compared` for what top-1 agreement is about.
     """
     by_output = {name: Comparison(margin=margin) for name in reference.names}
-    answers = Comparison(margin=margin)
-    scorer = Scorer(runner, [seq_len], tokenizer.pad_id)
-    fitting = [row for row in rows if len(conversation(row, tokenizer)) <= seq_len][:CONVERSATIONS]
+    scorer = Scorer(runner, [seq_len], prompts.pad_id)
+    first: list[int] = []
+    outputs: Outputs = {}
     try:
-        for ids in packed(rows, tokenizer, seq_len, PACKED_SEQUENCES):
-            _add(by_output, reference.run(ids), scorer.score(ids))
-        for row in fitting:
-            ids = conversation(row, tokenizer)
+        for ids, judged, is_scored in prompts.compared(seq_len):
             expected, found = reference.run(ids), scorer.score(ids)
-            _add(by_output, expected, found)
-            start = len(ids) - len(tokenizer.encode_answer(row.teacher_text)) - 1
-            answers.add(expected[LOGITS][start:-1], found[LOGITS][start:-1])
-        return _measured(
-            runner, {name: comparison.result() for name, comparison in by_output.items()}, answers.result()
-        )
+            for name, comparison in by_output.items():
+                tokens = ids if is_scored and name == LOGITS else None
+                comparison.add(expected[name], found[name], judged=judged, tokens=tokens)
+            if not first:
+                first, outputs = ids, found
+            del expected, found  # each may take 800 MB, and the next ones come first
+        report = _measured(runner, {name: comparison.result() for name, comparison in by_output.items()})
+        return ShapeRun(report, first, outputs)
     except CoremillError as failure:
-        return ShapeError(backend=runner.backend, error=failure.found)
+        error = failure.found
     except (RuntimeError, ValueError) as failure:  # of the backend at this shape, or of logits that are not finite
-        return ShapeError(backend=runner.backend, error=f"{type(failure).__name__}: {failure}")
+        error = f"{type(failure).__name__}: {failure}"
+    return ShapeRun(ShapeError(backend=runner.backend, error=error), [], {})
 
 
-def _add(comparisons: Mapping[str, Comparison], expected: Mapping[str, Array], found: Mapping[str, Array]) -> None:
-    for name, comparison in comparisons.items():
-        comparison.add(expected[name], found[name])
-
-
-def _measured(runner: Runner, by_output: Mapping[str, Agreement], answered: Agreement) -> ShapeMeasured:
+def _measured(runner: Runner, by_output: Mapping[str, Agreement]) -> ShapeMeasured:
+    logits = by_output[LOGITS]
     return ShapeMeasured(
         backend=runner.backend,
         max_abs_err=max(agreement.max_abs_err for agreement in by_output.values()),
         sqnr_db=min(agreement.sqnr_db for agreement in by_output.values()),
-        kl_nats=by_output[LOGITS].kl_nats,
-        top1_agreement=answered.top1_agreement,
-        positions=answered.positions,
-        excluded=answered.excluded,
+        kl_nats=logits.kl_nats,
+        top1_agreement=logits.top1_agreement,
+        positions=logits.judged,
+        excluded=logits.excluded,
+        perplexity=logits.perplexity,
     )
 
 
-def causality_leak(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> float | None:
-    """The largest change of any output before position t when token t changes.
+def causality_leak(runner: Runner, probes: Sequence[Probe], known: ShapeRun) -> float | None:
+    """The largest change of any output before the place of a token that changes.
 
-    t goes through the quarters of each sequence and its last position, and the token through one that a
-    conversation holds anywhere, an end, and one from elsewhere in the sequence. None where nothing was compared.
+    Args:
+        known: what the package said of a sequence already; it is not asked again.
+
+    Returns:
+        None where nothing was compared; NaN where an output is.
     """
     leaks = []
-    for ids in sequences:
-        before = runner.run(ids)
-        for place in sorted({len(ids) // 4, len(ids) // 2, 3 * len(ids) // 4, len(ids) - 1}):
-            # Before the first position there is nothing to compare.
-            for token in {tokenizer.end_id, ids[place // 2]} - {ids[place]} if place else set():
-                changed = [*ids[:place], token, *ids[place + 1 :]]
-                after = runner.run(changed)
-                leaks += [max_abs_err(before[name][:place], after[name][:place]) for name in before]
+    for ids, changes in probes:
+        before = known.outputs if ids == known.ids else runner.run(ids)
+        for place, token in changes:
+            after = runner.run([*ids[:place], token, *ids[place + 1 :]])
+            leaks += [_largest_change(before[name][:place], after[name][:place]) for name in before]
     return float(np.max(leaks)) if leaks else None  # unlike Python's max, NaN where there is one
 
 
-def padding_sqnr_db(
-    runner: Runner, reference: Reference, rows: Sequence[Row], tokenizer: Tokenizer, lengths: Sequence[int]
-) -> float | None:
+def _largest_change(before: Array, after: Array) -> float:
+    """The largest difference; row by row, because a copy of all logits in float64 may take 1.6 GB."""
+    return float(np.max([max_abs_err(*rows) for rows in zip(before, after, strict=True)], initial=0.0))
+
+
+def padding_sqnr_db(runner: Runner, reference: Reference, prompts: Prompts, lengths: Sequence[int]) -> float | None:
     """The worst SQNR of the valid positions of padded conversations, at any length and of any output.
 
     Against the checkpoint's model on the conversation without padding; in dB. None where nothing was compared.
     """
     ratios = []
-    for row in rows:
-        ids = conversation(row, tokenizer)
+    for ids, padded_to in prompts.padded(lengths).items():
         expected = reference.run(ids)
-        for seq_len in (length for length in lengths if length > len(ids)):
-            found = Scorer(runner, [seq_len], tokenizer.pad_id).score_at(ids, seq_len)
+        for seq_len in padded_to:
+            found = Scorer(runner, [seq_len], prompts.pad_id).score_at(ids, seq_len)
             ratios += [sqnr_db(expected[name], found[name][: len(ids)]) for name in expected]
     return float(np.min(ratios)) if ratios else None
 
@@ -235,7 +241,7 @@ def _halt_decisions(scored: ScoredAnswer) -> list[bool]:
 
 
 def ask_sampled(
-    scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer, config: VerifyConfig
+    scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer, config: DistilledVerify
 ) -> tuple[Answer, ...]:
     """Answer each question through the package, sampled at temperature 1 with the configuration's seed."""
     sampler = TemperatureSampler(1.0, config.sampling_seed)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import gc
 import logging
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
-from coremill.conversion.converter import IMPORT_MESSAGES, convert_program, working_lengths
+from coremill.conversion.converter import (
+    IMPORT_MESSAGES,
+    MLModel,
+    convert_function,
+    package_functions,
+    prepared,
+    working_lengths,
+)
 from coremill.conversion.diagnostics import Message, Recorder, as_log, recording, sort_messages
 from coremill.conversion.graph import Program, check_contract, load_program
-from coremill.conversion.interface import differences, package_interface
+from coremill.conversion.interface import differences, package_interfaces
 from coremill.conversion.outputs import check_room, check_writable
 from coremill.conversion.package import read_spec, write_package
 from coremill.core import layout
@@ -69,7 +77,7 @@ def convert(graph: Path, contract: Path, out: Path, settings: ConvertConfig, *, 
             fresh, program, promised, settings, contract_digest=file_digest(contract), log_to=out
         )
         # What was saved is what is checked: edits to an MLModel's specification in memory can be lost.
-        if wrong := differences(promised, package_interface(read_spec(fresh))):
+        if wrong := differences(promised, package_interfaces(read_spec(fresh))):
             raise ContractMismatchError(
                 f"the converted package is not what {contract} says: " + "; ".join(wrong),
                 expected="the contract's names, dtypes, shapes and lengths",
@@ -110,11 +118,11 @@ def record_failure(failure: FailedConversionError, graph: Path, contract: Path, 
 
 def _checked(graph: Path, contract: Path, out: Path, *, toy: bool) -> tuple[Program, Contract]:
     """The program and its contract, after everything that can be checked before the conversion."""
-    program = load_program(graph)
     promised = read_contract(contract)
+    program = load_program(graph, promised.frontend)
     check_export_versions(toy=toy, model_type=promised.model_type)
     # Two lengths show which dimensions follow T; ids do not matter to shapes, and this stage has no tokenizer.
-    lengths = working_lengths(promised)
+    lengths = sorted(working_lengths(promised))[:2]
     check_contract(
         promised, program, graph_digest=file_digest(graph), sequences=[[0] * seq_len for seq_len in lengths]
     )
@@ -146,8 +154,7 @@ def _convert_to(
     recorder = Recorder()
     try:
         with recording(recorder):
-            model = convert_program(program, contract, settings)
-            write_package(model, package, contract_digest=contract_digest)
+            write_package(_converted(program, contract, settings), package, contract_digest=contract_digest)
     except OSError as failure:
         raise OutputError(
             f"cannot write {package.name}: {failure}", expected="room on a writable disk"
@@ -163,6 +170,15 @@ def _convert_to(
         messages = IMPORT_MESSAGES + recorder.messages
         write_atomic(layout.conversion_log(log_to.parent), as_log(messages).encode())
     return messages
+
+
+def _converted(program: Program, contract: Contract, settings: ConvertConfig) -> Iterator[tuple[str, MLModel]]:
+    """Each function of the package with its model, one at a time: each holds all of its weights."""
+    functions = package_functions(contract)
+    ready = prepared(program, settings)
+    for number, function in enumerate(functions, start=1):
+        log.info("%s: function %d of %d", function.name, number, len(functions))
+        yield function.name, convert_function(ready, function, settings)
 
 
 def _report(notices: tuple[Notice, ...]) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import ConvertConfig, read_config
+from coremill.core.contract import read_contract
 from coremill.core.digest import size_bytes
 from coremill.core.errors import GATES_FAILED
 from coremill.core.publish import check_apart
@@ -32,7 +33,8 @@ def run_stage(context: StageContext) -> Figures:
     _check_environment(toy=config.is_toy)
     from coremill.conversion.convert import FailedConversionError, convert, record_failure
 
-    graph, contract = layout.torchscript_file(exported, config.name), layout.contract_file(exported, config.name)
+    contract = layout.contract_file(exported, config.name)
+    graph = exported / read_contract(contract).graph
     package = layout.package_dir(context.out, config.name)
     try:
         diagnostics = convert(graph, contract, package, config.convert, toy=config.is_toy)

@@ -53,6 +53,11 @@ RULES = (
         "the program was traced; one that is loaded from a file no longer says so",
     ),
     Rule(
+        r"^Torch var (key|value)_cache is added again\.",
+        NoticeKind.HARMLESS,
+        "a cache is an input and a buffer of one name; what is written to it is checked against the checkpoint",
+    ),
+    Rule(
         r"^Tuple detected at graph output\. This will be flattened",
         NoticeKind.HARMLESS,
         "the graph returns its outputs as a tuple; the saved outputs are checked against the contract by name",

@@ -1,6 +1,6 @@
-"""The export of a graph: traced, saved, loaded again, and checked at every length; see `export_pytorch.py`.
+"""The export of a model: traced, saved, loaded again, and checked at every length; see `export_pytorch.py`.
 
-Legend: T sequence length, V vocabulary.
+Legend: T sequence length, S positions of the cache, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,38 +11,55 @@ from pathlib import Path
 
 import msgspec
 import torch
+from torch import Tensor
 
+from coremill.conversion.decoder import Decode, Decoder, Main, Prefill
+from coremill.conversion.exported import export_main
 from coremill.conversion.graph import (
+    DECODE,
+    PREFILL,
     Program,
+    StatefulProgram,
     as_input,
     parse_program,
     program_bytes,
     read_interface,
+    read_stateful,
+    read_states,
     run_program,
     trace,
 )
 from coremill.conversion.outputs import write_together
-from coremill.conversion.sequences import packed, read_some
-from coremill.core.contract import Contract, ShapeFailed, ShapeOk, ShapeSet, ShapeValidation, shape_key
+from coremill.conversion.prompts import Prompts
+from coremill.core.config import ExportConfig
+from coremill.core.contract import (
+    Contract,
+    ShapeFailed,
+    ShapeOk,
+    ShapeSet,
+    ShapeValidation,
+    StatefulFunction,
+    shape_key,
+)
 from coremill.core.digest import bytes_digest, file_digest
 from coremill.core.documents import encode
 from coremill.core.errors import ExportError
 from coremill.core.stage import Figures
 from coremill.core.toolchain import current_toolchain
-from coremill.data.rows import Row
-from coremill.data.tokenizer import Tokenizer
 from coremill.infra.version_gate import check_export_versions
 from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
 from coremill.model.student import Student, output_names
 
 log = logging.getLogger(__name__)
 
-MAX_ABS_ERR = 1e-4
-"""Largest difference of logits between the program and the model: both compute in float32, and the program's
-executor may only order sums differently."""
+MAX_RELATIVE_ERR = 1e-5
+"""Largest difference of an output between the program and the model, as a share of the output's largest magnitude.
 
-_SEQUENCES = 4
-_PROMPT_ROWS = 128
+Both compute in float32, in other orders: some hundred roundings of 6e-8 each, layer upon layer.
+"""
+
+_DECODED = 4
+"""Tokens decoded one by one after a prompt, when the stateful functions are checked."""
 
 
 class Export(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,40 +69,70 @@ class Export(msgspec.Struct, frozen=True, kw_only=True):
     contract: Contract
 
 
-def export(
-    checkpoint: Path, tokenizer: Tokenizer, rows: Sequence[Row], shapes: ShapeSet, *, toy: bool, graph_name: str
-) -> Export:
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """A model to export, and real token ids to check it on."""
+
+    checkpoint: Path
+    prompts: Prompts
+    toy: bool
+    """Whether the version gate may admit Python 3.13."""
+
+
+def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, graph_name: str) -> Export:
     """Trace the checkpoint's model at the primary shape and check it at every one.
 
     Args:
-        rows: held-out questions with answers, for the token ids.
-        toy: whether the version gate may admit Python 3.13.
         graph_name: file name that the contract gives the program.
 
     Raises:
         CoremillError: the checkpoint does not read, is not for this tokenizer, or may not be exported here.
-        ExportError: the model cannot be traced, or the program does not run or agree at the primary shape.
+        ExportError: the primary shape or the cache is beyond the model's context, or the model cannot be traced, or
+            the program does not run or agree at the primary shape.
     """
-    ckpt = load_checkpoint(checkpoint)
-    check_export_versions(toy=toy, model_type=ckpt.model_type)
-    check_vocabulary(ckpt, tokenizer)
+    ckpt = load_checkpoint(source.checkpoint)
+    check_export_versions(toy=source.toy, model_type=ckpt.model_type)
+    check_vocabulary(ckpt, source.prompts)
+    _check_context(ckpt, shapes, settings)
     student = build_student(ckpt)
-    sequences = {seq_len: packed(rows, tokenizer, seq_len, _SEQUENCES) for seq_len in shapes.all}
-    data = _traced(student, sequences[shapes.primary][0])
+    fitting = [seq_len for seq_len in shapes.all if seq_len <= ckpt.config.max_seq_len]
+    sequences = {seq_len: source.prompts.packed(seq_len, source.prompts.export_count) for seq_len in fitting}
+    data = _traced(student, sequences[shapes.primary][0], max(fitting), settings.cache_positions(shapes), settings)
     # What was saved is what is checked, not what is in memory.
-    program = parse_program(data, where=graph_name)
-    validation = {shape_key(seq_len): validate(program, student, ids) for seq_len, ids in sequences.items()}
-    _judge(validation, shapes)
-    working = [ids[0] for seq_len, ids in sequences.items() if isinstance(validation[shape_key(seq_len)], ShapeOk)]
-    return Export(
-        program=data,
-        contract=_contract(ckpt, file_digest(checkpoint), program, data, working, shapes, validation, graph_name),
+    program = parse_program(data, where=graph_name, frontend=settings.frontend)
+    validation: dict[str, ShapeValidation] = {}
+    for seq_len in shapes.all:
+        key = shape_key(seq_len)
+        validation[key] = (
+            validate(program, student, sequences[seq_len])
+            if seq_len in sequences
+            else ShapeFailed(error=f"beyond the model's context of {ckpt.config.max_seq_len} tokens")
+        )
+        _judge(key, validation[key], shapes)
+    working = [sequences[seq_len][0] for seq_len in fitting if isinstance(validation[shape_key(seq_len)], ShapeOk)]
+    working = sorted(working, key=len)[:2]  # two lengths show which dimensions follow T
+    interface = read_interface(program, working)
+    contract = Contract(
+        model_type=ckpt.model_type,
+        model_arch=ckpt.model_arch,
+        graph=graph_name,
+        frontend=settings.frontend,
+        graph_digest=bytes_digest(data),
+        checkpoint_digest=file_digest(source.checkpoint),
+        inputs=interface.inputs,
+        outputs=interface.outputs,
+        states=read_states(program),
+        functions=_stateful_functions(program, student, working),
+        shapes=shapes,
+        shape_validation=validation,
+        tokenizer=ckpt.tokenizer,
+        toolchain=current_toolchain(),
     )
+    return Export(program=data, contract=contract)
 
 
 def validate(program: Program, student: Student, sequences: Sequence[Sequence[int]]) -> ShapeValidation:
     """Run `program` and `student` on `sequences`, all of one length, and compare every output."""
-    errors = []
+    worst = 0.0
     try:
         with torch.no_grad():
             for ids in sequences:
@@ -94,40 +141,67 @@ def validate(program: Program, student: Student, sequences: Sequence[Sequence[in
                         return ShapeFailed(
                             error=f"the program returns {list(found.shape)}, the model {list(expected.shape)}"
                         )
-                    errors.append((found - expected).abs().max())
+                    error = largest_error(found, expected)
+                    if problem := _too_far(error, expected):
+                        return ShapeFailed(error=problem)
+                    worst = max(worst, error)
     except (RuntimeError, ValueError) as failure:  # what a program raises, and a model for a length beyond its own
         return ShapeFailed(error=f"{type(failure).__name__}: {_last_line(failure)}")
-    worst = float(torch.stack(errors).max())  # unlike Python's max, NaN where there is one
-    if not worst <= MAX_ABS_ERR:
-        return ShapeFailed(error=f"differs from the model by {worst:.3g}, more than {MAX_ABS_ERR:g}")
     return ShapeOk(max_abs_err=worst)
 
 
+def largest_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of two tensors (1, T, V), row by row: a copy of all logits may be a gigabyte."""
+    rows = zip(found[0].split(256), expected[0].split(256), strict=True)
+    return float(
+        torch.stack([(ours - theirs).abs().max() for ours, theirs in rows]).max()
+    )  # NaN where there is one
+
+
+def _too_far(error: float, expected: Tensor) -> str | None:
+    bound = MAX_RELATIVE_ERR * float(torch.maximum(expected.max(), -expected.min()))
+    if error <= bound:
+        return None
+    return f"differs from the model by {error:.3g}, more than {bound:.3g}"
+
+
 def export_to(
-    checkpoint: Path,
-    tokenizer: Path,
-    heldout: Path,
-    shapes: ShapeSet,
-    *,
-    toy: bool,
-    program: Path,
-    contract: Path,
+    source: Source, shapes: ShapeSet, settings: ExportConfig, *, program: Path, contract: Path
 ) -> Contract:
-    """Export from files to files, both of them or neither; raises as :func:`export` does.
+    """Export to files, both of them or neither; raises as :func:`export` does.
 
     Raises:
-        TokenizerError, DatasetError: `tokenizer` or `heldout` does not read.
         OutputError: the program or the contract cannot be written.
     """
-    rows = read_some(heldout, _PROMPT_ROWS)
-    result = export(checkpoint, Tokenizer.load(tokenizer), rows, shapes, toy=toy, graph_name=program.name)
+    result = export(source, shapes, settings, graph_name=program.name)
     write_together({program: result.program, contract: encode(result.contract)})
     return result.contract
 
 
-def _traced(student: Student, ids: Sequence[int]) -> bytes:
+def _check_context(ckpt: Checkpoint, shapes: ShapeSet, settings: ExportConfig) -> None:
+    """Refuse, before any work, what must work and the model has no positions for."""
+    context = ckpt.config.max_seq_len
+    wanted = {f"the primary shape {shape_key(shapes.primary)}": shapes.primary}
+    if settings.stateful:
+        positions = settings.cache_positions(shapes)
+        wanted[f"a key/value cache of {positions} positions"] = positions
+    for what, length in wanted.items():
+        if length > context:
+            raise ExportError(
+                f"{what} is beyond the model's context of {context} tokens",
+                expected=f"at most {context}",
+                run="edit [shapes] and [export] of the run's configuration, or choose other --shapes",
+            )
+
+
+def _traced(student: Student, ids: Sequence[int], longest: int, context: int, settings: ExportConfig) -> bytes:
+    """The program, traced on `ids`: for up to `longest` tokens, and a cache of `context` positions if stateful."""
+    decoder = Decoder(student, max(longest, context) if settings.stateful else longest)
+    stateful = {PREFILL: Prefill(decoder, context), DECODE: Decode(decoder, context)} if settings.stateful else None
     try:
-        return program_bytes(trace(student, ids, output_names(student.config)))
+        if settings.frontend == "torch-export":
+            return export_main(Main(decoder), as_input(ids), longest, output_names(student.config))
+        return program_bytes(trace(Main(decoder), ids, output_names(student.config), stateful))
     except (RuntimeError, ValueError) as failure:
         raise ExportError(
             f"the model cannot be traced at T = {len(ids)}: {_last_line(failure)}",
@@ -136,51 +210,73 @@ def _traced(student: Student, ids: Sequence[int]) -> bytes:
         ) from failure
 
 
-def _judge(validation: dict[str, ShapeValidation], shapes: ShapeSet) -> None:
-    for key, result in validation.items():
-        if isinstance(result, ShapeOk):
-            log.info("%s: ok, largest error %.2g", key, result.max_abs_err)
-        elif key == shape_key(shapes.primary):
-            raise ExportError(
-                f"the primary shape {key} failed: {result.error}",
-                expected=f"the model's own logits, to {MAX_ABS_ERR:g}",
-                run="python -m coremill.training.check_checkpoint --help",
-            )
-        else:
-            log.warning("%s failed, which does not block the export: %s", key, result.error)
+def _stateful_functions(
+    program: Program, student: Student, sequences: Sequence[Sequence[int]]
+) -> tuple[StatefulFunction, ...]:
+    """`prefill` and `decode` of the program, each found to compute what the model computes.
 
-
-def _contract(
-    ckpt: Checkpoint,
-    checkpoint_digest: str,
-    program: Program,
-    data: bytes,
-    working: Sequence[Sequence[int]],
-    shapes: ShapeSet,
-    validation: dict[str, ShapeValidation],
-    graph_name: str,
-) -> Contract:
-    interface = read_interface(program, working)
-    return Contract(
-        model_type=ckpt.model_type,
-        model_arch=ckpt.model_arch,
-        graph=graph_name,
-        graph_digest=bytes_digest(data),
-        checkpoint_digest=checkpoint_digest,
-        inputs=interface.inputs,
-        outputs=interface.outputs,
-        shapes=shapes,
-        shape_validation=validation,
-        tokenizer=ckpt.tokenizer,
-        toolchain=current_toolchain(),
+    Raises:
+        ExportError: one of them does not.
+    """
+    interfaces = read_stateful(program, sequences)
+    errors = _stateful_errors(program, student, sequences[0]) if interfaces else {}
+    return tuple(
+        StatefulFunction(
+            name=interface.name,
+            inputs=interface.inputs,
+            outputs=interface.outputs,
+            max_abs_err=errors[interface.name],
+        )
+        for interface in interfaces
     )
+
+
+def _stateful_errors(program: Program, student: Student, ids: Sequence[int]) -> dict[str, float]:
+    """The largest error of each function: a prompt of most of `ids` (T,), and the tokens after it one by one."""
+    n = max(1, len(ids) - _DECODED)
+    padded = [*ids[:n], *[ids[0]] * (len(ids) - n)]
+    stateful = StatefulProgram(program)
+    with torch.no_grad():
+        expected = student(as_input(ids))
+    runs = {PREFILL: [(n - 1, stateful.prefill(padded, n))]}
+    runs[DECODE] = [(place, stateful.decode(ids[place], place)) for place in range(n, len(ids))]
+    errors = {}
+    for name, found in runs.items():
+        errors[name] = 0.0
+        for place, outputs in found:
+            for ours, theirs in zip(outputs, expected, strict=True):
+                row = theirs[:, place : place + 1]
+                error = largest_error(ours, row)
+                if problem := _too_far(error, theirs):
+                    raise ExportError(
+                        f"`{name}` at position {place} {problem}",
+                        expected="the model's own logits",
+                        run="python -m coremill.training.check_checkpoint --help",
+                    )
+                errors[name] = max(errors[name], error)
+    return errors
+
+
+def _judge(key: str, result: ShapeValidation, shapes: ShapeSet) -> None:
+    if isinstance(result, ShapeOk):
+        log.info("%s: ok, largest error %.2g", key, result.max_abs_err)
+    elif key == shape_key(shapes.primary):
+        raise ExportError(
+            f"the primary shape {key} failed: {result.error}",
+            expected=f"the model's own outputs, to {MAX_RELATIVE_ERR:g} of their size",
+            run="python -m coremill.training.check_checkpoint --help",
+        )
+    else:
+        log.warning("%s failed, which does not block the export: %s", key, result.error)
 
 
 def figures(contract: Contract) -> Figures:
     """What the export measured, for the manifest."""
     results = contract.shape_validation.values()
     errors = [result.max_abs_err for result in results if isinstance(result, ShapeOk)]
-    return {"shapes_ok": len(errors), "shapes": len(results), "max_abs_err": max(errors)}
+    errors += [function.max_abs_err for function in contract.functions]
+    working = sum(isinstance(result, ShapeOk) for result in results)
+    return {"shapes_ok": working, "shapes": len(results), "max_abs_err": max(errors)}
 
 
 def _last_line(failure: Exception) -> str:

@@ -1,7 +1,8 @@
-"""Export: a checkpoint's `main` graph as a TorchScript program, and the contract that describes it.
+"""Export: a checkpoint's graphs as one program, and the contract that describes it.
 
-The graph is traced once, at the primary shape. What was saved is then loaded again and run at every listed
-shape against the checkpoint's own model, on real token ids.
+`main` scores whole sequences; `prefill` and `decode`, which share a key/value cache, come with [export] stateful.
+Each is traced once. What was saved is then loaded again and run at every listed shape against the checkpoint's own
+model, on real token ids.
 """
 
 from __future__ import annotations
@@ -10,14 +11,21 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
+from coremill.core.config import ExportConfig, read_config
 from coremill.core.contract import ShapeSet
 from coremill.core.errors import ConfigError
 from coremill.core.publish import check_apart
 from coremill.core.stage import Figures, StageContext
 from coremill.infra.version_gate import check_installed, check_python
+
+if TYPE_CHECKING:
+    from coremill.conversion.prompts import Prompts
 
 # This module imports nothing heavy: in the wrong Python the version gate speaks before an import fails.
 
@@ -26,23 +34,34 @@ log = logging.getLogger(__name__)
 TOY_SHAPES = ShapeSet(primary=128, all=(64, 128, 256))
 NEEDS = ("torch", "numpy", "tokenizers")
 
+_PROMPT_ROWS = 128
+
 
 def run_stage(context: StageContext) -> Figures:
     """Export the run's checkpoint for one lane."""
-    config, dataset = context.config, context.inputs["dataset"]
+    config = context.config
     _check_environment(toy=config.is_toy)
     from coremill.conversion import export
 
     contract = export.export_to(
-        layout.checkpoint_file(context.inputs["training"], config.name),
-        layout.tokenizer_file(dataset),
-        layout.heldout_file(dataset),
+        export.Source(
+            checkpoint=layout.checkpoint_file(context.model_dir, config.name),
+            prompts=load_export_prompts(layout.tokenizer_file(context.tokenizer_dir), context.prompts_dir),
+            toy=config.is_toy,
+        ),
         config.shapes,
-        toy=config.is_toy,
-        program=layout.torchscript_file(context.out, config.name),
+        config.export,
+        program=layout.program_file(context.out, config.name, config.export.frontend),
         contract=layout.contract_file(context.out, config.name),
     )
     return export.figures(contract)
+
+
+def load_export_prompts(tokenizer: Path, source: Path) -> Prompts:
+    """What an export is checked on; raises as `load_prompts` does."""
+    from coremill.conversion.prompts import load_prompts
+
+    return load_prompts(tokenizer, source, rows=_PROMPT_ROWS)
 
 
 def parse_shapes(text: str, primary: int | None) -> ShapeSet:
@@ -71,29 +90,47 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for the program and its contract")
     parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.json beside the checkpoint")
-    parser.add_argument("--heldout", type=Path, help="default: the held-out set beside the tokenizer")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        help="a held-out set, or a folder that has one or texts.jsonl; default: the folder of the tokenizer",
+    )
+    parser.add_argument("--config", type=Path, help="a run's configuration; its [shapes] and [export] count")
     parser.add_argument("--shapes", help="sequence lengths; the default is the toy's, 64,128,256")
     parser.add_argument("--primary", type=int, help="the length that must work; the toy's is 128")
+    parser.add_argument("--stateful", action="store_true", help="prefill and decode with a key/value cache as well")
     parser.add_argument("--toy", action="store_true", help="admit Python 3.13, for a toy's checkpoint only")
     return parser
+
+
+def _chosen(options: argparse.Namespace) -> tuple[ShapeSet, ExportConfig]:
+    """The shapes and the settings that the options and the configuration come to."""
+    config = read_config(options.config) if options.config else None
+    shapes = config.shapes if config else TOY_SHAPES
+    if options.shapes is not None:
+        shapes = parse_shapes(options.shapes, options.primary)
+    elif options.primary is not None:
+        shapes = parse_shapes(",".join(map(str, shapes.all)), options.primary)
+    settings = config.export if config else ExportConfig()
+    if options.stateful:
+        settings = msgspec.structs.replace(settings, stateful=True)
+    return shapes, settings
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     checkpoint: Path = options.checkpoint
     tokenizer: Path = options.tokenizer or layout.tokenizer_file(checkpoint.parent)
-    shapes = TOY_SHAPES if options.shapes is None else parse_shapes(options.shapes, options.primary)
-    if options.shapes is None and options.primary is not None:
-        shapes = parse_shapes(",".join(map(str, TOY_SHAPES.all)), options.primary)
-    program = layout.torchscript_file(options.out, checkpoint.stem)
+    shapes, settings = _chosen(options)
+    program = layout.program_file(options.out, checkpoint.stem, settings.frontend)
     contract = layout.contract_file(options.out, checkpoint.stem)
-    check_apart([program, contract], [checkpoint, tokenizer, options.heldout])
+    check_apart([program, contract], [checkpoint, tokenizer, options.prompts])
     _check_environment(toy=options.toy)
     from coremill.conversion import export
-    from coremill.conversion.sequences import find_heldout
 
-    heldout: Path = options.heldout or find_heldout(tokenizer.parent)
-    export.export_to(checkpoint, tokenizer, heldout, shapes, toy=options.toy, program=program, contract=contract)
+    prompts = load_export_prompts(tokenizer, options.prompts or tokenizer.parent)
+    source = export.Source(checkpoint=checkpoint, prompts=prompts, toy=options.toy)
+    export.export_to(source, shapes, settings, program=program, contract=contract)
     log.info("wrote %s and %s", program, contract)
     return 0
 

@@ -10,6 +10,7 @@ the id of each item is derived from the item's content: a package can be checked
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import msgspec
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # comes with coremltools
 
 from coremill.conversion.converter import MLModel, ct
+from coremill.conversion.multifunction import FunctionJoiner
 from coremill.core.digest import digest, file_digest
 from coremill.core.documents import Record
 from coremill.core.errors import DigestError, PackageError
@@ -60,21 +62,21 @@ class PackageFacts(Record):
     contract_digest: str
 
 
-def write_package(model: MLModel, package: Path, *, contract_digest: str) -> None:
-    """Save `model` into the empty directory `package`: bytes that depend on its content alone, and its digests.
+def write_package(functions: Iterable[tuple[str, MLModel]], package: Path, *, contract_digest: str) -> None:
+    """Write the functions' models into the empty directory `package`: bytes that depend on their content alone.
 
-    Equal models with the same contract give equal bytes. The caller publishes it.
+    The first is `main`. Equal models with the same contract give equal bytes. The caller publishes the directory.
     """
-    saved = package / "saved.mlpackage"  # coremltools saves under no name without this suffix
-    model.save(str(saved))
-    for path in saved.iterdir():
-        path.rename(package / path.name)
-    saved.rmdir()
-    spec = read_spec(package)
+    weights = package / "Data" / WEIGHT_FILE
+    weights.parent.mkdir(parents=True)
+    joiner = FunctionJoiner(weights)
+    for name, model in functions:
+        joiner.add(name, model)
+    spec = joiner.finish()
     metadata = spec.description.metadata.userDefined
     # The date is the day of the conversion, and nothing of the model.
     metadata.pop(_DATE_KEY, None)
-    metadata[WEIGHTS_KEY] = file_digest(package / "Data" / WEIGHT_FILE)
+    metadata[WEIGHTS_KEY] = file_digest(weights)
     metadata[CONTRACT_KEY] = contract_digest
     (package / "Data" / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
     write_manifest(package)

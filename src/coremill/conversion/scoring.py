@@ -12,7 +12,7 @@ import msgspec
 
 from coremill.conversion.backends import Array, Runner
 from coremill.conversion.graph import HALT_LOGITS, LOGITS
-from coremill.conversion.sequences import conversation
+from coremill.conversion.prompts import conversation
 from coremill.data.rows import Row
 from coremill.data.tokenizer import Tokenizer
 from coremill.model.decoding import Sampler, generate

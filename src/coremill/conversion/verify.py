@@ -6,49 +6,33 @@ Legend: T sequence length.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
 from packaging.version import InvalidVersion, Version
 
-from coremill.conversion.backends import Runner, core_ml_runner, has_core_ml, reference_runner
+from coremill.conversion.backends import has_core_ml
 from coremill.conversion.checklist import Evidence, Facts, evaluate, evaluate_failure
-from coremill.conversion.checks import (
-    Heldout,
-    Reference,
-    ask_heldout,
-    ask_sampled,
-    causality_leak,
-    measure_shape,
-    padding_sqnr_db,
-)
+from coremill.conversion.checks import Reference
 from coremill.conversion.graph import check_main
-from coremill.conversion.interface import differences, package_interface
+from coremill.conversion.interface import differences, package_interfaces
+from coremill.conversion.measurement import measure
 from coremill.conversion.package import PackageFacts, check_package, read_spec
-from coremill.conversion.scoring import Scorer
-from coremill.conversion.sequences import packed, read_some
+from coremill.conversion.prompts import Prompts, RowPrompts, TextPrompts, load_prompts
 from coremill.core import layout
-from coremill.core.config import VerifyConfig
-from coremill.core.contract import Contract, ShapeFailed, read_contract, shape_key
+from coremill.core.config import DistilledVerify, VerifyConfig
+from coremill.core.contract import Contract, read_contract, shape_key
 from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure
 from coremill.core.digest import digest, file_digest, size_bytes
 from coremill.core.documents import read_json, write_json
-from coremill.core.errors import ContractMismatchError, CoremillError, PackageError, UnsupportedOperationError
+from coremill.core.errors import ConfigError, ContractMismatchError, PackageError
 from coremill.core.gates import Outcome, gates_ok
-from coremill.core.reports import Answer, Backend, ShapeError, ShapeMeasured, ShapeReport, VerificationReport
+from coremill.core.reports import Backend, ShapeError, VerificationReport
 from coremill.core.stage import Figures
 from coremill.data import magic_8_ball
-from coremill.data.rows import Row
-from coremill.data.tokenizer import Tokenizer
-from coremill.mil.measures import sqnr_db
 from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
 
 log = logging.getLogger(__name__)
-
-_CAUSALITY_SEQUENCES = 2
-_PADDED_CONVERSATIONS = 8
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,21 +43,10 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     contract: Path
     checkpoint: Path
     tokenizer: Path
-    heldout: Path
-
-
-class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """What running the package showed; None and () where it does not run at the primary shape."""
-
-    shapes: dict[str, ShapeReport]
-    load_problem: str | None = None
-    operations: int | None = None
-    leak: float | None = None
-    padding_sqnr_db: float | None = None
-    heldout: Heldout | None = None
-    sampled: tuple[Answer, ...] = ()
-    core_ml_sqnr_db: float | None = None
-    core_ml_problem: str | None = None
+    prompts: Path
+    """What the model is run on: a folder with texts or with a held-out set, or a held-out set itself."""
+    stateful: bool | None
+    """Whether the run exports functions with a key/value cache; None where no run says, and the contract does."""
 
 
 def verify_to(out: Path, subject: Subject, config: VerifyConfig) -> VerificationReport:
@@ -92,25 +65,28 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
         ContractMismatchError: the contract is not that of a graph `main`, or does not say which torch exported it.
         PackageError: the package is missing, or a part of it.
         DigestError: a part of it was altered after it was saved.
-        CoremillError: the checkpoint, the tokenizer or the held-out set does not read, or does not fit.
+        CoremillError: the checkpoint, the tokenizer, the texts or the held-out set does not read, or does not fit.
+        ConfigError: what is asked is of another kind of run than what there is to ask.
     """
     contract = read_contract(subject.contract)
     check_main(contract)
     lane = lane_of(contract)
     checkpoint = load_checkpoint(subject.checkpoint)
-    tokenizer = Tokenizer.load(subject.tokenizer)
-    check_vocabulary(checkpoint, tokenizer)
-    rows = read_some(subject.heldout, max(config.heldout_answers, config.sampled_answers))
+    prompts = _prompts(subject, config)
+    check_vocabulary(checkpoint, prompts)
     facts = Facts(
         model_type=checkpoint.model_type,
+        imported=isinstance(prompts, TextPrompts),
+        stateful=bool(contract.functions) if subject.stateful is None else subject.stateful,
         has_halt_head=checkpoint.model_arch.use_halt_head,
-        asks_moods=any(row.metadata.get("kind") == magic_8_ball.KIND for row in rows),
+        asks_moods=isinstance(prompts, RowPrompts)
+        and any(row.metadata.get("kind") == magic_8_ball.KIND for row in prompts.rows),
     )
     if (record := find_failure(subject.package)) is not None:
         return _report_failure(subject, config, contract, record, facts, lane)
     saved = check_package(subject.package)
     student = build_student(checkpoint)
-    measured = measure(subject.package, contract, Reference(student), rows, tokenizer, config)
+    measured = measure(subject.package, contract, Reference(student), prompts, config, stateful=facts.stateful)
     diagnostics, diagnostics_problem = _diagnostics(subject.package)
     gates = evaluate(
         Evidence(
@@ -121,7 +97,7 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
             checkpoint_problem=_differs(
                 "the checkpoint", file_digest(subject.checkpoint), contract.checkpoint_digest
             ),
-            contract_problem=_contract_problem(subject.contract, contract, saved, checkpoint),
+            contract_problem=_contract_problem(subject, contract, saved, checkpoint),
             diagnostics=diagnostics,
             diagnostics_problem=diagnostics_problem,
             interface_problems=_interface_problems(subject.package, contract),
@@ -130,6 +106,7 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
             shapes=measured.shapes,
             leak=measured.leak,
             padding_sqnr_db=measured.padding_sqnr_db,
+            stateful=measured.stateful,
             heldout=measured.heldout,
             sampled=measured.sampled,
             has_core_ml=has_core_ml(),
@@ -147,8 +124,9 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
         contract_digest=file_digest(subject.contract),
         primary=shape_key(contract.shapes.primary),
         shapes=measured.shapes,
+        stateful=measured.stateful,
         heldout=None if measured.heldout is None else measured.heldout.answers,
-        sampled_seed=config.sampling_seed,
+        sampled_seed=_seed(config),
         sampled=measured.sampled,
         gates=gates,
         gates_ok=gates_ok(gates),
@@ -172,49 +150,24 @@ def lane_of(contract: Contract) -> str:
         ) from failure
 
 
-def measure(
-    package: Path,
-    contract: Contract,
-    reference: Reference,
-    rows: Sequence[Row],
-    tokenizer: Tokenizer,
-    config: VerifyConfig,
-) -> Measured:
-    """Run the package at every length of the contract, and, where it runs at the primary one, ask it questions."""
-    shapes: dict[str, ShapeReport]
-    try:
-        runner = reference_runner(package, contract)
-    except (PackageError, UnsupportedOperationError) as failure:
-        error = ShapeError(backend=Backend.MIL_REFERENCE, error=f"the package does not load: {failure.found}")
-        shapes = {shape_key(seq_len): error for seq_len in contract.shapes.all}
-        return Measured(shapes=shapes, load_problem=failure.found)
-    shapes = {}
-    for seq_len in contract.shapes.all:
-        exported = contract.shape_validation[shape_key(seq_len)]
-        if isinstance(exported, ShapeFailed):
-            shapes[shape_key(seq_len)] = ShapeError(
-                backend=runner.backend, error=f"left out, because it failed at export: {exported.error}"
-            )
-        else:
-            shapes[shape_key(seq_len)] = measure_shape(
-                runner, reference, rows, tokenizer, seq_len, margin=config.argmax_margin
-            )
-    running = [seq_len for seq_len in contract.shapes.all if isinstance(shapes[shape_key(seq_len)], ShapeMeasured)]
-    if contract.shapes.primary not in running:
-        return Measured(shapes=shapes, operations=runner.operations)
-    scorer = Scorer(runner, running, tokenizer.pad_id)
-    probes = [ids for seq_len in running for ids in packed(rows, tokenizer, seq_len, _CAUSALITY_SEQUENCES)]
-    core_ml_sqnr_db, core_ml_problem = _core_ml(package, contract, runner, probes)
-    return Measured(
-        shapes=shapes,
-        operations=runner.operations,
-        leak=causality_leak(runner, probes, tokenizer),
-        padding_sqnr_db=padding_sqnr_db(runner, reference, rows[:_PADDED_CONVERSATIONS], tokenizer, running),
-        heldout=ask_heldout(scorer, rows[: config.heldout_answers], tokenizer),
-        sampled=ask_sampled(scorer, rows[: config.sampled_answers], tokenizer, config),
-        core_ml_sqnr_db=core_ml_sqnr_db,
-        core_ml_problem=core_ml_problem,
-    )
+def _prompts(subject: Subject, config: VerifyConfig) -> Prompts:
+    if isinstance(config, DistilledVerify):
+        prompts = load_prompts(
+            subject.tokenizer, subject.prompts, rows=max(config.heldout_answers, config.sampled_answers)
+        )
+        expected = "a held-out set, whose answers the configuration asks for"
+    else:
+        prompts = load_prompts(subject.tokenizer, subject.prompts, rows=1)
+        expected = "texts, as the configuration is of a run that imports its model"
+    if isinstance(prompts, RowPrompts) != isinstance(config, DistilledVerify):
+        found = "a held-out set" if isinstance(prompts, RowPrompts) else "texts"
+        raise ConfigError(f"{subject.prompts} has {found}", expected=expected)
+    return prompts
+
+
+def _seed(config: VerifyConfig) -> int | None:
+    """Of the sampled answers; those of an imported model are greedy."""
+    return config.sampling_seed if isinstance(config, DistilledVerify) else None
 
 
 def find_failure(package: Path) -> ConversionFailure | None:
@@ -224,23 +177,6 @@ def find_failure(package: Path) -> ConversionFailure | None:
         return None
     failure = read_json(record, ConversionFailure)
     return failure if package.name in (record.name, failure.package) else None
-
-
-def _core_ml(
-    package: Path, contract: Contract, runner: Runner, sequences: Sequence[Sequence[int]]
-) -> tuple[float | None, str | None]:
-    """The worst SQNR of Core ML's own outputs against the reference backend's, and what went wrong instead."""
-    if not has_core_ml():
-        return None, None
-    ratios = []
-    try:
-        core_ml = core_ml_runner(package, contract)
-        for ids in sequences:
-            found, expected = core_ml.run(ids), runner.run(ids)
-            ratios += [sqnr_db(expected[name], found[name]) for name in expected]
-    except (CoremillError, RuntimeError) as failure:  # Core ML's binding raises RuntimeError
-        return None, f"Core ML: {failure}"
-    return (float(np.min(ratios)), None) if ratios else (None, "Core ML: nothing was compared")
 
 
 def _diagnostics(package: Path) -> tuple[ConversionDiagnostics | None, str | None]:
@@ -263,9 +199,16 @@ def _differs(what: str, found: str, recorded: str) -> str | None:
     return None if found == recorded else f"{what} is {found}, not {recorded}"
 
 
-def _contract_problem(path: Path, contract: Contract, package: PackageFacts, checkpoint: Checkpoint) -> str | None:
-    """Why the contract is not the one that the package was made from, or not the checkpoint's."""
-    problems = [_differs("the contract", file_digest(path), package.contract_digest)]
+def _contract_problem(
+    subject: Subject, contract: Contract, package: PackageFacts, checkpoint: Checkpoint
+) -> str | None:
+    """Why the contract is not the one that the package was made from, or not the checkpoint's, or not the run's."""
+    problems = [_differs("the contract", file_digest(subject.contract), package.contract_digest)]
+    if subject.stateful is not None and subject.stateful != bool(contract.functions):
+        functions = ", ".join(function.name for function in contract.functions) or "no functions"
+        problems.append(
+            f"export.stateful is {str(subject.stateful).lower()}, the contract has {functions} with a cache"
+        )
     for name in ("model_type", "model_arch", "tokenizer"):
         promised, found = getattr(contract, name), getattr(checkpoint, name)
         if promised != found:
@@ -275,7 +218,7 @@ def _contract_problem(path: Path, contract: Contract, package: PackageFacts, che
 
 def _interface_problems(package: Path, contract: Contract) -> tuple[str, ...]:
     try:
-        return differences(contract, package_interface(read_spec(package)))
+        return differences(contract, package_interfaces(read_spec(package)))
     except PackageError as failure:
         return (failure.found,)
 
@@ -302,7 +245,7 @@ def _report_failure(
             for seq_len in contract.shapes.all
         },
         heldout=None,
-        sampled_seed=config.sampling_seed,
+        sampled_seed=_seed(config),
         sampled=(),
         gates=gates,
         gates_ok=gates_ok(gates),
@@ -310,19 +253,6 @@ def _report_failure(
 
 
 def _log(report: VerificationReport) -> None:
-    for key, shape in report.shapes.items():
-        if isinstance(shape, ShapeError):
-            log.warning("%s: %s", key, shape.error)
-        else:
-            log.info(
-                "%s: ok, SQNR %.1f dB, KL %.2g nats, top-1 %.2f %% of %d positions, %d left out",
-                key,
-                shape.sqnr_db,
-                shape.kl_nats,
-                100 * shape.top1_agreement,
-                shape.positions,
-                shape.excluded,
-            )
     for gate in report.gates:
         if gate.outcome is not Outcome.PASSED:
             log.warning("gate %s: %s (%s): %s", gate.outcome.value, gate.name, gate.severity.value, gate.reason)

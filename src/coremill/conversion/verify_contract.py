@@ -15,7 +15,7 @@ import msgspec
 
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
-from coremill.core.config import VerifyConfig, read_config
+from coremill.core.config import DistilledVerify, ImportedVerify, VerifyConfig, read_config
 from coremill.core.errors import GATES_FAILED, OK
 from coremill.core.gates import must_gates_ok
 from coremill.core.publish import check_apart
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 NEEDS = ("torch", "coremltools", "numpy", "tokenizers")
 
-DEFAULTS = VerifyConfig(
+DEFAULTS = DistilledVerify(
     heldout_answers=64,
     sampled_answers=24,
     sampling_seed=8,
@@ -40,7 +40,17 @@ DEFAULTS = VerifyConfig(
     max_teacher_kl_nats=0.02,
     min_distinct_sampled=10,
 )
-"""What a command without --config asks of a package."""
+"""What a command without --config asks of a student's package."""
+
+IMPORTED_DEFAULTS = ImportedVerify(
+    min_sqnr_db=40.0,
+    max_kl_nats=1e-3,
+    argmax_margin=0.05,
+    max_excluded_share=0.05,
+    max_perplexity_change=0.005,
+    decoded_tokens=32,
+)
+"""What it asks of the package of an imported model, which has texts to be run on."""
 
 
 def run_stage(context: StageContext) -> Figures:
@@ -53,9 +63,10 @@ def run_stage(context: StageContext) -> Figures:
         run=config.name,
         package=layout.package_dir(inputs["convert"], config.name),
         contract=layout.contract_file(inputs["export"], config.name),
-        checkpoint=layout.checkpoint_file(inputs["training"], config.name),
-        tokenizer=layout.tokenizer_file(inputs["dataset"]),
-        heldout=layout.heldout_file(inputs["dataset"]),
+        checkpoint=layout.checkpoint_file(context.model_dir, config.name),
+        tokenizer=layout.tokenizer_file(context.tokenizer_dir),
+        prompts=context.prompts_dir,
+        stateful=config.export.stateful,
     )
     return figures(verify_to(layout.verification_report(context.out), subject, config.verify))
 
@@ -65,26 +76,37 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--package", type=Path, required=True)
     parser.add_argument("--contract", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--dataset-dir", type=Path, required=True, help="holds tokenizer.json and the held-out set")
+    parser.add_argument(
+        "--dataset-dir",
+        type=Path,
+        required=True,
+        help="holds the held-out set, or texts.jsonl and chat_prompts.jsonl",
+    )
+    parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.json in the folder of the dataset")
     parser.add_argument("--out", type=Path, required=True, help="the report to write, verification_report.json")
-    parser.add_argument("--config", type=Path, help="a run's configuration; its [verify] part counts")
+    parser.add_argument("--config", type=Path, help="a run's configuration; its [verify] and [export] count")
     parser.add_argument("--heldout", type=int, metavar="N", help="answer N held-out questions")
     return parser
+
+
+def _defaults(dataset_dir: Path) -> VerifyConfig:
+    return IMPORTED_DEFAULTS if layout.texts_file(dataset_dir).is_file() else DEFAULTS
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     run_config = read_config(options.config) if options.config else None
-    config = run_config.verify if run_config else DEFAULTS
+    config = run_config.verify if run_config else _defaults(options.dataset_dir)
     if options.heldout is not None:
         if options.heldout < 1:
             parser.error("--heldout must be at least 1")
+        if not isinstance(config, DistilledVerify):
+            parser.error("--heldout is of a student, and this model was imported")
         config = msgspec.structs.replace(config, heldout_answers=options.heldout)
-    check_apart([options.out], [options.contract, options.checkpoint, options.config])
+    check_apart([options.out], [options.contract, options.checkpoint, options.config, options.tokenizer])
     check_installed(*NEEDS)
     from coremill.conversion.outputs import check_writable
-    from coremill.conversion.sequences import find_heldout
     from coremill.conversion.verify import Subject, verify_to
 
     check_writable(options.out.parent)
@@ -93,8 +115,9 @@ def main(argv: list[str] | None = None) -> int:
         package=options.package,
         contract=options.contract,
         checkpoint=options.checkpoint,
-        tokenizer=layout.tokenizer_file(options.dataset_dir),
-        heldout=find_heldout(options.dataset_dir),
+        tokenizer=options.tokenizer or layout.tokenizer_file(options.dataset_dir),
+        prompts=options.dataset_dir,
+        stateful=run_config.export.stateful if run_config else None,
     )
     report = verify_to(options.out, subject, config)
     log.info("wrote %s: gates_ok is %s", options.out, str(report.gates_ok).lower())

@@ -1,4 +1,8 @@
-"""RunConfig: everything that configs/*.toml may say. A knob that nothing reads does not exist."""
+"""RunConfig: everything that configs/*.toml may say. A knob that nothing reads does not exist.
+
+There are two kinds of run: one distils its model (:class:`DistilledRun`), the other brings one that exists
+(:class:`ImportedRun`). Export, conversion and verification are the same for both.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 from coremill.core.contract import ModelArch, ShapeSet
-from coremill.core.documents import Document, Record, read_toml
+from coremill.core.documents import Document, Record, from_builtins, toml_value
 from coremill.core.errors import ConfigError
 
 TOY_MODEL_TYPES = frozenset({"magic-8-ball", "toy"})
 """Model types for which `--toy` may relax the version gate."""
 
+PACKAGE_SOURCE = "package:"
+"""What a source of weights begins with that an installed distribution carries."""
 
 MAX_VOCAB_SIZE = 1 << 20
 """Four times the largest vocabulary in use; far beyond it the tokenizer's trainer aborts the process."""
@@ -56,35 +62,119 @@ class DatasetConfig(Record):
             raise ValueError(f"`vocab_size` must be at most {MAX_VOCAB_SIZE}, found {self.vocab_size}")
 
 
+class LinearScaling(Record, tag_field="kind", tag="linear"):
+    """All positions interpolated alike (Chen et al. 2023, arXiv:2306.15595)."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _positive(self, "factor")
+
+
+class Llama3Scaling(Record, tag_field="kind", tag="llama3"):
+    """Low frequencies interpolated, high ones kept, the ones between blended, as Llama 3.1 has it."""
+
+    factor: float
+    low_freq_factor: float
+    """Frequencies that turn fewer times than this in the original context are divided by `factor`."""
+    high_freq_factor: float
+    """Frequencies that turn more often than this in the original context are kept."""
+    original_max_seq_len: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"`low_freq_factor` {self.low_freq_factor} must be less than `high_freq_factor` "
+                f"{self.high_freq_factor}"
+            )
+
+
+class YarnScaling(Record, tag_field="kind", tag="yarn"):
+    """YaRN: interpolation by parts, and hotter attention (Peng et al. 2023, arXiv:2309.00071)."""
+
+    factor: float
+    original_max_seq_len: int
+    beta_fast: float = 32.0
+    """Frequencies that turn more often than this in the original context are kept."""
+    beta_slow: float = 1.0
+    """Frequencies that turn fewer times than this in the original context are divided by `factor`."""
+    attention_factor: float
+    """Multiplies the rotated queries and keys, each."""
+    truncate: bool = True
+    """Whether the ends of the blended part are rounded outwards to whole dimensions."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor")
+        if self.beta_slow > self.beta_fast:
+            raise ValueError(f"`beta_slow` {self.beta_slow} must not be more than `beta_fast` {self.beta_fast}")
+
+
+class FrequencyFactors(Record, tag_field="kind", tag="factors"):
+    """A divisor for each frequency, as the tensor `rope_freqs.weight` of a GGUF file lists them."""
+
+    factors: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not all(0 < factor < math.inf for factor in self.factors):
+            raise ValueError("`factors` must all be positive")
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | FrequencyFactors
+"""How RoPE's frequencies are changed to reach past the context that a model was first trained with."""
+
+
 class ModelConfig(Record):
     """A Llama-family decoder: GQA, rotate-half RoPE, RMSNorm, SwiGLU."""
 
     vocab_size: int
+    """Rows of the embedding; a tokenizer may have fewer tokens."""
     d_model: int
     n_layers: int
     n_heads: int
     n_kv_heads: int
+    head_size: int | None = None
+    """Size of a head; None for d_model / n_heads."""
     d_ff: int
     max_seq_len: int
     """Positions that the rotary table covers."""
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
+    """Which projections of the attention add a bias."""
+    mlp_bias: bool = False
+    """Whether the three projections of the feed-forward add a bias."""
+    qk_norm: bool = False
+    """Whether each head of the queries and keys goes through an RMSNorm before RoPE."""
     arch: ModelArch
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_seq_len")
         _positive(self, "rope_theta", "norm_eps")
-        if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
+        if self.head_size is not None:
+            _positive(self, "head_size")
+            if self.n_heads % self.n_kv_heads:
+                raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+        elif self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"d_model {self.d_model}, n_heads {self.n_heads} and n_kv_heads {self.n_kv_heads} must each "
                 "divide by the next"
             )
         if self.head_dim % 2:
             raise ValueError(f"the head size must be even for RoPE, found {self.head_dim}")
+        scaling = self.rope_scaling
+        if isinstance(scaling, FrequencyFactors) and len(scaling.factors) != self.head_dim // 2:
+            raise ValueError(
+                f"rope_scaling has {len(scaling.factors)} factors, a head of {self.head_dim} has "
+                f"{self.head_dim // 2} frequencies"
+            )
+        if isinstance(scaling, YarnScaling) and self.rope_theta <= 1:
+            raise ValueError(f"`rope_theta` must be more than 1 for YaRN, found {self.rope_theta}")
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+        return self.d_model // self.n_heads if self.head_size is None else self.head_size
 
 
 class TrainingConfig(Record):
@@ -110,17 +200,103 @@ class TrainingConfig(Record):
         _share(self, "kd_weight")
 
 
+class NamesFiles(Record):
+    """Base of a part of the configuration that names files outside the build, whose changes make stages stale."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files and folders, those that are relative seen from the working directory."""
+        raise NotImplementedError
+
+
+class PackageFile(Record):
+    """A file that an installed distribution carries."""
+
+    distribution: str
+    file: str
+    """Its name, or its path in the distribution with `/`."""
+
+
+class WeightsConfig(NamesFiles):
+    source: str
+    """`package:DISTRIBUTION/FILE`, or the path of a GGUF file or of a Hugging Face directory."""
+
+    def __post_init__(self) -> None:
+        if not self.source.removeprefix(PACKAGE_SOURCE):
+            raise ValueError(f"`source` must be a path or {PACKAGE_SOURCE}DISTRIBUTION/FILE, found {self.source!r}")
+        packaged = self.packaged
+        if packaged is not None and not (packaged.distribution and packaged.file):
+            raise ValueError(f"`source` must be {PACKAGE_SOURCE}DISTRIBUTION/FILE, found {self.source!r}")
+
+    @property
+    def packaged(self) -> PackageFile | None:
+        """What `package:` names; None for a path."""
+        if not self.source.startswith(PACKAGE_SOURCE):
+            return None
+        distribution, _, file = self.source.removeprefix(PACKAGE_SOURCE).partition("/")
+        return PackageFile(distribution=distribution, file=file)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return () if self.packaged else (Path(self.source),)
+
+
+class TextsConfig(NamesFiles):
+    """The real text that export and verification run the model on."""
+
+    files: tuple[str, ...] = ()
+    """Plain UTF-8 texts of your own; without any, those that come with coremill."""
+    min_characters: int = 20_000
+    """A text that is shorter is refused: 4,096 of SmolLM2's tokens are about 17,500 characters of English prose."""
+    max_characters: int = 100_000
+    """What is taken of a text, from its beginning."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "min_characters", "max_characters")
+        if self.min_characters > self.max_characters:
+            raise ValueError(
+                f"`min_characters` {self.min_characters} is more than `max_characters` {self.max_characters}"
+            )
+        if len(set(self.files)) != len(self.files):
+            raise ValueError(f"`files` names a file twice, found {list(self.files)}")
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(map(Path, self.files))
+
+
+class ExportConfig(Record):
+    frontend: Literal["torchscript", "torch-export"] = "torchscript"
+    """How the graph is taken from torch: by tracing, or by `torch.export`."""
+    stateful: bool = False
+    """Whether `prefill` and `decode`, which share a key/value cache, are exported beside `main`."""
+    context: int | None = None
+    """Positions of the key/value cache; the longest shape if it is not given."""
+
+    def __post_init__(self) -> None:
+        if self.stateful and self.frontend == "torch-export":
+            raise ValueError(
+                "`stateful` with `frontend` torch-export: it refuses to write a cache at a position that is a value"
+            )
+        if self.context is None:
+            return
+        if not self.stateful:
+            raise ValueError(f"`context` {self.context} without `stateful`: there is no cache to hold it")
+        _positive(self, "context")
+
+    def cache_positions(self, shapes: ShapeSet) -> int:
+        """Positions of the key/value cache of a graph with `shapes`."""
+        return max(shapes.all) if self.context is None else self.context
+
+
 class ConvertConfig(Record):
     deployment_target: Literal["iOS18", "macOS15"] = "iOS18"
     compute_precision: Literal["float16", "float32"] = "float16"
 
 
 class VerifyConfig(Record):
-    heldout_answers: int
-    """Held-out questions answered through the package, greedily."""
-    sampled_answers: int
-    """Questions answered for the final table, sampled."""
-    sampling_seed: int
+    """What is asked of every package: that it computes what the checkpoint computes."""
+
     min_sqnr_db: float
     max_kl_nats: float
     """KL(checkpoint ‖ package) per position, mean over real prompts."""
@@ -128,6 +304,20 @@ class VerifyConfig(Record):
     """Positions whose reference top-1 − top-2 gap is below this many logits are left out of the agreement."""
     max_excluded_share: float
     """Largest share of positions that may be left out."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "min_sqnr_db", "max_kl_nats", "argmax_margin")
+        _share(self, "max_excluded_share")
+
+
+class DistilledVerify(VerifyConfig):
+    """What is asked of a student besides: right answers, and its teacher's distribution."""
+
+    heldout_answers: int
+    """Held-out questions answered through the package, greedily."""
+    sampled_answers: int
+    """Questions answered for the final table, sampled."""
+    sampling_seed: int
     min_right_mood: float
     max_teacher_kl_nats: float
     """KL(teacher ‖ package) per answer token on held-out questions."""
@@ -135,9 +325,10 @@ class VerifyConfig(Record):
     """Distinct answers among the sampled ones."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "heldout_answers", "sampled_answers", "min_distinct_sampled")
-        _not_negative(self, "sampling_seed", "min_sqnr_db", "max_kl_nats", "argmax_margin", "max_teacher_kl_nats")
-        _share(self, "max_excluded_share", "min_right_mood")
+        _not_negative(self, "sampling_seed", "max_teacher_kl_nats")
+        _share(self, "min_right_mood")
         if self.min_distinct_sampled > self.sampled_answers:
             raise ValueError(
                 f"`min_distinct_sampled` {self.min_distinct_sampled} is more than "
@@ -145,22 +336,53 @@ class VerifyConfig(Record):
             )
 
 
-class RunConfig(Document):
-    """One run, whole: `configs/<name>.toml`."""
+class ImportedVerify(VerifyConfig):
+    """What is asked of an imported model besides: that text is as likely to the package as to the checkpoint."""
+
+    max_perplexity_change: float = 0.005
+    """Largest share by which the package's perplexity may differ from the checkpoint's in float32, on one text."""
+    decoded_tokens: int = 32
+    """Tokens over which decoding one by one is compared with `main`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _share(self, "max_perplexity_change")
+        _positive(self, "decoded_tokens")
+
+
+class BaseRun(Document):
+    """What every kind of run has."""
 
     name: str
     """The run's folder under build/."""
     model_type: str
-    dataset: DatasetConfig
-    model: ModelConfig
-    training: TrainingConfig
     shapes: ShapeSet
+    export: ExportConfig = ExportConfig()
     convert: ConvertConfig
-    verify: VerifyConfig
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):
             raise ValueError(f"`name` must be lower case letters, digits, '-' and '.', found {self.name!r}")
+        if self.export.cache_positions(self.shapes) < max(self.shapes.all):
+            raise ValueError(
+                f"export.context {self.export.context} is less than the longest shape, {max(self.shapes.all)}"
+            )
+
+    @property
+    def is_toy(self) -> bool:
+        return self.model_type in TOY_MODEL_TYPES
+
+
+class DistilledRun(BaseRun):
+    """A run that makes a dataset and distils its model from a teacher: `configs/<name>.toml`, whole."""
+
+    dataset: DatasetConfig
+    model: ModelConfig
+    training: TrainingConfig
+    verify: DistilledVerify
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.is_toy and self.dataset.kind != self.model_type:
             raise ValueError(f"model_type {self.model_type!r} with a dataset of kind {self.dataset.kind!r}")
         if self.dataset.vocab_size != self.model.vocab_size:
@@ -172,20 +394,58 @@ class RunConfig(Document):
                 f"verify.heldout_answers {self.verify.heldout_answers} is more than dataset.heldout_n "
                 f"{self.dataset.heldout_n}"
             )
-        if max(self.shapes.all) > self.model.max_seq_len:
-            raise ValueError(
-                f"shape {max(self.shapes.all)} is beyond the model's max_seq_len {self.model.max_seq_len}"
-            )
+        for what, positions in (
+            ("shape", max(self.shapes.all)),
+            ("export.context", self.export.cache_positions(self.shapes)),
+        ):
+            if positions > self.model.max_seq_len:
+                raise ValueError(f"{what} {positions} is beyond the model's max_seq_len {self.model.max_seq_len}")
 
-    @property
-    def is_toy(self) -> bool:
-        return self.model_type in TOY_MODEL_TYPES
+
+class ImportedRun(BaseRun):
+    """A run that converts a model that exists: `configs/<name>.toml`, whole. How it is built, its weights say."""
+
+    weights: WeightsConfig
+    texts: TextsConfig = TextsConfig()
+    verify: ImportedVerify
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.is_toy:
+            raise ValueError(f"model_type {self.model_type!r} is a toy's, which is trained and not imported")
+
+
+RunConfig = DistilledRun | ImportedRun
 
 
 def read_config(path: Path) -> RunConfig:
-    """Read and check a run's configuration.
+    """Read and check a run's configuration: one that trains nothing imports its model.
 
     Raises:
         ConfigError: unreadable, an unknown key (the nearest name is suggested), or an impossible value.
     """
-    return read_toml(path, RunConfig, error=ConfigError)
+    value = toml_value(path, expected="a run's configuration", error=ConfigError)
+    trained = [table for table in ("dataset", "model", "training") if table in value]
+    if trained and "weights" in value:
+        raise ConfigError(
+            f"{path}: [weights], and [{trained[0]}] as well",
+            expected="a model that is imported, or one that is trained",
+        )
+    if not trained:
+        return from_builtins(value, ImportedRun, where=str(path), error=ConfigError)
+    return from_builtins(value, DistilledRun, where=str(path), error=ConfigError)
+
+
+def read_distilled_config(path: Path) -> DistilledRun:
+    """Read and check the configuration of a run that trains its model.
+
+    Raises:
+        ConfigError: as :func:`read_config` does, or the run imports its model.
+    """
+    config = read_config(path)
+    if isinstance(config, ImportedRun):
+        raise ConfigError(
+            f"{path}: the model is imported from {config.weights.source}, and not trained",
+            expected="a configuration with [dataset], [model] and [training]",
+        )
+    return config

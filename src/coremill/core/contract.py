@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
+from typing import Literal
 
 from coremill.core.documents import Document, Record, read_json
 from coremill.core.errors import DocumentError
+
+Frontend = Literal["torchscript", "torch-export"]
 
 Dim = int | str
 """A size, or the name of a symbolic dimension such as `T`."""
@@ -89,22 +92,41 @@ class ShapeFailed(Record, tag_field="status", tag="error"):
 ShapeValidation = ShapeOk | ShapeFailed
 
 
+class StatefulFunction(Record):
+    """A graph that reads and writes the contract's states: `prefill`, or `decode`."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    """With a dimension `T`, a package has one function for each of the contract's shapes that passed."""
+    outputs: tuple[TensorSpec, ...]
+    max_abs_err: float
+    """Largest difference of logits from the checkpoint's model, on real token ids."""
+
+
 class Contract(Document):
-    """What `export_pytorch` promises of the graph it saved; nothing in it that the graph lacks.
+    """What `export_pytorch` promises of the graphs it saved; nothing in it that they lack.
+
+    `inputs`, `outputs` and the shapes are those of `main`, which scores whole sequences and has no state.
 
     Raises:
-        ValueError: the shapes and their validation differ, the primary shape failed, or two tensors share a name.
+        ValueError: the shapes and their validation differ, the primary shape failed, two tensors of a function have
+            one name, or there are states without functions that use them.
     """
 
     model_type: str
     model_arch: ModelArch
     graph: str
-    """File name of the TorchScript program that this describes, beside the contract."""
+    """File name of the exported program that this describes, beside the contract."""
+    frontend: Frontend = "torchscript"
+    """How the program was taken from torch: `torchscript`, traced, or `torch-export`."""
     graph_digest: str
     checkpoint_digest: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[TensorSpec, ...] = ()
+    """The key/value cache, as a package keeps it, float16; the second last dimension is its positions."""
+    functions: tuple[StatefulFunction, ...] = ()
+    """What there is beside `main`."""
     shapes: ShapeSet
     shape_validation: dict[str, ShapeValidation]
     tokenizer: TokenizerRef
@@ -117,9 +139,18 @@ class Contract(Document):
         primary = shape_key(self.shapes.primary)
         if isinstance(result := self.shape_validation[primary], ShapeFailed):
             raise ValueError(f"the primary shape {primary} failed ({result.error}), so there is nothing to promise")
-        names = [spec.name for spec in (*self.inputs, *self.outputs, *self.states)]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"more than one tensor is called {', '.join(twice)}")
+        if bool(self.states) != bool(self.functions):
+            raise ValueError(f"{len(self.states)} states and {len(self.functions)} functions that use them")
+        tensors = [(self.inputs, self.outputs), *((each.inputs, each.outputs) for each in self.functions)]
+        for inputs, outputs in tensors:
+            names = [spec.name for spec in (*inputs, *outputs, *self.states)]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"more than one tensor is called {', '.join(twice)}")
+
+    @property
+    def cache_positions(self) -> int:
+        """S: how many tokens the key/value cache holds; 0 where there is none."""
+        return int(self.states[0].shape[-2]) if self.states else 0
 
 
 def read_contract(path: Path) -> Contract:

@@ -67,11 +67,16 @@ def read_json(
 
 def read_toml(path: Path, kind: type[AnyDocument], *, error: type[CoremillError] = DocumentError) -> AnyDocument:
     """Read the TOML document at `path`; raises as :func:`read_json` does."""
-    try:
-        value = tomllib.loads(_read_bytes(path, error=error, run=None).decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as failure:
-        raise error(f"{path} is not TOML: {failure}", expected=f"a {kind.__name__} document") from failure
+    value = toml_value(path, expected=f"a {kind.__name__} document", error=error)
     return from_builtins(value, kind, where=str(path), error=error)
+
+
+def toml_value(path: Path, *, expected: str, error: type[CoremillError]) -> dict[str, Any]:
+    """What the TOML at `path` says, unchecked: for a reader that has to choose the type first."""
+    try:
+        return tomllib.loads(_read_bytes(path, error=error, run=None).decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as failure:
+        raise error(f"{path} is not TOML: {failure}", expected=expected) from failure
 
 
 def _read_bytes(path: Path, *, error: type[CoremillError], run: str | None) -> bytes:

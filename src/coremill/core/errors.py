@@ -107,6 +107,12 @@ class TrainingError(CoremillError):
     exit_code, kind = 26, "training"
 
 
+class UnsupportedModelError(CoremillError):
+    """A model whose architecture, or an option of it, coremill does not compute; names it and what is supported."""
+
+    exit_code, kind = 27, "unsupported model"
+
+
 class VersionGateError(CoremillError):
     """An interpreter or package version in which this stage must not run."""
 
@@ -165,6 +171,12 @@ class PredictionInputError(CoremillError):
     """Inputs that the package's description does not admit (name, dtype or shape)."""
 
     exit_code, kind = 46, "prediction input"
+
+
+class CacheFullError(CoremillError):
+    """A key/value cache that has no room for another token."""
+
+    exit_code, kind = 47, "full cache"
 
 
 class RunLockedError(CoremillError):

@@ -49,6 +49,15 @@ def heldout_file(stage: Path) -> Path:
     return stage / "heldout.jsonl"
 
 
+def texts_file(stage: Path) -> Path:
+    """The real texts that an imported model is run on."""
+    return stage / "texts.jsonl"
+
+
+def chat_prompts_file(stage: Path) -> Path:
+    return stage / "chat_prompts.jsonl"
+
+
 def tokenizer_file(stage: Path) -> Path:
     return stage / "tokenizer.json"
 
@@ -61,8 +70,9 @@ def metrics_file(stage: Path) -> Path:
     return stage / "metrics.jsonl"
 
 
-def torchscript_file(stage: Path, run: str) -> Path:
-    return stage / f"{_stem(run)}.pt"
+def program_file(stage: Path, run: str, frontend: str) -> Path:
+    """The exported program: TorchScript, or what `torch.export.save` writes."""
+    return stage / f"{_stem(run)}.{'pt' if frontend == 'torchscript' else 'pt2'}"
 
 
 def contract_file(stage: Path, run: str) -> Path:

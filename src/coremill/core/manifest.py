@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from coremill.core.contract import Toolchain
 from coremill.core.digest import digest, size_bytes
 from coremill.core.documents import Document, Record, read_json
@@ -31,6 +33,8 @@ class Fingerprint(Record):
     lock: str
     interpreter: str
     inputs: dict[str, str]
+    files: dict[str, str] = msgspec.field(default_factory=dict)
+    """Digests of the files outside the build that the configuration names, by their path there."""
 
 
 class StageManifest(Document):

@@ -17,11 +17,39 @@ class Backend(str, enum.Enum):
     MIL_REFERENCE = "mil-reference"
 
 
+class Perplexity(Record):
+    """How likely one text is: e to the power of the mean cross entropy, in nats a token.
+
+    Raises:
+        ValueError: a figure is not finite and positive, or there was nothing to predict.
+    """
+
+    reference: float
+    """To the checkpoint, in float32."""
+    measured: float
+    """To the package."""
+    tokens: int
+    """Tokens that were predicted."""
+
+    def __post_init__(self) -> None:
+        for name in ("reference", "measured"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"the perplexity `{name}` is {getattr(self, name)}")
+        if self.tokens < 1:
+            raise ValueError(f"a perplexity of {self.tokens} tokens")
+
+    @property
+    def change(self) -> float:
+        """The share by which the package's differs."""
+        return abs(self.measured / self.reference - 1)
+
+
 class ShapeMeasured(Record, tag_field="status", tag="ok"):
     """A shape that ran; agreement with the checkpoint's eager logits on real prompts.
 
-    `max_abs_err`, `sqnr_db` and `kl_nats` are over every position; `top1_agreement` is over those that predict a
-    token of an answer, because nothing was trained to predict a question.
+    `max_abs_err`, `sqnr_db` and `kl_nats` are over every position, and so is the `top1_agreement` of a model that
+    was imported; that of a student is over the positions that predict a token of an answer, because nothing was
+    trained to predict a question.
 
     Raises:
         ValueError: a figure is not finite; a shape whose logits are not is a :class:`ShapeError`.
@@ -37,9 +65,11 @@ class ShapeMeasured(Record, tag_field="status", tag="ok"):
     top1_agreement: float
     """Share of the positions compared whose argmax agrees."""
     positions: int
-    """Positions that predict a token of an answer, the excluded ones among them."""
+    """Positions that `top1_agreement` is about, the excluded ones among them."""
     excluded: int
     """Positions left out of `top1_agreement` because the reference's top-1 − top-2 gap is below the margin."""
+    perplexity: Perplexity | None = None
+    """Of real text; None for a student, which learned to answer questions."""
 
     def __post_init__(self) -> None:
         for name in ("max_abs_err", "sqnr_db", "kl_nats", "top1_agreement"):
@@ -57,6 +87,54 @@ class ShapeError(Record, tag_field="status", tag="error"):
 ShapeReport = ShapeMeasured | ShapeError
 
 
+class StatefulMeasured(Record, tag_field="status", tag="ok"):
+    """What the functions with a key/value cache showed, compared with `main` on the same tokens.
+
+    An SQNR is that of all positions that were compared together, and of the worst output.
+
+    Raises:
+        ValueError: nothing was compared, or a figure is not finite.
+    """
+
+    backend: Backend
+    cache_positions: int
+    """Tokens that the cache holds."""
+    prefills: int
+    """Prompts that were read, of several lengths, at every shape."""
+    prefill_sqnr_db: float
+    """Of what `prefill` says after a prompt."""
+    decoded: int
+    """Tokens decoded one by one, the first into an empty cache."""
+    decode_sqnr_db: float
+    continued: int
+    """Tokens decoded right after the prompts."""
+    continued_sqnr_db: float
+    padding_err: float
+    """Largest change of any output, of `prefill` or of `decode` after it, when other tokens pad the same prompt."""
+    emptied_sqnr_db: float
+    """Of `decode` right after a prompt whose keys and values became zeros, against itself with them: low."""
+    end_problem: str | None = None
+    """Why the end of the cache is not an error; None where it is."""
+
+    def __post_init__(self) -> None:
+        for name in ("prefills", "decoded", "continued"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}")
+        for name in ("prefill_sqnr_db", "decode_sqnr_db", "continued_sqnr_db", "padding_err", "emptied_sqnr_db"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"`{name}` is {getattr(self, name)}")
+
+
+class StatefulError(Record, tag_field="status", tag="error"):
+    """Functions with a cache that did not run, or whose outputs are not finite."""
+
+    backend: Backend
+    error: str
+
+
+StatefulReport = StatefulMeasured | StatefulError
+
+
 class Answer(Record):
     """One question answered through the package."""
 
@@ -65,7 +143,8 @@ class Answer(Record):
     mood: str | None
     """The mood that the question asked for; None for a question of fact."""
     right: bool
-    """A classic answer of the question's mood, or the tool call that it asks for."""
+    """A classic answer of the question's mood, or the tool call that it asks for; of an imported model, one whose
+    every token is the checkpoint's choice after the same tokens, or within the margin of it."""
 
 
 class HeldoutAnswers(Record):
@@ -132,9 +211,12 @@ class VerificationReport(Document):
     contract_digest: str
     primary: str
     shapes: dict[str, ShapeReport]
+    stateful: StatefulReport | None = None
+    """None where the run exports no cache, or the package does not load."""
     heldout: HeldoutAnswers | None
-    """None where the contract is not of a model that answers questions."""
-    sampled_seed: int
+    """None for a model that was imported, and where no question could be asked."""
+    sampled_seed: int | None
+    """None where the answers are greedy: those of a model that was imported, through its cache."""
     sampled: tuple[Answer, ...]
     gates: tuple[Gate, ...]
     gates_ok: bool
@@ -190,6 +272,7 @@ class LaneVerified(Record, tag_field="status", tag="verified"):
     gates_ok: bool
     gates: tuple[Gate, ...]
     shapes: dict[str, ShapeReport]
+    stateful: StatefulReport | None = None
     heldout: HeldoutAnswers | None
     package_size_bytes: int
     convert_duration_s: float
@@ -255,7 +338,7 @@ class RunSummary(Document):
     figures: dict[str, float | int | str]
     """What the stages before the lanes measured: `training.parameters`, …"""
     sampled_seed: int | None
-    """Of the first lane that was verified, as are the answers; None, and no answers, where none was."""
+    """Of the first lane that was verified, as are the answers; None where they are greedy, or there are none."""
     sampled: tuple[Answer, ...]
     fell_back_from: str | None = None
     """The lane that was asked for, where its conversion failed and `--fallback` built another one."""
@@ -264,8 +347,10 @@ class RunSummary(Document):
     def __post_init__(self) -> None:
         if self.gates_ok != (bool(self.lanes) and all(lane.gates_ok for lane in self.lanes)):
             raise ValueError(f"`gates_ok` is {self.gates_ok}, the lanes say otherwise")
-        if (self.sampled_seed is None) != (not self.verified) or (self.sampled and not self.verified):
-            raise ValueError(f"{len(self.verified)} lanes were verified, and `sampled_seed` is {self.sampled_seed}")
+        if not self.verified and (self.sampled or self.sampled_seed is not None):
+            raise ValueError(
+                f"no lane was verified, and there are {len(self.sampled)} answers, of seed {self.sampled_seed}"
+            )
 
     @property
     def verified(self) -> tuple[LaneVerified, ...]:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from coremill.core.config import RunConfig
+from coremill.core.config import DistilledRun, ImportedRun
 from coremill.core.contract import Contract
 from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure
 from coremill.core.documents import Document, json_schemas
 from coremill.core.manifest import StageManifest
+from coremill.core.matrix import AgreementMatrix
 from coremill.core.publish import write_atomic
 from coremill.core.reports import RunSummary, VerificationReport
 from coremill.core.runtime_config import RuntimeConfig
 
 FORMATS: list[type[Document]] = [
-    RunConfig,
+    DistilledRun,
+    ImportedRun,
     StageManifest,
     Contract,
     ConversionDiagnostics,
     ConversionFailure,
     VerificationReport,
     RunSummary,
+    AgreementMatrix,
     RuntimeConfig,
 ]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from coremill.core.config import RunConfig
+from coremill.core.config import ImportedRun, RunConfig
 
 Figures = dict[str, float | int | str]
 """What a stage measured of its own work, for the manifest and the report."""
@@ -24,6 +24,21 @@ class StageContext(msgspec.Struct, frozen=True, kw_only=True):
     lane: str | None
     inputs: Mapping[str, Path]
     out: Path
+
+    @property
+    def model_dir(self) -> Path:
+        """The folder of the run's checkpoint: it was trained, or imported."""
+        return self.inputs["import" if isinstance(self.config, ImportedRun) else "training"]
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The folder of `tokenizer.json`: it was trained on the dataset, or imported."""
+        return self.inputs["import" if isinstance(self.config, ImportedRun) else "dataset"]
+
+    @property
+    def prompts_dir(self) -> Path:
+        """The folder of what the model is run on: the dataset's held-out rows, or real texts and chat prompts."""
+        return self.inputs["texts" if isinstance(self.config, ImportedRun) else "dataset"]
 
 
 StageFunction = Callable[[StageContext], Figures]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from coremill.core.command import command_parser, exit_on_error
-from coremill.core.config import DatasetConfig
+from coremill.core.config import DatasetConfig, DistilledRun
 from coremill.core.layout import dataset_file, heldout_file, tokenizer_file
 from coremill.core.publish import check_replaceable
 from coremill.core.stage import Figures, StageContext
@@ -108,6 +108,7 @@ def run_stage(context: StageContext) -> Figures:
         heldout=heldout_file(context.out),
         tokenizer=tokenizer_file(context.out),
     )
+    assert isinstance(context.config, DistilledRun)  # no other has this stage
     return make_dataset(context.config.dataset, files)
 
 

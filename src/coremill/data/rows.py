@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import msgspec
-
 from coremill.core.documents import Record
-from coremill.core.errors import DatasetError
-from coremill.core.publish import replacing
+from coremill.data.lines import read_lines, write_lines
 
 MOODS = ("hopeful", "doubtful", "unclear")
 
@@ -58,50 +54,9 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         DatasetError: unreadable or empty, or a line that is not a row; names the file and the line.
     """
-    decoder = msgspec.json.Decoder(Row)
-    number = 0
-    try:
-        with Path(path).open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield _decode(decoder, line, where=f"{path}:{number}")
-    except OSError as failure:
-        raise DatasetError(
-            f"cannot read {path}: {failure.strerror}", expected="a dataset, one JSON object a line", run=_MAKE_ONE
-        ) from failure
-    if number == 0:
-        raise DatasetError(f"{path} has no rows", expected="one JSON object a line", run=_MAKE_ONE)
-
-
-def _decode(decoder: msgspec.json.Decoder[Row], line: bytes, *, where: str) -> Row:
-    try:
-        return decoder.decode(line)
-    except msgspec.ValidationError as failure:
-        raise DatasetError(
-            f"{where}: {failure}", expected=f"a row with {', '.join(Row.__struct_fields__)}", run=_MAKE_ONE
-        ) from failure
-    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-        raise DatasetError(
-            f"{where}: not JSON: {failure}", expected="one JSON object a line", run=_MAKE_ONE
-        ) from failure
+    return read_lines(path, Row, whole="a dataset", each="row", run=_MAKE_ONE)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> str:
-    """Write `rows` to `path` as they come, whole or not at all; memory does not grow with their number.
-
-    Returns:
-        The digest of the file, as `sha256:<hex>`; equal rows give equal bytes.
-
-    Raises:
-        OutputError: `path` cannot be written, or the disk is full; what was there is left.
-    """
-    path = Path(path)
-    hasher = hashlib.sha256()
-    encoder = msgspec.json.Encoder()
-    with replacing(path) as file:
-        buffer = bytearray()
-        for row in rows:
-            encoder.encode_into(row, buffer)
-            buffer += b"\n"
-            hasher.update(buffer)
-            file.write(buffer)
-    return "sha256:" + hasher.hexdigest()
+    """Write `rows` to `path`; returns and raises as :func:`coremill.data.lines.write_lines` does."""
+    return write_lines(path, rows)

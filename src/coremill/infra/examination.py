@@ -37,7 +37,7 @@ from coremill.pipeline.environments import (
     Toolset,
     installed,
 )
-from coremill.pipeline.stages import STAGES
+from coremill.pipeline.stages import EVERY_STAGE
 
 GB = 10**9
 SET_UP = "make e2e"
@@ -177,7 +177,7 @@ def _worst(findings: Sequence[Finding]) -> Standing:
 
 
 def _stages(standing: Mapping[str, Standing]) -> list[StageReadiness]:
-    places = [(stage, lane) for stage in STAGES for lane in (LANES if stage.per_lane else (None,))]
+    places = [(stage, lane) for stage in EVERY_STAGE for lane in (LANES if stage.per_lane else (None,))]
     rows = []
     for stage, lane in places:
         name = stage.environment(lane).name

@@ -9,19 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.util
 import logging
-import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-import coremill
 from coremill.core.command import command_parser, exit_on_error
-from coremill.core.errors import MachineError
-from coremill.pipeline.environments import CONVERT, LANES, PRIMARY_LANE, Toolset, installed
-
-log = logging.getLogger(__name__)
+from coremill.infra.elsewhere import run_where_installed
+from coremill.pipeline.environments import CONVERT, LANES
 
 NEEDS = ("torch", "coremltools", "numpy")
 
@@ -39,8 +33,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(arguments)
-    if missing := [package for package in NEEDS if importlib.util.find_spec(package) is None]:
-        _run_elsewhere(arguments, missing)
+    run_where_installed(["mil", *arguments], needs=NEEDS, environments=[CONVERT[lane] for lane in LANES])
     with _quiet_coremltools():
         module = importlib.import_module(f"coremill.mil.commands.{options.command}")
         return int(module.main(options.arguments))
@@ -70,37 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", choices=COMMANDS, metavar="command")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="those of the command; see its own --help")
     return parser
-
-
-def _run_elsewhere(arguments: list[str], missing: list[str]) -> None:
-    """Become the same command in the convert environment; does not return.
-
-    Raises:
-        MachineError: there is no such environment.
-    """
-    toolset = _convert_environment()
-    if toolset is None:
-        raise MachineError(
-            f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed in {sys.prefix}",
-            expected=f"an environment with {', '.join(NEEDS)}",
-            run=f"nox -s {CONVERT[PRIMARY_LANE].session} in a checkout, or pip install {' '.join(NEEDS)}",
-        )
-    log.info("running in %s: %s not installed here", toolset.folder, ", ".join(missing))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not a child: signals, exit code and terminal stay those of one process.
-    os.execv(toolset.python, [str(toolset.python), "-m", "coremill", "mil", *arguments])
-
-
-def _convert_environment() -> Toolset | None:
-    """The first lane's convert environment of the checkout that this very coremill is run from."""
-    toolsets = installed(Path(coremill.__file__).parents[2])
-    for lane in LANES:
-        toolset = toolsets.get(CONVERT[lane].name)
-        # Never this very environment, which would start itself without end.
-        if toolset is not None and toolset.folder.resolve() != Path(sys.prefix).resolve():
-            return toolset
-    return None
 
 
 if __name__ == "__main__":

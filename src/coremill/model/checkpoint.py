@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import math
+import os
 import pickle
 import pickletools
 import re
@@ -10,9 +11,9 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import msgspec
 import torch
@@ -24,16 +25,20 @@ from coremill.core.documents import Document, from_builtins
 from coremill.core.errors import (
     CheckpointContentError,
     CheckpointUnreadableError,
-    OutputError,
     UnsafeCheckpointError,
     VocabularyMismatchError,
 )
-from coremill.core.publish import write_atomic
-from coremill.model.student import Student
+from coremill.core.publish import replacing
+from coremill.model.student import Student, parameter_shapes
 
 _RETRAIN = "python -m coremill.training.run_toy_distill --help"
 _TENSOR_NAMES = re.compile(r"torch\._utils\._rebuild_tensor_v2|torch\.\w+Storage|collections\.OrderedDict")
 """What the pickle of a plain tensor names."""
+
+_CHECKED_ELEMENTS = 1 << 20
+
+IMPORTED_FROM = "imported_from"
+"""The key of `training` under which an imported checkpoint says where it came from."""
 
 
 class CheckpointHead(Document):
@@ -43,17 +48,19 @@ class CheckpointHead(Document):
     model_arch: ModelArch
     config: ModelConfig
     step: int
-    """Optimizer steps taken; 0 is an untrained model."""
+    """Optimizer steps taken here; 0 is an untrained model, or an imported one."""
     tokenizer: TokenizerRef
     training: dict[str, Any]
-    """How it came about, in plain types: the ends of the loss curve, seed, dataset digest."""
+    """How it came about, in plain types: the ends of the loss curve, seed, dataset digest; or what it was imported
+    from."""
 
     def __post_init__(self) -> None:
         if self.step < 0:
             raise ValueError(f"`step` must not be negative, found {self.step}")
         if self.config.arch != self.model_arch:
             raise ValueError(f"`model_arch` is {self.model_arch}, `config.arch` is {self.config.arch}")
-        if self.config.vocab_size != self.tokenizer.vocab_size:
+        # More rows than tokens are padding of the embedding, which models are trained with for the sake of speed.
+        if self.config.vocab_size < self.tokenizer.vocab_size:
             raise ValueError(
                 f"`config.vocab_size` is {self.config.vocab_size}, `tokenizer.vocab_size` is "
                 f"{self.tokenizer.vocab_size}"
@@ -76,10 +83,19 @@ class Checkpoint:
     tokenizer: TokenizerRef
     state_dict: Mapping[str, Tensor]
     training: Mapping[str, Any] = field(default_factory=dict)
+    where: InitVar[str] = "checkpoint"
+    """What errors call it."""
+    run: InitVar[str | None] = _RETRAIN
+    """What errors say mends it."""
 
-    def __post_init__(self) -> None:
-        _head(self, where="checkpoint")
-        _check_tensors(self.state_dict, self.config, where="checkpoint")
+    @property
+    def imported(self) -> bool:
+        """Whether its weights came from elsewhere, trained there: `step` says nothing of them then."""
+        return IMPORTED_FROM in self.training
+
+    def __post_init__(self, where: str, run: str | None) -> None:
+        _head(self, where=where)
+        _check_tensors(self.state_dict, self.config, where=where, run=run)
 
 
 class TokenizerLike(Protocol):
@@ -116,17 +132,43 @@ def save_checkpoint(path: Path, ckpt: Checkpoint) -> None:
         OutputError: `path` cannot be written; what was there is left.
     """
     head = _canonical(msgspec.to_builtins(_head(ckpt, where=str(path))))
-    # Fresh, contiguous copies: a view would drag its whole storage along, and a shared one be written once.
-    tensors = {
-        sys.intern(name): ckpt.state_dict[name].detach().cpu().contiguous().clone()
-        for name in sorted(ckpt.state_dict)
-    }
-    buffer = io.BytesIO()  # torch.save writes the stem of a path into the archive, but no name for a buffer
-    torch.save({**head, "state_dict": tensors}, buffer)
-    try:
-        write_atomic(path, buffer.getvalue())
-    except OSError as failure:
-        raise OutputError(f"cannot write {path}: {failure.strerror}", expected="a writable file") from failure
+    tensors = {sys.intern(name): _apart(ckpt.state_dict[name]) for name in sorted(ckpt.state_dict)}
+    with replacing(path) as file:
+        out = _Outlet(file)
+        try:
+            # torch.save writes the stem of a path into the archive, but no name for an open file.
+            torch.save({**head, "state_dict": tensors}, out)
+        except Exception:
+            if out.failure is not None:  # torch says of a full disk that a position was unexpected
+                raise out.failure from None
+            raise
+
+
+class _Outlet:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.failure: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as failure:
+            self.failure = failure
+            raise
+
+    def flush(self) -> None:
+        """The file is flushed, and synchronised, where it is closed."""
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and with a storage of its own that is no larger; the same memory where it can be.
+
+    A view would drag its whole storage into the archive, and two on one storage be written once.
+    """
+    value = tensor.detach().cpu().contiguous()
+    return torch.from_numpy(value.reshape(-1).view(torch.uint8).numpy()).view(value.dtype).view(value.shape)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -146,7 +188,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
     tensors = value.pop("state_dict", None)
     where = str(path)
     head = from_builtins(value, CheckpointHead, where=where, error=CheckpointContentError, run=_RETRAIN)
-    _check_tensors(tensors, head.config, where=where)
     return Checkpoint(
         model_type=head.model_type,
         model_arch=head.model_arch,
@@ -155,11 +196,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         tokenizer=head.tokenizer,
         state_dict=tensors,
         training=head.training,
+        where=where,
     )
 
 
 def build_student(ckpt: Checkpoint) -> Student:
-    """The checkpoint's model in float32, in evaluation mode."""
+    """The checkpoint's model in float32, in evaluation mode; its weights are copies."""
     student = Student(ckpt.config)
     student.load_state_dict(ckpt.state_dict)
     student.eval()
@@ -216,35 +258,40 @@ def _canonical(value: Any) -> Any:
 def _read_plain(path: Path) -> Any:
     """What the archive at `path` holds: plain types and tensors, nothing else."""
     try:
-        data = path.read_bytes()
+        file = path.open("rb")
     except OSError as failure:
         raise CheckpointUnreadableError(
             f"cannot read {path}: {failure.strerror}", expected="a readable checkpoint", run=_RETRAIN
         ) from failure
-    pickled = _pickle_in_archive(path, data)
-    # torch's own reader refuses these names too; this one knows every pickle protocol and names them all.
-    if names := [name for name in _names_in(pickled) if not _TENSOR_NAMES.fullmatch(name)]:
-        raise _unsafe(path, f"names {', '.join(names)}")
-    if pickled[:2] != b"\x80\x02":
-        raise _unreadable(path, "is not a checkpoint: its pickle is not of protocol 2, which torch.save writes")
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as failure:
-        raise _unsafe(path, str(failure).splitlines()[0]) from failure
-    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as failure:
-        # What torch's unpickler raises on a pickle that no torch.save wrote, beside its own error.
-        raise _unreadable(path, f"is not a checkpoint: {type(failure).__name__}: {failure}") from failure
+    # One open file for all of it: what was checked is what torch reads, should another take its name.
+    with file:
+        pickled = _pickle_in_archive(path, file)
+        # torch's own reader refuses these names too; this one knows every pickle protocol and names them all.
+        if names := [name for name in _names_in(pickled) if not _TENSOR_NAMES.fullmatch(name)]:
+            raise _unsafe(path, f"names {', '.join(names)}")
+        if pickled[:2] != b"\x80\x02":
+            raise _unreadable(path, "is not a checkpoint: its pickle is not of protocol 2, which torch.save writes")
+        file.seek(0)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as failure:
+            raise _unsafe(path, str(failure).splitlines()[0]) from failure
+        except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, OSError) as failure:
+            # What torch's unpickler raises on a pickle that no torch.save wrote, beside its own error.
+            raise _unreadable(path, f"is not a checkpoint: {type(failure).__name__}: {failure}") from failure
 
 
-def _pickle_in_archive(path: Path, data: bytes) -> bytes:
+def _pickle_in_archive(path: Path, file: BinaryIO) -> bytes:
     """The pickle of a whole `torch.save` archive; every checksum is compared, which torch does not do."""
     try:
-        if not zipfile.is_zipfile(io.BytesIO(data)):
-            if names := _names_in(data):
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            if names := _names_in(file):
                 raise _unsafe(path, f"is a bare pickle that names {', '.join(names)}")
-            what = "is truncated" if data.startswith(b"PK\x03\x04") else "is not a checkpoint"
-            raise _unreadable(path, f"{what}: {len(data)} bytes")
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            file.seek(0)
+            what = "is truncated" if file.read(4) == b"PK\x03\x04" else "is not a checkpoint"
+            raise _unreadable(path, f"{what}: {file.seek(0, os.SEEK_END)} bytes")
+        with zipfile.ZipFile(file) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise _unreadable(path, f"is damaged: the checksum of {damaged} is wrong")
             names = archive.namelist()
@@ -272,7 +319,7 @@ def _unsafe(path: Path, found: str) -> UnsafeCheckpointError:
     )
 
 
-def _names_in(pickled: bytes) -> list[str]:
+def _names_in(pickled: bytes | BinaryIO) -> list[str]:
     """Each `module.name` that the pickle would import, found by reading its opcodes; [] if it is no pickle."""
     names: list[str] = []
     strings: list[str] = []
@@ -289,28 +336,38 @@ def _names_in(pickled: bytes) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _check_tensors(tensors: Any, config: ModelConfig, *, where: str) -> None:
+def _check_tensors(tensors: Any, config: ModelConfig, *, where: str, run: str | None) -> None:
     """Check that `tensors` are finite floats and the very ones that a model of `config` has."""
 
     def refuse(found: str) -> CheckpointContentError:
         return CheckpointContentError(
-            f"{where}: {found}", expected="the tensors of a model of the checkpoint's `config`", run=_RETRAIN
+            f"{where}: {found}", expected="the tensors of a model of the checkpoint's `config`", run=run
         )
 
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise refuse("`state_dict` is missing" if tensors is None else "`state_dict` holds something but tensors")
     if config.n_layers > len(tensors):  # each layer has tensors of its own; modules cost time even on "meta"
         raise refuse(f"`state_dict` holds {len(tensors)} tensors, fewer than `config` has layers")
-    with torch.device("meta"):  # shapes without memory
-        expected = {name: tensor.shape for name, tensor in Student(config).state_dict().items()}
+    expected = parameter_shapes(config)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise refuse(f"`state_dict` lacks {', '.join(missing)}")
     if unexpected := sorted(tensors.keys() - expected.keys()):
         raise refuse(f"`state_dict` holds {', '.join(map(str, unexpected))}, which the model does not have")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name]:
-            raise refuse(f"`state_dict[{name!r}]` has shape {tuple(tensor.shape)}, not {tuple(expected[name])}")
+            raise refuse(f"`state_dict[{name!r}]` has shape {tuple(tensor.shape)}, not {expected[name]}")
         if not tensor.is_floating_point():
             raise refuse(f"`state_dict[{name!r}]` is {tensor.dtype}, not of floats")
-        if bad := int((~torch.isfinite(tensor)).sum()):
+        if bad := _not_finite(tensor):
             raise refuse(f"`state_dict[{name!r}]` has {bad} NaN or infinite values")
+
+
+def _not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite; some at a time, without memory for a second tensor."""
+    parts = tensor.reshape(-1).split(_CHECKED_ELEMENTS)
+    # A sum is finite only if all of it is, and takes a fifth of the time; a large one may still overflow.
+    return sum(
+        int((~torch.isfinite(part)).sum())
+        for part in parts
+        if not math.isfinite(part.sum(dtype=torch.promote_types(part.dtype, torch.float32)))
+    )

@@ -6,6 +6,9 @@ key/value head, D head size, F d_ff.
 Grouped-query attention: Ainslie et al. 2023, arXiv:2305.13245. RoPE: Su et al. 2021, arXiv:2104.09864, in the
 rotate-half layout of Hugging Face's Llama, whose parameter names (without `model.`) this follows.
 RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467. SwiGLU: Shazeer 2020, arXiv:2002.05202.
+
+The options of the family (biases, a norm on queries and keys, a head size of its own) add parameters only where the
+configuration has them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coremill.core.config import ModelConfig
+from coremill.model.rope import rotary_tables
 
 MASKED_SCORE = -3.0e4
 """What is added to the score of a key that must not be seen.
@@ -27,6 +31,22 @@ Finite, so that no row computes inf - inf, and far from the end of float16's ran
 def output_names(config: ModelConfig) -> tuple[str, ...]:
     """Names of what `Student.forward` returns, in its order."""
     return ("logits", "halt_logits") if config.arch.use_halt_head else ("logits",)
+
+
+class Linear(nn.Linear):
+    """Zeros until it is given weights: random ones take seconds that a checkpoint's would then replace."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """As :class:`Linear`."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -50,11 +70,16 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        kv_size = config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.d_model, kv_size, bias=False)
-        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        q_size, kv_size = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        bias = config.attention_bias != "none"
+        self.q_proj = Linear(config.d_model, q_size, bias=bias)
+        self.k_proj = Linear(config.d_model, kv_size, bias=bias)
+        self.v_proj = Linear(config.d_model, kv_size, bias=bias)
+        self.o_proj = Linear(q_size, config.d_model, bias=config.attention_bias == "qkvo")
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def _heads(self, x: Tensor, n_heads: int) -> Tensor:
         # -1 for T: with one unknown size a reshape stays a constant shape in the converted graph.
@@ -71,8 +96,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         """x (B, T, C), cos and sin (T, D), mask (T, T) added to the scores; returns (B, T, C)."""
-        q = _rotate(self._heads(self.q_proj(x), self.n_heads), cos, sin)  # (B, H, T, D)
-        k = _rotate(self._heads(self.k_proj(x), self.n_kv_heads), cos, sin)  # (B, K, T, D)
+        q = self._heads(self.q_proj(x), self.n_heads)  # (B, H, T, D)
+        k = self._heads(self.k_proj(x), self.n_kv_heads)  # (B, K, T, D)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         v = self._heads(self.v_proj(x), self.n_kv_heads)  # (B, K, T, D)
         mixed = F.scaled_dot_product_attention(
             q, self._to_query_heads(k), self._to_query_heads(v), attn_mask=mask
@@ -83,9 +111,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate_proj = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.up_proj = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down_proj = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) to (B, T, C) through (B, T, F)."""
@@ -113,7 +141,7 @@ class Layer(nn.Module):
 
 
 class Student(nn.Module):
-    """A causal decoder; its weights come from :func:`new_student` or from a checkpoint.
+    """A causal decoder; its weights, at first zeros, come from :func:`new_student` or from a checkpoint.
 
     `state_dict` holds the weights alone: the rotary tables are computed from the configuration. With
     `tie_embeddings` there is no `lm_head.weight`.
@@ -126,17 +154,17 @@ class Student(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_tokens = Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.arch.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.arch.use_halt_head:
-            self.halt_head = nn.Linear(config.d_model, 2, bias=False)
+            self.halt_head = Linear(config.d_model, 2, bias=False)
         # One longer than the longest sequence: torch.export takes a T that can equal a table's length for
         # that very length, and the exported program then runs at no other.
         positions = torch.arange(config.max_seq_len + 1, dtype=torch.int32)
-        cos, sin = _rotary_tables(config, positions)
+        cos, sin = rotary_tables(config, positions)
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -196,6 +224,41 @@ class Student(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor in the `state_dict` of a model of `config`, in its order.
+
+    Written out, not asked of a model: one without memory (on torch's "meta" device) takes two seconds to import.
+    """
+    c, f, d = config.d_model, config.d_ff, config.head_dim
+    q, kv = config.n_heads * d, config.n_kv_heads * d
+    linears = {
+        "self_attn.q_proj": ((q, c), config.attention_bias != "none"),
+        "self_attn.k_proj": ((kv, c), config.attention_bias != "none"),
+        "self_attn.v_proj": ((kv, c), config.attention_bias != "none"),
+        "self_attn.o_proj": ((c, q), config.attention_bias == "qkvo"),
+        "mlp.gate_proj": ((f, c), config.mlp_bias),
+        "mlp.up_proj": ((f, c), config.mlp_bias),
+        "mlp.down_proj": ((c, f), config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, c)}
+    for layer in (f"layers.{place}" for place in range(config.n_layers)):
+        shapes[f"{layer}.input_layernorm.weight"] = (c,)
+        for name, (shape, biased) in linears.items():
+            if name == "mlp.gate_proj":
+                if config.qk_norm:
+                    shapes |= {f"{layer}.self_attn.{norm}.weight": (d,) for norm in ("q_norm", "k_norm")}
+                shapes[f"{layer}.post_attention_layernorm.weight"] = (c,)
+            shapes[f"{layer}.{name}.weight"] = shape
+            if biased:
+                shapes[f"{layer}.{name}.bias"] = shape[:1]
+    shapes["norm.weight"] = (c,)
+    if not config.arch.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, c)
+    if config.arch.use_halt_head:
+        shapes["halt_head.weight"] = (2, c)
+    return shapes
+
+
 def new_student(config: ModelConfig, *, seed: int) -> Student:
     """An untrained student, in training mode; the same configuration and seed give the same weights.
 
@@ -204,13 +267,12 @@ def new_student(config: ModelConfig, *, seed: int) -> Student:
     normal with 2/√C: on the toy, double the 1/√C of a plain matrix brought the held-out KL from 0.018 to 0.012
     in as many steps, four times did no better, and a quarter 0.034.
     """
-    with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global generator
-        student = Student(config)
+    student = Student(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if parameter.dim() < 2:
-                continue  # the norms' weights start at 1
+                continue  # the norms' weights start at 1, biases at 0
             std = parameter.shape[1] ** -0.5
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std *= (2 * config.n_layers) ** -0.5
@@ -228,15 +290,3 @@ def _causal_mask(positions: Tensor) -> Tensor:
     is_later = positions.unsqueeze(0) > positions.unsqueeze(1)
     # A product and not torch.where: coremltools 9.0 gives a select between two scalars the rank of a scalar.
     return is_later.to(torch.float32) * MASKED_SCORE
-
-
-def _rotary_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles: (positions, D) float32, the two halves of D alike.
-
-    Computed in float64: at position 8,192 a float32 angle is already off by 5e-4.
-    """
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device)
-    inverse_frequency = config.rope_theta ** -(half / config.head_dim)  # (D/2,)
-    angles = positions.to(torch.float64).unsqueeze(1) * inverse_frequency
-    angles = torch.cat((angles, angles), dim=1)  # (positions, D)
-    return angles.cos().float(), angles.sin().float()

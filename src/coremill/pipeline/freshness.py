@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from coremill.core.layout import MANIFEST, RunLayout
 from coremill.core.manifest import Fingerprint, StageManifest, read_manifest
 from coremill.pipeline.environments import Toolset
 from coremill.pipeline.sources import source_digest
-from coremill.pipeline.stages import STAGES, Stage, find_stage, stage_folder
+from coremill.pipeline.stages import Stage, find_stage, stage_folder
 
 
 class Freshness(msgspec.Struct, frozen=True):
@@ -29,9 +30,7 @@ class Freshness(msgspec.Struct, frozen=True):
         return not self.reasons
 
 
-def input_digests(
-    layout: RunLayout, stage: Stage, lane: str | None, stages: tuple[Stage, ...] = STAGES
-) -> dict[str, str]:
+def input_digests(layout: RunLayout, stage: Stage, lane: str | None, stages: Sequence[Stage]) -> dict[str, str]:
     """What the producers' manifests say of their outputs, by `<stage>/<file>`.
 
     Raises:
@@ -58,6 +57,8 @@ def fingerprint(stage: Stage, config: RunConfig, toolset: Toolset, inputs: dict[
         lock=toolset.lock_digest,
         interpreter=toolset.interpreter,
         inputs=inputs,
+        # One that is not there is for the stage to complain of, which knows what it should have been.
+        files={str(path): digest(path) if path.exists() else "missing" for path in stage.files(config)},
     )
 
 
@@ -67,9 +68,14 @@ def freshness(
     layout: RunLayout,
     toolset: Toolset | None,
     lane: str | None,
-    stages: tuple[Stage, ...] = STAGES,
+    stages: Sequence[Stage],
 ) -> Freshness:
-    """Compare what the stage's manifest recorded with what holds now; `toolset` None means no environment."""
+    """Compare what the stage's manifest recorded with what holds now.
+
+    Args:
+        toolset: None means that there is no environment.
+        stages: those of the run, among which the producers are found.
+    """
     lane = lane if stage.per_lane else None
     folder = stage_folder(layout, stage, lane)
     if not (folder / MANIFEST).is_file():
@@ -102,11 +108,9 @@ def _differences(manifest: StageManifest, now: Fingerprint, config: dict[str, An
         reasons.append("its environment's lock changed")
     if then.interpreter != now.interpreter:
         reasons.append(f"interpreter: {then.interpreter} → {now.interpreter}")
-    reasons += [
-        f"input {name} changed"
-        for name in sorted(then.inputs.keys() | now.inputs.keys())
-        if then.inputs.get(name) != now.inputs.get(name)
-    ]
+    for kind, before, after in (("input", then.inputs, now.inputs), ("file", then.files, now.files)):
+        changed = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+        reasons += [f"{kind} {name} changed" for name in changed]
     return reasons
 
 

@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from coremill.pipeline.environments import LANES, Toolset, running
 from coremill.pipeline.freshness import fingerprint, freshness, input_digests
 from coremill.pipeline.lock import RunLock, WriterLock
 from coremill.pipeline.project import add_run_options, chosen_run, project_root
-from coremill.pipeline.stages import STAGES, Stage, find_stage, stage_folder
+from coremill.pipeline.stages import EVERY_STAGE, Stage, find_stage, stage_folder, stages_of
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,10 @@ def run_stage(
     toolset: Toolset,
     lane: str | None,
     *,
+    stages: Sequence[Stage],
     force: bool = False,
-    stages: tuple[Stage, ...] = STAGES,
 ) -> StageManifest:
-    """Run `stage` unless it is fresh, and publish its folder with a manifest.
+    """Run `stage`, one of the run's `stages`, unless it is fresh, and publish its folder with a manifest.
 
     Raises:
         RunLockedError: another build of this run is at work.
@@ -112,19 +113,20 @@ def _relative(path: Path) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("coremill stage", __doc__)
-    parser.add_argument("name", choices=[stage.name for stage in STAGES])
+    parser.add_argument("name", choices=[stage.name for stage in EVERY_STAGE])
     parser.add_argument("--torch", choices=LANES, help="the lane, for a stage that runs once a lane")
     parser.add_argument("--force", action="store_true", help="run it even if it is fresh")
     add_run_options(parser)
     options = parser.parse_args(argv)
-    stage = find_stage(options.name)
+    config, layout = chosen_run(options)
+    stages = stages_of(config)
+    stage = find_stage(options.name, stages)
     if stage.per_lane != (options.torch is not None):
         parser.error(
             f"stage {stage.name} runs " + ("once a lane: give --torch" if stage.per_lane else "in no lane")
         )
-    config, layout = chosen_run(options)
     toolset = running(project_root(), stage.environment(options.torch))
-    run_stage(stage, config, layout, toolset, options.torch, force=options.force)
+    run_stage(stage, config, layout, toolset, options.torch, stages=stages, force=options.force)
     return 0
 
 

@@ -10,6 +10,7 @@ from coremill.core.digest import file_digest, value_digest
 
 _PACKAGE = "coremill"
 _SOURCE_ROOT = Path(__file__).resolve().parents[1]
+_DATA = ("*.toml", "*.txt")
 
 
 def source_digest(module: str) -> str:
@@ -32,7 +33,8 @@ def source_files(module: str) -> set[Path]:
         if path is None:  # `from coremill.core.errors import X` offers coremill.core.errors.X as well
             continue
         found.add(path)
-        found.update(path.parent.glob("*.toml"))  # package data is read by the modules beside it
+        # Package data is read by the modules beside it.
+        found.update(file for kind in _DATA for file in path.parent.glob(kind))
         waiting.extend(_imports(path))
         waiting.append(name.rpartition(".")[0] or _PACKAGE)
     return found

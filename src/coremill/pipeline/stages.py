@@ -1,14 +1,15 @@
-"""The stage table: what runs where, what it reads, and what it needs first."""
+"""The stage tables, one a kind of run: what runs where, what it reads, and what it needs first."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 
-from coremill.core.config import RunConfig
+from coremill.core.config import ImportedRun, NamesFiles, RunConfig
 from coremill.core.errors import StageError
 from coremill.core.layout import RunLayout
 from coremill.core.stage import StageFunction
@@ -40,9 +41,50 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     def config_slice(self, config: RunConfig) -> dict[str, Any]:
         return {part: msgspec.to_builtins(getattr(config, part)) for part in self.reads}
 
+    def files(self, config: RunConfig) -> tuple[Path, ...]:
+        """The files and folders outside the build that the parts of the configuration it reads name."""
+        parts = [getattr(config, part) for part in self.reads]
+        return tuple(path for part in parts if isinstance(part, NamesFiles) for path in part.paths)
 
-# In the order in which they run. The name and the model type shape file names and the checkpoint.
-STAGES = (
+
+def _lane_stages(*model: str) -> tuple[Stage, ...]:
+    """The stages of a lane, which are the same for every kind of run.
+
+    Args:
+        model: the stages that the model, its tokenizer and what it is run on come from.
+    """
+    return (
+        Stage(
+            name="export",
+            module="coremill.conversion.export_pytorch",
+            reads=("name", "model_type", "shapes", "export"),
+            needs=model,
+            per_lane=True,
+            purpose="the graph and its contract",
+        ),
+        Stage(
+            name="convert",
+            module="coremill.conversion.convert_coreml",
+            reads=("name", "model_type", "convert"),
+            needs=("export",),
+            per_lane=True,
+            purpose="the Core ML package",
+            records=("conversion.log",),
+        ),
+        Stage(
+            name="verify",
+            module="coremill.conversion.verify_contract",
+            reads=("name", "model_type", "export", "verify"),
+            needs=(*model, "export", "convert"),
+            per_lane=True,
+            purpose="run the package and check it",
+        ),
+    )
+
+
+# Each table is in the order in which its stages run. The name and the model type are read where they shape names of
+# files, and the checkpoint.
+DISTILLED = (
     Stage(
         name="dataset",
         module="coremill.data.make_toy_kd",
@@ -60,35 +102,37 @@ STAGES = (
         purpose="distil the student",
         records=("metrics.jsonl",),
     ),
-    Stage(
-        name="export",
-        module="coremill.conversion.export_pytorch",
-        reads=("name", "model_type", "shapes"),
-        needs=("dataset", "training"),
-        per_lane=True,
-        purpose="TorchScript and its contract",
-    ),
-    Stage(
-        name="convert",
-        module="coremill.conversion.convert_coreml",
-        reads=("name", "model_type", "convert"),
-        needs=("export",),
-        per_lane=True,
-        purpose="the Core ML package",
-        records=("conversion.log",),
-    ),
-    Stage(
-        name="verify",
-        module="coremill.conversion.verify_contract",
-        reads=("name", "model_type", "verify"),
-        needs=("dataset", "training", "export", "convert"),
-        per_lane=True,
-        purpose="run the package and check it",
-    ),
+    *_lane_stages("dataset", "training"),
 )
+IMPORTED = (
+    Stage(
+        name="texts",
+        module="coremill.data.corpora",
+        reads=("texts",),
+        needs=(),
+        per_lane=False,
+        purpose="real texts and chat prompts to run the model on",
+    ),
+    Stage(
+        name="import",
+        module="coremill.training.import_model",
+        reads=("name", "model_type", "weights"),
+        needs=(),
+        per_lane=False,
+        purpose="bring the model's weights and its tokenizer in",
+    ),
+    *_lane_stages("texts", "import"),
+)
+EVERY_STAGE = (*DISTILLED, *(stage for stage in IMPORTED if stage.name not in {each.name for each in DISTILLED}))
+"""Each name once, for those that ask by name and know of no run."""
 
 
-def find_stage(name: str, stages: tuple[Stage, ...] = STAGES) -> Stage:
+def stages_of(config: RunConfig) -> tuple[Stage, ...]:
+    """The stages of a run, in the order in which they run."""
+    return IMPORTED if isinstance(config, ImportedRun) else DISTILLED
+
+
+def find_stage(name: str, stages: Sequence[Stage]) -> Stage:
     for stage in stages:
         if stage.name == name:
             return stage

@@ -16,7 +16,7 @@ from coremill.core.layout import RunLayout
 from coremill.pipeline.environments import LANES, PRIMARY_LANE, installed
 from coremill.pipeline.freshness import Freshness, freshness
 from coremill.pipeline.project import add_run_options, chosen_run, project_root
-from coremill.pipeline.stages import STAGES
+from coremill.pipeline.stages import stages_of
 
 
 def run_status(root: Path, config: RunConfig, layout: RunLayout, lanes: Sequence[str]) -> list[Freshness]:
@@ -24,15 +24,16 @@ def run_status(root: Path, config: RunConfig, layout: RunLayout, lanes: Sequence
 
     A stage that is unchanged itself but needs a stale one is stale: running that one may change its inputs.
     """
-    toolsets = installed(root)
+    toolsets, stages = installed(root), stages_of(config)
     states: dict[tuple[str, str | None], Freshness] = {}
     for lane in lanes:
-        for stage in STAGES:
+        for stage in stages:
             own_lane = lane if stage.per_lane else None
             key = (stage.name, own_lane)
             if key in states:
                 continue
-            state = freshness(stage, config, layout, toolsets.get(stage.environment(own_lane).name), own_lane)
+            toolset = toolsets.get(stage.environment(own_lane).name)
+            state = freshness(stage, config, layout, toolset, own_lane, stages)
             stale = [need for need in stage.needs if not (states.get((need, own_lane)) or states[need, None]).fresh]
             reasons = (*state.reasons, *(f"needs {need}, which is stale" for need in stale))
             states[key] = Freshness(state.stage, state.lane, reasons)

@@ -13,7 +13,7 @@ from coremill.core.digest import value_digest
 from coremill.core.errors import StageError
 from coremill.core.layout import RunLayout, conversion_log
 from coremill.core.manifest import Output, StageManifest, check_outputs, read_manifest
-from coremill.pipeline.stages import STAGES, find_stage
+from coremill.pipeline.stages import find_stage, stages_of
 
 
 class Attempt(NamedTuple):
@@ -76,7 +76,7 @@ def read_attempts(layout: RunLayout, config: RunConfig, lane: str) -> list[Attem
             says that the stage ended; or a stage was made from what is no longer there.
     """
     attempts: list[Attempt] = []
-    for stage in STAGES:
+    for stage in stages_of(config):
         attempts.append(_last(layout, config, stage.name, lane if stage.per_lane else None))
         if attempts[-1].failure is not None:
             break
@@ -126,7 +126,8 @@ def _manifest(
 
 def _check_config(config: RunConfig, manifest: StageManifest, run: str) -> None:
     """The stage was run as the configuration says now: a report must not bless one bar with what met another."""
-    if manifest.fingerprint.config != value_digest(find_stage(manifest.stage).config_slice(config)):
+    stage = find_stage(manifest.stage, stages_of(config))
+    if manifest.fingerprint.config != value_digest(stage.config_slice(config)):
         raise StageError(
             f"stage {manifest.stage} was run with another configuration",
             expected=f"one run with what configs/{config.name}.toml says now (`coremill status` says what differs)",

@@ -15,7 +15,10 @@ from coremill.core.reports import (
     LaneVerified,
     RunSummary,
     ShapeError,
+    ShapeMeasured,
     ShapeReport,
+    StatefulError,
+    StatefulReport,
 )
 
 ABSENT = "–"
@@ -99,6 +102,32 @@ def _shape_row(lane: LaneVerified, name: str, report: ShapeReport) -> tuple[str,
         percent(report.top1_agreement),
         str(report.positions),
         str(report.excluded),
+    )
+
+
+def perplexity_text(lane: LaneVerified) -> str | None:
+    """The perplexities in one sentence; None where no text was read."""
+    texts = [
+        f"{name} {report.perplexity.measured:.3f} ({report.perplexity.reference:.3f})"
+        for name, report in lane.shapes.items()
+        if isinstance(report, ShapeMeasured) and report.perplexity is not None
+    ]
+    if not texts:
+        return None
+    return f"perplexity of a text (the checkpoint's): {', '.join(texts)}"
+
+
+def stateful_text(report: StatefulReport | None) -> str | None:
+    """What the functions with a cache showed, in one sentence; None where there are none."""
+    if report is None:
+        return None
+    if isinstance(report, StatefulError):
+        return f"prefill and decode: error: {report.error}"
+    return (
+        f"a cache of {report.cache_positions} tokens, SQNR against main: prefill "
+        f"{report.prefill_sqnr_db:.1f} dB of {report.prefills} prompts, decode {report.continued_sqnr_db:.1f} dB "
+        f"of {report.continued} tokens after them and {report.decode_sqnr_db:.1f} dB of {report.decoded} one by "
+        f"one; {report.emptied_sqnr_db:.1f} dB with an emptied cache"
     )
 
 
@@ -186,11 +215,36 @@ def lane_rows(summary: RunSummary) -> Rows:
         ("python", *(lane.toolchain.python if lane.toolchain else ABSENT for lane in lanes)),
         *((name, *(_package_version(lane, name) for lane in lanes)) for name in packages),
         *((name, *(_if_verified(lane, _shape_in_short, name) for lane in lanes)) for name in shapes),
+        *_optional_row("perplexity", lanes, _primary_perplexity),
+        *_optional_row("decode", lanes, _decode_in_short),
         ("package", *(_if_verified(lane, lambda it: megabytes(it.package_size_bytes)) for lane in lanes)),
         ("conversion", *(_if_verified(lane, lambda it: f"{it.convert_duration_s:.1f} s") for lane in lanes)),
         ("converter notices", *(_if_verified(lane, lambda it: notices(it.converter_notices)) for lane in lanes)),
     ]
     return Rows((Column("lane"), *_lane_columns(summary)), cells)
+
+
+def _optional_row(
+    name: str, lanes: Sequence[LaneSummary], text: Callable[[LaneVerified], str | None]
+) -> list[tuple[str, ...]]:
+    """A row of what some lanes have; none where none has it."""
+    texts = [text(lane) if isinstance(lane, LaneVerified) else None for lane in lanes]
+    return [(name, *(each or ABSENT for each in texts))] if any(texts) else []
+
+
+def _primary_perplexity(lane: LaneVerified) -> str | None:
+    report = lane.shapes[lane.primary]
+    if isinstance(report, ShapeError) or report.perplexity is None:
+        return None
+    return f"{report.perplexity.measured:.3f} ({report.perplexity.reference:.3f})"
+
+
+def _decode_in_short(lane: LaneVerified) -> str | None:
+    if lane.stateful is None:
+        return None
+    if isinstance(lane.stateful, StatefulError):
+        return "error"
+    return f"ok, {min(lane.stateful.continued_sqnr_db, lane.stateful.decode_sqnr_db):.1f} dB"
 
 
 def _package_version(lane: LaneSummary, name: str) -> str:
@@ -283,11 +337,27 @@ def heldout_text(heldout: HeldoutAnswers | None) -> str:
     )
 
 
+def answers_questions(summary: RunSummary) -> bool:
+    """Whether the run's model is asked questions."""
+    return learned_to_answer(summary) or bool(summary.sampled)
+
+
+def learned_to_answer(summary: RunSummary) -> bool:
+    """Whether the run's model was taught to answer the questions of a dataset."""
+    return any(row.stage == "dataset" for row in summary.stages)
+
+
 def answers_title(summary: RunSummary) -> str:
     distinct = len({answer.answer for answer in summary.sampled})
     if not summary.verified:
         return "no question was answered: there is no verified package"
     which = f" of {lane_name(summary.verified[0].lane)}" if len(summary.lanes) > 1 else ""
+    if not learned_to_answer(summary):
+        right = sum(answer.right for answer in summary.sampled)
+        return (
+            f"{len(summary.sampled)} questions answered by the package{which}, greedily and through its cache: "
+            f"{right} as by the checkpoint"
+        )
     return (
         f"{len(summary.sampled)} questions answered by the package{which}, "
         f"sampled with seed {summary.sampled_seed}: {distinct} different answers"
@@ -301,6 +371,13 @@ def answer_text(answer: Answer) -> str:
 
 def rightness(answer: Answer) -> str:
     return "right" if answer.right else "wrong"
+
+
+def answer_verdict(summary: RunSummary, answer: Answer) -> tuple[str, str]:
+    """What kind of question it was, if there are kinds, and how the answer is."""
+    if learned_to_answer(summary):
+        return f"{answer.mood or 'fact'}, ", rightness(answer)
+    return "", "as the checkpoint" if answer.right else "not as the checkpoint"
 
 
 def final_line(summary: RunSummary) -> str:

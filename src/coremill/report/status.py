@@ -14,6 +14,8 @@ from coremill.report.rows import (
     Note,
     Rows,
     answer_text,
+    answer_verdict,
+    answers_questions,
     answers_title,
     backends,
     count_outcomes,
@@ -26,13 +28,15 @@ from coremill.report.rows import (
     lane_gate_rows,
     lane_name,
     lane_rows,
+    learned_to_answer,
     megabytes,
     notices,
-    rightness,
+    perplexity_text,
     shape_notes,
     shape_rows,
     stage_notes,
     stage_rows,
+    stateful_text,
     stopped_text,
     total_s,
 )
@@ -53,7 +57,8 @@ def status_markdown(summary: RunSummary) -> str:
         sections.append([f"## Shapes, {lane_name(lane.lane)}", "", *_shapes(lane)])
         sections.append([f"## Gates, {lane_name(lane.lane)}", "", *_gates(lane)])
     sections.append(["## Figures", "", *_figures(summary)])
-    sections.append(["## Answers", "", *_answers(summary)])
+    if answers_questions(summary):
+        sections.append(["## Answers", "", *_answers(summary)])
     sections.append(["## Running it again", "", *_commands(summary)])
     return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
@@ -103,11 +108,17 @@ def _shapes(lane: LaneSummary) -> list[str]:
         "",
         *_table(shape_rows(lane)),
         *_notes(shape_notes(lane)),
+        *_sentences(perplexity_text(lane), stateful_text(lane.stateful)),
         "",
         f"Package: {megabytes(lane.package_size_bytes)}, converted in {lane.convert_duration_s:.1f} s by "
         f"coremltools {lane.toolchain.packages.get('coremltools', ABSENT)}. "
         f"Converter notices: {notices(lane.converter_notices)}.",
     ]
+
+
+def _sentences(*texts: str | None) -> list[str]:
+    """A paragraph of each text that there is."""
+    return [line for text in texts if text for line in ("", f"{_escape(text[0].upper() + text[1:])}.")]
 
 
 def _gates(lane: LaneSummary) -> list[str]:
@@ -124,8 +135,9 @@ def _figures(summary: RunSummary) -> list[str]:
         f"- {_escape(name)}: {_escape(value if isinstance(value, str) else figure(value))}"
         for name, value in summary.figures.items()
     ]
-    heldout = [f"- {lane_name(lane.lane)}: {_escape(_heldout(lane))}" for lane in summary.lanes]
-    return [*listed, *heldout]
+    if not learned_to_answer(summary):
+        return listed
+    return [*listed, *(f"- {lane_name(lane.lane)}: {_escape(_heldout(lane))}" for lane in summary.lanes)]
 
 
 def _heldout(lane: LaneSummary) -> str:
@@ -136,14 +148,14 @@ def _heldout(lane: LaneSummary) -> str:
 
 def _answers(summary: RunSummary) -> list[str]:
     title = answers_title(summary)
-    answers = [_answer(answer) for answer in summary.sampled]
+    answers = [_answer(summary, answer) for answer in summary.sampled]
     return [f"{title[0].upper()}{title[1:]}.", *(["", *answers] if answers else [])]
 
 
-def _answer(answer: Answer) -> str:
-    return (
-        f"- {answer.mood or 'fact'}: {_escape(answer.prompt)} → {_code(answer_text(answer))} ({rightness(answer)})"
-    )
+def _answer(summary: RunSummary, answer: Answer) -> str:
+    kind, word = answer_verdict(summary, answer)
+    kind = f"{kind.removesuffix(', ')}: " if kind else ""
+    return f"- {kind}{_escape(answer.prompt)} → {_code(answer_text(answer))} ({word})"
 
 
 def _commands(summary: RunSummary) -> list[str]:

@@ -40,7 +40,7 @@ from coremill.core.reports import (
 from coremill.core.stage import Figures
 from coremill.pipeline.environments import LANES, PRIMARY_LANE
 from coremill.pipeline.project import add_run_options, chosen_run
-from coremill.pipeline.stages import STAGES
+from coremill.pipeline.stages import stages_of
 from coremill.report.attempts import Attempt, Completed, build_command, completed, read_attempts
 from coremill.report.status import status_markdown
 from coremill.report.tables import render
@@ -60,22 +60,23 @@ def summarise(
             verification is of another package or contract.
         DigestError: a report is not the one that its stage wrote.
     """
+    shared = [stage.name for stage in stages_of(config) if not stage.per_lane]
+    per_lane = [stage.name for stage in stages_of(config) if stage.per_lane]
     attempts = {lane: read_attempts(layout, config, lane) for lane in lanes}
     reports = {
         lane: _verification(completed(ran), config, lane)
         for lane, ran in attempts.items()
-        if len(completed(ran)) == len(STAGES)
+        if len(completed(ran)) == len(shared) + len(per_lane)
     }
-    stages = _stage_rows(attempts[lanes[0]], None, None)
+    stages = _stage_rows(shared, attempts[lanes[0]], None, None)
     figures: Figures = {}
-    shared = [stage.name for stage in STAGES if not stage.per_lane]
     for stage, done in completed(attempts[lanes[0]]).items():
         if stage in shared:
             figures.update({f"{stage}.{name}": value for name, value in done.manifest.figures.items()})
     summaries: list[LaneSummary] = []
     for lane, ran in attempts.items():
         report = reports.get(lane)
-        stages += _stage_rows(ran, lane, report)
+        stages += _stage_rows(per_lane, ran, lane, report)
         if report is None:
             summaries.append(_lane_stopped(lane, ran[-1]))
         else:
@@ -116,12 +117,11 @@ def _verification(done: dict[str, Completed], config: RunConfig, lane: str) -> V
 
 
 def _stage_rows(
-    attempts: Sequence[Attempt], lane: str | None, report: VerificationReport | None
+    names: Sequence[str], attempts: Sequence[Attempt], lane: str | None, report: VerificationReport | None
 ) -> list[StageSummary]:
-    """The stages of a lane, or for None those that lanes share; the ones after a failed one are not_run."""
+    """The named stages, of a lane, or for None those that lanes share; the ones after a failed one are not_run."""
     by_stage = {each.stage: each for each in attempts}
     stopped = attempts[-1].stage
-    names = [stage.name for stage in STAGES if stage.per_lane == (lane is not None)]
     return [
         _stage_row(by_stage[name], lane, report)
         if name in by_stage
@@ -173,6 +173,7 @@ def _lane_verified(lane: str, convert: Completed, config: RunConfig, report: Ver
         gates_ok=report.gates_ok,
         gates=report.gates,
         shapes=report.shapes,
+        stateful=report.stateful,
         heldout=report.heldout,
         package_size_bytes=convert.output(package_dir(convert.folder, config.name).name).size_bytes,
         convert_duration_s=convert.manifest.duration_s,

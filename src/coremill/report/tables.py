@@ -20,6 +20,8 @@ from coremill.report.rows import (
     Note,
     Rows,
     answer_text,
+    answer_verdict,
+    answers_questions,
     answers_title,
     backends,
     count_outcomes,
@@ -32,13 +34,16 @@ from coremill.report.rows import (
     lane_gate_rows,
     lane_name,
     lane_rows,
+    learned_to_answer,
     megabytes,
     notices,
+    perplexity_text,
     rightness,
     shape_notes,
     shape_rows,
     stage_notes,
     stage_rows,
+    stateful_text,
     total_s,
 )
 
@@ -68,7 +73,8 @@ def render(summary: RunSummary, console: Console) -> None:
         console.print(gates_table(lane))
     else:
         console.print(comparison_table(summary))
-    console.print(answers_list(summary))
+    if answers_questions(summary):
+        console.print(answers_list(summary))
     if fallback := fallback_text(summary):
         console.print(Text(fallback, style="bold yellow"))
     console.print(Text(final_line(summary), style="bold green" if summary.gates_ok else "bold red"))
@@ -82,7 +88,8 @@ def stages_table(summary: RunSummary) -> RenderableType:
 def shapes_table(lane: LaneVerified) -> RenderableType:
     title = f"{lane_name(lane.lane)}: shapes, run by {backends(lane)}, against the checkpoint in torch"
     size = f"package {megabytes(lane.package_size_bytes)}; converter notices: {notices(lane.converter_notices)}"
-    return Group(_title(title), _table(shape_rows(lane)), *_notes(shape_notes(lane)), _below(Text(size)), "")
+    more = [_below(Text(text)) for text in (perplexity_text(lane), stateful_text(lane.stateful)) if text]
+    return Group(_title(title), _table(shape_rows(lane)), *_notes(shape_notes(lane)), *more, _below(Text(size)), "")
 
 
 def gates_table(lane: LaneSummary) -> RenderableType:
@@ -109,11 +116,12 @@ def answers_list(summary: RunSummary) -> RenderableType:
     """Each question, and the answer below it: side by side, a tool call would be cut into four lines."""
     lines: list[RenderableType] = []
     for answer in summary.sampled:
-        word = rightness(answer)
-        verdict = Text.assemble((f"{answer.mood or 'fact'}, ", "dim"), (word, _STYLES[word]))
+        kind, word = answer_verdict(summary, answer)
+        verdict = Text.assemble((kind, "dim"), (word, _STYLES[rightness(answer)]))
         lines.append(Text(answer.prompt))
         lines.append(Padding(Text.assemble((answer_text(answer), "bold"), "  ", verdict), (0, 0, 0, 2)))
-    heldout = [_below(Text(heldout_text(lane.heldout))) for lane in summary.verified[:1]]
+    asked = summary.verified[:1] if learned_to_answer(summary) else ()
+    heldout = [_below(Text(heldout_text(lane.heldout))) for lane in asked]
     return Group(_title(answers_title(summary)), *lines, *heldout, "")
 
 

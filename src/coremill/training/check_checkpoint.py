@@ -14,6 +14,7 @@ import torch
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.errors import CheckpointContentError
 from coremill.core.layout import tokenizer_file
+from coremill.data.text_tokenizer import TextTokenizer
 from coremill.data.tokenizer import Tokenizer
 from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
 from coremill.model.student import output_names
@@ -31,17 +32,17 @@ def check_checkpoint(path: Path, tokenizer: Path | None) -> Iterator[str]:
     yield f"structure: {ckpt.model_type}, {len(ckpt.state_dict)} tensors, all finite, as its config says"
     flags = ", ".join(f"{name} {getattr(ckpt.model_arch, name)}" for name in ckpt.model_arch.__struct_fields__)
     yield f"model_arch: {flags}"
-    if ckpt.step == 0:
+    if ckpt.step == 0 and not ckpt.imported:
         raise CheckpointContentError(
             f"{path}: `step` is 0",
             expected="a trained model",
             run="python -m coremill.training.run_toy_distill --help",
         )
-    yield f"step: {ckpt.step}"
+    yield f"step: {ckpt.step}" if not ckpt.imported else "step: 0, imported"
     if tokenizer is None:
         yield f"vocabulary: not_run, there is no tokenizer.json with {path.name}; name one with --tokenizer"
     else:
-        check_vocabulary(ckpt, Tokenizer.load(tokenizer))
+        check_vocabulary(ckpt, (TextTokenizer if ckpt.imported else Tokenizer).load(tokenizer))
         yield f"vocabulary: {ckpt.tokenizer.vocab_size} tokens, those of {tokenizer}"
     yield _check_forward(ckpt, path)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coremill.core.config import ModelConfig, RunConfig, TrainingConfig
+from coremill.core.config import DistilledRun, ModelConfig, TrainingConfig
 from coremill.core.contract import ModelArch
 from coremill.core.documents import Record
 
@@ -15,7 +15,7 @@ class Recipe(Record):
     training: TrainingConfig
 
 
-def recipe_of(config: RunConfig) -> Recipe:
+def recipe_of(config: DistilledRun) -> Recipe:
     """What the configuration of a run says of training."""
     return Recipe(model_type=config.model_type, model=config.model, training=config.training)
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from coremill.core.command import command_parser, exit_on_error
-from coremill.core.config import read_config
+from coremill.core.config import DistilledRun, read_distilled_config
 from coremill.core.contract import TokenizerRef
 from coremill.core.digest import file_digest
 from coremill.core.errors import ConfigError, OutputError, TrainingError, VocabularyMismatchError
@@ -176,16 +176,17 @@ def _check_writable(path: Path) -> None:
 
 def run_stage(context: StageContext) -> Figures:
     """The training stage of a pipeline: reads the dataset stage's three files, writes into `context.out`."""
-    dataset = context.inputs["dataset"]
+    config, dataset = context.config, context.inputs["dataset"]
+    assert isinstance(config, DistilledRun)  # no other has this stage
     files = TrainingFiles(
         train=dataset_file(dataset),
         heldout=heldout_file(dataset),
         tokenizer=tokenizer_file(dataset),
-        checkpoint=checkpoint_file(context.out, context.config.name),
+        checkpoint=checkpoint_file(context.out, config.name),
         metrics=metrics_file(context.out),
     )
     with _progress() as watch:
-        return train(lambda _: recipe_of(context.config), files, watch=watch)
+        return train(lambda _: recipe_of(config), files, watch=watch)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -239,7 +240,7 @@ def _heldout(args: argparse.Namespace) -> Path | None:
 def _recipe_maker(args: argparse.Namespace) -> Callable[[Tokenizer], Recipe]:
     """How to get the recipe that the options ask for, once the tokenizer is known."""
     model_type = "magic-8-ball" if args.magic_8_ball else "toy"
-    configured = recipe_of(read_config(args.config)) if args.config is not None else None
+    configured = recipe_of(read_distilled_config(args.config)) if args.config is not None else None
     if configured is not None and args.magic_8_ball and configured.model_type != model_type:
         raise ConfigError(
             f"--magic-8-ball, and {args.config} says model_type {configured.model_type!r}",

@@ -1,0 +1,107 @@
+"""The texts stage: real text to run an imported model on, the user's own or what lies beside this module.
+
+`sources.toml` says where the texts that come with coremill were had from, and under which licence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coremill.core.config import ImportedRun, TextsConfig
+from coremill.core.documents import Document, Record, read_toml
+from coremill.core.errors import DatasetError
+from coremill.core.layout import chat_prompts_file, texts_file
+from coremill.core.stage import Figures, StageContext
+from coremill.data.texts import ChatPrompt, Text, write_chat_prompts, write_texts
+
+FOLDER = Path(__file__).parent
+
+
+class BundledText(Record):
+    """A text that comes with coremill, in `<id>.txt`."""
+
+    id: str
+    title: str
+    source: str
+    licence: str
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / f"{self.id}.txt"
+
+
+class Sources(Document):
+    """`sources.toml`."""
+
+    texts: tuple[BundledText, ...]
+
+
+class ChatPrompts(Document):
+    """`chat_prompts.toml`."""
+
+    prompts: tuple[str, ...]
+
+
+def bundled_texts(config: TextsConfig) -> list[Text]:
+    """The texts that come with coremill; raises as :func:`read_text` does."""
+    texts = read_toml(FOLDER / "sources.toml", Sources).texts
+    return [
+        Text(
+            id=text.id,
+            source=f"{text.title} ({text.source})",
+            licence=text.licence,
+            text=read_text(text.path, config),
+        )
+        for text in texts
+    ]
+
+
+def own_texts(config: TextsConfig) -> list[Text]:
+    """The texts in the user's own files; raises as :func:`read_text` does."""
+    return [
+        Text(id=str(path), source=str(path), licence=None, text=read_text(path, config)) for path in config.paths
+    ]
+
+
+def read_text(path: Path, config: TextsConfig) -> str:
+    """The beginning of the text in `path`, of at most `max_characters`.
+
+    Raises:
+        DatasetError: unreadable, not UTF-8, empty, or shorter than `min_characters`.
+    """
+    try:
+        # A byte order mark is no part of the text, and Windows' line ends are line ends.
+        with Path(path).open(encoding="utf-8-sig") as file:
+            text = file.read(config.max_characters)
+    except OSError as failure:
+        raise DatasetError(f"cannot read {path}: {failure.strerror}", expected="a text in UTF-8") from failure
+    except UnicodeDecodeError as failure:
+        raise DatasetError(f"{path} is not UTF-8: {failure}", expected="a text in UTF-8") from failure
+    if not text.strip():
+        raise DatasetError(f"{path} is empty", expected="a text in UTF-8")
+    if len(text) < config.min_characters:
+        raise DatasetError(
+            f"{path} has {len(text)} characters",
+            expected=f"at least {config.min_characters}, which is texts.min_characters",
+        )
+    return text
+
+
+def chat_prompts() -> list[ChatPrompt]:
+    """The questions of `chat_prompts.toml`."""
+    prompts = read_toml(FOLDER / "chat_prompts.toml", ChatPrompts).prompts
+    return [ChatPrompt(id=f"chat-{number:02}", text=text) for number, text in enumerate(prompts, start=1)]
+
+
+def run_stage(context: StageContext) -> Figures:
+    """The texts stage of a pipeline: writes `texts.jsonl` and `chat_prompts.jsonl` into `context.out`."""
+    assert isinstance(context.config, ImportedRun)  # no other has this stage
+    config = context.config.texts
+    texts, prompts = own_texts(config) if config.files else bundled_texts(config), chat_prompts()
+    write_texts(texts_file(context.out), texts)
+    write_chat_prompts(chat_prompts_file(context.out), prompts)
+    return {
+        "texts": len(texts),
+        "characters": sum(len(text.text) for text in texts),
+        "chat_prompts": len(prompts),
+    }

@@ -1,0 +1,134 @@
+"""What the formats of weights have in common: a source that was opened, and the names of its tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from coremill.core.config import ModelConfig
+from coremill.core.errors import CheckpointContentError
+from coremill.model.student import parameter_shapes
+
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+"""A layer's modules here and in GGUF, where layer i is `blk.i`."""
+_ENDS = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+
+
+def huggingface_name(name: str) -> str:
+    """What Hugging Face's Llama-family models call the student's tensor `name`."""
+    return name if name == "lm_head.weight" else f"model.{name}"
+
+
+def gguf_name(name: str) -> str:
+    """What GGUF calls the student's tensor `name`."""
+    module, _, kind = name.rpartition(".")  # kind: weight or bias
+    if layer := _LAYER.fullmatch(module):
+        return f"blk.{layer[1]}.{_PARTS[layer[2]]}.{kind}"
+    return f"{_ENDS[module]}.{kind}"
+
+
+class WeightsSource(ABC):
+    """A model that exists, opened: what it is, before its tensors are read.
+
+    Raises:
+        CheckpointUnreadableError: a file is missing, truncated or damaged.
+        CheckpointContentError: tensors are missing, unexpected or of other shapes than the configuration says.
+        UnsupportedModelError: an architecture or an option that coremill does not compute.
+        UnsafeCheckpointError: its weights are a pickle.
+    """
+
+    format: ClassVar[str]
+    path: Path
+    model_type: str
+    """`llama`, `mistral`, `qwen2` or `qwen3`."""
+    config: ModelConfig
+    notes: tuple[str, ...]
+    """What the importer took another way than the source says it."""
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[Path, ...]:
+        """Those that were read."""
+
+    @property
+    @abstractmethod
+    def dtypes(self) -> tuple[str, ...]:
+        """The source's types of tensors, the one with most elements first."""
+
+    @property
+    @abstractmethod
+    def size_bytes(self) -> int:
+        """Of the tensors as :meth:`read` gives them."""
+
+    @property
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """What :meth:`read` takes of memory beyond pages of files, which the system can drop."""
+
+    @abstractmethod
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        """The student's tensors by name, contiguous; those that the source has as floats are mapped from it."""
+
+
+def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], *, where: str) -> None:
+    """Check that the tensors `found`, by the student's names, are those of a model of `config`.
+
+    Raises:
+        CheckpointContentError: some are missing, unexpected or of another shape; named with its numbers.
+    """
+
+    def refuse(what: str) -> CheckpointContentError:
+        return CheckpointContentError(f"{where}: {what}", expected="the tensors of the model that it describes")
+
+    if config.n_layers > len(found):  # each layer has tensors of its own; modules cost time even without memory
+        raise refuse(f"{len(found)} tensors, fewer than {config.n_layers} layers")
+    expected = parameter_shapes(config)
+    if missing := [name for name in expected if name not in found]:
+        raise refuse(f"{_named(missing)} missing")
+    if unexpected := [name for name in found if name not in expected]:
+        raise refuse(f"{_named(unexpected)} not part of the model that it describes")
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise refuse(f"{name} has shape {shape}, where the model that it describes has {expected[name]}")
+
+
+def _named(names: list[str]) -> str:
+    some = ", ".join(names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{some}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)
+
+
+def by_elements(counts: Mapping[str, int]) -> tuple[str, ...]:
+    """The names of types by falling number of elements."""
+    return tuple(sorted(counts, key=lambda name: (-counts[name], name)))
+
+
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """Whether two mapped tensors hold the same; compared row by row, so that no copy of either is made."""
+    return first.shape == second.shape and all(
+        bool(torch.equal(a, b)) for a, b in zip(first.split(1024), second.split(1024), strict=True)
+    )

