@@ -62,6 +62,7 @@ def run_suite(results: Path, workers: int, options: list[str]) -> int:
     folder = suite_folder()
     command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "--rootdir", str(folder)]
     command += ["-p", "tests.conformance.plugin", "--conformance-results", str(results)]
+    command += ["-p", "tests.conformance.heap"]
     command += ["-n", str(workers), "-q", "--tb=no", "--no-header", *options]
     if not any(option.startswith((str(folder), "@")) for option in options):
         command.append(str(folder))
