@@ -6,21 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from coremill.conversion.outputs import check_room, check_writable, write_together
+from coremill.conversion.outputs import check_writable, write_together
 from coremill.core.errors import OutputError
 
 
 def names(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-
-
-def test_a_disk_without_room_is_refused(tmp_path):
-    with pytest.raises(OutputError) as caught:
-        check_room(tmp_path, 1 << 60)
-    assert caught.value.exit_code == 52
-    assert caught.value.found.startswith(f"{tmp_path} has ")
-    assert caught.value.expected == ("1,152,921,504,607 MB, for the package and the copies that a conversion makes")
-    assert caught.value.run == f"df -h {tmp_path}"
 
 
 def test_a_folder_is_made_and_left_empty_or_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import msgspec
 import pytest
@@ -94,7 +95,10 @@ def test_a_bound_admits_its_own_side_and_itself_and_never_nan(measure, bound, va
 
 
 def test_a_tolerance_is_for_its_rows_alone():
-    too_strict = [tolerance(Measure.SQNR_DB, 90.0, "mil-float32"), tolerance(Measure.KL_NATS, 1e-7, "mil-reference")]
+    too_strict = [
+        tolerance(Measure.SQNR_DB, 90.0, "mil-float32"),
+        tolerance(Measure.KL_NATS, 1e-7, "mil-reference"),
+    ]
     assert outside(ROW, tuple(too_strict)) == (Measure.KL_NATS,)
 
 
@@ -116,7 +120,7 @@ def test_what_did_not_run_is_no_failure_and_what_failed_is_one():
         ),
         (
             lambda: matrix(msgspec.structs.replace(ROW, outside=(Measure.SQNR_DB,)), within=False),
-            "mil-reference: [<Measure.SQNR_DB: 'sqnr_db'>] contradicts the tolerances",
+            "mil-reference: ['sqnr_db'] contradicts the tolerances",
         ),
         (lambda: tolerance(Measure.SQNR_DB, math.inf), "`sqnr_db` has the bound inf for ['mil-reference']"),
         (lambda: msgspec.structs.replace(ROW, kl_nats=math.nan), "`kl_nats` is nan"),
@@ -124,9 +128,8 @@ def test_what_did_not_run_is_no_failure_and_what_failed_is_one():
     ],
 )
 def test_no_document_contradicts_itself(make, message):
-    with pytest.raises(ValueError, match=r"") as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make()
-    assert str(caught.value) == message
 
 
 def test_it_reads_as_it_was_written(tmp_path):

@@ -19,7 +19,7 @@ from coremill.conversion.converter import (
 from coremill.conversion.diagnostics import Message, Recorder, as_log, recording, sort_messages
 from coremill.conversion.graph import Program, check_contract, load_program
 from coremill.conversion.interface import differences, package_interfaces
-from coremill.conversion.outputs import check_room, check_writable
+from coremill.conversion.outputs import check_writable
 from coremill.conversion.package import read_spec, write_package
 from coremill.core import layout
 from coremill.core.config import ConvertConfig
@@ -28,6 +28,7 @@ from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure, 
 from coremill.core.digest import digest, file_digest
 from coremill.core.documents import write_json
 from coremill.core.errors import ContractMismatchError, ConversionError, OutputError
+from coremill.core.machine import check_disk, check_memory
 from coremill.core.publish import publishing, write_atomic
 from coremill.core.toolchain import current_toolchain
 from coremill.infra.version_gate import check_export_versions
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 _SPARE_BYTES = 64 << 20
 _COPIES = 4
 """Of the graph's bytes: coremltools' own temporary package, the one being saved, the one published, one spare."""
+_MEMORY_COPIES = 4
+"""Of the graph's bytes: the program, its float16 weights, coremltools' own, and those being written."""
 _TRACEBACK_LINES = 12
 
 
@@ -137,7 +140,14 @@ def _checked(graph: Path, contract: Path, out: Path, *, toy: bool) -> tuple[Prog
             run=f"ls -la {out}",
         )
     check_writable(out.parent)
-    check_room(out.parent, _COPIES * graph.stat().st_size + _SPARE_BYTES)
+    check_disk(
+        out.parent,
+        _COPIES * graph.stat().st_size + _SPARE_BYTES,
+        why="for the package and the copies that a conversion makes",
+    )
+    check_memory(
+        _MEMORY_COPIES * graph.stat().st_size, why=f"to convert a program of {graph.stat().st_size / 1e6:,.0f} MB"
+    )
     return program, promised
 
 

@@ -102,6 +102,7 @@ lookup tables and activations that are spelled out; they find nothing here. The 
 compares what both pipelines make of a graph.
 """
 
+
 class PackageFunction(msgspec.Struct, frozen=True, kw_only=True):
     """A function of a package, and the graph of the program that it comes from."""
 

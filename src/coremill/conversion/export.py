@@ -29,6 +29,7 @@ from coremill.conversion.graph import (
     run_program,
     trace,
 )
+from coremill.conversion.memory import check_shape_memory
 from coremill.conversion.outputs import write_together
 from coremill.conversion.prompts import Prompts
 from coremill.core.config import ExportConfig
@@ -57,6 +58,9 @@ MAX_RELATIVE_ERR = 1e-5
 
 Both compute in float32, in other orders: some hundred roundings of 6e-8 each, layer upon layer.
 """
+
+_MODELS_IN_MEMORY = 5
+"""The checkpoint's tensors, the student, the decoder, the program and its archive."""
 
 _DECODED = 4
 """Tokens decoded one by one after a prompt, when the stateful functions are checked."""
@@ -93,8 +97,9 @@ def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, graph_na
     check_export_versions(toy=source.toy, model_type=ckpt.model_type)
     check_vocabulary(ckpt, source.prompts)
     _check_context(ckpt, shapes, settings)
-    student = build_student(ckpt)
     fitting = [seq_len for seq_len in shapes.all if seq_len <= ckpt.config.max_seq_len]
+    check_shape_memory(ckpt, max(fitting), models=_MODELS_IN_MEMORY, logits=2, work="export")
+    student = build_student(ckpt)
     sequences = {seq_len: source.prompts.packed(seq_len, source.prompts.export_count) for seq_len in fitting}
     data = _traced(student, sequences[shapes.primary][0], max(fitting), settings.cache_positions(shapes), settings)
     # What was saved is what is checked, not what is in memory.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,21 +26,6 @@ def check_writable(folder: Path) -> None:
         raise OutputError(
             f"cannot write to {folder}: {failure.strerror}", expected="a writable folder", run=f"ls -ld {folder}"
         ) from failure
-
-
-def check_room(folder: Path, needed_bytes: int) -> None:
-    """Check that the disk of `folder` has `needed_bytes` free.
-
-    Raises:
-        OutputError: it has less.
-    """
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise OutputError(
-            f"{folder} has {free_bytes / 1e6:,.0f} MB free",
-            expected=f"{needed_bytes / 1e6:,.0f} MB, for the package and the copies that a conversion makes",
-            run=f"df -h {folder}",
-        )
 
 
 def write_together(files: Mapping[Path, bytes]) -> None:

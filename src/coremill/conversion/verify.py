@@ -17,6 +17,7 @@ from coremill.conversion.checks import Reference
 from coremill.conversion.graph import check_main
 from coremill.conversion.interface import differences, package_interfaces
 from coremill.conversion.measurement import measure
+from coremill.conversion.memory import check_shape_memory
 from coremill.conversion.package import PackageFacts, check_package, read_spec
 from coremill.conversion.prompts import Prompts, RowPrompts, TextPrompts, load_prompts
 from coremill.core import layout
@@ -85,6 +86,7 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
     if (record := find_failure(subject.package)) is not None:
         return _report_failure(subject, config, contract, record, facts, lane)
     saved = check_package(subject.package)
+    check_shape_memory(checkpoint, max(contract.shapes.all), models=2, logits=4, work="verify")
     student = build_student(checkpoint)
     measured = measure(subject.package, contract, Reference(student), prompts, config, stateful=facts.stateful)
     diagnostics, diagnostics_problem = _diagnostics(subject.package)

@@ -1,0 +1,183 @@
+"""AgreementMatrix: how each format of one model agrees with its checkpoint on one text, and what is allowed."""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import Literal, NamedTuple
+
+from coremill.core.documents import Document, Record
+from coremill.core.gates import PlatformReason
+from coremill.core.reports import Perplexity
+
+
+class Form(NamedTuple):
+    """What a format is."""
+
+    purpose: str
+    reads: Literal["checkpoint", "program", "package"]
+
+
+EAGER, TORCHSCRIPT, TORCH_EXPORT = "eager", "torchscript", "torch-export"
+MIL_REFERENCE, COREML, MIL_FLOAT32 = "mil-reference", "coreml", "mil-float32"
+FORMATS = {
+    EAGER: Form("the checkpoint's own model in float32, again", "checkpoint"),
+    TORCHSCRIPT: Form("the traced program", "program"),
+    TORCH_EXPORT: Form("the ExportedProgram of torch.export", "program"),
+    MIL_REFERENCE: Form("the package under coremill.mil", "package"),
+    COREML: Form("the package under Core ML itself", "package"),
+    MIL_FLOAT32: Form("the package, its arithmetic in float32: all but rounding", "package"),
+}
+"""The rows of the matrix, by name and in its order."""
+
+
+class Measure(str, enum.Enum):
+    """A column of the matrix."""
+
+    MAX_ABS_ERR = "max_abs_err"
+    SQNR_DB = "sqnr_db"
+    KL_NATS = "kl_nats"
+    TOP1_AGREEMENT = "top1_agreement"
+    EXCLUDED_SHARE = "excluded_share"
+    PERPLEXITY_CHANGE = "perplexity_change"
+
+
+AT_LEAST = frozenset({Measure.SQNR_DB, Measure.TOP1_AGREEMENT})
+"""The measures of which more is better."""
+
+
+class Tolerance(Record):
+    """What is allowed of one measure.
+
+    Raises:
+        ValueError: the bound is not finite, or there are no rows that it is for.
+    """
+
+    measure: Measure
+    bound: float
+    """The least that passes where more is better, and the most where less is."""
+    rows: tuple[str, ...]
+    """The formats that it is for."""
+    source: str
+    """Where it comes from."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.bound) or not self.rows:
+            raise ValueError(f"`{self.measure.value}` has the bound {self.bound} for {list(self.rows)}")
+
+    def admits(self, value: float) -> bool:
+        """Whether `value` is within the bound; NaN is not."""
+        return value >= self.bound if self.measure in AT_LEAST else value <= self.bound
+
+
+class FormatMeasured(Record, tag_field="status", tag="measured"):
+    """A format that ran, against its reference.
+
+    Errors, SQNR and KL are over every position; the first two are of the worst output.
+
+    Raises:
+        ValueError: a figure is not finite, or a count is no part of another.
+    """
+
+    format: str
+    reference: str
+    """What it was compared with."""
+    max_abs_err: float
+    sqnr_db: float
+    """At most 300, which equal logits have."""
+    kl_nats: float
+    """KL(reference ‖ format), the mean over positions."""
+    top1_agreement: float
+    """Share of the judged positions, less the excluded ones, whose likeliest token is the same."""
+    positions: int
+    judged: int
+    """Positions that the top-1 agreement is about."""
+    excluded: int
+    """Of these, those where the reference's likeliest token leads by no more than the margin."""
+    perplexity: Perplexity | None
+    """Of real text; None for a student, which learned to answer questions."""
+    outside: tuple[Measure, ...]
+    """What is beyond its tolerance."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_abs_err", "sqnr_db", "kl_nats", "top1_agreement"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"`{name}` is {getattr(self, name)}")
+        if not 0 <= self.excluded <= self.judged <= self.positions:
+            raise ValueError(f"{self.excluded} of {self.judged} of {self.positions} positions were left out")
+
+    def value(self, measure: Measure) -> float | None:
+        """The figure of a column; None where there is none."""
+        if measure is Measure.EXCLUDED_SHARE:
+            return self.excluded / self.judged if self.judged else 0.0
+        if measure is Measure.PERPLEXITY_CHANGE:
+            return None if self.perplexity is None else self.perplexity.change
+        return float(getattr(self, measure.value))
+
+
+class FormatFailed(Record, tag_field="status", tag="error"):
+    """A format that did not run, or whose outputs cannot be compared."""
+
+    format: str
+    error: str
+
+
+class FormatNotRun(Record, tag_field="status", tag="not_run"):
+    """A format that was not asked, or that this machine cannot run."""
+
+    format: str
+    reason: str
+    platform_reason: PlatformReason | None = None
+
+
+FormatRow = FormatMeasured | FormatFailed | FormatNotRun
+
+
+class AgreementMatrix(Document):
+    """`coremill agree --out`: every format of one model on the same text.
+
+    Raises:
+        ValueError: a row's verdict contradicts the tolerances, or `within` the rows.
+    """
+
+    run: str
+    lane: str
+    """The release of torch that exported the graph."""
+    shape: str
+    """The sequence length that every format ran at: `T1024`."""
+    sequences: int
+    checkpoint_digest: str
+    contract_digest: str
+    package_digest: str | None
+    """None where no format that was asked for reads the package."""
+    argmax_margin: float
+    """Logits by which the likeliest token has to lead for its position to count."""
+    tolerances: tuple[Tolerance, ...]
+    rows: tuple[FormatRow, ...]
+    within: bool
+    """Every row that was measured is within its tolerances, and no row failed."""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if isinstance(row, FormatMeasured) and row.outside != outside(row, self.tolerances):
+                said = [measure.value for measure in row.outside]
+                raise ValueError(f"{row.format}: {said} contradicts the tolerances")
+        if self.within != all_within(self.rows):
+            raise ValueError(f"`within` is {self.within}, the rows say otherwise")
+
+
+def outside(row: FormatMeasured, tolerances: tuple[Tolerance, ...]) -> tuple[Measure, ...]:
+    """The measures of `row` that are beyond a tolerance for it."""
+    found = []
+    for tolerance in tolerances:
+        value = row.value(tolerance.measure) if row.format in tolerance.rows else None
+        if value is not None and not tolerance.admits(value):
+            found.append(tolerance.measure)
+    return tuple(dict.fromkeys(found))
+
+
+def all_within(rows: tuple[FormatRow, ...]) -> bool:
+    """Whether no row failed and none that was measured is beyond a tolerance."""
+    return not any(
+        isinstance(row, FormatFailed) or (isinstance(row, FormatMeasured) and row.outside) for row in rows
+    )

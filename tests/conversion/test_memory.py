@@ -1,0 +1,53 @@
+"""Too little memory or disk is said before the work, with the length and both figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from coremill.conversion import convert_coreml, export_pytorch
+from coremill.core.command import exit_on_error
+from coremill.core.errors import MachineError, OutputError
+
+
+def export_here(build) -> int:
+    argv = ["--checkpoint", str(build.checkpoint), "--tokenizer", str(build.tokenizer), "--toy"]
+    argv += ["--out", str(build.root / "new"), "--shapes", "80,128", "--primary", "80"]
+    return exit_on_error(lambda: export_pytorch.main(argv))
+
+
+def convert_here(build) -> int:
+    argv = ["--graph", str(build.graph), "--contract", str(build.contract), "--toy"]
+    return exit_on_error(lambda: convert_coreml.main([*argv, "--out", str(build.root / "new" / "x.mlpackage")]))
+
+
+def test_an_export_names_the_longest_length(build, monkeypatch, capsys):
+    monkeypatch.setattr("coremill.core.machine.available_memory_bytes", lambda: 1_000_000)
+    assert export_here(build) == MachineError.exit_code
+    # 5 sets of weights and 2 of logits, float32: 4 · (5 · 106,944 + 2 · 128 · 512) bytes.
+    assert capsys.readouterr().err == (
+        "machine error: 1 MB of memory are available\n"
+        "  expected: 3 MB, to export 106,944 parameters at T128\n"
+        "  run: coremill doctor\n"
+    )
+    assert not (build.root / "new").exists()
+
+
+def test_a_conversion_asks_for_memory_and_for_disk(build, monkeypatch, capsys):
+    monkeypatch.setattr("coremill.core.machine.available_memory_bytes", lambda: 1_000_000)
+    assert convert_here(build) == MachineError.exit_code
+    assert f"to convert a program of {build.graph.stat().st_size / 1e6:,.0f} MB" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    class Full:
+        free = 5_000_000
+
+    monkeypatch.setattr("coremill.core.machine.shutil.disk_usage", lambda _: Full)
+    assert convert_here(build) == OutputError.exit_code
+    assert "expected: 69 MB, for the package and the copies that a conversion makes" in capsys.readouterr().err
+    assert not list((build.root / "new").glob("*.mlpackage"))
+
+
+@pytest.mark.parametrize("free_bytes", [10_000_000])
+def test_with_enough_of_both_nothing_is_said(build, monkeypatch, free_bytes):
+    monkeypatch.setattr("coremill.core.machine.available_memory_bytes", lambda: free_bytes)
+    assert export_here(build) == 0
