@@ -360,6 +360,8 @@ def good_imported(pristine_imported: Build) -> Evidence:
         operations=100,
         shapes={key: shape_measured(perplexity=perplexity) for key in contract.shape_validation},
         leak=0.0,
+        rounding_db=120.0,
+        rounding_problem=None,
         padding_sqnr_db=60.0,
         stateful=StatefulMeasured(
             backend=Backend.MIL_REFERENCE,

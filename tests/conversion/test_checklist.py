@@ -56,6 +56,8 @@ def good(pristine) -> Evidence:
         shapes={"T80": MEASURED, "T96": MEASURED, "T128": MEASURED},
         leak=0.0,
         padding_sqnr_db=60.0,
+        rounding_db=120.0,
+        rounding_problem=None,
         stateful=None,
         heldout=Heldout(
             answers=HeldoutAnswers(
@@ -141,6 +143,12 @@ def test_the_checklists_own_rows_have_its_severities(good):
         ("No position sees a later token", {"leak": math.nan}, "nan logits before the changed token is above 0"),
         ("Padding does not change the logits", {"padding_sqnr_db": 39.9}, "39.9 dB is below 40 dB"),
         ("Padding does not change the logits", {"padding_sqnr_db": math.nan}, "nan dB is below 40 dB"),
+        ("Nothing but rounding sets it apart", {"rounding_db": 89.9}, "89.9 dB is below 90 dB"),
+        (
+            "Nothing but rounding sets it apart",
+            {"rounding_problem": "in float32 arithmetic: no"},
+            "in float32 arithmetic: no",
+        ),
         ("Core ML loads and predicts", {"core_ml_problem": "Core ML: no"}, "Core ML: no"),
         ("Core ML loads and predicts", {"has_core_ml": True, "core_ml_sqnr_db": 12.0}, "12 dB is below 40 dB"),
         ("Sampled answers differ", {"sampled": ()}, "0 answers were sampled, 24 are to be"),
@@ -200,12 +208,13 @@ def test_what_could_not_be_asked_is_not_run_and_no_must_gate_is_excused(good):
         shapes={**good.shapes, "T96": ShapeError(backend=Backend.MIL_REFERENCE, error="broke")},
         leak=None,
         padding_sqnr_db=None,
+        rounding_db=None,
         heldout=None,
         sampled=(),
     )
     gates = evaluate(broken)
     silent = [gate for gate in gates if gate.reason == "the package does not run at the primary shape T96"]
-    assert len(silent) == 11
+    assert len(silent) == 12
     assert {gate.outcome for gate in silent} == {Outcome.NOT_RUN}
     assert not must_gates_ok(gates)
 
@@ -354,6 +363,7 @@ def test_no_contract_and_no_question_takes_a_must_gate_away(good):
     [
         ("No position sees a later token", {"leak": None}),
         ("Padding does not change the logits", {"padding_sqnr_db": None}),
+        ("Nothing but rounding sets it apart", {"rounding_db": None}),
         ("Every held-out answer is exact", {"heldout": None}),
     ],
 )

@@ -214,6 +214,12 @@ def reference_stateful_runner(package: Path, contract: Contract, *, pad_id: int)
     return StatefulRunner(predictors, Backend.MIL_REFERENCE, contract, pad_id=pad_id)
 
 
+def wide_stateful_runner(package: Path, contract: Contract, *, pad_id: int) -> StatefulRunner:
+    """The functions with a cache, their constants as saved; all arithmetic, and the cache, in float32."""
+    predictors = {name: MLModel(package, function_name=name, mode="oracle") for name in _stateful_names(contract)}
+    return StatefulRunner(predictors, Backend.MIL_REFERENCE, contract, pad_id=pad_id)
+
+
 def has_core_ml() -> bool:
     return sys.platform == "darwin"
 

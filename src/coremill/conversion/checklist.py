@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import msgspec
 
 from coremill.conversion.checks import Heldout
+from coremill.conversion.rounding import MIN_SQNR_DB
 from coremill.core.config import TOY_MODEL_TYPES, DistilledVerify, ImportedVerify, VerifyConfig
 from coremill.core.contract import Contract, ShapeFailed, Toolchain, shape_key
 from coremill.core.diagnostics import ConversionDiagnostics, NoticeKind
@@ -92,6 +93,10 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     shapes: Mapping[str, ShapeReport]
     leak: float | None
     padding_sqnr_db: float | None
+    rounding_db: float | None
+    """SQNR of the package in float32 arithmetic against the checkpoint with rounded weights; see `rounding.py`."""
+    rounding_problem: str | None
+    """Why the package does not run so."""
     stateful: StatefulReport | None
     heldout: Heldout | None
     sampled: tuple[Answer, ...]
@@ -251,6 +256,14 @@ def _padding(name: str, severity: Severity, evidence: Evidence) -> Gate:
     if evidence.padding_sqnr_db is None:
         return _not_measured(name, severity, evidence)
     return at_least(name, severity, evidence.padding_sqnr_db, evidence.config.min_sqnr_db, " dB")
+
+
+def _rounding(name: str, severity: Severity, evidence: Evidence) -> Gate:
+    if evidence.rounding_problem is not None:
+        return failed(name, severity, evidence.rounding_problem)
+    if evidence.rounding_db is None:
+        return _not_measured(name, severity, evidence)
+    return at_least(name, severity, evidence.rounding_db, MIN_SQNR_DB, " dB")
 
 
 def _sqnr(name: str, severity: Severity, evidence: Evidence) -> Gate:
@@ -520,6 +533,7 @@ ROWS = (
     Row("Inputs, outputs and shapes are the contract's", MUST, _interface),
     Row("No position sees a later token", MUST, _causality),
     Row("Padding does not change the logits", MUST, _padding),
+    Row("Nothing but rounding sets it apart", MUST, _rounding),
     Row("SQNR at the primary shape", MUST, _sqnr),
     Row("KL divergence at the primary shape", MUST, _kl),
     Row("Top-1 agreement at the primary shape", MUST, _top1),

@@ -17,7 +17,7 @@ from coremill.conversion.converter import (
     working_lengths,
 )
 from coremill.conversion.diagnostics import Message, Recorder, as_log, recording, sort_messages
-from coremill.conversion.graph import Program, check_contract, load_program
+from coremill.conversion.graph import Program, check_contract, interface_lengths, load_program
 from coremill.conversion.interface import differences, package_interfaces
 from coremill.conversion.outputs import check_writable
 from coremill.conversion.package import read_spec, write_package
@@ -125,7 +125,7 @@ def _checked(graph: Path, contract: Path, out: Path, *, toy: bool) -> tuple[Prog
     program = load_program(graph, promised.frontend)
     check_export_versions(toy=toy, model_type=promised.model_type)
     # Two lengths show which dimensions follow T; ids do not matter to shapes, and this stage has no tokenizer.
-    lengths = sorted(working_lengths(promised))[:2]
+    lengths = interface_lengths(working_lengths(promised))
     check_contract(
         promised, program, graph_digest=file_digest(graph), sequences=[[0] * seq_len for seq_len in lengths]
     )

@@ -21,6 +21,7 @@ from coremill.conversion.graph import (
     Program,
     StatefulProgram,
     as_input,
+    interface_lengths,
     parse_program,
     program_bytes,
     read_interface,
@@ -113,9 +114,10 @@ def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, graph_na
             else ShapeFailed(error=f"beyond the model's context of {ckpt.config.max_seq_len} tokens")
         )
         _judge(key, validation[key], shapes)
-    working = [sequences[seq_len][0] for seq_len in fitting if isinstance(validation[shape_key(seq_len)], ShapeOk)]
-    working = sorted(working, key=len)[:2]  # two lengths show which dimensions follow T
-    interface = read_interface(program, working)
+    working = [seq_len for seq_len in fitting if isinstance(validation[shape_key(seq_len)], ShapeOk)]
+    ids = sequences[max(working)][0]
+    samples = [ids[:length] for length in interface_lengths(working)]
+    interface = read_interface(program, samples)
     contract = Contract(
         model_type=ckpt.model_type,
         model_arch=ckpt.model_arch,
@@ -126,7 +128,7 @@ def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, graph_na
         inputs=interface.inputs,
         outputs=interface.outputs,
         states=read_states(program),
-        functions=_stateful_functions(program, student, working),
+        functions=_stateful_functions(program, student, samples, ids[: min(working)]),
         shapes=shapes,
         shape_validation=validation,
         tokenizer=ckpt.tokenizer,
@@ -216,15 +218,19 @@ def _traced(student: Student, ids: Sequence[int], longest: int, context: int, se
 
 
 def _stateful_functions(
-    program: Program, student: Student, sequences: Sequence[Sequence[int]]
+    program: Program, student: Student, samples: Sequence[Sequence[int]], ids: Sequence[int]
 ) -> tuple[StatefulFunction, ...]:
     """`prefill` and `decode` of the program, each found to compute what the model computes.
+
+    Args:
+        samples: what their interface is read with.
+        ids: what they are compared on.
 
     Raises:
         ExportError: one of them does not.
     """
-    interfaces = read_stateful(program, sequences)
-    errors = _stateful_errors(program, student, sequences[0]) if interfaces else {}
+    interfaces = read_stateful(program, samples)
+    errors = _stateful_errors(program, student, ids) if interfaces else {}
     return tuple(
         StatefulFunction(
             name=interface.name,

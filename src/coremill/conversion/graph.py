@@ -39,6 +39,7 @@ _CALLED: Mapping[Frontend, str] = {"torchscript": "TorchScript", "torch-export":
 _MEMBER: Mapping[Frontend, str] = {"torchscript": "/constants.pkl", "torch-export": "/models/model.json"}
 """What the archive of such a program holds, and no other."""
 _EXPORT = "python -m coremill.conversion.export_pytorch --help"
+_SHORT = (16, 24)
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -80,7 +81,7 @@ def trace(
     if not stateful:
         return main
     number = torch.ones(1, dtype=torch.int32)
-    examples = {PREFILL: (as_input(ids), number), DECODE: (as_input(ids[:1]), number)}
+    examples = {PREFILL: (as_input(ids[: _SHORT[0]]), number), DECODE: (as_input(ids[:1]), number)}
     functions = {name: _trace_one(module, examples[name], output_names) for name, module in stateful.items()}
     for function in functions.values():
         for cache in CACHES:
@@ -228,6 +229,14 @@ def run_program(program: Program, ids: Sequence[int]) -> tuple[Tensor, ...]:
 
 def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def interface_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Lengths at which the interface of a program that works at `lengths` is read: two show what follows T.
+
+    Where several work the graph follows T, and short sequences say as much as long ones, which may take seconds.
+    """
+    return tuple(sorted(lengths))[:2] if len(lengths) < 2 or min(lengths) < max(_SHORT) else _SHORT
 
 
 def read_interface(program: Program, sequences: Sequence[Sequence[int]]) -> GraphInterface:

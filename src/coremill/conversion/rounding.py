@@ -10,19 +10,59 @@ Legend: T sequence length.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from coremill.conversion.backends import Runner
+from coremill.conversion.backends import Array, Runner, StatefulRunner, wide_stateful_runner
+from coremill.conversion.checks import Reference
+from coremill.conversion.converter import working_lengths
+from coremill.conversion.prompts import Prompts
 from coremill.core.config import ConvertConfig
 from coremill.core.contract import Contract
 from coremill.core.reports import Backend
 from coremill.mil import MLModel
+from coremill.mil.measures import sqnr_db
 from coremill.model.student import Student
 
 MIN_SQNR_DB = 90.0
 """What remains is float32's: 2⁻²⁴ a rounding is 144 dB, and a few hundred of them in a row leave more than 100."""
+
+
+_DECODED = 2
+"""Tokens decoded after a prompt."""
+
+
+def rounding_aside_db(
+    package: Path, contract: Contract, student: Student, prompts: Prompts, settings: ConvertConfig
+) -> float:
+    """The worst SQNR of what the package computes at its shortest length, `prefill` and `decode` included.
+
+    Args:
+        student: the checkpoint's model; its weights are rounded as the conversion rounds them, and stay so.
+
+    Raises:
+        CoremillError, RuntimeError: the package does not run.
+    """
+    (ids,) = prompts.packed(min(working_lengths(contract)), 1)
+    reference = Reference(round_weights(student) if are_rounded(student, settings) else student)
+    expected = reference.run(ids)
+    found = wide_runner(package, contract).run(ids)
+    ratios = [sqnr_db(expected[name], found[name]) for name in expected]
+    if contract.functions:
+        runner = wide_stateful_runner(package, contract, pad_id=prompts.pad_id)
+        ratios += _cached_ratios(runner, ids, expected)
+    return float(np.min(ratios))  # unlike Python's min, NaN where there is one
+
+
+def _cached_ratios(runner: StatefulRunner, ids: Sequence[int], expected: Mapping[str, Array]) -> list[float]:
+    """Of the first half of `ids` as a prompt, and of the tokens that follow it."""
+    n = max(1, len(ids) // 2)
+    said = {n - 1: runner.prefill(ids[:n])}
+    said |= {place: runner.decode(ids[place]) for place in range(n, min(n + _DECODED, len(ids)))}
+    return [sqnr_db(expected[name][place], found[name]) for place, found in said.items() for name in found]
 
 
 def wide_runner(package: Path, contract: Contract) -> Runner:

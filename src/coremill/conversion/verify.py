@@ -20,18 +20,20 @@ from coremill.conversion.measurement import measure
 from coremill.conversion.memory import check_shape_memory
 from coremill.conversion.package import PackageFacts, check_package, read_spec
 from coremill.conversion.prompts import Prompts, RowPrompts, TextPrompts, load_prompts
+from coremill.conversion.rounding import rounding_aside_db
 from coremill.core import layout
-from coremill.core.config import DistilledVerify, VerifyConfig
+from coremill.core.config import ConvertConfig, DistilledVerify, VerifyConfig
 from coremill.core.contract import Contract, read_contract, shape_key
 from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure
 from coremill.core.digest import digest, file_digest, size_bytes
 from coremill.core.documents import read_json, write_json
-from coremill.core.errors import ConfigError, ContractMismatchError, PackageError
+from coremill.core.errors import ConfigError, ContractMismatchError, CoremillError, PackageError
 from coremill.core.gates import Outcome, gates_ok
-from coremill.core.reports import Backend, ShapeError, VerificationReport
+from coremill.core.reports import Backend, ShapeError, ShapeMeasured, VerificationReport
 from coremill.core.stage import Figures
 from coremill.data import magic_8_ball
 from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
+from coremill.model.student import Student
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +92,10 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
     student = build_student(checkpoint)
     measured = measure(subject.package, contract, Reference(student), prompts, config, stateful=facts.stateful)
     diagnostics, diagnostics_problem = _diagnostics(subject.package)
+    ran = isinstance(measured.shapes[shape_key(contract.shapes.primary)], ShapeMeasured)
+    rounding_db, rounding_problem = (
+        _rounding(subject, contract, student, prompts, diagnostics) if ran else (None, None)
+    )
     gates = evaluate(
         Evidence(
             subject=facts,
@@ -108,6 +114,8 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
             shapes=measured.shapes,
             leak=measured.leak,
             padding_sqnr_db=measured.padding_sqnr_db,
+            rounding_db=rounding_db,
+            rounding_problem=rounding_problem,
             stateful=measured.stateful,
             heldout=measured.heldout,
             sampled=measured.sampled,
@@ -179,6 +187,23 @@ def find_failure(package: Path) -> ConversionFailure | None:
         return None
     failure = read_json(record, ConversionFailure)
     return failure if package.name in (record.name, failure.package) else None
+
+
+def _rounding(
+    subject: Subject,
+    contract: Contract,
+    student: Student,
+    prompts: Prompts,
+    diagnostics: ConversionDiagnostics | None,
+) -> tuple[float | None, str | None]:
+    """See :func:`rounding_aside_db`; or why it could not be measured. The last use of `student`: it is rounded."""
+    settings = ConvertConfig(compute_precision=diagnostics.compute_precision) if diagnostics else ConvertConfig()
+    try:
+        return rounding_aside_db(subject.package, contract, student, prompts, settings), None
+    except CoremillError as failure:
+        return None, f"in float32 arithmetic: {failure.found}"
+    except (RuntimeError, ValueError) as failure:  # of the backend, or of outputs that are not finite
+        return None, f"in float32 arithmetic: {type(failure).__name__}: {failure}"
 
 
 def _diagnostics(package: Path) -> tuple[ConversionDiagnostics | None, str | None]:

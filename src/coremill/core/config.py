@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from coremill.core.contract import ModelArch, ShapeSet
+from coremill.core.contract import ComputePrecision, ModelArch, ShapeSet
 from coremill.core.documents import Document, Record, from_builtins, toml_value
 from coremill.core.errors import ConfigError
 
@@ -291,7 +291,7 @@ class ExportConfig(Record):
 
 class ConvertConfig(Record):
     deployment_target: Literal["iOS18", "macOS15"] = "iOS18"
-    compute_precision: Literal["float16", "float32"] = "float16"
+    compute_precision: ComputePrecision = "float16"
 
 
 class VerifyConfig(Record):

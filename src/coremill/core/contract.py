@@ -9,6 +9,8 @@ from typing import Literal
 from coremill.core.documents import Document, Record, read_json
 from coremill.core.errors import DocumentError
 
+ComputePrecision = Literal["float16", "float32"]
+
 Frontend = Literal["torchscript", "torch-export"]
 
 Dim = int | str

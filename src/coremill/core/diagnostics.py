@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from coremill.core.contract import Toolchain
+from coremill.core.contract import ComputePrecision, Toolchain
 from coremill.core.documents import Document, Record
 
 
@@ -54,7 +54,7 @@ class ConversionDiagnostics(Document):
     package_digest: str
     toolchain: Toolchain
     deployment_target: str
-    compute_precision: str
+    compute_precision: ComputePrecision
     notices: tuple[Notice, ...]
     counts: dict[str, int]
 
