@@ -13,6 +13,7 @@ of a build are its verification's. Run it in a convert environment.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
 import shutil
@@ -128,8 +129,8 @@ def convert(build: Build, options: argparse.Namespace) -> None:
         times: dict[str, list[float]] = {"coremill": [], "bare ct.convert": []}
         for _ in range(options.runs):
             program = load_program(build.program)
-            times["coremill"].append(_timed(lambda: _convert_main(build.contract, program, ours)))  # noqa: B023
-            times["bare ct.convert"].append(_timed(lambda: _convert_bare(tutorial, lengths, theirs)))
+            times["coremill"].append(_timed(functools.partial(_convert_main, build.contract, program, ours)))
+            times["bare ct.convert"].append(_timed(functools.partial(_convert_bare, tutorial, lengths, theirs)))
         found = {name: statistics.median(each) for name, each in times.items()}
         for name, seconds in found.items():
             print(
@@ -154,7 +155,7 @@ def shapes(build: Build, options: argparse.Namespace) -> None:
             validation = {shape_key(each): contract.shape_validation[shape_key(each)] for each in chosen.all}
             part = msgspec.structs.replace(contract, shapes=chosen, shape_validation=validation)
             program = load_program(build.program)
-            seconds[name] = _timed(lambda: _convert_main(part, program, packages[name]))  # noqa: B023
+            seconds[name] = _timed(functools.partial(_convert_main, part, program, packages[name]))
             print(f"{name:20} {seconds[name]:.1f} s, {size_bytes(packages[name]):,} bytes")
         alone = [name for name in sets if name != "one package"]
         size = sum(size_bytes(packages[name]) for name in alone) / size_bytes(packages["one package"])

@@ -54,7 +54,7 @@ CONFIG = ModelConfig(
 LONG = 4096
 
 
-class CachedDecoder(nn.Module):  # type: ignore[misc]  # torch is not installed where types are checked
+class CachedDecoder(nn.Module):
     """The student's layers for one new token at a time, with a key/value cache of CONTEXT positions.
 
     The position comes from the mask's length: input_ids (1, 1), mask (1, 1, 1, end) with end the positions so far.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coremill.model.student import Student
 
 
-class TutorialNorm(nn.Module):  # type: ignore[misc]  # torch is not installed where types are checked
+class TutorialNorm(nn.Module):
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
         self.weight = weight
@@ -29,7 +29,7 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
 
 
-class TutorialLayer(nn.Module):  # type: ignore[misc]  # torch is not installed where types are checked
+class TutorialLayer(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.attention = layer.self_attn
@@ -54,7 +54,7 @@ class TutorialLayer(nn.Module):  # type: ignore[misc]  # torch is not installed 
         return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))
 
 
-class TutorialDecoder(nn.Module):  # type: ignore[misc]  # torch is not installed where types are checked
+class TutorialDecoder(nn.Module):
     """Token ids (1, T) to logits (1, T, V)."""
 
     def __init__(self, student: Student, longest: int) -> None:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 # Read when torch is imported. Threads that spin while they wait make a small model many times slower on a machine
 # whose cores have other work as well.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from tests.conversion.reading import shape_measured
 
 from coremill.conversion import convert_coreml, export_pytorch
 from coremill.conversion.checklist import Evidence, Facts
@@ -40,7 +44,7 @@ from coremill.core.contract import Contract, ModelArch, ShapeSet, TokenizerRef, 
 from coremill.core.diagnostics import ConversionDiagnostics
 from coremill.core.digest import digest, file_digest
 from coremill.core.documents import read_json, write_json
-from coremill.core.reports import Answer, Backend, Perplexity, ShapeMeasured, StatefulMeasured
+from coremill.core.reports import Answer, Backend, Perplexity, StatefulMeasured
 from coremill.core.stage import StageContext
 from coremill.data.corpora import bundled_texts
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
@@ -191,6 +195,25 @@ class Build(msgspec.Struct, frozen=True):
         (self.package / "Data" / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
         self.sign()
 
+    def scale_weight(self, name: str, factor: float) -> None:
+        """Scale one float16 tensor of `main`, the one with `name` in its name, as if coremill had saved it so.
+
+        Offsets in the weight file point to a header whose third and fourth fields are the data's size and place.
+        """
+        function = read_spec(self.package).mlProgram.functions["main"]
+        (operation,) = [
+            operation
+            for operation in function.block_specializations[function.opset].operations
+            if operation.type == "const" and name in operation.outputs[0].name
+        ]
+        path = self.package / "Data" / WEIGHT_FILE
+        data = bytearray(path.read_bytes())
+        _, _, size, start = struct.unpack_from("<IIQQ", data, operation.attributes["val"].blobFileValue.offset)
+        values = np.frombuffer(data, np.float16, size // 2, start)
+        data[start : start + size] = (values * np.float16(factor)).astype(np.float16).tobytes()
+        path.write_bytes(bytes(data))
+        self.sign()
+
     def sign(self) -> None:
         """Record the package's content, as it is now, in the package and in its diagnostics.
 
@@ -325,20 +348,6 @@ def imported(pristine_imported: Build, tmp_path: Path) -> Build:
     """A copy of that build that a test may break."""
     shutil.copytree(pristine_imported.root, tmp_path / "imported")
     return Build(tmp_path / "imported", IMPORTED)
-
-
-def shape_measured(**figures: float) -> ShapeMeasured:
-    """A shape without fault."""
-    good = ShapeMeasured(
-        backend=Backend.MIL_REFERENCE,
-        max_abs_err=0.02,
-        sqnr_db=60.0,
-        kl_nats=1e-6,
-        top1_agreement=1.0,
-        positions=1000,
-        excluded=20,
-    )
-    return msgspec.structs.replace(good, **figures)
 
 
 @pytest.fixture(scope="session")

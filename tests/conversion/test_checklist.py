@@ -6,6 +6,7 @@ import math
 
 import msgspec
 import pytest
+from tests.conversion.reading import shape_measured
 
 from coremill.conversion.checklist import ROWS, SUMMARY_ROWS, Evidence, Facts, evaluate, evaluate_failure, rows
 from coremill.conversion.checks import Heldout
@@ -21,19 +22,10 @@ from coremill.core.reports import (
     HeldoutAnswers,
     Perplexity,
     ShapeError,
-    ShapeMeasured,
     StatefulError,
 )
 
-MEASURED = ShapeMeasured(
-    backend=Backend.MIL_REFERENCE,
-    max_abs_err=0.02,
-    sqnr_db=60.0,
-    kl_nats=1e-6,
-    top1_agreement=1.0,
-    positions=1000,
-    excluded=20,
-)
+MEASURED = shape_measured()
 
 
 @pytest.fixture(scope="module")

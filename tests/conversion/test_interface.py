@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from coremill.conversion.graph import describe
-from coremill.conversion.interface import differences, package_interface, package_interfaces
+from coremill.conversion.interface import differences, package_interfaces
 from coremill.conversion.package import read_spec
 from coremill.core.errors import PackageError
 
 
 def test_the_saved_specification_has_the_contracts_interface(pristine):
-    found = package_interface(read_spec(pristine.package))
+    (found,) = package_interfaces(read_spec(pristine.package))
     assert describe(found.inputs) == "input_ids int32 (1, T)"
     assert describe(found.outputs) == "logits float32 (1, T, 512), halt_logits float32 (1, T, 2)"
     assert (found.lengths, found.default) == ((80, 96, 128), 96)
@@ -67,7 +67,7 @@ def test_each_difference_is_named(pristine, surgery, change, difference):
 def test_a_fixed_shape_is_one_length(pristine):
     spec = read_spec(pristine.package)
     spec.description.input[0].type.multiArrayType.ClearField("enumeratedShapes")
-    found = package_interface(spec)
+    (found,) = package_interfaces(spec)
     assert (found.lengths, found.default, found.inputs[0].shape) == ((96,), 96, (1, 96))
 
 
@@ -77,7 +77,7 @@ def test_what_is_no_ml_program_or_admits_a_range_is_refused(pristine):
     ranges.add(lowerBound=1, upperBound=1)
     ranges.add(lowerBound=1, upperBound=128)
     with pytest.raises(PackageError, match=r"^input `input_ids` admits a range of shapes"):
-        package_interface(spec)
+        package_interfaces(spec)
     spec.neuralNetwork.SetInParent()
     with pytest.raises(PackageError, match=r"^the model is no ML Program with a function `main`"):
-        package_interface(spec)
+        package_interfaces(spec)

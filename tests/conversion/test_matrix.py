@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import struct
 import sys
 import weakref
 
@@ -18,7 +17,7 @@ from coremill.conversion.backends import reference_runner
 from coremill.conversion.checks import Reference
 from coremill.conversion.graph import load_program, run_program
 from coremill.conversion.matrix import Format, Group, Subject, _Measured, agreement_matrix, groups_of
-from coremill.conversion.package import WEIGHT_FILE, read_spec
+from coremill.conversion.package import WEIGHT_FILE
 from coremill.conversion.prompts import Compared
 from coremill.core.config import ConvertConfig, ExportConfig
 from coremill.core.digest import digest, file_digest
@@ -232,25 +231,8 @@ def test_weights_that_float16_does_not_hold_are_not_rounded_and_their_row_says_s
 # What is beyond its tolerance, and what does not run
 
 
-def _scale_weight(build, name: str, factor: float) -> None:
-    """Scale one float16 tensor of the weight file; offsets point to a header whose third field is the data's."""
-    function = read_spec(build.package).mlProgram.functions["main"]
-    (operation,) = [
-        operation
-        for operation in function.block_specializations[function.opset].operations
-        if operation.type == "const" and name in operation.outputs[0].name
-    ]
-    path = build.package / "Data" / WEIGHT_FILE
-    data = bytearray(path.read_bytes())
-    _, _, size, start = struct.unpack_from("<IIQQ", data, operation.attributes["val"].blobFileValue.offset)
-    values = np.frombuffer(data, np.float16, size // 2, start)
-    data[start : start + size] = (values * np.float16(factor)).tobytes()
-    path.write_bytes(bytes(data))
-    build.sign()
-
-
 def test_a_weight_scaled_by_a_hundredth_is_seen_by_the_row_that_leaves_rounding_aside(imported):
-    _scale_weight(imported, "layers_1_down_weight", 1.01)
+    imported.scale_weight("layers_1_down_weight", 1.01)
     matrix = matrix_of(imported)
     found = rows_of(matrix)
     assert found["mil-reference"].outside == ()
@@ -260,7 +242,7 @@ def test_a_weight_scaled_by_a_hundredth_is_seen_by_the_row_that_leaves_rounding_
 
 
 def test_a_weight_scaled_by_a_third_is_seen_by_the_package_s_own_row(imported):
-    _scale_weight(imported, "layers_1_down_weight", 1.3)
+    imported.scale_weight("layers_1_down_weight", 1.3)
     found = rows_of(matrix_of(imported))
     assert Measure.SQNR_DB in found["mil-reference"].outside
     assert found["torchscript"].outside == found["torch-export"].outside == ()

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from tests.conversion.reading import bad_gates, gate_of
 
 from coremill.conversion import convert_coreml, export_pytorch
 from coremill.conversion.stateful_checks import answer_greedily
@@ -16,7 +17,7 @@ from coremill.core.command import exit_on_error
 from coremill.core.config import ExportConfig, read_config
 from coremill.core.documents import encode, read_json
 from coremill.core.errors import GATES_FAILED
-from coremill.core.gates import Gate, Outcome, Severity, must_gates_ok
+from coremill.core.gates import must_gates_ok
 from coremill.core.reports import ShapeMeasured, StatefulError, StatefulMeasured, VerificationReport
 from coremill.core.stage import StageContext
 
@@ -36,20 +37,6 @@ def changed(context: StageContext, **changes) -> StageContext:
 def made_again(build, **changes) -> None:
     export_pytorch.run_stage(changed(build.context("export", *build.stages[:2]), **changes))
     convert_coreml.run_stage(changed(build.context("convert", "export"), **changes))
-
-
-def bad_gates(report: VerificationReport) -> dict[str, str]:
-    """The must-gates that did not pass, with their reasons."""
-    return {
-        gate.name: gate.reason
-        for gate in report.gates
-        if gate.severity is Severity.MUST and gate.outcome is not Outcome.PASSED
-    }
-
-
-def gate_of(report: VerificationReport, name: str) -> Gate:
-    (gate,) = [gate for gate in report.gates if gate.name == name]
-    return gate
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import struct
 import sys
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from tests.conversion.reading import bad_gates, gate_of
 
 from coremill.conversion import convert_coreml, export_pytorch
 from coremill.conversion.backends import Runner, core_ml_runner, reference_runner
@@ -26,7 +26,7 @@ from coremill.core.diagnostics import ConversionFailure
 from coremill.core.digest import digest, file_digest
 from coremill.core.documents import encode, read_json, write_json
 from coremill.core.errors import GATES_FAILED, ContractMismatchError
-from coremill.core.gates import Gate, Outcome, PlatformReason, Severity, must_gates_ok
+from coremill.core.gates import Outcome, PlatformReason, Severity, must_gates_ok
 from coremill.core.reports import Backend, ShapeError, ShapeMeasured, VerificationReport
 from coremill.data.tokenizer import Tokenizer
 from coremill.mil import MLModel
@@ -38,20 +38,6 @@ def verified(build, config: RunConfig | None = None) -> VerificationReport:
     context = build.context("verify", *build.stages)
     run_stage(context if config is None else msgspec.structs.replace(context, config=config))
     return read_json(layout.verification_report(build.root / "verify"), VerificationReport)
-
-
-def bad_gates(report: VerificationReport) -> dict[str, str]:
-    """The must-gates that did not pass, with their reasons."""
-    return {
-        gate.name: gate.reason
-        for gate in report.gates
-        if gate.severity is Severity.MUST and gate.outcome is not Outcome.PASSED
-    }
-
-
-def gate_of(report: VerificationReport, name: str) -> Gate:
-    (gate,) = [gate for gate in report.gates if gate.name == name]
-    return gate
 
 
 @pytest.fixture(scope="module")
@@ -189,22 +175,6 @@ def test_a_dropped_length_is_caught(build, surgery):
     assert not report.gates_ok
 
 
-def _scale_weight(build, name: str, factor: float) -> None:
-    """Scale one float16 tensor of the weight file; offsets point to a header whose third field is the data's."""
-    function = read_spec(build.package).mlProgram.functions["main"]
-    (operation,) = [
-        operation
-        for operation in function.block_specializations[function.opset].operations
-        if operation.type == "const" and operation.outputs[0].name == name
-    ]
-    path = build.package / "Data" / WEIGHT_FILE
-    data = bytearray(path.read_bytes())
-    _, _, size, start = struct.unpack_from("<IIQQ", data, operation.attributes["val"].blobFileValue.offset)
-    values = np.frombuffer(data, np.float16, size // 2, start)
-    data[start : start + size] = (values * np.float16(factor)).astype(np.float16).tobytes()
-    path.write_bytes(bytes(data))
-
-
 def test_a_scaled_weight_is_caught(build):
     names = [
         operation.outputs[0].name
@@ -215,8 +185,7 @@ def test_a_scaled_weight_is_caught(build):
         if operation.type == "const" and operation.attributes["val"].WhichOneof("value") == "blobFileValue"
     ]
     (name,) = [name for name in names if "layers_1_qkv_weight" in name]
-    _scale_weight(build, name, 1.2)
-    build.sign()
+    build.scale_weight(name, 1.2)
     bad = bad_gates(verified(build))
     assert bad["SQNR at the primary shape"].endswith(" dB is below 40 dB")
     assert "Inputs, outputs and shapes are the contract's" not in bad
@@ -297,7 +266,7 @@ def test_logits_that_are_not_finite_are_a_failed_shape_and_no_crash(build):
         if operation.type == "const" and "lm_head" in operation.outputs[0].name
     }
     with np.errstate(all="ignore"):
-        _scale_weight(build, name, float("nan"))
+        build.scale_weight(name, float("nan"))
     build.sign()
     report = verified(build)
     assert isinstance(report.shapes["T96"], ShapeError)

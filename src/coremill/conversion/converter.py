@@ -97,7 +97,7 @@ _PASSES = frozenset(
 )
 """Of coremltools' default pipeline, what has something to do in a decoder's graph.
 
-The whole program is checked after every pass, and the other 40 are about convolutions, images, recurrent cells,
+The whole program is checked after every pass, and the others are about convolutions, images, recurrent cells,
 lookup tables and activations that are spelled out; they find nothing here. The order stays the default's. A test
 compares what both pipelines make of a graph.
 """

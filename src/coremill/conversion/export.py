@@ -96,7 +96,7 @@ def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, graph_na
     """
     ckpt = load_checkpoint(source.checkpoint)
     check_export_versions(toy=source.toy, model_type=ckpt.model_type)
-    check_vocabulary(ckpt, source.prompts)
+    check_vocabulary(ckpt, source.prompts.tokenizer)
     _check_context(ckpt, shapes, settings)
     fitting = [seq_len for seq_len in shapes.all if seq_len <= ckpt.config.max_seq_len]
     check_shape_memory(ckpt, max(fitting), models=_MODELS_IN_MEMORY, logits=2, work="export")

@@ -55,11 +55,6 @@ def package_interfaces(spec: Spec) -> tuple[PackageInterface, ...]:
     return tuple(_interface(spec, name, function) for name, function in described.items())
 
 
-def package_interface(spec: Spec) -> PackageInterface:
-    """The interface of `main`; raises as :func:`package_interfaces` does."""
-    return package_interfaces(spec)[0]
-
-
 def _interface(spec: Spec, name: str, description: Spec) -> PackageInterface:
     shapes = {feature.name: _enumerated(feature) for feature in description.input}
     for feature, listed in shapes.items():

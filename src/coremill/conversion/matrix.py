@@ -36,7 +36,7 @@ from coremill.conversion.package import check_package
 from coremill.conversion.prompts import Compared, Prompts, load_prompts
 from coremill.conversion.rounding import MIN_SQNR_DB, are_rounded, round_weights, wide_runner
 from coremill.conversion.verify import lane_of
-from coremill.core.config import ConvertConfig, DistilledVerify, ImportedVerify, VerifyConfig
+from coremill.core.config import ConvertConfig, ImportedVerify, VerifyConfig
 from coremill.core.contract import Contract, Frontend, read_contract, shape_key
 from coremill.core.digest import digest, file_digest
 from coremill.core.errors import ConfigError, ContractMismatchError, CoremillError
@@ -131,8 +131,8 @@ def agreement_matrix(
     reads_package = any(FORMATS[name].reads == "package" for name in chosen)
     _check_digests(subject, contract, reads_package=reads_package)
     checkpoint = load_checkpoint(subject.checkpoint)
-    prompts = load_prompts(subject.tokenizer, subject.prompts, rows=_rows(verify))
-    check_vocabulary(checkpoint, prompts)
+    prompts = load_prompts(subject.tokenizer, subject.prompts, rows=verify.rows)
+    check_vocabulary(checkpoint, prompts.tokenizer)
     compared = list(prompts.compared(seq_len))
     student = build_student(checkpoint)
     del checkpoint  # the student has copies of its weights
@@ -186,11 +186,6 @@ def _check_digests(subject: Subject, contract: Contract, *, reads_package: bool)
                 expected=f"{expected}, as {subject.contract} has it",
                 run="coremill status",
             )
-
-
-def _rows(verify: VerifyConfig) -> int:
-    """How many rows of a held-out set are read, as in verification."""
-    return max(verify.heldout_answers, verify.sampled_answers) if isinstance(verify, DistilledVerify) else 1
 
 
 # The formats

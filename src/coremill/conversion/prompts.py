@@ -58,23 +58,15 @@ class Probe(NamedTuple):
 class Prompts(abc.ABC):
     """Real token ids for one model."""
 
+    tokenizer: Tokenizer | TextTokenizer
+    """The model's own; its size and digest are what `check_vocabulary` compares."""
     export_count: int
     """How many packed sequences an export compares at each length."""
 
     @property
-    @abc.abstractmethod
     def pad_id(self) -> int:
         """What sequences are padded with, on the right."""
-
-    @property
-    @abc.abstractmethod
-    def vocab_size(self) -> int:
-        """Of the tokenizer; it and the digest are what `check_vocabulary` compares."""
-
-    @property
-    @abc.abstractmethod
-    def digest(self) -> str:
-        """Of the tokenizer."""
+        return self.tokenizer.pad_id
 
     @abc.abstractmethod
     def packed(self, seq_len: int, count: int) -> list[list[int]]:
@@ -102,21 +94,11 @@ class RowPrompts(Prompts):
 
     export_count = PACKED_ROWS
 
+    tokenizer: Tokenizer
+
     def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer) -> None:
         self.rows = rows
         self.tokenizer = tokenizer
-
-    @property
-    def pad_id(self) -> int:
-        return self.tokenizer.pad_id
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
-
-    @property
-    def digest(self) -> str:
-        return self.tokenizer.digest
 
     def packed(self, seq_len: int, count: int) -> list[list[int]]:
         """Each sequence is of whole conversations, one after another, and the next begins with another one.
@@ -177,22 +159,12 @@ class TextPrompts(Prompts):
     export_count = 1
     """A large model takes seconds for one, and it is as long as a toy's conversations together."""
 
+    tokenizer: TextTokenizer
+
     def __init__(self, texts: Sequence[Text], chat_prompts: Sequence[ChatPrompt], tokenizer: TextTokenizer) -> None:
         self.texts = texts
         self.chat_prompts = chat_prompts
         self.tokenizer = tokenizer
-
-    @property
-    def pad_id(self) -> int:
-        return self.tokenizer.pad_id
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
-
-    @property
-    def digest(self) -> str:
-        return self.tokenizer.digest
 
     @functools.cached_property
     def chats(self) -> tuple[Chat, ...]:

@@ -223,7 +223,7 @@ def answer_greedily(
         scores = reference.run([*chat.ids, *ids[:-1]])[LOGITS][len(chat.ids) - 1 :]  # row i scores token i
         lost = [float(row.max() - row[token]) for row, token in zip(scores, ids, strict=True)]
         is_ended = ids[-1] in prompts.tokenizer.eos_ids
-        known = [token for token in ids[: len(ids) - is_ended] if token < prompts.vocab_size]
+        known = [token for token in ids[: len(ids) - is_ended] if token < prompts.tokenizer.vocab_size]
         answers.append(
             Answer(
                 prompt=chat.text,

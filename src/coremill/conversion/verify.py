@@ -14,6 +14,7 @@ from packaging.version import InvalidVersion, Version
 from coremill.conversion.backends import has_core_ml
 from coremill.conversion.checklist import Evidence, Facts, evaluate, evaluate_failure
 from coremill.conversion.checks import Reference
+from coremill.conversion.converter import working_lengths
 from coremill.conversion.graph import check_main
 from coremill.conversion.interface import differences, package_interfaces
 from coremill.conversion.measurement import measure
@@ -76,7 +77,7 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
     lane = lane_of(contract)
     checkpoint = load_checkpoint(subject.checkpoint)
     prompts = _prompts(subject, config)
-    check_vocabulary(checkpoint, prompts)
+    check_vocabulary(checkpoint, prompts.tokenizer)
     facts = Facts(
         model_type=checkpoint.model_type,
         imported=isinstance(prompts, TextPrompts),
@@ -88,7 +89,7 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
     if (record := find_failure(subject.package)) is not None:
         return _report_failure(subject, config, contract, record, facts, lane)
     saved = check_package(subject.package)
-    check_shape_memory(checkpoint, max(contract.shapes.all), models=2, logits=4, work="verify")
+    check_shape_memory(checkpoint, max(working_lengths(contract)), models=2, logits=4, work="verify")
     student = build_student(checkpoint)
     measured = measure(subject.package, contract, Reference(student), prompts, config, stateful=facts.stateful)
     diagnostics, diagnostics_problem = _diagnostics(subject.package)
@@ -161,16 +162,15 @@ def lane_of(contract: Contract) -> str:
 
 
 def _prompts(subject: Subject, config: VerifyConfig) -> Prompts:
-    if isinstance(config, DistilledVerify):
-        prompts = load_prompts(
-            subject.tokenizer, subject.prompts, rows=max(config.heldout_answers, config.sampled_answers)
-        )
-        expected = "a held-out set, whose answers the configuration asks for"
-    else:
-        prompts = load_prompts(subject.tokenizer, subject.prompts, rows=1)
-        expected = "texts, as the configuration is of a run that imports its model"
-    if isinstance(prompts, RowPrompts) != isinstance(config, DistilledVerify):
+    prompts = load_prompts(subject.tokenizer, subject.prompts, rows=config.rows)
+    asks_answers = isinstance(config, DistilledVerify)
+    if isinstance(prompts, RowPrompts) != asks_answers:
         found = "a held-out set" if isinstance(prompts, RowPrompts) else "texts"
+        expected = (
+            "a held-out set, whose answers the configuration asks for"
+            if asks_answers
+            else "texts, as the configuration is of a run that imports its model"
+        )
         raise ConfigError(f"{subject.prompts} has {found}", expected=expected)
     return prompts
 

@@ -200,15 +200,6 @@ class TrainingConfig(Record):
         _share(self, "kd_weight")
 
 
-class NamesFiles(Record):
-    """Base of a part of the configuration that names files outside the build, whose changes make stages stale."""
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The files and folders, those that are relative seen from the working directory."""
-        raise NotImplementedError
-
-
 class PackageFile(Record):
     """A file that an installed distribution carries."""
 
@@ -217,7 +208,7 @@ class PackageFile(Record):
     """Its name, or its path in the distribution with `/`."""
 
 
-class WeightsConfig(NamesFiles):
+class WeightsConfig(Record):
     source: str
     """`package:DISTRIBUTION/FILE`, or the path of a GGUF file or of a Hugging Face directory."""
 
@@ -238,10 +229,11 @@ class WeightsConfig(NamesFiles):
 
     @property
     def paths(self) -> tuple[Path, ...]:
+        """The file or folder; none for a file of a distribution."""
         return () if self.packaged else (Path(self.source),)
 
 
-class TextsConfig(NamesFiles):
+class TextsConfig(Record):
     """The real text that export and verification run the model on."""
 
     files: tuple[str, ...] = ()
@@ -263,6 +255,11 @@ class TextsConfig(NamesFiles):
     @property
     def paths(self) -> tuple[Path, ...]:
         return tuple(map(Path, self.files))
+
+
+NamesFiles = WeightsConfig | TextsConfig
+"""The parts with `paths`: files outside the build, whose changes make stages stale; relative ones are seen from the
+working directory."""
 
 
 class ExportConfig(Record):
@@ -297,6 +294,11 @@ class ConvertConfig(Record):
 class VerifyConfig(Record):
     """What is asked of every package: that it computes what the checkpoint computes."""
 
+    @property
+    def rows(self) -> int:
+        """How many rows of a held-out set are read at most."""
+        return 1
+
     min_sqnr_db: float
     max_kl_nats: float
     """KL(checkpoint ‖ package) per position, mean over real prompts."""
@@ -323,6 +325,10 @@ class DistilledVerify(VerifyConfig):
     """KL(teacher ‖ package) per answer token on held-out questions."""
     min_distinct_sampled: int
     """Distinct answers among the sampled ones."""
+
+    @property
+    def rows(self) -> int:
+        return max(self.heldout_answers, self.sampled_answers)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,14 +21,13 @@ from coremill.core.digest import bytes_digest
 from coremill.core.errors import TokenizerError
 from coremill.core.publish import write_atomic
 from coremill.data.chat import ChatTemplate
+from coremill.data.tokenizer import decode_ids, encode_text
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-FILES = (TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, CHAT_TEMPLATE)
-"""What :meth:`TextTokenizer.save` writes; the last where there is a template."""
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -149,15 +148,7 @@ class TextTokenizer:
         Raises:
             TokenizerError: `text` holds a lone surrogate, so it is not Unicode text.
         """
-        backend = self._with_special if allow_special else self._backend
-        try:
-            return list(backend.encode(text, add_special_tokens=False).ids)
-        except TypeError as failure:
-            if isinstance(text, str):
-                raise TokenizerError(
-                    f"not Unicode text: {text!r}", expected="text without lone surrogates"
-                ) from failure
-            raise
+        return encode_text(self._with_special if allow_special else self._backend, text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD.
@@ -165,10 +156,7 @@ class TextTokenizer:
         Raises:
             ValueError: an id that the vocabulary lacks.
         """
-        for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"token id {token} is not in a vocabulary of {self.vocab_size}")
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+        return decode_ids(self._backend, ids, self.vocab_size)
 
     def _id_of(self, role: str, token: str) -> int:
         found = self._backend.token_to_id(token)

@@ -154,15 +154,7 @@ class Tokenizer:
         Raises:
             TokenizerError: `text` holds a lone surrogate, so it is not Unicode text and has no UTF-8 bytes.
         """
-        try:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
-        except TypeError as failure:
-            # What the library raises for a str without UTF-8 bytes; for any other value it is a caller's defect.
-            if isinstance(text, str):
-                raise TokenizerError(
-                    f"not Unicode text: {text!r}", expected="text without lone surrogates"
-                ) from failure
-            raise
+        return encode_text(self._backend, text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD.
@@ -170,11 +162,7 @@ class Tokenizer:
         Raises:
             ValueError: an id that the vocabulary lacks.
         """
-        vocab_size = self.vocab_size
-        for token in ids:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"token id {token} is not in a vocabulary of {vocab_size}")
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+        return decode_ids(self._backend, ids, self.vocab_size)
 
     def encode_prompt(self, question: str) -> list[int]:
         """`[bos, user, *question, assistant]`: what the student is given."""
@@ -195,6 +183,31 @@ class Tokenizer:
         if ids and ids[-1] == self.end_id:
             ids.pop()
         return self.decode(ids)
+
+
+def encode_text(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    """The ids of `text`; nothing is put before or behind it.
+
+    Raises:
+        TokenizerError: `text` holds a lone surrogate.
+    """
+    try:
+        return list(backend.encode(text, add_special_tokens=False).ids)
+    except TypeError as failure:
+        # What the library raises for a str without UTF-8 bytes; for any other value it is a caller's defect.
+        if isinstance(text, str):
+            raise TokenizerError(
+                f"not Unicode text: {text!r}", expected="text without lone surrogates"
+            ) from failure
+        raise
+
+
+def decode_ids(backend: tokenizers.Tokenizer, ids: Sequence[int], vocab_size: int) -> str:
+    """The text of `ids`, special tokens by name; a ValueError for an id beyond `vocab_size`."""
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"token id {token} is not in a vocabulary of {vocab_size}")
+    return str(backend.decode(list(ids), skip_special_tokens=False))
 
 
 def _parse(data: bytes, where: str) -> tokenizers.Tokenizer:
