@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coremill.conversion.decoder import Decoder, Main
 from coremill.core.command import exit_on_error
 from coremill.core.config import ModelConfig
 from coremill.core.contract import ModelArch
@@ -107,7 +108,8 @@ def make_prefill(path: Path, lengths: Sequence[int]) -> None:
     listed = [(1, length) for length in lengths]
     shape = ct.EnumeratedShapes(listed, default=listed[0]) if len(listed) > 1 else listed[0]
     with torch.no_grad():
-        traced = torch.jit.trace(student(), torch.zeros(listed[0], dtype=torch.int32), check_trace=False)
+        main = Main(Decoder(student(), max(lengths))).eval()
+        traced = torch.jit.trace(main, torch.zeros(listed[0], dtype=torch.int32), check_trace=False)
     ct.convert(
         traced,
         inputs=[ct.TensorType("input_ids", shape=shape, dtype=np.int32)],

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 import torch
 
-from coremill.conversion.decoder import Decode, Decoder, Main, Prefill, ScaledRMSNorm
+from coremill.conversion.decoder import MASKED_SCORE, Decode, Decoder, Main, Prefill, ScaledRMSNorm
 from coremill.core.config import Llama3Scaling, ModelConfig
 from coremill.core.contract import ModelArch
 from coremill.model.student import RMSNorm, Student, new_student
@@ -73,6 +73,35 @@ def test_every_function_computes_what_the_student_computes(changes):
             outputs = decode(ids[:, place : place + 1], torch.tensor([place]))
             for found, wanted in zip(outputs, expected, strict=True):
                 torch.testing.assert_close(found[0, 0], wanted[0, place], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [OPTIONS["plain"], OPTIONS["a halt head and its own unembedding"]])
+def test_a_trace_at_one_length_computes_every_other(changes):
+    student = student_of(**changes)
+    traced = torch.jit.trace(Main(Decoder(student, CONTEXT)).eval(), ids_of(16))
+    with torch.no_grad():
+        for length in (1, 2, 15, 16, 17, CONTEXT - 1, CONTEXT):
+            for found, wanted in zip(traced(ids_of(length)), student(ids_of(length)), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_an_exported_program_is_not_bound_to_the_longest_length():
+    student = student_of()
+    seq_len = torch.export.Dim("T", min=2, max=CONTEXT)
+    main = Main(Decoder(student, CONTEXT)).eval()
+    program = torch.export.export(main, (ids_of(16),), dynamic_shapes=({1: seq_len},)).module()
+    with torch.no_grad():
+        for length in (2, 15, CONTEXT - 1, CONTEXT):
+            for found, wanted in zip(program(ids_of(length)), student(ids_of(length)), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("score", [-1.0e4, 0.0, 1.0e4])
+def test_a_masked_score_vanishes_beside_the_lowest_visible_one(score, dtype):
+    masked = torch.tensor(score, dtype=dtype) + torch.tensor(MASKED_SCORE, dtype=dtype)
+    assert torch.isfinite(masked)
+    assert torch.stack((torch.tensor(-1.0e4, dtype=dtype), masked)).softmax(0).tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 300.0, 6e4])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from coremill.conversion.decoder import Decoder, Main
 from coremill.core.config import ModelConfig
 from coremill.core.contract import ModelArch
 from coremill.core.errors import PredictionInputError
@@ -63,8 +64,8 @@ class SpelledOut(nn.Module):
         return (self.head(nn.functional.gelu(x + self.o(mixed))),)
 
 
-def _student():
-    return new_student(CONFIG, seed=1).eval()
+def _pipelines():
+    return Main(Decoder(new_student(CONFIG, seed=1), CONFIG.max_seq_len)).eval()
 
 
 def _spelled_out():
@@ -72,7 +73,7 @@ def _spelled_out():
     return SpelledOut().eval()
 
 
-MODELS = {"student": _student, "spelled out": _spelled_out}
+MODELS = {"the pipeline's": _pipelines, "spelled out": _spelled_out}
 
 
 def _convert(module, kind, precision):
@@ -106,8 +107,8 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(
     scope="module",
     params=[
-        ("student", "traced", "FLOAT16"),
-        ("student", "exported", "FLOAT32"),
+        ("the pipeline's", "traced", "FLOAT16"),
+        ("the pipeline's", "exported", "FLOAT32"),
         ("spelled out", "traced", "FLOAT32"),
         ("spelled out", "exported", "FLOAT16"),
     ],

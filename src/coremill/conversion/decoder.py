@@ -21,7 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coremill.model.student import MASKED_SCORE, Attention, FeedForward, Layer, RMSNorm, Student
+from coremill.model.student import Attention, FeedForward, Layer, RMSNorm, Student
+
+MASKED_SCORE = -3.0e4
+"""What is added to the score of a key that must not be seen.
+
+Finite, so that no row computes inf - inf, and far from the end of float16's range, ±65,504: for scores within
+±1e4 a masked one lies between -4e4 and -2e4, and its softmax weight beside any visible one is exactly 0.
+"""
 
 SMALLEST_SCALE = 2.0**-7
 """Rows whose largest magnitude is below this are scaled as if it were this: its square is a normal float16."""
@@ -118,7 +125,7 @@ class Decoder(nn.Module):
         self.register_buffer("cos", student.cos[: positions + 1].clone())
         # The sign of the rotation, (-second, first), is in the table: one operation less a layer.
         self.register_buffer("sin", torch.cat((-sin[:, :half], sin[:, half:]), dim=1))
-        self.register_buffer("positions", student.positions[: positions + 1].clone())
+        self.register_buffer("positions", torch.arange(positions + 1, dtype=torch.int32))
         self.register_buffer("masked", torch.full((1, 1), MASKED_SCORE))
 
     def mask(self, hidden: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,9 +74,9 @@ def export_main(main: nn.Module, ids: Tensor, longest: int, output_names: Sequen
     return buffer.getvalue()
 
 
-def load_main(data: bytes) -> ExportedMain:
+def load_main(source: Path | io.BytesIO) -> ExportedMain:
     """The program in an archive that :func:`export_main` made; RuntimeError and the like if it is none."""
     with warnings.catch_warnings():
         # torch 2.9 warns that bytes are not writable; nothing writes to the weights.
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        return ExportedMain(torch.export.load(io.BytesIO(data)))
+        return ExportedMain(torch.export.load(source))

@@ -1,4 +1,4 @@
-"""The student: a Llama-family decoder that traces at any length and converts to few operations.
+"""The student: a Llama-family decoder, as it is trained and as every other form of a model is compared with.
 
 Legend: B batch, T sequence length, V vocabulary, C d_model, H heads, K key/value heads, G = H/K heads a
 key/value head, D head size, F d_ff.
@@ -19,13 +19,6 @@ from torch import Tensor, nn
 
 from coremill.core.config import ModelConfig
 from coremill.model.rope import rotary_tables
-
-MASKED_SCORE = -3.0e4
-"""What is added to the score of a key that must not be seen.
-
-Finite, so that no row computes inf - inf, and far from the end of float16's range, ±65,504: for scores within
-±1e4 a masked one lies between -4e4 and -2e4, and its softmax weight beside any visible one is exactly 0.
-"""
 
 
 def output_names(config: ModelConfig) -> tuple[str, ...]:
@@ -82,29 +75,18 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def _heads(self, x: Tensor, n_heads: int) -> Tensor:
-        # -1 for T: with one unknown size a reshape stays a constant shape in the converted graph.
-        return x.view(x.shape[0], -1, n_heads, self.head_dim).transpose(1, 2)  # (B, n_heads, T, D)
+        return x.view(*x.shape[:2], n_heads, self.head_dim).transpose(1, 2)  # (B, n_heads, T, D)
 
-    def _to_query_heads(self, x: Tensor) -> Tensor:
-        """Repeat each key/value head for its group of query heads: (B, K, T, D) to (B, H, T, D)."""
-        group = self.n_heads // self.n_kv_heads
-        if group == 1:
-            return x
-        # Copies, not expand(): coremltools turns that into a dozen operations that work the sizes out at run time.
-        x = torch.cat([x.unsqueeze(2)] * group, dim=2)  # (B, K, G, T, D)
-        return x.view(x.shape[0], self.n_heads, -1, self.head_dim)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """x (B, T, C), cos and sin (T, D), mask (T, T) added to the scores; returns (B, T, C)."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, C), cos and sin (T, D); returns (B, T, C)."""
         q = self._heads(self.q_proj(x), self.n_heads)  # (B, H, T, D)
         k = self._heads(self.k_proj(x), self.n_kv_heads)  # (B, K, T, D)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         v = self._heads(self.v_proj(x), self.n_kv_heads)  # (B, K, T, D)
-        mixed = F.scaled_dot_product_attention(
-            q, self._to_query_heads(k), self._to_query_heads(v), attn_mask=mask
-        )  # (B, H, T, D)
+        # (B, H, T, D); with enable_gqa query head h reads key/value head h // G
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -128,16 +110,16 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The half that mixes positions: x (B, T, C) to (B, T, C)."""
-        return x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        return x + self.self_attn(self.input_layernorm(x), cos, sin)
 
     def transform(self, x: Tensor) -> Tensor:
         """The half that treats each position alone: x (..., C) to (..., C)."""
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        return self.transform(self.attend(x, cos, sin, mask))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.transform(self.attend(x, cos, sin))
 
 
 class Student(nn.Module):
@@ -149,7 +131,6 @@ class Student(nn.Module):
 
     cos: Tensor
     sin: Tensor
-    positions: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -161,11 +142,8 @@ class Student(nn.Module):
             self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.arch.use_halt_head:
             self.halt_head = Linear(config.d_model, 2, bias=False)
-        # One longer than the longest sequence: torch.export takes a T that can equal a table's length for
-        # that very length, and the exported program then runs at no other.
-        positions = torch.arange(config.max_seq_len + 1, dtype=torch.int32)
-        cos, sin = rotary_tables(config, positions)
-        self.register_buffer("positions", positions, persistent=False)
+        # One longer than the longest sequence, for the sake of the graphs that are exported: see `Decoder`.
+        cos, sin = rotary_tables(config, torch.arange(config.max_seq_len + 1))
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -180,7 +158,7 @@ class Student(nn.Module):
             Row i of either depends on tokens 0 to i alone. The halt columns are [continue, halt].
 
         Raises:
-            ValueError: T is beyond `max_seq_len`. A traced graph does not check.
+            ValueError: T is beyond `max_seq_len`.
         """
         return self._heads(self.layers[-1].transform(self._attended(input_ids)))
 
@@ -203,14 +181,13 @@ class Student(nn.Module):
     def _attended(self, input_ids: Tensor) -> Tensor:
         """(B, T) to (B, T, C): all that mixes positions, up to the attention of the last layer."""
         seq_len = input_ids.shape[1]
-        if not torch.jit.is_tracing() and seq_len > self.config.max_seq_len:
+        if seq_len > self.config.max_seq_len:
             raise ValueError(f"{seq_len} tokens, the model's max_seq_len is {self.config.max_seq_len}")
         cos, sin = self.cos[:seq_len], self.sin[:seq_len]  # (T, D)
-        mask = _causal_mask(self.positions[:seq_len])  # (T, T)
         x = self.embed_tokens(input_ids)  # (B, T, C)
         for layer in self.layers[:-1]:
-            x = layer(x, cos, sin, mask)
-        return self.layers[-1].attend(x, cos, sin, mask)
+            x = layer(x, cos, sin)
+        return self.layers[-1].attend(x, cos, sin)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (..., C) to logits (..., V) and, where there is a halt head, (..., 2)."""
@@ -280,13 +257,3 @@ def new_student(config: ModelConfig, *, seed: int) -> Student:
                 std *= 2
             parameter.normal_(0.0, std, generator=generator)
     return student
-
-
-def _causal_mask(positions: Tensor) -> Tensor:
-    """(T, T): 0 where a query may see a key, MASKED_SCORE where the key comes later; positions (T,) int32.
-
-    Built from the positions, not sliced from a (max_seq_len, max_seq_len) table, which the package would carry.
-    """
-    is_later = positions.unsqueeze(0) > positions.unsqueeze(1)
-    # A product and not torch.where: coremltools 9.0 gives a select between two scalars the rank of a scalar.
-    return is_later.to(torch.float32) * MASKED_SCORE

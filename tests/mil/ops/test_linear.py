@@ -7,6 +7,8 @@ import pytest
 import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813
 
+from coremill.mil.ops import transformer
+
 RNG = np.random.default_rng(5)
 
 
@@ -115,3 +117,71 @@ def test_attention_follows_its_mask(evaluate):
         *(torch.from_numpy(each) for each in (query, key, value)), is_causal=True
     )
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+# A mask that is causal in effect: half of the work, and not another number
+
+LONG = 1024
+
+
+def _causal(kind):
+    seen = torch.ones(LONG, LONG, dtype=torch.bool).tril()
+    return seen if kind == "bool" else torch.where(seen, 0.0, float(kind))
+
+
+def _queries_and_keys(scale=1.0):
+    generator = torch.Generator().manual_seed(7)
+    return [scale * torch.randn(1, 2, LONG, 8, generator=generator) for _ in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["bool", "-inf", "-3e4"])
+def test_a_causal_mask_is_known_and_changes_no_bit(kind, monkeypatch):
+    query, key, value = _queries_and_keys()
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=_causal(kind))
+    asked = []
+    whole = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        transformer.F, "scaled_dot_product_attention", lambda *a, **k: asked.append(sorted(k)) or whole(*a, **k)
+    )
+    found = transformer.scaled_dot_product_attention(query, key, value, _causal(kind))
+    assert asked == [["is_causal"]]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("row", [1, 255, 256, 700, LONG - 1])
+@pytest.mark.parametrize("change", ["one seen key hidden", "one later key seen", "a bias on one seen key"])
+def test_a_mask_with_one_other_value_is_not_causal(row, change):
+    query, key, value = _queries_and_keys()
+    mask = _causal("-3e4")
+    place, number = {
+        "one seen key hidden": (row // 2, -3e4),
+        "one later key seen": (row + 1, 0.0),
+        "a bias on one seen key": (row, 0.25),
+    }[change]
+    if place == LONG:
+        row, place = row - 1, place - 1
+    mask[row, place] = number
+    found = transformer.scaled_dot_product_attention(query, key, value, mask).numpy()
+    arrays = (each.numpy() for each in (query, key, value, mask))
+    np.testing.assert_allclose(found, _attention(*arrays), rtol=1e-4, atol=1e-5)
+    causal = _attention(query.numpy(), key.numpy(), value.numpy(), _causal("bool").numpy())
+    assert np.abs(found[0, :, row] - causal[0, :, row]).max() > 1e-5  # or the change could not be seen
+
+
+@pytest.mark.parametrize(("scale", "hidden"), [(1.0, "-5"), (300.0, "-3e4")])
+def test_a_mask_too_weak_for_its_scores_is_added(scale, hidden):
+    query, key, value = _queries_and_keys(scale)
+    found = transformer.scaled_dot_product_attention(query, key, value / scale, _causal(hidden))
+    arrays = [each.numpy() for each in (query, key, value / scale)]
+    expected = _attention(*arrays, _causal(hidden).numpy())
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-4)
+    assert np.abs(expected - _attention(*arrays, _causal("bool").numpy())).max() > 0.1
+
+
+def test_a_mask_for_each_head_or_a_broadcast_one_is_added():
+    query, key, value = _queries_and_keys()
+    each_head = torch.stack([_causal("-3e4"), torch.zeros(LONG, LONG)])[None]  # (1, 2, L, L)
+    for mask in (each_head, torch.zeros(1, LONG)):
+        found = transformer.scaled_dot_product_attention(query, key, value, mask).numpy()
+        arrays = (each.numpy() for each in (query, key, value, mask))
+        np.testing.assert_allclose(found, _attention(*arrays), rtol=1e-4, atol=1e-5)
