@@ -264,7 +264,13 @@ def report(session: nox.Session, *lanes: str) -> None:
     session.run(sys.executable, *command, env=SESSION_ENV, external=True)
 
 
-@nox.session(venv_backend="none", requires=[stage_session(STAGES[-1], LANE)], tags=["build"])
+@nox.session(
+    venv_backend="none",
+    requires=[
+        stage_session(stage, LANE) for stage in STAGES if not any(stage.name in other.needs for other in STAGES)
+    ],
+    tags=["build"],
+)
 def pipeline(session: nox.Session) -> None:
     """The whole build in one lane, from the first stage of the run to its report."""
     report(session, OTHER_LANE if _fell_back else LANE)
@@ -294,7 +300,7 @@ CONVERTED_MODEL = [f"model/test_{part}.py" for part in ("checkpoint", "decoding"
 
 TEST_ROOMS = {
     "tests-light": ("tests-tools", ["core", "pipeline", "infra", "report", "test_noxfile.py", "test_cli.py"]),
-    "tests-train-rooms": ("tests-train", ["core", "data", "model", "training"]),
+    "tests-train-rooms": ("tests-train", ["core", "data", "model", "training", "formats"]),
     "tests-convert-rooms": (f"tests-convert-torch-{PRIMARY_LANE}", ["core", *CONVERTED_MODEL, "mil", "conversion"]),
     "tests-e2e": ("tests-tools", ["e2e"]),
 }

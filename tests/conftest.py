@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ settings.load_profile("coremill")
 PLATFORMS = {
     "needs_macos": ("needs macOS", sys.platform == "darwin"),
     "needs_cuda": ("needs a CUDA device", False),
+    "needs_ollama": ("needs an Ollama server", shutil.which("ollama") is not None),
 }
 _NOT_RUN = pytest.StashKey[dict[str, int]]()
 

@@ -134,7 +134,7 @@ def test_a_stage_that_the_run_has_not_cannot_be_forced(tmp_path):
     assert ended.returncode == 1
     assert (
         "--force import: configs/magic-8-ball.toml has no such stage, but all, dataset, training, export, convert, "
-        "verify" in ended.stderr
+        "verify, hf, gguf" in ended.stderr
     )
 
 
@@ -146,8 +146,8 @@ def test_a_dry_run_says_what_would_run_and_runs_nothing(tmp_path, run):
     options = ("--config", f"configs/{run}.toml", "--build-dir", str(tmp_path / "build"), "--dry-run")
     ended = nox("-s", "pipeline", "--", *options)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("would run: never ran") == 5
-    for stage in (*FIRST_STAGES[run], "verify(torch='2.9.1')"):
+    assert ended.stderr.count("would run: never ran") == 7
+    for stage in (*FIRST_STAGES[run], "verify(torch='2.9.1')", "hf", "gguf"):
         assert f"Running session {stage}\n" in ended.stderr
     assert not (tmp_path / "build").exists()
 
@@ -157,7 +157,7 @@ def test_the_matrix_runs_what_lanes_share_once_and_the_rest_in_every_lane(tmp_pa
     options = ("--config", f"configs/{run}.toml", "--build-dir", str(tmp_path / "build"), "--dry-run")
     ended = nox("-s", "matrix", "--", *options)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("would run: never ran") == 2 + 3 * len(LANES)
+    assert ended.stderr.count("would run: never ran") == 4 + 3 * len(LANES)
     for stage in FIRST_STAGES[run]:
         assert ended.stderr.count(f"Running session {stage}\n") == 1
 

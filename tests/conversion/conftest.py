@@ -33,6 +33,7 @@ from coremill.core.config import (
     DistilledRun,
     DistilledVerify,
     ExportConfig,
+    GgufType,
     ImportedRun,
     ImportedVerify,
     ModelConfig,
@@ -47,12 +48,15 @@ from coremill.core.documents import read_json, write_json
 from coremill.core.reports import Answer, Backend, Perplexity, StatefulMeasured
 from coremill.core.stage import StageContext
 from coremill.data.corpora import bundled_texts
+from coremill.data.gguf_tokenizer import gguf_metadata
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.rows import Row, read_rows
 from coremill.data.text_tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG, TextTokenizer
 from coremill.data.texts import ChatPrompt, write_chat_prompts, write_texts
 from coremill.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from coremill.model.checkpoint import IMPORTED_FROM, checkpoint_of, save_checkpoint
+from coremill.model.checkpoint import IMPORTED_FROM, checkpoint_of, load_checkpoint, save_checkpoint
+from coremill.model.gguf_writer import write_gguf
+from coremill.model.huggingface_writer import TokenIds, write_huggingface
 from coremill.model.student import new_student
 from coremill.training.batches import encode_rows
 from coremill.training.distill import distill
@@ -348,6 +352,38 @@ def imported(pristine_imported: Build, tmp_path: Path) -> Build:
     """A copy of that build that a test may break."""
     shutil.copytree(pristine_imported.root, tmp_path / "imported")
     return Build(tmp_path / "imported", IMPORTED)
+
+
+class Forms(msgspec.Struct, frozen=True):
+    """A model in other formats."""
+
+    hf: Path
+    gguf: dict[GgufType, Path]
+
+
+def write_forms(build: Build, folder: Path) -> Forms:
+    """The build's model as a Hugging Face directory and as GGUF, as the stages write them."""
+    checkpoint, tokenizer = load_checkpoint(build.checkpoint), build.read_prompts().tokenizer
+    text = TextTokenizer.of_student(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
+    hf = folder / "hf"
+    hf.mkdir(parents=True)
+    tokens = TokenIds(bos=text.bos_id, eos=text.eos_ids, pad=text.pad_id)
+    write_huggingface(hf, checkpoint, dtype="float32", tokens=tokens)
+    files: dict[GgufType, Path] = {}
+    metadata = gguf_metadata(text, vocab_size=checkpoint.config.vocab_size)
+    for kind in build.config.gguf.types:
+        files[kind] = layout.gguf_file(folder / "gguf", build.config.name, kind)
+        write_gguf(files[kind], checkpoint, metadata, kind=kind, name=build.config.name, provenance={})
+    return Forms(hf, files)
+
+
+@pytest.fixture(scope="session")
+def forms(pristine: Build, pristine_imported: Build, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Forms]:
+    """By the run's name."""
+    folder = tmp_path_factory.mktemp("forms")
+    return {
+        build.config.name: write_forms(build, folder / build.config.name) for build in (pristine, pristine_imported)
+    }
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import weakref
+from contextlib import nullcontext
 
 import msgspec
 import numpy as np
@@ -32,9 +34,23 @@ BY_NAME = {
     "torchscript": "the checkpoint in float32",
     "torch-export": "the checkpoint in float32",
     "mil-reference": "the checkpoint in float32",
+    "transformers": "the checkpoint in float32",
+    "gguf-f32": "the checkpoint in float32, as log probabilities",
+    "gguf-f16": "the checkpoint in float32, as log probabilities",
+    "gguf-q8_0": "the checkpoint in float32, as log probabilities",
+    "gguf-q4_0": "the checkpoint in float32, as log probabilities",
     "mil-float32": "the checkpoint in float32, its weights rounded as the package's",
 }
 """The formats that run anywhere, with what they are compared with."""
+
+
+FORMS = {}
+"""Of each run, by its name."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forms(forms):
+    FORMS.update(forms)
 
 
 def subject_of(build) -> Subject:
@@ -45,6 +61,9 @@ def subject_of(build) -> Subject:
         prompts=build.dataset,
         contract=build.contract,
         package=build.package,
+        hf=FORMS[build.config.name].hf,
+        hf_dtype="float32",
+        gguf=FORMS[build.config.name].gguf,
     )
 
 
@@ -73,7 +92,7 @@ def rows(matrix):
 def test_every_format_is_a_row_and_every_row_within_its_tolerances(matrix, rows):
     assert list(rows) == list(FORMATS)
     for name, reference in BY_NAME.items():
-        assert isinstance(rows[name], FormatMeasured)
+        assert isinstance(rows[name], FormatMeasured), rows[name]
         assert rows[name].reference == reference
         assert rows[name].outside == ()
         assert (rows[name].positions, rows[name].judged) == (24, 24)
@@ -131,19 +150,24 @@ def test_each_tolerance_is_the_configuration_s_or_float32_s(pristine_imported, m
     (ids,) = pristine_imported.read_prompts().packed(24, 1)
     student = build_student(load_checkpoint(pristine_imported.checkpoint))
     largest = float(np.abs(Reference(student).run(ids)["logits"]).max())
-    in_float32 = ("eager", "torchscript", "torch-export")
-    others = tuple(name for name in FORMATS if name != "mil-float32")
+    in_float32 = ("eager", "torchscript", "torch-export", "transformers")
+    configured = tuple(name for name in FORMATS if not name.startswith("gguf-"))
+    others = tuple(name for name in configured if name != "mil-float32")
     found = [(each.measure, each.bound, each.rows) for each in matrix.tolerances]
     assert found == [
         (Measure.MAX_ABS_ERR, 1e-5 * largest, in_float32),
         (Measure.SQNR_DB, 40.0, others),
         (Measure.SQNR_DB, 90.0, ("mil-float32",)),
-        (Measure.TOP1_AGREEMENT, 1.0, tuple(FORMATS)),
-        (Measure.KL_NATS, 1e-3, tuple(FORMATS)),
-        (Measure.EXCLUDED_SHARE, 0.1, tuple(FORMATS)),
-        (Measure.PERPLEXITY_CHANGE, 0.005, tuple(FORMATS)),
+        (Measure.TOP1_AGREEMENT, 1.0, configured),
+        (Measure.KL_NATS, 1e-3, configured),
+        (Measure.EXCLUDED_SHARE, 0.1, configured),
+        (Measure.PERPLEXITY_CHANGE, 0.005, configured),
+        (Measure.MAX_ABS_ERR, 1e-4, ("gguf-f32",)),
+        (Measure.MAX_ABS_ERR, 5e-2, ("gguf-f16",)),
+        (Measure.KL_NATS, 5e-3, ("gguf-q8_0",)),
+        (Measure.KL_NATS, 1.0, ("gguf-q4_0",)),
     ]
-    assert [each.source for each in matrix.tolerances] == [
+    assert [each.source for each in matrix.tolerances][:7] == [
         f"float32's rounding, as at export: 1e-05 of the largest logit, {largest:.4g}",
         "min_sqnr_db in [verify]",
         "float32's rounding, on both sides' same rounded weights",
@@ -219,10 +243,10 @@ def test_weights_that_float16_does_not_hold_are_not_rounded_and_their_row_says_s
     with torch.no_grad():
         student.layers[0].mlp.down_proj.weight[0, 0] = 1e5
     prompts, contract = pristine_imported.read_prompts(), pristine_imported.read_contract()
-    groups = groups_of(subject_of(pristine_imported), contract, student, prompts, ConvertConfig())
+    groups = groups_of(subject_of(pristine_imported), contract, student, prompts, ConvertConfig(), 24)
     names = [each.name for group in groups for each in group.formats]
     assert names == list(FORMATS)
-    assert groups[1].formats[0].not_run == FormatNotRun(
+    assert groups[2].formats[0].not_run == FormatNotRun(
         format="mil-float32",
         reason="a weight is beyond float16's range, so that the conversion rounds none of them",
     )
@@ -313,21 +337,20 @@ class Counted(np.ndarray):
 def test_of_the_formats_logits_one_s_are_kept_at_a_time(pristine_imported):
     alive: list[weakref.ref] = []
 
-    def counted(ids):
+    def counted(ids, places):
         assert not [each for each in alive if each() is not None]
         logits = np.ones((len(ids), 5), np.float32).view(Counted)
         alive.append(weakref.ref(logits))
         return {"logits": logits}
 
-    class Ones:
-        def run(self, ids):
-            return {"logits": np.ones((len(ids), 5), np.float32)}
+    def ones(ids, places):
+        return {"logits": np.ones((len(places), 5), np.float32)}
 
     compared = [Compared([1, 2, 3], slice(None), scored=False)] * 3
-    formats = tuple(Format(name=name, load=lambda: counted) for name in ("eager", "torchscript"))
-    group = Group(reference="ones", make=Ones, formats=formats)
+    formats = tuple(Format(name=name, load=lambda: nullcontext(counted)) for name in ("eager", "torchscript"))
+    group = Group(reference="ones", make=lambda: ones, formats=formats)
     verify = pristine_imported.config.verify
-    found = _Measured(compared, verify, seq_len=4, pad_id=0).rows(group, ["eager", "torchscript"])
+    found = _Measured(compared, verify).rows(group, ["eager", "torchscript"])
     assert len(alive) == 6
     assert [(row.max_abs_err, row.positions) for row in found] == [(0.0, 9), (0.0, 9)]
 
@@ -347,16 +370,67 @@ def test_of_the_formats_logits_one_s_are_kept_at_a_time(pristine_imported):
     ],
 )
 def test_logits_that_cannot_be_compared_are_a_failed_row(pristine_imported, outputs, error):
-    class Ones:
-        def run(self, ids):
-            return {"logits": np.ones((len(ids), 5), np.float32)}
+    def ones(ids, places):
+        return {"logits": np.ones((len(places), 5), np.float32)}
 
     group = Group(
         reference="ones",
-        make=Ones,
-        formats=(Format(name="torchscript", load=lambda: lambda ids: outputs(len(ids))),),
+        make=lambda: ones,
+        formats=(Format(name="torchscript", load=lambda: nullcontext(lambda ids, places: outputs(len(places)))),),
     )
-    measured = _Measured(
-        [Compared([1, 2, 3], slice(None), scored=False)], pristine_imported.config.verify, seq_len=3, pad_id=0
-    )
+    measured = _Measured([Compared([1, 2, 3], slice(None), scored=False)], pristine_imported.config.verify)
     assert measured.rows(group, ["torchscript"]) == [FormatFailed(format="torchscript", error=error)]
+
+
+# The formats that others run
+
+
+def test_llama_cpp_is_asked_at_every_so_many_positions_the_last_among_them():
+    group = Group(reference="", make=lambda: None, formats=(), every=5, longest=23)
+    assert [list(group.places(n)) for n in (1, 5, 6, 12, 24)] == [
+        [0],
+        [4],
+        [0, 5],
+        [1, 6, 11],
+        [2, 7, 12, 17, 22],  # 23 tokens: one position of 24 is for the token that llama.cpp says
+    ]
+
+
+def test_gguf_rows_are_log_probabilities_of_the_model_itself(pristine_imported, rows):
+    assert rows["gguf-f32"].max_abs_err < 1e-4
+    assert 0 < rows["gguf-f32"].kl_nats < 1e-9
+    assert rows["gguf-f32"].top1_agreement == rows["gguf-f16"].top1_agreement == 1.0
+    assert rows["gguf-f32"].max_abs_err < rows["gguf-f16"].max_abs_err < rows["gguf-q8_0"].max_abs_err
+    assert rows["gguf-q4_k"] == FormatNotRun(
+        format="gguf-q4_k", reason="the configuration's [gguf] types do not name it"
+    )
+
+
+@pytest.fixture
+def broken_forms(imported, tmp_path, monkeypatch):
+    """The forms in a folder of their own, to be broken."""
+    whole = FORMS[imported.config.name]
+    shutil.copytree(whole.hf, tmp_path / "hf")
+    files = {kind: shutil.copy(path, tmp_path / path.name) for kind, path in whole.gguf.items()}
+    monkeypatch.setitem(FORMS, imported.config.name, msgspec.structs.replace(whole, hf=tmp_path / "hf", gguf=files))
+    return FORMS[imported.config.name]
+
+
+def test_a_truncated_gguf_is_a_failed_row_and_the_others_stand(imported, broken_forms):
+    path = broken_forms.gguf["f16"]
+    path.write_bytes(path.read_bytes()[:-100])
+    matrix = matrix_of(imported, chosen=["gguf-f32", "gguf-f16"])
+    found = rows_of(matrix)
+    assert isinstance(found["gguf-f32"], FormatMeasured)
+    assert isinstance(found["gguf-f16"], FormatFailed)
+    assert str(path) in found["gguf-f16"].error
+    assert not matrix.within
+
+
+def test_another_model_s_directory_is_beyond_its_tolerance(imported, broken_forms):
+    path = broken_forms.hf / "config.json"
+    config = json.loads(path.read_text())
+    config["rms_norm_eps"] = 0.1
+    path.write_text(json.dumps(config))
+    found = rows_of(matrix_of(imported, chosen=["transformers"]))
+    assert Measure.MAX_ABS_ERR in found["transformers"].outside

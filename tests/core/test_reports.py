@@ -106,7 +106,7 @@ def test_only_verified_lanes_answer() -> None:
         run(FAILED, sampled_seed=8)
     with pytest.raises(ValueError, match=r"^no lane was verified, and there are 1 answers, of seed None$"):
         run(FAILED, sampled=(answer,))
-    with pytest.raises(ValueError, match="`gates_ok` is True, the lanes say otherwise"):
+    with pytest.raises(ValueError, match="`gates_ok` is True, the lanes and what they share say otherwise"):
         run(FAILED, verified(), sampled_seed=8, gates_ok=True)
 
 

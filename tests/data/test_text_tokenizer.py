@@ -23,6 +23,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unic
 from coremill.core.digest import file_digest
 from coremill.core.errors import TokenizerError
 from coremill.data.text_tokenizer import TextTokenizer
+from coremill.data.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE / "smollm2_golden.json").read_text())
@@ -391,3 +392,23 @@ def test_directories_that_are_refused(folder: Path, name: str, text: str | None,
         loaded(folder)
     assert caught.value.found.startswith(found.replace("F", str(folder), 1))
     assert caught.value.expected
+
+
+def test_a_student_s_tokenizer_writes_conversations_as_the_student_was_taught_them() -> None:
+    student = Tokenizer.train(["Will it rain? Yes, certainly.", "Is it so? My reply is no."] * 20, 280)
+    text = TextTokenizer.of_student(student)
+    assert (text.bos_id, text.pad_id, text.eos_ids, text.add_bos) == (student.bos_id, student.pad_id, (2,), False)
+    assert text.digest == student.digest
+    assert text.chat_template is not None
+    question = {"role": "user", "content": "Will it rain?"}
+    prompt = text.chat_template.render([question], add_generation_prompt=True)
+    assert text.encode(prompt, allow_special=True) == student.encode_prompt("Will it rain?")
+    answered = text.chat_template.render(
+        [question, {"role": "assistant", "content": "Yes."}], add_generation_prompt=False
+    )
+    assert text.encode(answered, allow_special=True) == [
+        *student.encode_prompt("Will it rain?"),
+        *student.encode_answer("Yes."),
+    ]
+    with pytest.raises(TokenizerError, match=r"^the chat template: a message of the role nobody"):
+        text.chat_template.render([{"role": "nobody", "content": ""}], add_generation_prompt=True)

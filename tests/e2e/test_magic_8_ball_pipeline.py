@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from coremill.core.gates import Outcome, Severity
 from coremill.core.layout import RunLayout
 from coremill.core.manifest import check_outputs, read_manifest
 from coremill.core.reports import RunSummary, ShapeMeasured, VerificationReport
-from coremill.pipeline.environments import PRIMARY_LANE
+from coremill.pipeline.environments import PRIMARY_LANE, TRAIN, installed
 
 ROOT = Path(__file__).parents[2]
 RUN = "magic-8-ball"
 STAGES = [
     ("dataset", None),
     ("training", None),
+    ("hf", None),
+    ("gguf", None),
     *((name, PRIMARY_LANE) for name in ("export", "convert", "verify")),
 ]
 
@@ -35,6 +38,8 @@ def test_magic_8_ball_pipeline_e2e(nox_build, tmp_path):
     check_stages(layout)
     check_contract(layout)
     check_verification(layout)
+    check_answers_of_llama_cpp(layout)
+    check_huggingface_directory(layout)
     check_report(layout, built.stdout)
 
     again = nox_build("pipeline", layout.build)
@@ -99,6 +104,66 @@ def check_verification(layout):
     assert heldout.out_of_vocabulary == 0
     assert heldout.teacher_kl_nats <= 0.02
     assert len({answer.answer for answer in report.sampled}) >= 10
+
+
+ANSWER = """
+import json, sys
+from pathlib import Path
+from coremill.data.judge import judge
+from coremill.data.rows import read_rows
+from coremill.data.tokenizer import Tokenizer
+from coremill.model.llamacpp import LlamaCpp
+
+file, tokenizer, heldout, count = sys.argv[1:]
+tokenizer = Tokenizer.load(Path(tokenizer))
+rows = [row for row, _ in zip(read_rows(Path(heldout)), range(int(count)))]
+with LlamaCpp(Path(file), context=256) as model:
+    ids = [model.generate(tokenizer.encode_prompt(row.prompt), 96, {tokenizer.end_id}) for row in rows]
+texts = [tokenizer.decode_answer(each) for each in ids]
+ended = [each[-1] == tokenizer.end_id for each in ids]
+print(json.dumps([judge(row, text).exact and end for row, text, end in zip(rows, texts, ended)]))
+"""
+
+
+def check_answers_of_llama_cpp(layout):
+    """The files are there, and llama.cpp answers questions that the student never saw as the teacher would."""
+    folder, dataset = layout.stage("gguf"), layout.stage("dataset")
+    kinds = read_config(ROOT / "configs" / f"{RUN}.toml").gguf.types
+    assert {"f32", "f16", "q8_0", "q4_0"} == set(kinds)
+    for kind in kinds:
+        assert names.gguf_file(folder, RUN, kind).read_bytes()[:4] == b"GGUF"
+    assert names.halt_head_file(folder, RUN).is_file()
+    python = str(installed(ROOT)[TRAIN.name].python)
+    files = (names.gguf_file(folder, RUN, "f16"), names.tokenizer_file(dataset), names.heldout_file(dataset))
+    answered = subprocess.run(
+        [python, "-c", ANSWER, *map(str, files), "64"], capture_output=True, text=True, check=False
+    )
+    assert answered.returncode == 0, answered.stderr
+    assert json.loads(answered.stdout) == [True] * 64
+    checked = subprocess.run(
+        [python, "-m", "coremill.conversion.ollama", "check", str(names.modelfile(folder))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert names.modelfile(folder).read_text().splitlines()[0] == f"FROM ./{files[0].name}"
+
+
+def check_huggingface_directory(layout):
+    """transformers itself, which the stage has asked already, loads the directory; here its files are looked at."""
+    folder = layout.stage("hf")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["architectures"], config["vocab_size"]) == (["LlamaForCausalLM"], 512)
+    assert names.halt_head_file(folder, RUN).is_file()
+    for name in (
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "README.md",
+    ):
+        assert (folder / name).is_file(), name
 
 
 def check_report(layout, printed):

@@ -51,8 +51,9 @@ def test_where_no_environment_is_in_place_it_says_how_to_make_one(started, monke
     monkeypatch.setattr(elsewhere, "installed", lambda root: {})
     assert main(["agree", "--run", "tiny"]) == 32
     assert capsys.readouterr().err.splitlines()[1:] == [
-        "  expected: an environment with torch, coremltools, numpy, tokenizers",
-        "  run: nox -s env-convert-torch-2.9.1 in a checkout, or pip install torch coremltools numpy tokenizers",
+        "  expected: an environment with torch, coremltools, numpy, tokenizers, transformers, xllamacpp",
+        "  run: nox -s env-convert-torch-2.9.1 in a checkout, or pip install torch coremltools numpy tokenizers "
+        "transformers xllamacpp",
     ]
 
 

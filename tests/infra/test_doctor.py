@@ -56,6 +56,8 @@ to do  convert torch-2.9.1  in convert-torch-2.9.1
 ready  convert torch-2.8.0  in convert-torch-2.8.0
 to do  verify torch-2.9.1   in convert-torch-2.9.1
 ready  verify torch-2.8.0   in convert-torch-2.8.0
+to do  hf                   in train
+to do  gguf                 in train
 to do  texts                in train
 to do  import               in train
 

@@ -39,6 +39,8 @@ WORK = {
     "export": {"conversion/export_pytorch.py", "conversion/export.py"},
     "convert": {"conversion/convert_coreml.py", "conversion/convert.py"},
     "verify": {"conversion/verify_contract.py", "conversion/verify.py"},
+    "hf": {"conversion/export_hf.py"},
+    "gguf": {"conversion/export_gguf.py"},
 }
 
 

@@ -20,13 +20,16 @@ DISTILLED_RUN = read_config(CONFIGS / "magic-8-ball.toml")
 IMPORTED_RUN = read_config(CONFIGS / "smollm2-135m.toml")
 
 
+LANE, FORMATS = ["export", "convert", "verify"], ["hf", "gguf"]
+
+
 def test_the_kind_of_the_run_chooses_the_table():
     assert stages_of(DISTILLED_RUN) == DISTILLED
     assert stages_of(IMPORTED_RUN) == IMPORTED
-    assert [stage.name for stage in DISTILLED] == ["dataset", "training", "export", "convert", "verify"]
-    assert [stage.name for stage in IMPORTED] == ["texts", "import", "export", "convert", "verify"]
+    assert [stage.name for stage in DISTILLED] == ["dataset", "training", *LANE, *FORMATS]
+    assert [stage.name for stage in IMPORTED] == ["texts", "import", *LANE, *FORMATS]
     assert [stage.name for stage in EVERY_STAGE] == [
-        "dataset", "training", "export", "convert", "verify", "texts", "import",
+        "dataset", "training", *LANE, *FORMATS, "texts", "import",
     ]  # fmt: skip
 
 
@@ -43,7 +46,7 @@ def test_a_stage_of_another_kind_is_refused_by_name(capsys):
         find_stage("dataset", IMPORTED)
     assert str(caught.value) == (
         "there is no stage 'dataset'\n"
-        "  expected: one of texts, import, export, convert, verify\n"
+        "  expected: one of texts, import, export, convert, verify, hf, gguf\n"
         "  run: coremill status"
     )
     with pytest.raises(StageError, match="there is no stage 'texts'"):

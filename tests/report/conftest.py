@@ -229,7 +229,7 @@ def stage_summary(stage: str, lane: str | None, duration_s: float, reason: str |
         stage=stage,
         lane=lane,
         python="3.13.0" if lane is None else "3.11.7",
-        torch=lane or ("2.9.1" if stage in ("training", "import") else None),
+        torch=lane or ("2.9.1" if stage in ("training", "import", "hf", "gguf") else None),
         duration_s=duration_s,
         started_at="2026-05-04T09:12:33+00:00",
         outcome=Outcome.PASSED if reason is None else Outcome.FAILED,
@@ -253,8 +253,12 @@ def lane_stages(lane: LaneSummary, verify_reason: str | None) -> list[StageSumma
     ]
 
 
+def format_stages() -> list[StageSummary]:
+    return [stage_summary("hf", None, 4.106), stage_summary("gguf", None, 8.25)]
+
+
 def run_summary(lanes: Sequence[LaneSummary], verify_reason: str | None = None) -> RunSummary:
-    stages = [stage_summary("dataset", None, 0.614), stage_summary("training", None, 17.96)]
+    stages = [stage_summary("dataset", None, 0.614), stage_summary("training", None, 17.96), *format_stages()]
     for lane in lanes:
         stages += lane_stages(lane, verify_reason)
     verified = any(isinstance(lane, LaneVerified) for lane in lanes)
@@ -359,7 +363,12 @@ def imported() -> RunSummary:
         heldout=None,
         package_size_bytes=271_834_112,
     )
-    stages = [stage_summary("texts", None, 0.121), stage_summary("import", None, 6.304), *lane_stages(lane, None)]
+    stages = [
+        stage_summary("texts", None, 0.121),
+        stage_summary("import", None, 6.304),
+        *format_stages(),
+        *lane_stages(lane, None),
+    ]
     return msgspec.structs.replace(
         run_summary([lane]),
         run="smollm2-135m",
@@ -467,6 +476,11 @@ class FinishedRun:
         checkpoint_file(self.layout.stage("training"), self.config.name).write_text("weights")
         self.publish("training", parameters=623_232, loss_last=0.3412)
 
+    def formats(self) -> None:
+        """The forms of the model that no lane makes."""
+        self.publish("hf", max_abs_err=7e-6)
+        self.publish("gguf", f32_max_abs_err=2e-5)
+
     def _shared_imported(self) -> None:
         for stage in ("texts", "import"):
             self.layout.stage(stage).mkdir(parents=True)
@@ -540,6 +554,7 @@ def finished(tmp_path: Path, config: RunConfig) -> FinishedRun:
     run.shared()
     run.lane("2.9.1", good_gates(), good_shapes())
     run.lane("2.8.0", bad_gates(), bad_shapes())
+    run.formats()
     return run
 
 
@@ -549,6 +564,7 @@ def finished_import(tmp_path: Path) -> FinishedRun:
     run = FinishedRun(tmp_path / "build", read_config(IMPORTED_CONFIG))
     run.shared()
     run.lane("2.9.1", imported_gates(), imported_shapes())
+    run.formats()
     return run
 
 

@@ -34,6 +34,8 @@ def test_a_summary_is_of_what_the_stages_left(finished) -> None:
     assert [(row.stage, row.lane, row.python, row.torch, row.outcome) for row in summary.stages] == [
         ("dataset", None, "3.13.0", "2.9.1", Outcome.PASSED),
         ("training", None, "3.13.0", "2.9.1", Outcome.PASSED),
+        ("hf", None, "3.13.0", "2.9.1", Outcome.PASSED),
+        ("gguf", None, "3.13.0", "2.9.1", Outcome.PASSED),
         ("export", "2.9.1", "3.11.7", "2.9.1", Outcome.PASSED),
         ("convert", "2.9.1", "3.11.7", "2.9.1", Outcome.PASSED),
         ("verify", "2.9.1", "3.11.7", "2.9.1", Outcome.PASSED),
@@ -42,6 +44,8 @@ def test_a_summary_is_of_what_the_stages_left(finished) -> None:
         "dataset.rows": 2048,
         "training.parameters": 623_232,
         "training.loss_last": 0.3412,
+        "hf.max_abs_err": 7e-6,
+        "gguf.f32_max_abs_err": 2e-5,
     }
     (lane,) = summary.lanes
     assert lane.package_size_bytes == 1000
@@ -53,9 +57,14 @@ def test_a_summary_is_of_what_the_stages_left(finished) -> None:
 
 def test_a_run_that_imports_its_model_has_stages_of_its_own(finished_import) -> None:
     summary = summarise(finished_import.layout, finished_import.config, ["2.9.1"])
-    assert [row.stage for row in summary.stages] == ["texts", "import", "export", "convert", "verify"]
+    assert [row.stage for row in summary.stages] == ["texts", "import", "hf", "gguf", "export", "convert", "verify"]
     assert {row.outcome for row in summary.stages} == {Outcome.PASSED}
-    assert summary.figures == {"texts.characters": 121_442, "import.parameters": 134_515_008}
+    assert summary.figures == {
+        "texts.characters": 121_442,
+        "import.parameters": 134_515_008,
+        "hf.max_abs_err": 7e-6,
+        "gguf.f32_max_abs_err": 2e-5,
+    }
     (lane,) = summary.lanes
     assert (lane.primary, sorted(lane.shapes)) == ("T1024", ["T1024", "T2048", "T4096", "T512"])
     assert (lane.heldout, summary.sampled_seed, len(summary.sampled), summary.gates_ok) == (None, None, 2, True)
@@ -71,7 +80,8 @@ def test_another_export_than_the_build_did_is_refused(finished_import) -> None:
 
 def test_lanes_share_what_ran_once(finished) -> None:
     summary = summarise(finished.layout, finished.config, ["2.9.1", "2.8.0"])
-    assert [row.stage for row in summary.stages] == ["dataset", "training", *["export", "convert", "verify"] * 2]
+    shared = ["dataset", "training", "hf", "gguf"]
+    assert [row.stage for row in summary.stages] == [*shared, *["export", "convert", "verify"] * 2]
     assert [(lane.lane, lane.gates_ok) for lane in summary.lanes] == [("2.9.1", True), ("2.8.0", False)]
     assert isinstance(summary.lanes[1].shapes["T64"], ShapeError)
     assert not summary.gates_ok
@@ -274,11 +284,25 @@ def test_a_failed_training_fails_every_lane(finished) -> None:
     assert outcomes(summary)[:3] == [
         ("dataset", None, "passed"),
         ("training", None, "failed"),
-        ("export", "2.9.1", "not_run"),
+        ("hf", None, "not_run"),
     ]
     assert summary.figures == {"dataset.rows": 2048}
     assert (summary.sampled_seed, summary.sampled) == (None, ())
     assert report(finished, "--torch", "2.9.1", "--torch", "2.8.0") == 3
+
+
+def test_a_failed_format_fails_the_run_and_no_lane(finished, capsys) -> None:
+    finished.fail("gguf", None, "q8_0 differs from the checkpoint by 0.2 nats")
+    summary = summarise(finished.layout, finished.config, ["2.9.1"])
+    (lane,) = summary.lanes
+    assert (lane.gates_ok, summary.gates_ok) == (True, False)
+    assert {row.stage: row.outcome for row in summary.stages if row.outcome is not Outcome.PASSED} == {
+        "gguf": Outcome.FAILED
+    }
+    assert report(finished, "--torch", "2.9.1") == 3
+    printed = capsys.readouterr().out
+    assert "q8_0 differs from the checkpoint by 0.2 nats" in printed
+    assert printed.splitlines()[-1] == "gates_ok: false; stages: gguf (failed)"
 
 
 def test_where_nothing_was_built_there_is_nothing_to_report(finished, capsys) -> None:

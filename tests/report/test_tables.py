@@ -47,7 +47,7 @@ def test_no_reason_is_cut_at_any_width(name: str, width: int, summaries) -> None
 def test_the_order_and_the_last_line(good: RunSummary) -> None:
     text = printed(good, 120)
     titles = [
-        "stages, 44.2 s",
+        "stages, 56.6 s",
         "shapes, run by mil-reference",
         "gates, 13 passed, 1 failed, 1 not_run",
         "7 questions answered",

@@ -21,6 +21,8 @@ from coremill.core.errors import GATES_FAILED, OK, ConfigError, StageError
 from coremill.core.matrix import (
     AT_LEAST,
     FORMATS,
+    GGUF,
+    TRANSFORMERS,
     AgreementMatrix,
     FormatFailed,
     FormatMeasured,
@@ -37,7 +39,7 @@ from coremill.infra.version_gate import check_installed
 
 log = logging.getLogger(__name__)
 
-NEEDS = ("torch", "coremltools", "numpy", "tokenizers")
+NEEDS = ("torch", "coremltools", "numpy", "tokenizers", "transformers", "xllamacpp")
 
 _COLUMNS = {
     Measure.MAX_ABS_ERR: "max abs",
@@ -88,6 +90,9 @@ def main(argv: list[str] | None = None) -> int:
         prompts=context.prompts_dir,
         contract=layout.contract_file(context.inputs["export"], config.name),
         package=layout.package_dir(context.inputs["convert"], config.name),
+        hf=context.inputs["hf"],
+        hf_dtype=config.hf.dtype,
+        gguf={kind: layout.gguf_file(context.inputs["gguf"], config.name, kind) for kind in config.gguf.types},
     )
     matrix = agreement_matrix(subject, config.verify, config.convert, seq_len=options.shape, chosen=chosen)
     if options.out is not None:
@@ -114,7 +119,7 @@ def _running_torch() -> str:
 def _context(options: argparse.Namespace, config: RunConfig, lane: str) -> StageContext:
     """The run's folders, as a stage of the lane would be given them."""
     run = layout.RunLayout(build=options.build_dir.resolve(), run=config.name)
-    shared = {name: run.stage(name) for name in ("dataset", "training", "texts", "import")}
+    shared = {name: run.stage(name) for name in ("dataset", "training", "texts", "import", "hf", "gguf")}
     of_lane = {name: run.stage(name, lane) for name in ("export", "convert")}
     return StageContext(config=config, lane=lane, inputs={**shared, **of_lane}, out=run.root)
 
@@ -128,6 +133,11 @@ def _artifacts(context: StageContext, chosen: tuple[str, ...]) -> Iterator[Path]
     yield layout.program_file(export, name, context.config.export.frontend)
     if any(FORMATS[each].reads == "package" for each in chosen):
         yield layout.package_dir(context.inputs["convert"], name)
+    if TRANSFORMERS in chosen:
+        yield context.inputs["hf"] / "config.json"
+    for format_name, kind in GGUF.items():
+        if format_name in chosen and kind in context.config.gguf.types:
+            yield layout.gguf_file(context.inputs["gguf"], name, kind)
 
 
 def _check_there(context: StageContext, chosen: tuple[str, ...], config: Path) -> None:
@@ -188,7 +198,8 @@ def _tolerance_cells(tolerance: Tolerance) -> list[str]:
     sign = "≥" if tolerance.measure in AT_LEAST else "≤"
     shares = (Measure.TOP1_AGREEMENT, Measure.EXCLUDED_SHARE, Measure.PERPLEXITY_CHANGE)
     bound = f"{tolerance.bound:.4g}" if tolerance.measure not in shares else f"{100 * tolerance.bound:.4g} %"
-    of = "every row" if set(tolerance.rows) == set(FORMATS) else ", ".join(tolerance.rows)
+    every = set(tolerance.rows) == FORMATS.keys() - GGUF.keys()
+    of = "every row but GGUF's" if every else ", ".join(tolerance.rows)
     return [f"{_COLUMNS[tolerance.measure]} {sign} {bound}", of, tolerance.source]
 
 

@@ -65,13 +65,13 @@ class Comparison:
         reference: Logits,
         measured: Logits,
         *,
-        judged: slice = slice(None),
+        judged: slice | Logits = slice(None),
         tokens: Sequence[int] | None = None,
     ) -> None:
         """Compare `measured` (N, V) with `reference` (N, V) as well.
 
         Args:
-            judged: the positions that the top-1 agreement is about.
+            judged: the positions that the top-1 agreement is about: a slice of them, or (N,) of bools.
             tokens: the N tokens that the logits are of, for the perplexity: row i predicts token i + 1.
 
         Raises:

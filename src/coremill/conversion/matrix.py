@@ -9,10 +9,14 @@ Legend: N tokens of a sequence, T the length that it is padded to, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import msgspec
+import numpy as np
+import torch
 
 from coremill.conversion.agreement import Comparison
 from coremill.conversion.backends import Array, core_ml_runner, has_core_ml, reference_runner
@@ -21,6 +25,7 @@ from coremill.conversion.converter import working_lengths
 from coremill.conversion.decoder import Decoder, Main
 from coremill.conversion.export import MAX_RELATIVE_ERR
 from coremill.conversion.exported import export_main
+from coremill.conversion.gguf_parity import BOUNDS
 from coremill.conversion.graph import (
     LOGITS,
     Program,
@@ -32,11 +37,12 @@ from coremill.conversion.graph import (
     run_program,
     trace,
 )
+from coremill.conversion.huggingface_parity import load_model
 from coremill.conversion.package import check_package
 from coremill.conversion.prompts import Compared, Prompts, load_prompts
 from coremill.conversion.rounding import MIN_SQNR_DB, are_rounded, round_weights, wide_runner
 from coremill.conversion.verify import lane_of
-from coremill.core.config import ConvertConfig, ImportedVerify, VerifyConfig
+from coremill.core.config import ConvertConfig, GgufType, ImportedVerify, VerifyConfig
 from coremill.core.contract import Contract, Frontend, read_contract, shape_key
 from coremill.core.digest import digest, file_digest
 from coremill.core.errors import ConfigError, ContractMismatchError, CoremillError
@@ -45,10 +51,12 @@ from coremill.core.matrix import (
     COREML,
     EAGER,
     FORMATS,
+    GGUF,
     MIL_FLOAT32,
     MIL_REFERENCE,
     TORCH_EXPORT,
     TORCHSCRIPT,
+    TRANSFORMERS,
     AgreementMatrix,
     FormatFailed,
     FormatMeasured,
@@ -59,16 +67,27 @@ from coremill.core.matrix import (
     all_within,
     outside,
 )
+from coremill.mil.measures import log_softmax
 from coremill.model.checkpoint import build_student, check_vocabulary, load_checkpoint
+from coremill.model.llamacpp import LOG_PROB_FLOOR, LlamaCpp
 from coremill.model.student import Student
 
 log = logging.getLogger(__name__)
 
 _FLOAT32 = "the checkpoint in float32"
+_LOG_PROBS = "the checkpoint in float32, as log probabilities"
+_MOST_LOG_PROBS = 1 << 21
+"""Most that llama.cpp is asked for of one sequence: it writes each as text."""
 _ROUNDED = "the checkpoint in float32, its weights rounded as the package's"
 
-Run = Callable[[Sequence[int]], Mapping[str, Array]]
-"""The outputs by name, (T, …) each, for token ids (T,); `logits` (T, V) among them."""
+Places = range
+"""Positions of a sequence that are compared, its last among them."""
+
+Whole = Callable[[Sequence[int]], Mapping[str, Array]]
+"""The outputs by name, (T, …) each, for T token ids; `logits` (T, V) among them."""
+
+Run = Callable[[Sequence[int], Places], Mapping[str, Array]]
+"""The outputs by name, (len(places), …) each, at some places of N ≤ T token ids; `logits` among them."""
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,14 +101,20 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     contract: Path
     """The program that it describes lies beside it."""
     package: Path
+    hf: Path
+    """The Hugging Face directory."""
+    hf_dtype: str
+    """Of its tensors."""
+    gguf: Mapping[GgufType, Path]
+    """The files that the run makes."""
 
 
 class Format(msgspec.Struct, frozen=True, kw_only=True):
     """A form of the model."""
 
     name: str
-    load: Callable[[], Run]
-    """Called once, when its row's turn comes; what it returns is released before the next row's."""
+    load: Callable[[], AbstractContextManager[Run]]
+    """Called once, when its row's turn comes; what it holds is released before the next row's."""
     is_float32: bool = False
     """Whether it computes in float32 with the reference's weights, so that float32's rounding bounds its errors."""
     not_run: FormatNotRun | None = None
@@ -100,8 +125,17 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     """Formats that are compared with one reference."""
 
     reference: str
-    make: Callable[[], Reference]
+    make: Callable[[], Run]
     formats: tuple[Format, ...]
+    every: int = 1
+    """Of so many positions one is compared: more than 1 where a format is slow."""
+    longest: int | None = None
+    """The most tokens that its formats say something after; None for as many as there are."""
+
+    def places(self, length: int) -> Places:
+        """Those of a sequence of `length` tokens."""
+        end = length if self.longest is None else min(length, self.longest)
+        return range((end - 1) % self.every, end, self.every)
 
 
 def agreement_matrix(
@@ -136,9 +170,9 @@ def agreement_matrix(
     compared = list(prompts.compared(seq_len))
     student = build_student(checkpoint)
     del checkpoint  # the student has copies of its weights
-    groups = groups_of(subject, contract, student, prompts, convert)
+    groups = groups_of(subject, contract, student, prompts, convert, seq_len)
     formats = [each for group in groups for each in group.formats]
-    measured = _Measured(compared, verify, seq_len, prompts.pad_id)
+    measured = _Measured(compared, verify)
     found = [row for group in groups for row in measured.rows(group, chosen)]
     tolerances = _tolerances(formats, verify, measured.largest)
     rows = tuple(
@@ -192,9 +226,18 @@ def _check_digests(subject: Subject, contract: Contract, *, reads_package: bool)
 
 
 def groups_of(
-    subject: Subject, contract: Contract, student: Student, prompts: Prompts, convert: ConvertConfig
+    subject: Subject,
+    contract: Contract,
+    student: Student,
+    prompts: Prompts,
+    convert: ConvertConfig,
+    seq_len: int,
 ) -> tuple[Group, ...]:
     """The rows of the matrix, those with a reference of their own last: it takes the student's place."""
+
+    def padded(run: Whole) -> Run:
+        return _picking(lambda ids: run([*ids, *[prompts.pad_id] * (seq_len - len(ids))]))
+
     is_rounded = are_rounded(student, convert)
     is_float32 = convert.compute_precision == "float32"
     needs_mac = FormatNotRun(
@@ -205,36 +248,88 @@ def groups_of(
     )
 
     def program(frontend: Frontend) -> Run:
-        return _program_run(_program(frontend, subject, contract, student, prompts), contract)
+        return padded(_program_run(_program(frontend, subject, contract, student, prompts), contract))
 
     return (
         Group(
             reference=_FLOAT32,
-            make=lambda: Reference(student),
+            make=lambda: _picking(Reference(student).run),
             formats=(
-                Format(name=EAGER, is_float32=True, load=lambda: Reference(student).run),
-                Format(name=TORCHSCRIPT, is_float32=True, load=lambda: program("torchscript")),
-                Format(name=TORCH_EXPORT, is_float32=True, load=lambda: program("torch-export")),
-                Format(name=MIL_REFERENCE, load=lambda: reference_runner(subject.package, contract).run),
+                Format(name=EAGER, is_float32=True, load=lambda: nullcontext(padded(Reference(student).run))),
+                Format(name=TORCHSCRIPT, is_float32=True, load=lambda: nullcontext(program("torchscript"))),
+                Format(name=TORCH_EXPORT, is_float32=True, load=lambda: nullcontext(program("torch-export"))),
+                Format(
+                    name=MIL_REFERENCE,
+                    load=lambda: nullcontext(padded(reference_runner(subject.package, contract).run)),
+                ),
                 Format(
                     name=COREML,
-                    load=lambda: core_ml_runner(subject.package, contract).run,
+                    load=lambda: nullcontext(padded(core_ml_runner(subject.package, contract).run)),
                     not_run=None if has_core_ml() else needs_mac,
+                ),
+                Format(
+                    name=TRANSFORMERS,
+                    is_float32=subject.hf_dtype == "float32",
+                    load=lambda: nullcontext(padded(_transformers_run(subject.hf))),
                 ),
             ),
         ),
+        _gguf_group(subject, student, seq_len),
         Group(
             reference=_ROUNDED,
-            make=lambda: Reference(round_weights(student) if is_rounded else student),
+            make=lambda: _picking(Reference(round_weights(student) if is_rounded else student).run),
             formats=(
                 Format(
                     name=MIL_FLOAT32,
-                    load=lambda: wide_runner(subject.package, contract).run,
+                    load=lambda: nullcontext(padded(wide_runner(subject.package, contract).run)),
                     not_run=None if is_rounded or is_float32 else unknown_rounding,
                 ),
             ),
         ),
     )
+
+
+def _gguf_group(subject: Subject, student: Student, seq_len: int) -> Group:
+    """llama.cpp gives log probabilities, after one position a request."""
+    config = student.config
+    absent = "the configuration's [gguf] types do not name it"
+    whole = Reference(student).run
+
+    def log_probs(ids: Sequence[int], places: Places) -> dict[str, Array]:
+        logits = _picking(whole)(ids, places)[LOGITS]
+        return {LOGITS: np.maximum(log_softmax(logits), LOG_PROB_FLOOR).astype(np.float32)}
+
+    def load(path: Path) -> Callable[[], AbstractContextManager[Run]]:
+        return lambda: _llama_cpp(path, context=min(seq_len + 1, config.max_seq_len))
+
+    return Group(
+        reference=_LOG_PROBS,
+        make=lambda: log_probs,
+        every=max(1, math.ceil(seq_len * config.vocab_size / _MOST_LOG_PROBS)),
+        longest=config.max_seq_len - 1,  # one position is for the token that it says
+        formats=tuple(
+            Format(name=name, load=load(subject.gguf[kind]))
+            if kind in subject.gguf
+            else Format(name=name, load=load(Path()), not_run=FormatNotRun(format=name, reason=absent))
+            for name, kind in GGUF.items()
+        ),
+    )
+
+
+def _transformers_run(folder: Path) -> Whole:
+    model = load_model(folder)
+
+    def run(ids: Sequence[int]) -> dict[str, Array]:
+        with torch.no_grad():
+            return {LOGITS: model(input_ids=as_input(ids).long(), use_cache=False).logits[0].numpy()}
+
+    return run
+
+
+@contextmanager
+def _llama_cpp(path: Path, *, context: int) -> Iterator[Run]:
+    with LlamaCpp(path, context=context, threads=torch.get_num_threads()) as model:
+        yield lambda ids, places: {LOGITS: model.rows(ids, places)}
 
 
 def _program(
@@ -255,7 +350,17 @@ def _program(
     return parse_program(data, where=f"the {frontend} program of {subject.checkpoint}", frontend=frontend)
 
 
-def _program_run(program: Program, contract: Contract) -> Run:
+def _picking(run: Whole) -> Run:
+    """`run`, of whose outputs some places are taken."""
+
+    def at_places(ids: Sequence[int], places: Places) -> dict[str, Array]:
+        rows = slice(places.start, places.stop, places.step)
+        return {name: array[rows] for name, array in run(ids).items()}
+
+    return at_places
+
+
+def _program_run(program: Program, contract: Contract) -> Whole:
     def run(ids: Sequence[int]) -> dict[str, Array]:
         outputs = run_program(program, ids)
         return {spec.name: tensor[0].numpy() for spec, tensor in zip(contract.outputs, outputs, strict=True)}
@@ -269,10 +374,9 @@ def _program_run(program: Program, contract: Contract) -> Run:
 class _Measured:
     """Runs formats on the same sequences; of their logits, one format's are kept at a time."""
 
-    def __init__(self, compared: Sequence[Compared], verify: VerifyConfig, seq_len: int, pad_id: int) -> None:
+    def __init__(self, compared: Sequence[Compared], verify: VerifyConfig) -> None:
         self._compared = compared
         self._margin = verify.argmax_margin
-        self._seq_len, self._pad_id = seq_len, pad_id
         self.largest = 0.0
         """The largest magnitude of the first reference's logits."""
 
@@ -282,42 +386,46 @@ class _Measured:
         expected: list[Outputs] = []
         if runnable:
             reference = group.make()
-            expected = [reference.run(each.ids) for each in self._compared]
+            expected = [reference(each.ids, group.places(len(each.ids))) for each in self._compared]
             largest = max(float(max(logits[LOGITS].max(), -logits[LOGITS].min())) for logits in expected)
             self.largest = self.largest or largest
-        return [self._row(each, group.reference, expected, chosen) for each in group.formats]
+        return [self._row(each, group, expected, chosen) for each in group.formats]
 
-    def _row(self, subject: Format, reference: str, expected: list[Outputs], chosen: Collection[str]) -> FormatRow:
+    def _row(self, subject: Format, group: Group, expected: list[Outputs], chosen: Collection[str]) -> FormatRow:
         if subject.name not in chosen:
             return FormatNotRun(format=subject.name, reason="not asked for: see --formats")
         if subject.not_run is not None:
             return subject.not_run
         log.info("%s …", subject.name)
         try:
-            return self._measure(subject, reference, expected)
+            return self._measure(subject, group, expected)
         except CoremillError as failure:
             error = failure.found
         except (RuntimeError, ValueError) as failure:  # of torch at this length, or of logits that are not finite
             error = f"{type(failure).__name__}: {failure}"
         return FormatFailed(format=subject.name, error=error)
 
-    def _measure(self, subject: Format, reference: str, expected: list[Outputs]) -> FormatMeasured:
-        run = subject.load()
+    def _measure(self, subject: Format, group: Group, expected: list[Outputs]) -> FormatMeasured:
         by_output: dict[str, Comparison] = {}
-        for (ids, judged, is_scored), wanted in zip(self._compared, expected, strict=True):
-            found = run([*ids, *[self._pad_id] * (self._seq_len - len(ids))])
-            for name in wanted.keys() & found.keys():
-                comparison = by_output.setdefault(name, Comparison(margin=self._margin))
-                tokens = ids if is_scored and name == LOGITS else None
-                comparison.add(wanted[name], found[name][: len(ids)], judged=judged, tokens=tokens)
-            del found  # it may take 800 MB, and the next one comes first
+        with subject.load() as run:
+            for (ids, judged, is_scored), wanted in zip(self._compared, expected, strict=True):
+                places = group.places(len(ids))
+                is_judged = np.zeros(len(ids), bool)
+                is_judged[judged] = True
+                found = run(ids, places)
+                for name in wanted.keys() & found.keys():
+                    comparison = by_output.setdefault(name, Comparison(margin=self._margin))
+                    # A perplexity is of a whole text.
+                    tokens = ids if is_scored and name == LOGITS and len(places) == len(ids) else None
+                    comparison.add(wanted[name], found[name], judged=is_judged[places], tokens=tokens)
+                del found  # it may take 800 MB, and the next one comes first
         if LOGITS not in by_output:
             raise ValueError(f"it gives no `{LOGITS}`")
         figures = {name: comparison.result() for name, comparison in by_output.items()}
         logits = figures[LOGITS]
         return FormatMeasured(
             format=subject.name,
-            reference=reference,
+            reference=group.reference,
             max_abs_err=max(each.max_abs_err for each in figures.values()),
             sqnr_db=min(each.sqnr_db for each in figures.values()),
             kl_nats=logits.kl_nats,
@@ -336,7 +444,8 @@ def _tolerances(formats: Sequence[Format], verify: VerifyConfig, largest: float)
     Args:
         largest: the largest magnitude of the reference's logits; 0 where it was not run.
     """
-    names = tuple(each.name for each in formats)
+    # GGUF files have bounds of their own: a type of few bits is not what [verify] is about.
+    names = tuple(each.name for each in formats if each.name not in GGUF)
     in_float32 = tuple(each.name for each in formats if each.is_float32)
     configured = {
         Measure.KL_NATS: ("max_kl_nats", verify.max_kl_nats),
@@ -373,4 +482,14 @@ def _tolerances(formats: Sequence[Format], verify: VerifyConfig, largest: float)
             Tolerance(measure=measure, bound=bound, rows=names, source=f"{key} in [verify]")
             for measure, (key, bound) in configured.items()
         ),
+        *_gguf_tolerances(formats),
     )
+
+
+def _gguf_tolerances(formats: Sequence[Format]) -> Iterator[Tolerance]:
+    """Those of the run's GGUF files that have a column here."""
+    there = [each.name for each in formats if each.name in GGUF and each.not_run is None]
+    for name, kind in ((name, GGUF[name]) for name in there):
+        for measure in (Measure.MAX_ABS_ERR, Measure.KL_NATS):
+            if (allowed := BOUNDS.get((kind, measure.value))) is not None:
+                yield Tolerance(measure=measure, bound=allowed.limit, rows=(name,), source=allowed.source)

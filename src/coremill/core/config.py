@@ -291,6 +291,28 @@ class ConvertConfig(Record):
     compute_precision: ComputePrecision = "float16"
 
 
+GgufType = Literal["f32", "f16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k"]
+"""What a GGUF file stores its matrices as; vectors stay float32. llama.cpp's names, in lower case."""
+
+
+class GgufConfig(Record):
+    types: tuple[GgufType, ...] = ("f32", "f16", "q8_0", "q4_0")
+    """A file each; the first is the one that the Modelfile names."""
+
+    def __post_init__(self) -> None:
+        if not self.types:
+            raise ValueError("`types` names no type")
+        if len(set(self.types)) != len(self.types):
+            raise ValueError(f"`types` names a type twice, found {list(self.types)}")
+
+
+class HuggingFaceConfig(Record):
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the tensors in model.safetensors."""
+    license: str | None = None
+    """SPDX identifier for the model card."""
+
+
 class VerifyConfig(Record):
     """What is asked of every package: that it computes what the checkpoint computes."""
 
@@ -365,6 +387,8 @@ class BaseRun(Document):
     shapes: ShapeSet
     export: ExportConfig = ExportConfig()
     convert: ConvertConfig
+    gguf: GgufConfig = GgufConfig()
+    hf: HuggingFaceConfig = HuggingFaceConfig()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):

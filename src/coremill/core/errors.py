@@ -179,6 +179,18 @@ class CacheFullError(CoremillError):
     exit_code, kind = 47, "full cache"
 
 
+class ParityError(CoremillError):
+    """A written form of a model that does not compute what its checkpoint computes."""
+
+    exit_code, kind = 48, "parity"
+
+
+class GgufError(CoremillError):
+    """A model that a type of GGUF cannot store, or a GGUF file that llama.cpp does not load."""
+
+    exit_code, kind = 49, "GGUF"
+
+
 class RunLockedError(CoremillError):
     """Another process is building the same run."""
 
@@ -189,6 +201,12 @@ class StageError(CoremillError):
     """A stage that cannot run: an input is missing, or was made by a run that failed."""
 
     exit_code, kind = 51, "stage"
+
+
+class ModelfileError(CoremillError):
+    """A Modelfile that Ollama would refuse; names the line."""
+
+    exit_code, kind = 53, "Modelfile"
 
 
 class OutputError(CoremillError):

@@ -96,6 +96,26 @@ def conversion_log(stage: Path) -> Path:
     return stage / "conversion.log"
 
 
+def gguf_file(stage: Path, run: str, kind: str) -> Path:
+    """The model as GGUF, its matrices stored as `kind`, such as `q8_0`."""
+    return stage / f"{_stem(run)}-{kind}.gguf"
+
+
+def modelfile(stage: Path) -> Path:
+    """Ollama's, beside the GGUF file that it names."""
+    return stage / "Modelfile"
+
+
+def halt_head_file(stage: Path, run: str) -> Path:
+    """What GGUF and Hugging Face's Llama have no place for: the halt head's weight, as safetensors."""
+    return stage / f"{_stem(run)}.halt_head.safetensors"
+
+
+def parity_report(stage: Path) -> Path:
+    """How a written form of the model was found to compute what the checkpoint computes."""
+    return stage / "parity.json"
+
+
 def verification_report(stage: Path) -> Path:
     return stage / "verification_report.json"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+from coremill.core.config import GgufType
 from coremill.core.documents import Document, Record
 from coremill.core.gates import PlatformReason
 from coremill.core.reports import Perplexity
@@ -15,17 +16,22 @@ class Form(NamedTuple):
     """What a format is."""
 
     purpose: str
-    reads: Literal["checkpoint", "program", "package"]
+    reads: Literal["checkpoint", "program", "package", "hf", "gguf"]
 
 
 EAGER, TORCHSCRIPT, TORCH_EXPORT = "eager", "torchscript", "torch-export"
 MIL_REFERENCE, COREML, MIL_FLOAT32 = "mil-reference", "coreml", "mil-float32"
+TRANSFORMERS = "transformers"
+GGUF: dict[str, GgufType] = {f"gguf-{kind}": kind for kind in get_args(GgufType)}
+"""The rows of GGUF files, by name."""
 FORMATS = {
     EAGER: Form("the checkpoint's own model in float32, again", "checkpoint"),
     TORCHSCRIPT: Form("the traced program", "program"),
     TORCH_EXPORT: Form("the ExportedProgram of torch.export", "program"),
     MIL_REFERENCE: Form("the package under coremill.mil", "package"),
     COREML: Form("the package under Core ML itself", "package"),
+    TRANSFORMERS: Form("the Hugging Face directory under transformers", "hf"),
+    **{name: Form(f"the GGUF file of type {kind} under llama.cpp", "gguf") for name, kind in GGUF.items()},
     MIL_FLOAT32: Form("the package, its arithmetic in float32: all but rounding", "package"),
 }
 """The rows of the matrix, by name and in its order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Iterable
 
 from coremill.core.contract import Toolchain, shape_key
 from coremill.core.documents import Document, Record
@@ -322,11 +323,17 @@ def lane_failed(lane: str, stage: str, reason: str, toolchain: Toolchain | None)
     return LaneFailed(lane=lane, stage=stage, toolchain=toolchain, gates=(gate,))
 
 
+def shared_stages_ok(stages: Iterable[StageSummary]) -> bool:
+    """Whether each stage that lanes share passed; a failed lane is that lane's."""
+    return all(stage.outcome is Outcome.PASSED for stage in stages if stage.lane is None)
+
+
 class RunSummary(Document):
     """`summary.json`: one run in one page of figures.
 
     Raises:
-        ValueError: `gates_ok` contradicts the lanes, or there are answers and no lane that could have given them.
+        ValueError: `gates_ok` contradicts the lanes or the stages that they share, or there are answers and no lane
+            that could have given them.
     """
 
     run: str
@@ -336,7 +343,7 @@ class RunSummary(Document):
     stages: tuple[StageSummary, ...]
     lanes: tuple[LaneSummary, ...]
     figures: dict[str, float | int | str]
-    """What the stages before the lanes measured: `training.parameters`, …"""
+    """What the stages that lanes share measured: `training.parameters`, …"""
     sampled_seed: int | None
     """Of the first lane that was verified, as are the answers; None where they are greedy, or there are none."""
     sampled: tuple[Answer, ...]
@@ -345,8 +352,9 @@ class RunSummary(Document):
     gates_ok: bool
 
     def __post_init__(self) -> None:
-        if self.gates_ok != (bool(self.lanes) and all(lane.gates_ok for lane in self.lanes)):
-            raise ValueError(f"`gates_ok` is {self.gates_ok}, the lanes say otherwise")
+        lanes_ok = bool(self.lanes) and all(lane.gates_ok for lane in self.lanes)
+        if self.gates_ok != (lanes_ok and shared_stages_ok(self.stages)):
+            raise ValueError(f"`gates_ok` is {self.gates_ok}, the lanes and what they share say otherwise")
         if not self.verified and (self.sampled or self.sampled_seed is not None):
             raise ValueError(
                 f"no lane was verified, and there are {len(self.sampled)} answers, of seed {self.sampled_seed}"

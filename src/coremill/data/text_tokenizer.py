@@ -21,7 +21,7 @@ from coremill.core.digest import bytes_digest
 from coremill.core.errors import TokenizerError
 from coremill.core.publish import write_atomic
 from coremill.data.chat import ChatTemplate
-from coremill.data.tokenizer import decode_ids, encode_text
+from coremill.data.tokenizer import SPECIAL_TOKENS, Tokenizer, decode_ids, encode_text
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -30,6 +30,24 @@ GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+_STUDENT_ROLES = {"bos_token": Tokenizer.bos_id, "eos_token": Tokenizer.end_id, "pad_token": Tokenizer.pad_id}
+
+STUDENT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- '<|assistant|>' + message['content'] + eos_token -}}
+{%- elif message['role'] in ['user', 'system', 'tool_result'] -%}
+{{- '<|' + message['role'] + '|>' + message['content'] -}}
+{%- else -%}
+{{- raise_exception('a message of the role ' + message['role']) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+"""How a student was taught a conversation: one question and its answer are :meth:`Tokenizer.encode_prompt` and
+:meth:`Tokenizer.encode_answer`."""
 
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -53,7 +71,7 @@ class TextTokenizer:
 
     def __init__(self, data: bytes, special: _Special, template: str | None, *, where: str) -> None:
         self._data = data
-        self._where = where
+        self.where = where
         self._backend = _parse(data, where)
         self._special = special
         roles = {role: self._id_of(role, token) for role, token in special.tokens.items()}
@@ -89,6 +107,16 @@ class TextTokenizer:
         backend = _parse(data, str(path))
         special = _special_of(folder, settings, backend)
         return cls(data, special, _template_of(folder, settings), where=str(path))
+
+    @classmethod
+    def of_student(cls, tokenizer: Tokenizer) -> TextTokenizer:
+        """A student's tokenizer with what other programs need to know of it: special tokens and a chat template."""
+        special = _Special(
+            tokens={role: SPECIAL_TOKENS[place] for role, place in _STUDENT_ROLES.items()},
+            eos_ids=(tokenizer.end_id,),
+            add_bos=False,  # the template writes it
+        )
+        return cls(tokenizer.data, special, STUDENT_TEMPLATE, where="the student's tokenizer")
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], *, where: str) -> TextTokenizer:
@@ -127,6 +155,16 @@ class TextTokenizer:
         return int(max(self._backend.get_vocab(with_added_tokens=True).values())) + 1
 
     @property
+    def data(self) -> bytes:
+        """tokenizer.json."""
+        return self._data
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The texts of the tokens that play a part, by it: `bos_token`, `eos_token`, `unk_token`, `pad_token`."""
+        return self._special.tokens
+
+    @property
     def digest(self) -> str:
         """SHA-256 of tokenizer.json, as `sha256:<hex>`."""
         return bytes_digest(self._data)
@@ -134,7 +172,7 @@ class TextTokenizer:
     @functools.cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
         """A second tokenizer: whether special tokens in a text count is a state of the first."""
-        backend = _parse(self._data, self._where)
+        backend = _parse(self._data, self.where)
         backend.encode_special_tokens = False
         return backend
 
@@ -162,7 +200,7 @@ class TextTokenizer:
         found = self._backend.token_to_id(token)
         if found is None:
             raise TokenizerError(
-                f"{self._where}: its {role}, {token!r}, is not in the vocabulary", expected="a token that it has"
+                f"{self.where}: its {role}, {token!r}, is not in the vocabulary", expected="a token that it has"
             )
         return int(found)
 
@@ -246,7 +284,7 @@ def _template_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
 # --- from GGUF metadata -----------------------------------------------------------------------------
 
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 """`tokenizer.ggml.token_type`, as llama.cpp numbers them."""
 
 
@@ -268,7 +306,7 @@ class _GgufKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pre:
+class PreTokenization:
     """What `tokenizer.ggml.pre` stands for: how a text is cut before merges apply."""
 
     steps: tuple[pre_tokenizers.PreTokenizer, ...] = ()
@@ -280,28 +318,39 @@ class _Pre:
     add_bos: bool = False
     """Where the file does not say."""
 
+    @property
+    def normalizer(self) -> normalizers.Normalizer | None:
+        return normalizers.NFC() if self.nfc else None
 
-_PRE = {
-    "gpt-2": _Pre(),
-    "smollm": _Pre(steps=(pre_tokenizers.Digits(individual_digits=True),)),
-    "qwen2": _Pre(own_words=_QWEN2_WORDS, nfc=True),
-    "llama-bpe": _Pre(own_words=_LLAMA3_WORDS, whole_words_first=True, add_bos=True),
+    def pre_tokenizer(self, *, add_prefix_space: bool) -> pre_tokenizers.PreTokenizer:
+        words = () if self.own_words is None else (pre_tokenizers.Split(Regex(self.own_words), "isolated"),)
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=not words)
+        return pre_tokenizers.Sequence([*self.steps, *words, bytes_])
+
+
+PRE_TOKENIZATIONS = {
+    "gpt-2": PreTokenization(),
+    "smollm": PreTokenization(steps=(pre_tokenizers.Digits(individual_digits=True),)),
+    "qwen2": PreTokenization(own_words=_QWEN2_WORDS, nfc=True),
+    "llama-bpe": PreTokenization(own_words=_LLAMA3_WORDS, whole_words_first=True, add_bos=True),
 }
 
 
 def _from_gguf(keys: _GgufKeys) -> tuple[tokenizers.Tokenizer, _Special, str | None]:
     kind, pre = keys.get("model"), keys.get("pre")
-    if kind != "gpt2" or pre not in _PRE:
+    if kind != "gpt2" or pre not in PRE_TOKENIZATIONS:
         raise TokenizerError(
             f"{keys.where}: a tokenizer of model {kind!r}, pre {pre!r}",
-            expected=f"model 'gpt2' and one of {', '.join(_PRE)}; or the model's Hugging Face directory",
+            expected=(
+                f"model 'gpt2' and one of {', '.join(PRE_TOKENIZATIONS)}; or the model's Hugging Face directory"
+            ),
         )
     tokens, types, merges = keys.listed("tokens"), keys.listed("token_type"), keys.listed("merges")
     if len(types) != len(tokens):
         raise TokenizerError(
             f"{keys.where}: {len(tokens)} tokens and {len(types)} types", expected="a type for each token"
         )
-    rules = _PRE[pre]
+    rules = PRE_TOKENIZATIONS[pre]
     backend = _byte_level_bpe(tokens, types, merges, rules, add_prefix_space=bool(keys.get("add_space_prefix")))
     backend.add_tokens([_added(token, kind) for token, kind in zip(tokens, types, strict=True) if _is_added(kind)])
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -321,29 +370,32 @@ def _from_gguf(keys: _GgufKeys) -> tuple[tokenizers.Tokenizer, _Special, str | N
 
 
 def _byte_level_bpe(
-    tokens: Sequence[str], types: Sequence[int], merges: Iterable[str], rules: _Pre, *, add_prefix_space: bool
+    tokens: Sequence[str],
+    types: Sequence[int],
+    merges: Iterable[str],
+    rules: PreTokenization,
+    *,
+    add_prefix_space: bool,
 ) -> tokenizers.Tokenizer:
     """Places that are unused, which pad the embedding, get no token."""
-    vocabulary = {token: place for place, token in enumerate(tokens) if types[place] != _UNUSED}
+    vocabulary = {token: place for place, token in enumerate(tokens) if types[place] != UNUSED}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=pairs, fuse_unk=False, ignore_merges=rules.whole_words_first)
     )
-    if rules.nfc:
-        backend.normalizer = normalizers.NFC()
-    words = () if rules.own_words is None else (pre_tokenizers.Split(Regex(rules.own_words), "isolated"),)
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=not words)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*rules.steps, *words, bytes_])
+    if rules.normalizer is not None:
+        backend.normalizer = rules.normalizer
+    backend.pre_tokenizer = rules.pre_tokenizer(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
 def _is_added(kind: int) -> bool:
-    return kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    return kind in (UNKNOWN, CONTROL, USER_DEFINED)
 
 
 def _added(token: str, kind: int) -> AddedToken:
-    return AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
+    return AddedToken(token, special=kind != USER_DEFINED, normalized=False)
 
 
 def _is_index(value: Any, tokens: Sequence[str]) -> bool:

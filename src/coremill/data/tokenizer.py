@@ -144,6 +144,11 @@ class Tokenizer:
         return int(self._backend.get_vocab_size())
 
     @property
+    def data(self) -> bytes:
+        """The saved file."""
+        return self._data
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the saved file, as `sha256:<hex>`."""
         return bytes_digest(self._data)

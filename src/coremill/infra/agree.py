@@ -10,7 +10,7 @@ from coremill.core.command import exit_on_error
 from coremill.infra.elsewhere import run_where_installed
 from coremill.pipeline.environments import CONVERT, LANES
 
-NEEDS = ("torch", "coremltools", "numpy", "tokenizers")
+NEEDS = ("torch", "coremltools", "numpy", "tokenizers", "transformers", "xllamacpp")
 
 
 def main(argv: list[str] | None = None) -> int:

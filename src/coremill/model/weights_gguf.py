@@ -120,6 +120,12 @@ def from_interleaved(value: Tensor, n_heads: int) -> Tensor:
     return value.reshape(n_heads, size // 2, 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
 
 
+def to_interleaved(value: Tensor, n_heads: int) -> Tensor:
+    """The inverse of :func:`from_interleaved`."""
+    size = value.shape[0] // n_heads
+    return value.reshape(n_heads, 2, size // 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
+
+
 def _is_readable(kind: gguf.GGMLQuantizationType) -> bool:
     """Whether the gguf package dequantises that type; asked of one block of zeros."""
     if kind in _FLOATS:

@@ -82,6 +82,28 @@ def _lane_stages(*model: str) -> tuple[Stage, ...]:
     )
 
 
+def _format_stages(*model: str) -> tuple[Stage, ...]:
+    """The model's forms beside Core ML's, the same for every kind of run; `model` as in :func:`_lane_stages`."""
+    return (
+        Stage(
+            name="hf",
+            module="coremill.conversion.export_hf",
+            reads=("name", "model_type", "hf"),
+            needs=model,
+            per_lane=False,
+            purpose="the Hugging Face directory, run with transformers",
+        ),
+        Stage(
+            name="gguf",
+            module="coremill.conversion.export_gguf",
+            reads=("name", "model_type", "gguf"),
+            needs=model,
+            per_lane=False,
+            purpose="GGUF files and the Modelfile, run with llama.cpp",
+        ),
+    )
+
+
 # Each table is in the order in which its stages run. The name and the model type are read where they shape names of
 # files, and the checkpoint.
 DISTILLED = (
@@ -103,6 +125,7 @@ DISTILLED = (
         records=("metrics.jsonl",),
     ),
     *_lane_stages("dataset", "training"),
+    *_format_stages("dataset", "training"),
 )
 IMPORTED = (
     Stage(
@@ -122,6 +145,7 @@ IMPORTED = (
         purpose="bring the model's weights and its tokenizer in",
     ),
     *_lane_stages("texts", "import"),
+    *_format_stages("texts", "import"),
 )
 EVERY_STAGE = (*DISTILLED, *(stage for stage in IMPORTED if stage.name not in {each.name for each in DISTILLED}))
 """Each name once, for those that ask by name and know of no run."""

@@ -69,17 +69,22 @@ def build_command(config: RunConfig, lane: str, *, force: str | None = None) -> 
 
 
 def read_attempts(layout: RunLayout, config: RunConfig, lane: str) -> list[Attempt]:
-    """The stages that the lane rests on, in the order in which they run, up to the first that did not complete.
+    """The lane's stages and those that lanes share, in the order in which they run.
+
+    Left out are those that need one that did not complete.
 
     Raises:
         StageError: nothing of the run was built; a manifest is unreadable, of another run, or not of how its folder
             says that the stage ended; or a stage was made from what is no longer there.
     """
     attempts: list[Attempt] = []
+    stopped: set[str] = set()
     for stage in stages_of(config):
-        attempts.append(_last(layout, config, stage.name, lane if stage.per_lane else None))
-        if attempts[-1].failure is not None:
-            break
+        if stopped.isdisjoint(stage.needs):
+            attempts.append(_last(layout, config, stage.name, lane if stage.per_lane else None))
+            if attempts[-1].failure is None:
+                continue
+        stopped.add(stage.name)
     if attempts[0].manifest is None:
         raise StageError(
             f"{layout.root} holds no stage that ran", expected="a build", run=build_command(config, lane)
@@ -89,6 +94,11 @@ def read_attempts(layout: RunLayout, config: RunConfig, lane: str) -> list[Attem
         check_outputs(each.folder, each.manifest)
         _check_config(config, each.manifest, build_command(config, lane))
     return attempts
+
+
+def first_failed(attempts: Sequence[Attempt]) -> Attempt | None:
+    """The stage that the others wait for."""
+    return next((each for each in attempts if each.failure is not None), None)
 
 
 def completed(attempts: Sequence[Attempt]) -> dict[str, Completed]:

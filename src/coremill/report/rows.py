@@ -385,6 +385,9 @@ def final_line(summary: RunSummary) -> str:
     if summary.gates_ok:
         return "gates_ok: true"
     parts = ["gates_ok: false"]
+    shared = [row for row in summary.stages if row.lane is None and row.outcome is not Outcome.PASSED]
+    if shared:
+        parts.append(f"stages: {', '.join(f'{row.stage} ({row.outcome.value})' for row in shared)}")
     for severity in (Severity.MUST, Severity.SHOULD):
         blamed = []
         for lane in summary.lanes:

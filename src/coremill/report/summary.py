@@ -36,12 +36,13 @@ from coremill.core.reports import (
     StageSummary,
     VerificationReport,
     lane_failed,
+    shared_stages_ok,
 )
 from coremill.core.stage import Figures
 from coremill.pipeline.environments import LANES, PRIMARY_LANE
 from coremill.pipeline.project import add_run_options, chosen_run
 from coremill.pipeline.stages import stages_of
-from coremill.report.attempts import Attempt, Completed, build_command, completed, read_attempts
+from coremill.report.attempts import Attempt, Completed, build_command, completed, first_failed, read_attempts
 from coremill.report.status import status_markdown
 from coremill.report.tables import render
 
@@ -66,7 +67,7 @@ def summarise(
     reports = {
         lane: _verification(completed(ran), config, lane)
         for lane, ran in attempts.items()
-        if len(completed(ran)) == len(shared) + len(per_lane)
+        if "verify" in completed(ran)
     }
     stages = _stage_rows(shared, attempts[lanes[0]], None, None)
     figures: Figures = {}
@@ -78,7 +79,7 @@ def summarise(
         report = reports.get(lane)
         stages += _stage_rows(per_lane, ran, lane, report)
         if report is None:
-            summaries.append(_lane_stopped(lane, ran[-1]))
+            summaries.append(_lane_stopped(lane, ran))
         else:
             summaries.append(_lane_verified(lane, completed(ran)["convert"], config, report))
     first = next(iter(reports.values()), None)
@@ -92,7 +93,7 @@ def summarise(
         sampled_seed=None if first is None else first.sampled_seed,
         sampled=() if first is None else first.sampled,
         fell_back_from=fell_back_from,
-        gates_ok=all(lane.gates_ok for lane in summaries),
+        gates_ok=shared_stages_ok(stages) and all(lane.gates_ok for lane in summaries),
     )
 
 
@@ -121,11 +122,11 @@ def _stage_rows(
 ) -> list[StageSummary]:
     """The named stages, of a lane, or for None those that lanes share; the ones after a failed one are not_run."""
     by_stage = {each.stage: each for each in attempts}
-    stopped = attempts[-1].stage
+    stopped = first_failed(attempts)
     return [
         _stage_row(by_stage[name], lane, report)
         if name in by_stage
-        else _not_run(name, lane, f"stage {stopped} did not complete")
+        else _not_run(name, lane, f"stage {stopped.stage if stopped else name} did not complete")
         for name in names
     ]
 
@@ -154,9 +155,11 @@ def _stage_row(attempt: Attempt, lane: str | None, report: VerificationReport | 
     )
 
 
-def _lane_stopped(lane: str, last: Attempt) -> LaneSummary:
+def _lane_stopped(lane: str, attempts: Sequence[Attempt]) -> LaneSummary:
+    last = first_failed(attempts)
+    assert last is not None, "every stage completed"  # else there were a verification
     reason = last.failure
-    assert reason is not None, f"stage {last.stage} completed"  # else there were a verification
+    assert reason is not None
     toolchain = None if last.manifest is None else last.manifest.toolchain
     return lane_failed(lane, last.stage, reason, toolchain)
 
@@ -188,8 +191,9 @@ def write_report(summary: RunSummary, folder: Path) -> None:
 
 
 def exit_code(summary: RunSummary) -> int:
-    """0 if every lane's must-gates passed: only they block."""
-    return OK if all(must_gates_ok(lane.gates) for lane in summary.lanes) else GATES_FAILED
+    """0 if every lane's must-gates passed, and every stage that lanes share: only they block."""
+    gates = [lane.gates for lane in summary.lanes]
+    return OK if shared_stages_ok(summary.stages) and all(map(must_gates_ok, gates)) else GATES_FAILED
 
 
 def main(argv: list[str] | None = None) -> int:

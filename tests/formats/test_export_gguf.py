@@ -1,0 +1,255 @@
+"""The export to GGUF: all types at once, the halt head beside them; nothing is written that cannot be whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import coremill
+from coremill.conversion.export_gguf import main, parse_types
+from coremill.core import layout
+from coremill.core.config import DatasetConfig, ModelConfig
+from coremill.core.contract import ModelArch, TokenizerRef
+from coremill.core.digest import file_digest
+from coremill.core.errors import (
+    CheckpointUnreadableError,
+    ConfigError,
+    GgufError,
+    OutputError,
+    TokenizerError,
+    VocabularyMismatchError,
+)
+from coremill.data.make_toy_kd import DatasetFiles, make_dataset
+from coremill.data.rows import read_rows
+from coremill.data.text_tokenizer import STUDENT_TEMPLATE, TextTokenizer
+from coremill.data.tokenizer import Tokenizer
+from coremill.model.checkpoint import IMPORTED_FROM, Checkpoint, build_student, checkpoint_of, save_checkpoint
+from coremill.model.gguf_file import GgufFile
+from coremill.model.llamacpp import LlamaCpp
+from coremill.model.student import new_student
+from coremill.model.weights import open_weights
+
+torch.set_num_threads(1)
+
+NAME = "tiny-ball"
+CONFIG = ModelConfig(
+    vocab_size=400, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=96, max_seq_len=128,
+    arch=ModelArch(use_halt_head=True, tie_embeddings=True),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    make_dataset(
+        DatasetConfig(kind="magic-8-ball", n=256, heldout_n=8, seed=4, vocab_size=400),
+        DatasetFiles(
+            train=layout.dataset_file(folder),
+            heldout=layout.heldout_file(folder),
+            tokenizer=layout.tokenizer_file(folder),
+        ),
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy(dataset: Path) -> Checkpoint:
+    tokenizer = Tokenizer.load(layout.tokenizer_file(dataset))
+    ref = TokenizerRef(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest)
+    return checkpoint_of(new_student(CONFIG, seed=6), model_type="magic-8-ball", step=0, tokenizer=ref)
+
+
+@pytest.fixture
+def source(dataset: Path, toy: Checkpoint, tmp_path: Path) -> Path:
+    """A folder with the toy's checkpoint and its tokenizer, for a test to change."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    save_checkpoint(folder / "tiny_ball.ckpt", toy)
+    layout.tokenizer_file(folder).write_bytes(layout.tokenizer_file(dataset).read_bytes())
+    return folder
+
+
+def run(source: Path, out: Path, *options: str) -> int:
+    return main(["--checkpoint", str(source / "tiny_ball.ckpt"), "--out", str(out), *options])
+
+
+def test_every_type_and_the_halt_head(
+    source: Path, toy: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gguf"
+    assert run(source, out) == 0
+    names = ["tiny_ball-f32.gguf", "tiny_ball-f16.gguf", "tiny_ball-q8_0.gguf", "tiny_ball-q4_0.gguf"]
+    names.append("tiny_ball.halt_head.safetensors")
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "Modelfile"])
+    printed = [f"{file_digest(out / name).removeprefix('sha256:')}  {out / name}" for name in names]
+    assert capsys.readouterr().out.splitlines() == printed
+    halt_head = load_file(layout.halt_head_file(out, NAME))["halt_head.weight"]
+    assert torch.equal(halt_head, toy.state_dict["halt_head.weight"])
+    f32 = open_weights(out / names[0])
+    assert all(torch.equal(value, toy.state_dict[name]) for name, value in f32.read())
+    digest = toy.tokenizer.digest
+    for name in names[:4]:
+        found = GgufFile(out / name).metadata
+        assert {key: value for key, value in found.items() if key.startswith("coremill.")} == {
+            "coremill.version": coremill.__version__,
+            "coremill.model_type": "magic-8-ball",
+            "coremill.checkpoint_digest": file_digest(source / "tiny_ball.ckpt"),
+            "coremill.tokenizer_digest": digest,
+            "coremill.halt_head_file": "tiny_ball.halt_head.safetensors",
+            "coremill.halt_head_digest": file_digest(layout.halt_head_file(out, NAME)),
+        }
+        assert (found["general.name"], found["tokenizer.chat_template"]) == (NAME, STUDENT_TEMPLATE)
+
+
+def test_the_same_bytes_in_another_folder(source: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        assert run(source, tmp_path / folder, "--types", "q8_0") == 0
+    first, second = (sorted((tmp_path / folder).iterdir()) for folder in ("a", "b"))
+    assert [path.name for path in first] == [path.name for path in second]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_what_llama_cpp_says_is_what_torch_says(
+    source: Path, toy: Checkpoint, dataset: Path, tmp_path: Path
+) -> None:
+    assert run(source, tmp_path, "--types", "f32") == 0
+    student, tokenizer = build_student(toy), Tokenizer.load(layout.tokenizer_file(dataset))
+    with LlamaCpp(tmp_path / "tiny_ball-f32.gguf", context=128) as llamacpp:
+        for row in list(read_rows(layout.heldout_file(dataset)))[:3]:
+            ids = tokenizer.encode_prompt(row.prompt)
+            expected = student_says(student, ids)
+            assert llamacpp.generate(ids, len(expected), ()) == expected
+
+
+def student_says(student: Any, ids: list[int]) -> list[int]:
+    said = list(ids)
+    with torch.no_grad():
+        while len(said) < len(ids) + 24:
+            said.append(int(student(torch.tensor([said]))[0][0, -1].argmax()))
+    return said[len(ids) :]
+
+
+def test_an_imported_model_brings_its_own_tokenizer(source: Path, toy: Checkpoint, tmp_path: Path) -> None:
+    student = TextTokenizer.of_student(Tokenizer.load(layout.tokenizer_file(source)))
+    student.save(source)
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    arch = ModelArch(use_halt_head=False, tie_embeddings=True)
+    weights = {name: value for name, value in toy.state_dict.items() if name != "halt_head.weight"}
+    imported = replace(
+        toy, model_type="llama", model_arch=arch, config=ModelConfig(**{**as_options(CONFIG), "arch": arch}),
+        state_dict=weights, training={IMPORTED_FROM: {"files": {}}}, where="checkpoint", run=None,
+    )  # fmt: skip
+    save_checkpoint(source / "tiny_ball.ckpt", imported)
+    assert run(source, tmp_path / "gguf", "--types", "f16", "--name", "my-model") == 0
+    (path,) = (tmp_path / "gguf").glob("*.gguf")
+    assert path.name == "my_model-f16.gguf"
+    metadata = GgufFile(path).metadata
+    assert metadata["general.name"] == "my-model"
+    assert metadata["tokenizer.chat_template"] == "{{ messages[0].content }}"
+    assert "coremill.halt_head_file" not in metadata
+
+
+def as_options(config: ModelConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__struct_fields__}
+
+
+def test_files_that_were_there_are_replaced(source: Path, tmp_path: Path) -> None:
+    path = layout.gguf_file(tmp_path, NAME, "f16")
+    path.write_bytes(b"of before")
+    assert run(source, tmp_path, "--types", "f16") == 0
+    assert open_weights(path).dtypes == ("F16", "F32")
+
+
+# --- what is refused, and that nothing is written then ----------------------------------------------
+
+
+def refusal(kind: type[Exception], source: Path, out: Path, *options: str) -> Any:
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} if out.exists() else {}
+    with pytest.raises(kind) as caught:
+        run(source, out, *options)
+    assert type(caught.value) is kind
+    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} if out.exists() else {}
+    assert after == before
+    return caught.value
+
+
+def test_a_type_that_does_not_fit_behind_one_that_does(source: Path, tmp_path: Path) -> None:
+    error = refusal(GgufError, source, tmp_path / "gguf", "--types", "f32,q4_k")
+    assert str(error) == (
+        "q4_k stores rows in blocks of 256, which those of embed_tokens.weight (64), "
+        "layers.0.self_attn.q_proj.weight (64), layers.0.self_attn.k_proj.weight (64) and 12 more are not\n"
+        "  expected: rows of a multiple of 256, or one of the types that fit this model: f32, f16, q8_0, q4_0"
+    )
+
+
+def test_a_folder_in_the_way_of_the_last_type(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "gguf"
+    layout.gguf_file(out, NAME, "f16").mkdir(parents=True)
+    error = refusal(OutputError, source, out, "--types", "f32,f16")
+    assert error.found == f"{out}/tiny_ball-f16.gguf is in the way"
+
+
+def test_a_folder_in_the_way_of_the_halt_head(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "gguf"
+    layout.halt_head_file(out, NAME).mkdir(parents=True)
+    assert refusal(OutputError, source, out).found == f"{out}/tiny_ball.halt_head.safetensors is in the way"
+
+
+def test_an_output_that_is_the_input(source: Path, tmp_path: Path) -> None:
+    checkpoint = layout.gguf_file(source, NAME, "f16")
+    (source / "tiny_ball.ckpt").rename(checkpoint)
+    with pytest.raises(OutputError, match="is read and would be overwritten"):
+        main(["--checkpoint", str(checkpoint), "--out", str(source), "--types", "f16", "--name", NAME])
+
+
+def test_a_tokenizer_of_another_model(source: Path, toy: Checkpoint, tmp_path: Path) -> None:
+    path = layout.tokenizer_file(source)
+    path.write_bytes(path.read_bytes() + b"\n")
+    error = refusal(VocabularyMismatchError, source, tmp_path / "gguf")
+    assert error.found == f"the tokenizer is {file_digest(path)}, the model was trained with {toy.tokenizer.digest}"
+
+
+def test_no_tokenizer(source: Path, tmp_path: Path) -> None:
+    layout.tokenizer_file(source).unlink()
+    error = refusal(TokenizerError, source, tmp_path / "gguf")
+    assert error.found == f"cannot read {source}/tokenizer.json: No such file or directory"
+
+
+def test_no_checkpoint(source: Path, tmp_path: Path) -> None:
+    (source / "tiny_ball.ckpt").unlink()
+    error = refusal(CheckpointUnreadableError, source, tmp_path / "gguf")
+    assert error.found == f"cannot read {source}/tiny_ball.ckpt: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("f32,q3_k", "--types names 'q3_k'"),
+        ("", "--types names ''"),
+        ("f32,f16,f32", "--types f32,f16,f32: `types` names a type twice, found ['f32', 'f16', 'f32']"),
+    ],
+)
+def test_types_that_are_none(text: str, found: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_types(text)
+    assert (caught.value.found, caught.value.expected) == (found, "some of f32,f16,q8_0,q4_0,q4_k,q5_k,q6_k")
+
+
+def test_types_in_their_order() -> None:
+    assert parse_types("q8_0, f32") == ("q8_0", "f32")
+
+
+def test_nothing_heavy_is_imported_for_a_wrong_option() -> None:
+    code = (
+        "import sys; import coremill.conversion.export_gguf; "
+        "print([name for name in ('torch', 'numpy', 'gguf', 'tokenizers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,583 @@
+"""The Hugging Face directory: written, loaded by transformers and compared; what is planted in it is found."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from coremill.conversion import export_hf, huggingface_parity
+from coremill.conversion.export_hf import main, run_stage
+from coremill.conversion.huggingface_parity import (
+    ODD_TEXTS,
+    Findings,
+    Reference,
+    _disagreements,
+    compare,
+    random_texts,
+    texts_to_compare,
+)
+from coremill.conversion.huggingface_report import HuggingFaceParity
+from coremill.conversion.prompts import load_prompts
+from coremill.core import layout
+from coremill.core.config import (
+    ConvertConfig,
+    DatasetConfig,
+    HuggingFaceConfig,
+    ImportedRun,
+    ImportedVerify,
+    ModelConfig,
+    TextsConfig,
+    WeightsConfig,
+)
+from coremill.core.contract import ModelArch, ShapeSet, TokenizerRef
+from coremill.core.digest import digest
+from coremill.core.documents import read_json
+from coremill.core.errors import (
+    CheckpointContentError,
+    DatasetError,
+    OutputError,
+    ParityError,
+    VocabularyMismatchError,
+)
+from coremill.core.gates import Outcome
+from coremill.core.stage import StageContext
+from coremill.data.corpora import bundled_texts
+from coremill.data.make_toy_kd import DatasetFiles, make_dataset
+from coremill.data.text_tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG, TextTokenizer
+from coremill.data.texts import ChatPrompt, write_chat_prompts, write_texts
+from coremill.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from coremill.model import huggingface_writer
+from coremill.model.checkpoint import IMPORTED_FROM, build_student, checkpoint_of, load_checkpoint, save_checkpoint
+from coremill.model.huggingface_writer import HuggingFaceDtype, stored_tensors
+from coremill.model.student import new_student
+
+torch.set_num_threads(1)
+
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<|{{ message.role }}|>{{ message.content | trim }}{{ eos_token if message.role == 'assistant' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+FILES = {
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def a_model(vocab_size: int, **options: Any) -> ModelConfig:
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "max_seq_len": 128}
+    arch = ModelArch(use_halt_head=options.pop("halt_head", False), tie_embeddings=True)
+    return ModelConfig(**{**sizes, "vocab_size": vocab_size, "arch": arch, **options})
+
+
+def save_model(path: Path, model: ModelConfig, tokenizer: Tokenizer | TextTokenizer, model_type: str) -> None:
+    """Random weights of a size that makes each answer another one."""
+    training = {IMPORTED_FROM: {"files": {"a.gguf": "sha256:0"}}} if model_type != "magic-8-ball" else {"seed": 6}
+    save_checkpoint(
+        path,
+        checkpoint_of(
+            new_student(model, seed=6),
+            model_type=model_type,
+            step=0,
+            tokenizer=TokenizerRef(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest),
+            training=training,
+        ),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_texts() -> Iterator[None]:
+    """A third of them: each directory is compared anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_parity, "TEXTS", 330)
+        yield
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a toy's dataset, tokenizer and checkpoint; tests only read it."""
+    folder = tmp_path_factory.mktemp("toy")
+    make_dataset(
+        DatasetConfig(kind="magic-8-ball", n=256, heldout_n=8, seed=4, vocab_size=400),
+        DatasetFiles(
+            train=layout.dataset_file(folder),
+            heldout=layout.heldout_file(folder),
+            tokenizer=layout.tokenizer_file(folder),
+        ),
+    )
+    tokenizer = Tokenizer.load(layout.tokenizer_file(folder))
+    save_model(folder / "tiny_ball.ckpt", a_model(400, halt_head=True), tokenizer, "magic-8-ball")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an imported model's texts, tokenizer files and checkpoint; tests only read it."""
+    folder = tmp_path_factory.mktemp("imported")
+    texts = bundled_texts(TextsConfig(min_characters=1000, max_characters=6000))
+    write_texts(layout.texts_file(folder), texts)
+    chats = [ChatPrompt(id=str(number), text=text) for number, text in enumerate(("Why?", " Who is it? ", "How?"))]
+    write_chat_prompts(layout.chat_prompts_file(folder), chats)
+    Tokenizer.train((text.text for text in texts), 340).save(layout.tokenizer_file(folder))
+    settings = {"bos_token": SPECIAL_TOKENS[1], "eos_token": SPECIAL_TOKENS[2], "pad_token": SPECIAL_TOKENS[0]}
+    (folder / TOKENIZER_CONFIG).write_bytes(msgspec.json.encode(settings))
+    (folder / CHAT_TEMPLATE).write_text(TEMPLATE)
+    tokenizer = TextTokenizer.load(layout.tokenizer_file(folder))
+    model = a_model(352, qk_norm=True)  # rows of the embedding that no token has
+    save_model(folder / "tiny_qwen.ckpt", model, tokenizer, "qwen3")
+    return folder
+
+
+def export(source: Path, out: Path, *options: str) -> dict[str, str]:
+    """The command, and the figures that it prints."""
+    (checkpoint,) = source.glob("*.ckpt")
+    printed = StringIO()
+    with redirect_stdout(printed):
+        assert main(["--checkpoint", str(checkpoint), "--out", str(out), *options]) == 0
+    return dict(line.split("  ") for line in printed.getvalue().splitlines())
+
+
+@pytest.fixture(scope="session")
+def exported_toy(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("hf") / "toy"
+    export(toy, out, "--license", "apache-2.0")
+    return out
+
+
+@pytest.fixture(scope="session")
+def exported(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("hf") / "imported"
+    export(imported, out)
+    return out
+
+
+@pytest.fixture
+def directory(exported_toy: Path, tmp_path: Path) -> Path:
+    """A toy's directory that a test may break."""
+    return shutil.copytree(exported_toy, tmp_path / "directory")
+
+
+def a_reference(source: Path, folder: Path, dtype: HuggingFaceDtype = "float32") -> Reference:
+    (checkpoint,) = source.glob("*.ckpt")
+    ckpt = load_checkpoint(checkpoint)
+    prompts = load_prompts(layout.tokenizer_file(source), source, rows=40)
+    halt_head = next(folder.glob("*.halt_head.safetensors"), None)
+    stored = stored_tensors(ckpt, dtype)
+    student = build_student(ckpt)
+    student.load_state_dict(stored, strict=False)
+    tokenizer = prompts.tokenizer
+    text = tokenizer if isinstance(tokenizer, TextTokenizer) else TextTokenizer.of_student(tokenizer)
+    return Reference(student=student, stored=stored, tokenizer=text, prompts=prompts, halt_head=halt_head)
+
+
+def failures(findings: Findings) -> dict[str, str | None]:
+    return {gate.name: gate.reason for gate in findings.gates if gate.outcome is not Outcome.PASSED}
+
+
+# --- what is written --------------------------------------------------------------------------------
+
+
+def test_a_toy_s_directory(toy: Path, exported_toy: Path) -> None:
+    assert {path.name for path in exported_toy.iterdir()} == {
+        *FILES,
+        "parity.json",
+        "tiny_ball.halt_head.safetensors",
+    }
+    report = read_json(exported_toy / "parity.json", HuggingFaceParity)
+    assert [(gate.name, gate.outcome.value) for gate in report.gates] == [
+        ("tensors that differ", "passed"),
+        ("relative error of logits", "passed"),
+        ("relative error of halt logits", "passed"),
+        ("greedy tokens that differ", "passed"),
+        ("texts that are tokenized otherwise", "passed"),
+        ("conversations that are written otherwise", "passed"),
+    ]
+    assert [gate.threshold for gate in report.gates] == [0, 1e-5, 1e-5, 0, 0, 0]
+    assert 0 < report.logits_max_abs < 1e-5
+    assert report.ties == ()
+    assert report.checkpoint_digest == digest(toy / "tiny_ball.ckpt")
+    assert report.files == {
+        path.name: digest(path) for path in sorted(exported_toy.iterdir()) if path.name != "parity.json"
+    }
+    (halt,) = load_file(exported_toy / "tiny_ball.halt_head.safetensors").items()
+    assert halt[0] == "halt_head.weight"
+    assert torch.equal(halt[1], load_checkpoint(toy / "tiny_ball.ckpt").state_dict["halt_head.weight"])
+    assert json.loads((exported_toy / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_an_imported_model_s_directory(imported: Path, exported: Path) -> None:
+    assert {path.name for path in exported.iterdir()} == {*FILES, "parity.json"}
+    config = json.loads((exported / "config.json").read_text())
+    assert (config["architectures"], config["vocab_size"]) == (["Qwen3ForCausalLM"], 352)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 0)
+    assert (exported / "tokenizer.json").read_bytes() == (imported / "tokenizer.json").read_bytes()
+    card = (exported / "README.md").read_text()
+    assert "| Imported from | `a.gguf`, `sha256:0` |" in card
+    assert "license" not in card
+
+
+def test_the_program_on_the_card_runs(
+    exported_toy: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, count in ((exported_toy, 2), (exported, 1)):
+        programs = (folder / "README.md").read_text().split("```python\n")[1:]
+        assert len(programs) == count
+        source = "".join(program.split("```")[0] for program in programs)
+        exec(source.replace('folder = "."', f"folder = {str(folder)!r}"), {})
+    assert "tensor([[[" in capsys.readouterr().out
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(toy: Path, exported_toy: Path, tmp_path: Path) -> None:
+    figures = export(toy, tmp_path / "again", "--license", "apache-2.0")
+    assert digest(tmp_path / "again") == digest(exported_toy)
+    assert figures.keys() == {
+        "parameters",
+        "bytes",
+        "tensors_that_differ",
+        "relative_error_of_logits",
+        "relative_error_of_halt_logits",
+        "greedy_tokens_that_differ",
+        "texts_that_are_tokenized_otherwise",
+        "conversations_that_are_written_otherwise",
+        "logits_max_abs",
+        "greedy_ties",
+    }
+    assert figures["parameters"] == str(
+        sum(tensor.numel() for tensor in load_file(exported_toy / "model.safetensors").values())
+    )
+
+
+def test_half_precision_is_compared_with_the_rounded_checkpoint(imported: Path, tmp_path: Path) -> None:
+    figures = export(imported, tmp_path / "hf", "--dtype", "float16")
+    assert float(figures["relative_error_of_logits"]) <= 1e-5
+    # Were it compared with the checkpoint as it is, that would show.
+    findings = compare(tmp_path / "hf", a_reference(imported, tmp_path / "hf"))
+    assert failures(findings).keys() >= {"tensors that differ", "relative error of logits"}
+
+
+def test_the_stage_writes_into_its_folder(imported: Path, tmp_path: Path) -> None:
+    config = ImportedRun(
+        name="tiny-qwen",
+        model_type="qwen3",
+        weights=WeightsConfig(source="models/tiny-qwen"),
+        shapes=ShapeSet(primary=16, all=(16,)),
+        convert=ConvertConfig(),
+        hf=HuggingFaceConfig(dtype="bfloat16", license="mit"),
+        verify=ImportedVerify(min_sqnr_db=40.0, max_kl_nats=1e-3, argmax_margin=0.05, max_excluded_share=0.1),
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    inputs = {"import": imported, "texts": imported}
+    figures = run_stage(StageContext(config=config, lane=None, inputs=inputs, out=out))
+    assert figures["tensors_that_differ"] == 0
+    assert {path.name for path in out.iterdir()} == {*FILES, "parity.json"}
+    assert 'license: "mit"' in (out / "README.md").read_text()
+    assert read_json(layout.parity_report(out), HuggingFaceParity).dtype == "bfloat16"
+
+
+def test_a_tokenizer_that_transformers_replaces_is_found(imported: Path, tmp_path: Path) -> None:
+    """Whatever its files say, AutoTokenizer cuts the texts of a Qwen2 with Qwen's own pattern."""
+    source = shutil.copytree(imported, tmp_path / "source")
+    tokenizer = TextTokenizer.load(source / "tokenizer.json")
+    save_model(source / "tiny_qwen.ckpt", a_model(340, attention_bias="qkv"), tokenizer, "qwen2")
+    with pytest.raises(ParityError) as caught:
+        export(source, tmp_path / "hf")
+    assert re.fullmatch(
+        "transformers does not compute what the checkpoint computes: texts that are tokenized otherwise: "
+        r"\d+ of \d+, such as '0123456789 3\.14159 1,000,000 ٣٤٥ Ⅻ ½'; conversations .*",
+        caught.value.found,
+        re.DOTALL,
+    )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_the_other_families_take_the_tokenizer_as_it_is(imported: Path, tmp_path: Path, model_type: str) -> None:
+    source = shutil.copytree(imported, tmp_path / "source")
+    tokenizer = TextTokenizer.load(source / "tokenizer.json")
+    save_model(source / "tiny_qwen.ckpt", a_model(340), tokenizer, model_type)
+    assert export(source, tmp_path / "hf")["texts_that_are_tokenized_otherwise"] == "0"
+
+
+def test_a_model_without_template_and_without_end_token(imported: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(imported, tmp_path / "source")
+    (source / CHAT_TEMPLATE).unlink()
+    (source / TOKENIZER_CONFIG).unlink()
+    export(source, tmp_path / "hf")
+    gates = {gate.name: gate for gate in read_json(tmp_path / "hf" / "parity.json", HuggingFaceParity).gates}
+    chats = gates["conversations that are written otherwise"]
+    assert (chats.outcome, chats.reason) == (Outcome.NOT_RUN, "the model has no chat template")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
+
+
+# --- what is found ----------------------------------------------------------------------------------
+
+
+def edit_json(folder: Path, name: str, **changes: Any) -> None:
+    values = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**values, **changes}))
+
+
+def edit_tensor(folder: Path, file: str, name: str, change: Callable[[torch.Tensor], Any]) -> None:
+    (path,) = folder.glob(file)
+    tensors = load_file(path)
+    change(tensors[name])
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def scale_norm(folder: Path) -> None:
+    edit_tensor(folder, "model.safetensors", "model.norm.weight", lambda tensor: tensor.mul_(1.001))
+
+
+def change_a_little(folder: Path) -> None:
+    """Less than logits show."""
+    edit_tensor(
+        folder, "model.safetensors", "model.layers.0.mlp.down_proj.weight", lambda tensor: tensor.add_(1e-9)
+    )
+
+
+def halve_halt_head(folder: Path) -> None:
+    edit_tensor(folder, "*.halt_head.safetensors", "halt_head.weight", lambda tensor: tensor.mul_(0.5))
+
+
+def swap_theta(folder: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 9000.0}
+    edit_json(folder, "config.json", rope_parameters=rope, rope_theta=9000.0)
+
+
+def end_early(folder: Path) -> None:
+    ids = list(range(0, 400, 2))
+    edit_json(folder, "generation_config.json", eos_token_id=ids)
+
+
+def prefix_space(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def ordinary_token(folder: Path) -> None:
+    """`<|user|>` no special token any more, so that a text that spells it is cut otherwise."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [each for each in tokenizer["added_tokens"] if each["content"] != "<|user|>"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def other_template(folder: Path) -> None:
+    path = folder / CHAT_TEMPLATE
+    path.write_text(path.read_text().replace("'<|assistant|>' + message", "'<|assistant|> ' + message"))
+
+
+def welcoming_template(folder: Path) -> None:
+    path = folder / CHAT_TEMPLATE
+    path.write_text(path.read_text().replace("raise_exception('no system')", "''"))
+
+
+LOGITS = {"relative error of logits"}
+TEXTS = {"texts that are tokenized otherwise", "conversations that are written otherwise"}
+
+
+@pytest.mark.parametrize(
+    ("plant", "found"),
+    [
+        (scale_norm, {"tensors that differ", "relative error of halt logits", *LOGITS}),
+        (change_a_little, {"tensors that differ"}),
+        (halve_halt_head, {"relative error of halt logits"}),
+        (swap_theta, {"relative error of halt logits", *LOGITS}),
+        (end_early, {"greedy tokens that differ"}),
+        (prefix_space, TEXTS),
+        (ordinary_token, {"conversations that are written otherwise"}),
+        (other_template, {"conversations that are written otherwise"}),
+    ],
+)
+def test_what_is_planted_in_a_directory_is_found(
+    toy: Path, directory: Path, plant: Callable[[Path], None], found: set[str]
+) -> None:
+    plant(directory)
+    greedy = {"greedy tokens that differ"}  # what else changes may change them too
+    seen = failures(compare(directory, a_reference(toy, directory))).keys()
+    assert seen - greedy == found - greedy
+    assert seen >= found
+
+
+def test_a_conversation_that_only_one_refuses_is_found(imported: Path, exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "directory")
+    welcoming_template(folder)
+    found = failures(compare(folder, a_reference(imported, folder)))
+    assert found.keys() == {"conversations that are written otherwise"}
+
+
+def test_tokens_that_differ_beyond_rounding_are_told_from_ties(toy: Path, exported_toy: Path) -> None:
+    student = a_reference(toy, exported_toy).student
+    prompt = [1, 3, 50, 60, 4]
+    with torch.no_grad():
+        best = int(student(torch.tensor([prompt]))[0][0, -1].argmax())
+        other = best - 1 if best else 1
+        ((wrong, is_tie),) = _disagreements(7, prompt, [other], student)
+        assert (wrong.prompt, wrong.token, wrong.chosen, wrong.expected, is_tie) == (7, 0, other, best, False)
+        assert wrong.gap > 0.01
+        # Two tokens of equal rows: the first is taken here, and the other one is no worse.
+        student.embed_tokens.weight[best] = student.embed_tokens.weight[other] = (
+            2 * student.embed_tokens.weight[best]
+        )
+        pair = sorted((best, other))
+        ((tie, is_tie),) = _disagreements(0, prompt, [pair[1]], student)
+    assert (tie.chosen, tie.expected, tie.gap, is_tie) == (pair[1], pair[0], 0.0, True)
+
+
+def test_random_texts_are_the_same_each_time_and_everywhere_in_unicode() -> None:
+    texts = list(random_texts(300))
+    assert texts == list(random_texts(300))
+    assert len(set(texts)) == 300
+    assert any(max(map(ord, text)) > 0x20000 for text in texts)
+    for text in texts:
+        text.encode("utf-8")
+
+
+def test_a_thousand_texts_are_compared(
+    toy: Path, imported: Path, exported_toy: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_parity, "TEXTS", 1000)
+    for source, folder, own in ((toy, exported_toy, 16), (imported, exported, 100)):
+        reference = a_reference(source, folder)
+        texts = texts_to_compare(reference)
+        assert len(texts) == 1000
+        assert texts[: len(ODD_TEXTS)] == list(ODD_TEXTS)
+        assert any("<|end|>" in text for text in texts)
+        drawn = set(random_texts(1000))
+        assert sum(text in drawn for text in texts) >= 300
+        assert sum(text not in drawn for text in texts) >= own + len(ODD_TEXTS)
+
+
+def test_figures_outside_their_bounds_are_an_error_that_names_them(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = huggingface_writer.huggingface_config
+
+    def wrong(*args: Any, **options: Any) -> dict[str, Any]:
+        return {**told(*args, **options), "rms_norm_eps": 0.5}
+
+    monkeypatch.setattr(huggingface_writer, "huggingface_config", wrong)
+    with pytest.raises(ParityError) as caught:
+        export(toy, tmp_path / "hf")
+    assert caught.value.found.startswith(
+        "transformers does not compute what the checkpoint computes: relative error of logits: 0."
+    )
+    assert " is above 1e-05; relative error of halt logits: " in caught.value.found
+    assert caught.value.expected == "every figure within its bound"
+    assert caught.value.run == "python -m coremill.training.check_checkpoint CHECKPOINT --tokenizer TOKENIZER"
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- bad inputs -------------------------------------------------------------------------------------
+
+
+def test_another_tokenizer_is_refused_and_what_was_there_stays(toy: Path, imported: Path, directory: Path) -> None:
+    before = digest(directory)
+    with pytest.raises(VocabularyMismatchError, match=r"^the tokenizer has 340 tokens, the model 400"):
+        export(toy, directory, "--tokenizer", str(imported / "tokenizer.json"))
+    changed = json.loads((toy / "tokenizer.json").read_text())
+    folder = directory.parent / "changed"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(changed))
+    options = ("--tokenizer", str(folder / "tokenizer.json"), "--prompts", str(toy))
+    with pytest.raises(VocabularyMismatchError, match=r"^the tokenizer is sha256:\w+, the model was trained with"):
+        export(toy, directory, *options)
+    assert digest(directory) == before
+    assert sorted(path.name for path in directory.parent.iterdir()) == ["changed", "directory"]
+
+
+def test_a_value_beyond_float16_leaves_nothing(toy: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(toy, tmp_path / "source")
+    ckpt = load_checkpoint(source / "tiny_ball.ckpt")
+    ckpt.state_dict["norm.weight"][0] = 1e5
+    save_checkpoint(source / "tiny_ball.ckpt", ckpt)
+    with pytest.raises(CheckpointContentError, match=r"^norm\.weight: 1 values are beyond float16, the largest is"):
+        export(source, tmp_path / "hf", "--dtype", "float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_one_s_own_directory_is_replaced(imported: Path, directory: Path) -> None:
+    export(imported, directory)
+    assert {path.name for path in directory.iterdir()} == {*FILES, "parity.json"}
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda out: out.write_text(""), "OUT is in the way"),
+        (
+            lambda out: (out.mkdir(), (out / "config.json").write_text("{}")),
+            "OUT is no Hugging Face directory of coremill's: cannot read OUT/parity.json: "
+            "No such file or directory",
+        ),
+        (
+            lambda out: (out.mkdir(), (out / "parity.json").write_text("{}")),
+            "OUT is no Hugging Face directory of coremill's: OUT/parity.json: no `schema_version` at `$`",
+        ),
+    ],
+)
+def test_something_else_in_the_way_is_left(
+    toy: Path, tmp_path: Path, make: Callable[[Path], Any], found: str
+) -> None:
+    out = tmp_path / "out"
+    make(out)
+    before = digest(out)
+    with pytest.raises(OutputError) as caught:
+        export(toy, out)
+    assert caught.value.found == found.replace("OUT", str(out))
+    assert caught.value.expected == "nothing, or a Hugging Face directory that this command wrote, to replace it"
+    assert digest(out) == before
+
+
+def test_what_was_added_to_a_directory_is_not_lost(toy: Path, directory: Path) -> None:
+    (directory / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError) as caught:
+        export(toy, directory)
+    assert caught.value.found == f"{directory} holds notes.txt, which coremill did not write"
+    assert (directory / "notes.txt").read_text() == "mine"
+
+
+def test_the_inputs_are_not_replaced(toy: Path, directory: Path) -> None:
+    """A directory that holds the tokenizer that is read."""
+    options = ("--tokenizer", str(directory / "tokenizer.json"), "--prompts", str(toy))
+    with pytest.raises(OutputError, match=r"is read and would be overwritten"):
+        export(toy, directory, *options)
+
+
+def test_questions_without_room_for_an_answer(toy: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(toy, tmp_path / "source")
+    tokenizer = Tokenizer.load(source / "tokenizer.json")
+    save_model(source / "tiny_ball.ckpt", a_model(400, max_seq_len=3), tokenizer, "magic-8-ball")
+    with pytest.raises(DatasetError) as caught:
+        export(source, tmp_path / "hf")
+    assert caught.value.found == "no question leaves room for an answer in a context of 3 tokens"
+
+
+def test_a_missing_package_is_named(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_hf, "NEEDS", ("torch", "no_such_package"))
+    with pytest.raises(Exception, match=r"^no_such_package is not installed in "):
+        export(toy, tmp_path / "hf")
+
+
+def test_a_comparison_without_halt_head_says_nothing_of_it(imported: Path, exported: Path) -> None:
+    reference = a_reference(imported, exported)
+    assert reference.halt_head is None
+    names = [gate.name for gate in compare(exported, replace(reference, halt_head=None)).gates]
+    assert "relative error of halt logits" not in names

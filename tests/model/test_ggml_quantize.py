@@ -1,0 +1,96 @@
+"""llama.cpp's own quantiser: the bytes of the gguf package where that has the type, else values near the matrix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from coremill.core.errors import MachineError
+from coremill.model import ggml_quantize
+from coremill.model.ggml_quantize import check_quantiser, quantize
+
+Kind = gguf.GGMLQuantizationType
+
+
+def a_matrix(rows: int = 33, columns: int = 512) -> np.ndarray:
+    """Rows of very different sizes, one of zeros."""
+    values = np.random.default_rng(4).standard_normal((rows, columns)) * np.logspace(-3, 2, rows)[:, None]
+    values[1] = 0
+    return values.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0])
+def test_bytes_are_those_of_the_gguf_package(kind: Kind) -> None:
+    matrix = a_matrix()
+    assert np.array_equal(quantize(matrix, kind), gguf.quants.quantize(matrix, kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "relative"),
+    [(Kind.Q8_0, 6e-3), (Kind.Q4_0, 0.1), (Kind.Q4_K, 0.08), (Kind.Q5_K, 0.04), (Kind.Q6_K, 0.025)],
+)
+def test_values_are_near(kind: Kind, relative: float) -> None:
+    matrix = a_matrix()
+    values = gguf.quants.dequantize(quantize(matrix, kind), kind)
+    assert not values[1].any()
+    rows = np.linalg.norm(matrix, axis=1) > 0
+    error = np.linalg.norm(values - matrix, axis=1)[rows] / np.linalg.norm(matrix, axis=1)[rows]
+    assert relative / 4 < error.max() < relative
+
+
+def test_a_matrix_that_is_a_view() -> None:
+    matrix = a_matrix()
+    assert np.array_equal(quantize(matrix.T.copy().T[::2], Kind.Q6_K), quantize(matrix, Kind.Q6_K)[::2])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "found"),
+    [
+        (np.zeros((2, 128), np.float32), r"float32 of shape \(2, 128\), Q4_K has blocks of 256"),
+        (np.zeros(256, np.float32), r"float32 of shape \(256,\), Q4_K has blocks of 256"),
+        (np.zeros((2, 256)), r"float64 of shape \(2, 256\), Q4_K has blocks of 256"),
+    ],
+)
+def test_what_llama_cpp_would_end_the_process_for(matrix: np.ndarray, found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        quantize(matrix, Kind.Q4_K)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The library is looked for again, and forgotten."""
+    ggml_quantize._function.cache_clear()
+    yield monkeypatch
+    ggml_quantize._function.cache_clear()
+
+
+def test_a_library_without_the_function(fresh: pytest.MonkeyPatch) -> None:
+    import _ctypes
+
+    fresh.setattr(ggml_quantize, "_library", lambda: _ctypes.__file__)
+    with pytest.raises(MachineError) as caught:
+        check_quantiser()
+    assert caught.value.found.startswith(f"{_ctypes.__file__} has no ggml_quantize_chunk: ")
+    assert caught.value.run == "pip install -r requirements/train.txt"
+
+
+def test_no_library(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setattr(sys, "path", [str(tmp_path)])
+    fresh.delitem(sys.modules, "xllamacpp", raising=False)
+    with pytest.raises(MachineError) as caught:
+        check_quantiser()
+    assert caught.value.found == "llama.cpp is not installed here: there is no xllamacpp"
+
+
+def test_xllamacpp_is_not_imported() -> None:
+    code = (
+        "import sys; from coremill.model.ggml_quantize import check_quantiser; check_quantiser(); "
+        "assert not any(name.startswith('xllamacpp') for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
