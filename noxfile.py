@@ -386,6 +386,7 @@ BENCHMARKS = {
     "training": TRAIN.name,
     "conversion": CONVERT[PRIMARY_LANE].name,
     "mil": CONVERT[PRIMARY_LANE].name,
+    "llamacpp": TRAIN.name,
 }
 
 

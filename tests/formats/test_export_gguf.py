@@ -14,15 +14,18 @@ from safetensors.torch import load_file
 
 import coremill
 from coremill.conversion.export_gguf import main, parse_types
+from coremill.conversion.gguf_parity import GgufParity
 from coremill.core import layout
 from coremill.core.config import DatasetConfig, ModelConfig
 from coremill.core.contract import ModelArch, TokenizerRef
 from coremill.core.digest import file_digest
+from coremill.core.documents import read_json
 from coremill.core.errors import (
     CheckpointUnreadableError,
     ConfigError,
     GgufError,
     OutputError,
+    ParityError,
     TokenizerError,
     VocabularyMismatchError,
 )
@@ -158,6 +161,40 @@ def test_an_imported_model_brings_its_own_tokenizer(source: Path, toy: Checkpoin
 
 def as_options(config: ModelConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in config.__struct_fields__}
+
+
+def test_with_prompts_the_files_are_run_and_what_was_found_is_written(
+    source: Path, dataset: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "gguf"
+    assert run(source, out, "--types", "f32,q8_0", "--prompts", str(dataset)) == 0
+    report = read_json(layout.parity_report(out), GgufParity)
+    assert (report.passed, list(report.files)) == (True, ["f32", "q8_0"])
+    assert report.files["f32"].figure("max_abs_err").measured < 1e-4
+    assert layout.modelfile(out).read_text().splitlines()[0] == "FROM ./tiny_ball-f32.gguf"
+
+
+def test_a_file_that_computes_something_else_fails_and_its_report_stays(
+    source: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coremill.model.gguf_writer.to_interleaved", lambda value, n_heads: value)
+    out = tmp_path / "gguf"
+    with pytest.raises(ParityError, match=r"^f32: max_abs_err is [\d.]+, at most 0\.0001 is allowed"):
+        run(source, out, "--types", "f32", "--prompts", str(dataset))
+    assert not read_json(layout.parity_report(out), GgufParity).passed
+
+
+def test_a_chat_format_that_is_not_known_leaves_the_modelfile_out(
+    source: Path, toy: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    imported = replace(toy, training={IMPORTED_FROM: {"format": "gguf"}}, where="toy", run=None)
+    save_checkpoint(source / "tiny_ball.ckpt", imported)
+    (source / "chat_template.jinja").write_text(
+        "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+    )
+    assert run(source, tmp_path / "gguf", "--types", "f32") == 0
+    assert not layout.modelfile(tmp_path / "gguf").exists()
+    assert "no Modelfile: the chat template writes conversations in a format that has no template" in caplog.text
 
 
 def test_files_that_were_there_are_replaced(source: Path, tmp_path: Path) -> None:

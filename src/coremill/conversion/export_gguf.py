@@ -149,7 +149,7 @@ def export_gguf(checkpoint: Path, tokenizer: Path, out: Path, *, name: str, type
     provenance = _provenance(checkpoint, text_tokenizer, ckpt, halt_head)
     for kind, path in files.items():
         write_gguf(path, ckpt, metadata, kind=kind, name=name, provenance=provenance)
-        log.info("wrote %s, %.1f MB", path, path.stat().st_size / 1e6)
+        log.info("wrote %s, %.1f MB", path.name, path.stat().st_size / 1e6)
     return Exported(checkpoint=ckpt, tokenizer=text_tokenizer, files=files, halt_head=halt_head)
 
 

@@ -131,7 +131,7 @@ class _Directory:
         self.tokenizer.save(self.out)
         self._write_halt_head()
         write_atomic(self.out / CARD, model_card(self._card()).encode("utf-8"))
-        log.info("comparing %s, %s parameters, with its checkpoint", self.out, f"{self.parameters:,}")
+        log.info("comparing %s, %s parameters, with its checkpoint", self.name, f"{self.parameters:,}")
         student = build_student(self.checkpoint)
         student.load_state_dict(stored, strict=False)  # rounded as the file's; the halt head, which stays, is not
         findings = compare(

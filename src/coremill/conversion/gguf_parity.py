@@ -12,9 +12,11 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import logging
+import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -295,9 +297,13 @@ def measure_gguf(
     reference = _Reference(checkpoint)
     plan = _plan(scope, reference, prompts)
     measured: dict[str, FileParity] = {}
-    for kind, path in files.items():
-        measured[kind] = _measure_file(kind, Path(path), reference, plan)
-        log.info("%s: %s", path, ", ".join(f"{f.name} {f.measured:.3g}" for f in measured[kind].figures))
+    # Each file has a process of llama.cpp of its own, which computes with one thread.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        found = pool.map(lambda file: _measure_file(file[0], Path(file[1]), reference, plan), files.items())
+        for (kind, path), file in zip(files.items(), found, strict=True):
+            measured[kind] = file
+            said = ", ".join(f"{figure.name} {figure.measured:.3g}" for figure in file.figures)
+            log.info("%s: %s", path.name, said)
     return GgufParity(
         model_type=checkpoint.model_type,
         xllamacpp=importlib.metadata.version("xllamacpp"),
