@@ -189,9 +189,8 @@ def test_a_chat_format_that_is_not_known_leaves_the_modelfile_out(
 ) -> None:
     imported = replace(toy, training={IMPORTED_FROM: {"format": "gguf"}}, where="toy", run=None)
     save_checkpoint(source / "tiny_ball.ckpt", imported)
-    (source / "chat_template.jinja").write_text(
-        "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
-    )
+    (source / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    (source / "chat_template.jinja").write_text("{% for each in messages %}[{{ each['content'] }}]{% endfor %}")
     assert run(source, tmp_path / "gguf", "--types", "f32") == 0
     assert not layout.modelfile(tmp_path / "gguf").exists()
     assert "no Modelfile: the chat template writes conversations in a format that has no template" in caplog.text
