@@ -8,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import coremill
-from coremill.conversion.export_gguf import main, parse_types
+from coremill.conversion.export_gguf import main, parse_types, run_stage
 from coremill.conversion.gguf_parity import GgufParity
 from coremill.core import layout
-from coremill.core.config import DatasetConfig, ModelConfig
+from coremill.core.config import DatasetConfig, GgufConfig, ModelConfig, read_config
 from coremill.core.contract import ModelArch, TokenizerRef
 from coremill.core.digest import file_digest
 from coremill.core.documents import read_json
@@ -29,6 +30,7 @@ from coremill.core.errors import (
     TokenizerError,
     VocabularyMismatchError,
 )
+from coremill.core.stage import StageContext
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.rows import read_rows
 from coremill.data.text_tokenizer import STUDENT_TEMPLATE, TextTokenizer
@@ -42,6 +44,7 @@ from coremill.model.weights import open_weights
 torch.set_num_threads(1)
 
 NAME = "tiny-ball"
+CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = ModelConfig(
     vocab_size=400, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=96, max_seq_len=128,
     arch=ModelArch(use_halt_head=True, tie_embeddings=True),
@@ -172,6 +175,24 @@ def test_with_prompts_the_files_are_run_and_what_was_found_is_written(
     assert (report.passed, list(report.files)) == (True, ["f32", "q8_0"])
     assert report.files["f32"].figure("max_abs_err").measured < 1e-4
     assert layout.modelfile(out).read_text().splitlines()[0] == "FROM ./tiny_ball-f32.gguf"
+
+
+def test_the_stage_says_why_ollama_was_not_run(
+    toy: Checkpoint, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config = msgspec.structs.replace(
+        read_config(CONFIGS / "magic-8-ball.toml"), gguf=GgufConfig(types=("f16",)), name=NAME
+    )
+    folders = {"dataset": dataset, "training": tmp_path / "training"}
+    save_checkpoint(layout.checkpoint_file(folders["training"], NAME), toy)
+    out = tmp_path / "gguf"
+    out.mkdir()
+    figures = run_stage(StageContext(config=config, lane=None, inputs=folders, out=out))
+    assert figures["ollama"] == "not_run: there is no `ollama` on PATH"
+    assert figures["modelfile"] == "FROM tiny_ball-f16.gguf"
+    assert figures["f16_bytes"] == (out / "tiny_ball-f16.gguf").stat().st_size
+    assert figures["f16_tokenizer_mismatches"] == 0
 
 
 def test_a_file_that_computes_something_else_fails_and_its_report_stays(

@@ -29,6 +29,7 @@ from coremill.core.stage import Figures, StageContext
 from coremill.infra.version_gate import check_installed
 
 if TYPE_CHECKING:
+    from coremill.conversion.prompts import Prompts
     from coremill.data.text_tokenizer import TextTokenizer
     from coremill.model.checkpoint import Checkpoint
 
@@ -89,12 +90,30 @@ def prove(exported: Exported, tokenizer: Path, prompts: Path, out: Path) -> Figu
     report = measure_gguf(exported.files, exported.checkpoint, loaded, quick=True)
     write_json(layout.parity_report(out), report)
     require_parity(report, run=f"less {layout.parity_report(out)}")
-    return {
+    figures: Figures = {
         f"{kind}_{figure.name}": figure.measured
         for kind, file in report.files.items()
         for figure in file.figures
         if figure.name in _FIGURES
     }
+    return figures | _ask_ollama(exported, loaded, out)
+
+
+def _ask_ollama(exported: Exported, prompts: Prompts, out: Path) -> Figures:
+    """A question put to the model in Ollama itself, where it is; else why not."""
+    from coremill.conversion.ollama import OllamaAnswered, run_with_ollama
+    from coremill.conversion.prompts import RowPrompts, TextPrompts
+
+    if not layout.modelfile(out).is_file():
+        return {"ollama": "not_run: there is no Modelfile"}
+    assert isinstance(prompts, (RowPrompts, TextPrompts))
+    question = prompts.rows[0].prompt if isinstance(prompts, RowPrompts) else prompts.chat_prompts[0].text
+    found = run_with_ollama(out, next(iter(exported.files.values())).stem, question)
+    if isinstance(found, OllamaAnswered):
+        log.info("Ollama %s answers %r: %r", found.version, found.question, found.answer)
+        return {"ollama": f"answered: {found.answer}"}
+    log.info("Ollama was not run: %s", found.reason)
+    return {"ollama": f"not_run: {found.reason}"}
 
 
 def write_ollama_model(exported: Exported, out: Path) -> Figures:
