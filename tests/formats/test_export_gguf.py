@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 import coremill
 from coremill.conversion.export_gguf import main, parse_types, run_stage
-from coremill.conversion.gguf_parity import GgufParity
 from coremill.core import layout
 from coremill.core.config import DatasetConfig, GgufConfig, ModelConfig, read_config
 from coremill.core.contract import ModelArch, TokenizerRef
@@ -30,6 +29,7 @@ from coremill.core.errors import (
     TokenizerError,
     VocabularyMismatchError,
 )
+from coremill.core.parity import GgufParity
 from coremill.core.stage import StageContext
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.rows import read_rows

@@ -28,7 +28,6 @@ from coremill.conversion.huggingface_parity import (
     random_texts,
     texts_to_compare,
 )
-from coremill.conversion.huggingface_report import HuggingFaceParity
 from coremill.conversion.prompts import load_prompts
 from coremill.core import layout
 from coremill.core.config import (
@@ -52,6 +51,7 @@ from coremill.core.errors import (
     VocabularyMismatchError,
 )
 from coremill.core.gates import Outcome
+from coremill.core.parity import HuggingFaceParity
 from coremill.core.stage import StageContext
 from coremill.data.corpora import bundled_texts
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset

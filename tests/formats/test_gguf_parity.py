@@ -14,18 +14,12 @@ import torch
 from tests.formats.toy_gguf import CONFIG, Kind, Toy, train_toy, write_toy
 
 from coremill.conversion import gguf_parity
-from coremill.conversion.gguf_parity import (
-    FileParity,
-    GgufParity,
-    ParityFigure,
-    _random_texts,
-    measure_gguf,
-    require_parity,
-)
+from coremill.conversion.gguf_parity import _random_texts, measure_gguf, require_parity
 from coremill.conversion.prompts import TextPrompts
 from coremill.core.config import GgufType
 from coremill.core.documents import encode, from_builtins
 from coremill.core.errors import GgufError, ParityError
+from coremill.core.parity import FileParity, GgufParity, ParityFigure
 from coremill.data.text_tokenizer import TextTokenizer
 from coremill.data.texts import ChatPrompt, Text
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import coremill
-from coremill.conversion.huggingface_report import HuggingFaceParity
 from coremill.conversion.model_card import CARD, CardFacts, model_card
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
@@ -24,6 +23,7 @@ from coremill.core.documents import read_json, write_json
 from coremill.core.errors import CoremillError, OutputError, ParityError
 from coremill.core.gates import Outcome, must_gates_ok
 from coremill.core.machine import check_disk, check_memory
+from coremill.core.parity import HuggingFaceParity
 from coremill.core.publish import check_apart, publishing, write_atomic
 from coremill.core.stage import Figures, StageContext
 from coremill.core.toolchain import current_toolchain

@@ -19,15 +19,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from coremill.conversion.prompts import Prompts, RowPrompts, TextPrompts, conversation
 from coremill.core.config import GgufType
-from coremill.core.documents import Document, Record
 from coremill.core.errors import GgufError, ParityError
+from coremill.core.parity import (
+    FileParity,
+    GgufParity,
+    Measure,
+    ParityFigure,
+    TokenDifference,
+    TokenizerMismatch,
+    figure_outcome,
+)
 from coremill.data.judge import judge
 from coremill.data.rows import Row
 from coremill.data.text_tokenizer import TextTokenizer
@@ -51,138 +59,6 @@ MAX_NEW_TOKENS = 96
 
 _REMAKE = "python -m coremill.conversion.export_gguf --help"
 
-Measure = Literal[
-    "max_abs_err",
-    "kl_nats",
-    "top1_agreement",
-    "arithmetic_kl_nats",
-    "weights_gain_err",
-    "greedy_differences",
-    "tokenizer_mismatches",
-    "heldout_exact",
-]
-"""What is measured of a file:
-
-- `max_abs_err`: largest absolute difference of log probabilities, in nats;
-- `kl_nats`: KL(torch ‖ llama.cpp), the mean over positions;
-- `top1_agreement`: the share of positions whose likeliest token is the same;
-- `arithmetic_kl_nats`: as `kl_nats`, torch with the file's own weights, dequantised, in the checkpoint's model;
-- `weights_gain_err`: the most that ⟨w, w'⟩/⟨w, w⟩ is off 1, of any tensor w of the checkpoint and w' of the file;
-- `greedy_differences`: greedy tokens that torch would not have taken, near-ties aside;
-- `tokenizer_mismatches`: texts whose ids are others;
-- `heldout_exact`: the share of held-out questions whose answer is, to the letter, one that the toy can give.
-
-What quantisation costs is in `kl_nats`, and may hide a small defect there; the two after it show one: neither knows
-of the other's rounding.
-"""
-
-
-# --- the document -----------------------------------------------------------------------------------
-
-
-class ParityFigure(Record):
-    """One figure of a file.
-
-    Raises:
-        ValueError: `outcome` contradicts the bound.
-    """
-
-    name: Measure
-    measured: float
-    bound: float | None
-    """None where the figure is reported alone."""
-    at_least: bool
-    """Whether more is better, and the bound the least that passes."""
-    source: str | None
-    """Where the bound comes from."""
-    outcome: Literal["passed", "failed", "reported"]
-
-    def __post_init__(self) -> None:
-        if (expected := _outcome(self.measured, self.bound, at_least=self.at_least)) != self.outcome:
-            raise ValueError(f"`{self.name}` is {self.outcome}, {self.measured} by {self.bound} is {expected}")
-        if (self.bound is None) != (self.source is None):
-            raise ValueError(f"`{self.name}` has the bound {self.bound} from {self.source}")
-
-
-class TokenDifference(Record):
-    """Where llama.cpp, decoding greedily, took a token that torch would not have taken after the same ones."""
-
-    prompt: int
-    """Which of the prompts, from 0."""
-    place: int
-    """Which of the new tokens, from 0."""
-    torch_token: int
-    token: int
-    """llama.cpp's."""
-    gap_nats: float
-    """How much likelier torch's is, to torch."""
-    near_tie: bool
-
-
-class TokenizerMismatch(Record):
-    """A text that llama.cpp's tokenizer reads otherwise than ours."""
-
-    text: str
-    allow_special: bool
-    ids: tuple[int, ...]
-    """Ours."""
-    llamacpp_ids: tuple[int, ...]
-
-
-class FileParity(Record):
-    """What one file showed."""
-
-    file: str
-    size_bytes: int
-    positions: int
-    """Whose V log probabilities were compared."""
-    greedy_prompts: int
-    """0 where greedy tokens were not compared: of what is not stored in float32."""
-    greedy_tokens: int
-    """All of the prompts together."""
-    heldout_questions: int
-    """0 for a model that was imported."""
-    figures: tuple[ParityFigure, ...]
-    differences: tuple[TokenDifference, ...]
-    """Every one, near-ties among them."""
-    mismatches: tuple[TokenizerMismatch, ...]
-    """The first few."""
-    duration_s: float
-
-    def figure(self, name: Measure) -> ParityFigure:
-        """The figure of that name; a KeyError where there is none."""
-        return {figure.name: figure for figure in self.figures}[name]
-
-
-class GgufParity(Document):
-    """`parity.json` beside GGUF files: what each showed in llama.cpp, beside the checkpoint in torch's float32.
-
-    Raises:
-        ValueError: there are no files, or `passed` contradicts the figures.
-    """
-
-    model_type: str
-    xllamacpp: str
-    """Its release, which is that of llama.cpp."""
-    quick: bool
-    files: dict[str, FileParity]
-    """By type, such as `q8_0`."""
-    passed: bool
-
-    def __post_init__(self) -> None:
-        if not self.files:
-            raise ValueError("`files` is empty")
-        if self.passed != (not any(self.failures())):
-            raise ValueError(f"`passed` is {self.passed}, the figures say otherwise")
-
-    def failures(self) -> Iterator[str]:
-        """Each figure beyond its bound, in words."""
-        for kind, file in self.files.items():
-            for figure in file.figures:
-                if figure.outcome == "failed":
-                    side = "at least" if figure.at_least else "at most"
-                    yield f"{kind}: {figure.name} is {figure.measured:.3g}, {side} {figure.bound:g} is allowed"
-
 
 def require_parity(report: GgufParity, *, run: str | None = None) -> None:
     """Check that every figure is within its bound.
@@ -193,12 +69,6 @@ def require_parity(report: GgufParity, *, run: str | None = None) -> None:
     if failures := list(report.failures()):
         expected = "llama.cpp to compute what the checkpoint computes, within the bounds of coremill.conversion."
         raise ParityError("; ".join(failures), expected=f"{expected}gguf_parity", run=run)
-
-
-def _outcome(measured: float, bound: float | None, *, at_least: bool) -> Literal["passed", "failed", "reported"]:
-    if bound is None:
-        return "reported"
-    return "passed" if (measured >= bound if at_least else measured <= bound) else "failed"
 
 
 # --- what is allowed --------------------------------------------------------------------------------
@@ -236,7 +106,7 @@ def _figure(name: Measure, measured: float, bound: _Bound | None) -> ParityFigur
         bound=limit,
         at_least=at_least,
         source=source,
-        outcome=_outcome(measured, limit, at_least=at_least),
+        outcome=figure_outcome(measured, limit, at_least=at_least),
     )
 
 

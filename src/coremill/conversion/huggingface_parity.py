@@ -20,10 +20,10 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from coremill.conversion.huggingface_report import Tie
 from coremill.conversion.prompts import Prompts, RowPrompts, TextPrompts, conversation
 from coremill.core.errors import DatasetError, TokenizerError
 from coremill.core.gates import Gate, Severity, at_most, failed, not_run, passed
+from coremill.core.parity import Tie
 from coremill.data.chat import Message
 from coremill.data.text_tokenizer import TextTokenizer
 from coremill.model.student import Student

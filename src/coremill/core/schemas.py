@@ -11,6 +11,7 @@ from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure
 from coremill.core.documents import Document, json_schemas
 from coremill.core.manifest import StageManifest
 from coremill.core.matrix import AgreementMatrix
+from coremill.core.parity import GgufParity, HuggingFaceParity
 from coremill.core.publish import write_atomic
 from coremill.core.reports import RunSummary, VerificationReport
 from coremill.core.runtime_config import RuntimeConfig
@@ -25,6 +26,8 @@ FORMATS: list[type[Document]] = [
     VerificationReport,
     RunSummary,
     AgreementMatrix,
+    HuggingFaceParity,
+    GgufParity,
     RuntimeConfig,
 ]
 
