@@ -32,7 +32,6 @@ from coremill.infra.version_gate import check_installed
 if TYPE_CHECKING:
     from coremill.conversion.huggingface_parity import Findings
     from coremill.conversion.prompts import Prompts
-    from coremill.data.text_tokenizer import TextTokenizer
     from coremill.model.checkpoint import Checkpoint
 
 # This module imports nothing heavy, so that a wrong option is told at once.
@@ -114,7 +113,7 @@ class _Directory:
         self.checkpoint = checkpoint
         self.checkpoint_digest = checkpoint_digest
         self.prompts = prompts
-        self.tokenizer = _text_tokenizer(prompts)
+        self.tokenizer = prompts.text_tokenizer
         has_halt_head = checkpoint.model_arch.use_halt_head
         self.halt_head = layout.halt_head_file(out, name) if has_halt_head else None
         self.parameters = 0
@@ -196,14 +195,6 @@ class _Directory:
             "logits_max_abs": findings.logits_max_abs,
             "greedy_ties": len(findings.ties),
         }
-
-
-def _text_tokenizer(prompts: Prompts) -> TextTokenizer:
-    """The model's tokenizer with all that other programs need to know of it."""
-    from coremill.data.text_tokenizer import TextTokenizer
-
-    tokenizer = prompts.tokenizer
-    return tokenizer if isinstance(tokenizer, TextTokenizer) else TextTokenizer.of_student(tokenizer)
 
 
 def _judge(findings: Findings) -> None:

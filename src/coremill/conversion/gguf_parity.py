@@ -219,7 +219,7 @@ def _plan(scope: _Scope, reference: _Reference, prompts: Prompts) -> _Plan:
         prompts=asked,
         greedy_tokens=scope.greedy_tokens,
         texts=list(_texts(prompts)),
-        tokenizer=TextTokenizer.of_student(own) if isinstance(own, Tokenizer) else own,
+        tokenizer=prompts.text_tokenizer,
         rows=prompts.rows[: scope.questions] if isinstance(prompts, RowPrompts) else (),
         student_tokenizer=own if isinstance(own, Tokenizer) else None,
         context=min(longest, max(length + 1, *(len(ids) + scope.greedy_tokens for ids in asked))),

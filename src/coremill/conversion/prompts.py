@@ -68,6 +68,12 @@ class Prompts(abc.ABC):
         """What sequences are padded with, on the right."""
         return self.tokenizer.pad_id
 
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """The tokenizer with what other programs need to know of it."""
+        own = self.tokenizer
+        return TextTokenizer.of_student(own) if isinstance(own, Tokenizer) else own
+
     @abc.abstractmethod
     def packed(self, seq_len: int, count: int) -> list[list[int]]:
         """`count` sequences of exactly `seq_len` tokens; the first of a length begins as that of any other.
