@@ -387,6 +387,7 @@ BENCHMARKS = {
     "conversion": CONVERT[PRIMARY_LANE].name,
     "mil": CONVERT[PRIMARY_LANE].name,
     "llamacpp": TRAIN.name,
+    "huggingface_readers": TRAIN.name,
 }
 
 

@@ -26,6 +26,7 @@ from coremill.conversion.prompts import load_prompts
 from coremill.core import layout
 from coremill.core.command import exit_on_error
 from coremill.core.config import GgufType
+from coremill.core.digest import file_digest
 from coremill.core.errors import StageError
 from coremill.core.parity import FileParity, ParityFigure
 from coremill.model.checkpoint import load_checkpoint
@@ -52,16 +53,17 @@ def gguf_files(run: layout.RunLayout, types: Sequence[GgufType]) -> dict[GgufTyp
 def show(kind: str, file: FileParity) -> None:
     print(
         f"\n{kind}: {file.size_bytes / 1e6:.1f} MB, {file.positions} positions, {file.greedy_prompts} prompts with "
-        f"{file.greedy_tokens} greedy tokens, {file.heldout_questions} questions, {file.duration_s:.0f} s"
+        f"{file.greedy_tokens} greedy tokens, {file.heldout_questions} questions"
     )
     for figure in file.figures:
         print(f"  {figure.name:<22}{figure.measured:<12.4g}{bound(figure):<14}{figure.outcome}")
     for difference in file.differences:
         print(
             f"  prompt {difference.prompt}, token {difference.place}: {difference.token}, torch has "
-            f"{difference.torch_token}, {difference.gap_nats:.2g} nats likelier"
-            f"{' (a near-tie)' if difference.near_tie else ''}"
+            f"{difference.expected}, by {difference.gap:.2g}{' (a tie)' if difference.is_tie else ''}"
         )
+    for setting in file.settings:
+        print(f"  {setting.name} is {setting.found}, not {setting.expected}")
     for mismatch in file.mismatches:
         print(f"  {mismatch.text!r}: {list(mismatch.ids)}, llama.cpp {list(mismatch.llamacpp_ids)}")
 
@@ -86,10 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = layout.tokenizer_file(model if imported else source)
     print(f"torch {torch.__version__}, {platform.machine()}, load {os.getloadavg()[0]:.1f}")
     start = time.monotonic()
+    checkpoint = layout.checkpoint_file(model, args.run)
     report = measure_gguf(
         files,
-        load_checkpoint(layout.checkpoint_file(model, args.run)),
+        load_checkpoint(checkpoint),
         load_prompts(tokenizer, source, rows=QUESTIONS),
+        checkpoint_digest=file_digest(checkpoint),
         quick=False,
     )
     for kind, file in report.files.items():

@@ -15,6 +15,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import processors
 
 # Read when torch is imported. Threads that spin while they wait make a small model many times slower on a machine
 # whose cores have other work as well.
@@ -24,6 +26,8 @@ from tests.conversion.reading import shape_measured
 
 from coremill.conversion import convert_coreml, export_pytorch
 from coremill.conversion.checklist import Evidence, Facts
+from coremill.conversion.export_gguf import export_gguf
+from coremill.conversion.export_hf import export_hf
 from coremill.conversion.package import MODEL, WEIGHT_FILE, WEIGHTS_KEY, Spec, read_spec, write_manifest
 from coremill.conversion.prompts import Prompts, load_prompts
 from coremill.core import layout
@@ -48,15 +52,12 @@ from coremill.core.documents import read_json, write_json
 from coremill.core.reports import Answer, Backend, Perplexity, StatefulMeasured
 from coremill.core.stage import StageContext
 from coremill.data.corpora import bundled_texts
-from coremill.data.gguf_tokenizer import gguf_metadata
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.rows import Row, read_rows
 from coremill.data.text_tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG, TextTokenizer
 from coremill.data.texts import ChatPrompt, write_chat_prompts, write_texts
 from coremill.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from coremill.model.checkpoint import IMPORTED_FROM, checkpoint_of, load_checkpoint, save_checkpoint
-from coremill.model.gguf_writer import write_gguf
-from coremill.model.huggingface_writer import TokenIds, write_huggingface
+from coremill.model.checkpoint import IMPORTED_FROM, checkpoint_of, save_checkpoint
 from coremill.model.student import new_student
 from coremill.training.batches import encode_rows
 from coremill.training.distill import distill
@@ -320,6 +321,11 @@ def pristine_imported(tmp_path_factory: pytest.TempPathFactory) -> Build:
     write_chat_prompts(layout.chat_prompts_file(build.dataset), chats)
     Tokenizer.train((text.text for text in texts), 300).save(build.tokenizer)
     bos, end = SPECIAL_TOKENS[1], SPECIAL_TOKENS[2]
+    backend = tokenizers.Tokenizer.from_file(str(build.tokenizer))
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, Tokenizer.bos_id)]
+    )
+    backend.save(str(build.tokenizer))
     settings = {"bos_token": bos, "eos_token": end, "pad_token": SPECIAL_TOKENS[0], "add_bos_token": True}
     (build.model / TOKENIZER_CONFIG).write_bytes(msgspec.json.encode(settings))
     (build.model / CHAT_TEMPLATE).write_text(CHAT_TEMPLATE_TEXT)
@@ -339,7 +345,7 @@ def pristine_imported(tmp_path_factory: pytest.TempPathFactory) -> Build:
         model_type=IMPORTED.model_type,
         step=0,
         tokenizer=TokenizerRef(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest),
-        training={IMPORTED_FROM: IMPORTED.weights.source},
+        training={IMPORTED_FROM: {"files": {"model.gguf": "sha256:0"}}},
     )
     save_checkpoint(build.checkpoint, checkpoint)
     export_pytorch.run_stage(build.context("export", "texts", "import"))
@@ -362,19 +368,15 @@ class Forms(msgspec.Struct, frozen=True):
 
 
 def write_forms(build: Build, folder: Path) -> Forms:
-    """The build's model as a Hugging Face directory and as GGUF, as the stages write them."""
-    checkpoint, tokenizer = load_checkpoint(build.checkpoint), build.read_prompts().tokenizer
-    text = TextTokenizer.of_student(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
-    hf = folder / "hf"
-    hf.mkdir(parents=True)
-    tokens = TokenIds(bos=text.bos_id, eos=text.eos_ids, pad=text.pad_id)
-    write_huggingface(hf, checkpoint, dtype="float32", tokens=tokens)
-    files: dict[GgufType, Path] = {}
-    metadata = gguf_metadata(text, vocab_size=checkpoint.config.vocab_size)
-    for kind in build.config.gguf.types:
-        files[kind] = layout.gguf_file(folder / "gguf", build.config.name, kind)
-        write_gguf(files[kind], checkpoint, metadata, kind=kind, name=build.config.name, provenance={})
-    return Forms(hf, files)
+    """The build's model as a Hugging Face directory and as GGUF, as the stages write and prove them."""
+    sources = (build.checkpoint, build.tokenizer, build.dataset)
+    name, types = build.config.name, build.config.gguf.types
+    hf, gguf = folder / "hf", folder / "gguf"
+    for out in (hf, gguf):
+        out.mkdir(parents=True)
+    export_hf(*sources, hf, name=name, settings=build.config.hf)
+    export_gguf(*sources, gguf, name=name, types=types)
+    return Forms(hf, {kind: layout.gguf_file(gguf, name, kind) for kind in types})
 
 
 @pytest.fixture(scope="session")

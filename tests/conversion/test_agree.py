@@ -76,9 +76,7 @@ def project(pristine_imported, forms, tmp_path, monkeypatch) -> Project:
         shutil.copytree(pristine_imported.root / stage, made.run.stage(stage, per_lane))
     written = forms[pristine_imported.config.name]
     shutil.copytree(written.hf, made.run.stage("hf"))
-    made.run.stage("gguf").mkdir()
-    for path in written.gguf.values():
-        shutil.copy(path, made.run.stage("gguf"))
+    shutil.copytree(next(iter(written.gguf.values())).parent, made.run.stage("gguf"))
     made.config.parent.mkdir()
     made.config.write_text(CONFIG)
     assert read_config(made.config) == pristine_imported.config

@@ -96,7 +96,13 @@ def test_a_newer_minor_version_is_read_with_a_warning(caplog):
 
 @pytest.mark.parametrize(
     ("data", "found"),
-    [(b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"", "is not JSON"), (b"[]", "found list at `$`")],
+    [
+        (b"{", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"", "is not JSON"),
+        (b"[]", "found list at `$`"),
+    ],
 )
 def test_bytes_that_are_no_document(tmp_path, data, found):
     path = tmp_path / "tree.json"

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -90,22 +91,41 @@ def test_an_interrupted_exchange_puts_the_old_folder_back(tmp_path, monkeypatch,
         return rename(source, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(type(interrupt)), publishing(folder) as fresh:
+    with pytest.raises((OutputError, KeyboardInterrupt)) as caught, publishing(folder) as fresh:
         (fresh / "a").write_text("new")
+    if isinstance(interrupt, OSError):
+        assert str(caught.value) == (
+            f"cannot put a new folder in the place of {folder}: Input/output error\n"
+            f"  expected: a writable place with room\n  run: ls -ld {tmp_path}"
+        )
     assert (folder / "a").read_text() == "old"
     assert entries(tmp_path) == ["stage"]
+
+
+@pytest.mark.parametrize("write", ["file", "folder"])
+def test_a_file_in_the_place_of_the_folder_above(tmp_path, write):
+    (tmp_path / "file").write_text("mine")
+    path = tmp_path / "file" / "below" / "x"
+    with pytest.raises(OutputError) as caught, (replacing if write == "file" else publishing)(path):
+        pass
+    what = f"cannot write {path}" if write == "file" else f"cannot write beside {path}"
+    assert str(caught.value) == (
+        f"{what}: {tmp_path / 'file'} is no folder\n"
+        f"  expected: a folder, or nothing\n  run: ls -ld {tmp_path / 'file'}"
+    )
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from coremill.core.publish import check_apart, publishing
+    from coremill.core.publish import publishing
     folder = Path(sys.argv[1])
     rename = Path.rename
 
     def rename_and_die(source, target):
         rename(source, target)
-        if sys.argv[2] == "between" and source == folder:
+        if sys.argv[2] == "between" and source == folder.resolve():
             os.kill(os.getpid(), signal.SIGKILL)
 
     Path.rename = rename_and_die
@@ -117,28 +137,179 @@ KILLED = """
 """
 
 
+def run_killed(folder, moment):
+    """A process that is killed while it publishes `folder`."""
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), folder, moment], check=False)
+    assert ended.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("then", ["recover", "publish"])
 @pytest.mark.parametrize("moment", ["within", "between"])
-def test_a_killed_process_leaves_the_last_good_folder(tmp_path, moment):
-    folder = tmp_path / "stage"
+@pytest.mark.parametrize("link", [False, True], ids=["folder", "link"])
+def test_a_killed_process_leaves_the_last_good_folder(tmp_path, link, moment, then):
+    """The next to write there puts it back, though it then fails itself."""
+    target = folder = tmp_path / "stage"
+    if link:
+        target = tmp_path / "disk" / "stage"
+        target.mkdir(parents=True)
+        folder.symlink_to(target)
     with publishing(folder) as fresh:
         (fresh / "a").write_text("old")
-    script = tmp_path / "killed.py"
-    script.write_text(textwrap.dedent(KILLED))
-    ended = subprocess.run([sys.executable, script, folder, moment], check=False)
-    assert ended.returncode == -signal.SIGKILL
-    recover(folder)
+    run_killed(folder, moment)
+    assert entries(target.parent) != ["stage"]
+    if then == "recover":
+        recover(folder)
+    else:
+        with pytest.raises(ZeroDivisionError), publishing(folder) as fresh:
+            raise ZeroDivisionError
     assert {entry.name: entry.read_text() for entry in folder.iterdir()} == {"a": "old"}
-    assert entries(tmp_path) == ["killed.py", "stage"]
+    assert entries(target.parent) == ["stage"]
+    assert folder.is_symlink() == link
 
 
 def test_a_killed_first_process_leaves_nothing_that_looks_finished(tmp_path):
     folder = tmp_path / "stage"
-    script = tmp_path / "killed.py"
-    script.write_text(textwrap.dedent(KILLED))
-    subprocess.run([sys.executable, script, folder, "within"], check=False)
+    run_killed(folder, "within")
     assert not folder.exists()
+    assert len(entries(tmp_path)) == 1
     recover(folder)
-    assert entries(tmp_path) == ["killed.py"]
+    assert entries(tmp_path) == []
+
+
+def test_a_killed_writer_of_a_file_leaves_nothing_for_long(tmp_path):
+    path = tmp_path / "a[1].gguf"
+    source = """
+        import os, signal, sys
+        from pathlib import Path
+        from coremill.core.publish import replacing
+        with replacing(Path(sys.argv[1])) as file:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(source), path], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    (left,) = entries(tmp_path)
+    assert left.startswith(".a[1].gguf.new-")
+    kept = [".a[1].gguf.new-notes", ".other.gguf.new-abcd1234"]
+    for name in kept:
+        (tmp_path / name).write_text("of another")
+    write_atomic(path, b"whole")
+    assert entries(tmp_path) == [*kept, "a[1].gguf"]
+    assert path.read_bytes() == b"whole"
+
+
+def test_what_a_living_process_writes_is_left(tmp_path):
+    """A file and a folder: this process is the living one, another writes at the same places."""
+    with replacing(tmp_path / "file") as file, publishing(tmp_path / "stage") as fresh:
+        file.write(b"slow")
+        (fresh / "a").write_text("slow")
+        source = """
+            import sys
+            from pathlib import Path
+            from coremill.core.publish import publishing, recover, write_atomic
+            write_atomic(Path(sys.argv[1]) / "file", b"quick")
+            with publishing(Path(sys.argv[1]) / "stage") as fresh:
+                (fresh / "a").write_text("quick")
+            recover(Path(sys.argv[1]) / "stage")
+        """
+        subprocess.run([sys.executable, "-c", textwrap.dedent(source), tmp_path], check=True)
+        assert (tmp_path / "file").read_bytes() == b"quick"
+        assert (tmp_path / "stage" / "a").read_text() == "quick"
+    assert (tmp_path / "file").read_bytes() == b"slow"
+    assert (tmp_path / "stage" / "a").read_text() == "slow"
+    assert entries(tmp_path) == ["file", "stage"]
+
+
+def test_a_file_is_locked_until_it_stands_in_its_place(tmp_path, monkeypatch):
+    replace = Path.replace
+
+    def replace_beside_another(source, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        write_atomic(tmp_path / "file", b"quick")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", replace_beside_another)
+    write_atomic(tmp_path / "file", b"slow")
+    assert (tmp_path / "file").read_bytes() == b"slow"
+    assert entries(tmp_path) == ["file"]
+
+
+def test_a_living_process_that_exchanges_the_two_is_left(tmp_path):
+    folder, old = tmp_path / "stage", tmp_path / ".stage.old"
+    folder.mkdir()
+    with publishing(folder):
+        folder.rename(old)
+        recover(folder)
+        assert not folder.exists()
+        old.rename(folder)
+    assert entries(tmp_path) == ["stage"]
+
+
+def test_what_another_took_for_a_leftover_is_made_anew(tmp_path, monkeypatch):
+    """Between the making of a folder or file and its being locked another process may remove it."""
+    real, made = {name: getattr(tempfile, name) for name in ("mkdtemp", "mkstemp")}, []
+
+    def lost(name, remove):
+        def make(**options):
+            result = real[name](**options)
+            path = result if name == "mkdtemp" else result[1]
+            if len(made) % 2 == 0:
+                remove(path)
+            made.append(path)
+            return result
+
+        return make
+
+    monkeypatch.setattr(tempfile, "mkdtemp", lost("mkdtemp", os.rmdir))
+    monkeypatch.setattr(tempfile, "mkstemp", lost("mkstemp", os.unlink))
+    with publishing(tmp_path / "stage") as fresh:
+        (fresh / "a").write_text("1")
+    write_atomic(tmp_path / "file", b"2")
+    assert len(made) == 4
+    assert entries(tmp_path) == ["file", "stage"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, exists):
+    target, link = tmp_path / "disk" / "target", tmp_path / "stage"
+    target.parent.mkdir()
+    if exists:
+        target.mkdir()
+    (tmp_path / "way").symlink_to(target)
+    link.symlink_to("way")  # relative, and over another link
+    for name in ("a", "b", "c"):
+        with publishing(link) as fresh:
+            (fresh / name).write_text(name)
+        assert entries(target) == [name]
+    recover(link)
+    assert (link.readlink(), entries(link)) == (Path("way"), ["c"])
+    assert (entries(tmp_path), entries(target.parent)) == (["disk", "stage", "way"], ["target"])
+
+
+def test_links_that_lead_nowhere(tmp_path):
+    link, loop = tmp_path / "link", tmp_path / "loop"
+    link.symlink_to(tmp_path / "disk" / "target")
+    with pytest.raises(OutputError) as caught, publishing(link):
+        pass
+    assert str(caught.value) == (
+        f"{link} is a link to {tmp_path}/disk/target, and {tmp_path}/disk is not there\n"
+        f"  expected: a link to a folder, or to where one can be made\n  run: ls -ld {link}"
+    )
+    loop.symlink_to(loop)
+    with pytest.raises(OutputError, match=f"^{loop} is in the way\n"), publishing(loop):
+        pass
+    assert entries(tmp_path) == ["link", "loop"]
+
+
+def test_what_an_earlier_version_left_of_a_link_is_cleared(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "a").write_text("mine")
+    (tmp_path / "stage").mkdir()
+    (tmp_path / ".stage.old").symlink_to("target")
+    recover(tmp_path / "stage")
+    assert entries(tmp_path) == ["stage", "target"]
+    assert entries(tmp_path / "target") == ["a"]
 
 
 def test_two_writers_never_share_a_folder(tmp_path):

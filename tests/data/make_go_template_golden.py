@@ -43,6 +43,7 @@ type Case struct {
 	Values   *Values
 	Text     *string
 	Error    string
+	Failure  string
 }
 
 func main() {
@@ -62,9 +63,10 @@ func main() {
 			var b strings.Builder
 			// A map, as Ollama gives it, not the struct.
 			err = t.Execute(&b, map[string]any{"System": v.System, "Prompt": v.Prompt, "Response": v.Response,
-				"Think": v.Think, "Messages": v.Messages})
+				"Think": v.Think, "Messages": v.Messages, "Suffix": nil})
 			if err != nil {
-				panic(c.Template + ": " + err.Error())
+				c.Failure = err.Error()
+				continue
 			}
 			text := b.String()
 			c.Text = &text
@@ -83,6 +85,7 @@ VALUES = {
     "Prompt": "Will it rain?",
     "Response": "",
     "Think": True,
+    "Suffix": None,
     "Messages": [
         {"Role": "system", "Content": "Be brief.", "ToolCalls": []},
         {"Role": "user", "Content": "Will it\nrain? {{ .Prompt }}", "ToolCalls": []},
@@ -123,6 +126,10 @@ RENDERED = [
     "{{- /* first */ -}}\n  x {{- `` }} y }} {",
     "{{ if (and (eq .Prompt `Will it rain?`) (not .Response)) }}both{{ end }}",
     "{{ if $x := .System }}{{ $x }}{{ else }}{{ $x }}!{{ end }}",
+    "{{ ge 2 1 }} {{ ge 2 2 }} {{ gt 2 2 }} {{ gt 3 2 }} {{ le 3 2 }} {{ lt 2 2 }}",
+    "{{ .Suffix }}",
+    "{{ 010 }} {{ 1_000 }} {{ 0x7fffffffffffffff }} {{ -9223372036854775808 }} {{ 1.5 }}",
+    "{{ define `unused` }}x{{ end }}y",
 ]
 
 ACCEPTED = [
@@ -141,6 +148,13 @@ ACCEPTED = [
     "{",
     "{{`}}`}}",
     "{{'}'}}",
+    "{{ define `a` }}{{ with .Items }}{{ template `a` . }}{{ end }}{{ end }}{{ template `a` . }}",
+    "{{ define `a` }}{{ if .Items }}{{ template `a` .Items }}{{ end }}{{ end }}{{ template `a` . }}",
+    "{{ define `a` }} {{ end }}{{ define `a` }}x{{ end }}{{ define `a` }}{{ end }}",
+    "{{ block `a` . }}{{ end }}{{ define `a` }}x{{ end }}{{ template `a` }}",
+    "{{ define `` }} {{ end }}x",
+    "{{ if .System }}" * 100 + "{{ end }}" * 100,
+    "{{ " + "(" * 100 + ".System" + ")" * 100 + " }}",
 ]
 
 REFUSED = [
@@ -199,11 +213,31 @@ REFUSED = [
     "{{ nil.A }}",
     "{{ ..A }}",
     "{{ end end }}",
+    "{{ 99999999999999999999999 }}",
+    "{{ -9999999999999999999 }}",
+    "{{ 08 }}",
+    "{{ 0xfffffffffffffffff }}",
+    "{{ 1e999 }}",
+    "{{ define `a` }}\nx{{ end }}\n{{ define `a` }}\ny\n{{ end }}z",
+    "{{ define `a` }}x{{ end }}{{ block `a` . }}y{{ end }}",
+    "{{ define `` }}x{{ end }}\ny",
 ]
+
+FAILED = [
+    "{{ template `nope` }}",
+    "a\n{{ define `a` }}{{ end }}{{ if .System }}\n{{ template `b` . }}{{ end }}",
+    "{{ define `a` }}\n{{ template `a` }}{{ end }}{{ template `a` . }}",
+    "{{ define `a` }}{{ template `b` .X }}{{ end }}{{ define `b` }}{{ template `a` }}{{ end }}{{ template `a` . }}",
+    "{{ define `a` }}{{ if .System }}{{ template `a` . }}{{ end }}{{ end }}{{ template `a` . }}",
+    "{{ define `a` }}{{ range .Messages }}{{ template `a` $ }}{{ end }}{{ end }}{{ template `a` . }}",
+    "x{{ if .System }}\n{{ template `` . }}{{ end }}",
+    "{{ 9223372036854775808 }}",
+]
+"""Go parses them, and fails when it executes them."""
 
 
 def main(go: str) -> None:
-    cases = [{"Template": template, "Values": VALUES} for template in RENDERED]
+    cases = [{"Template": template, "Values": VALUES} for template in RENDERED + FAILED]
     cases += [{"Template": template, "Values": None} for template in ACCEPTED + REFUSED]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "main.go").write_text(PROGRAM)
@@ -216,12 +250,18 @@ def main(go: str) -> None:
     refused = {case["Template"] for case in found if case["Error"]}
     if refused != set(REFUSED):
         raise SystemExit(f"Go sees it otherwise: {sorted(refused.symmetric_difference(REFUSED))}")
+    failed = {case["Template"] for case in found if case["Failure"]}
+    if failed != set(FAILED):
+        raise SystemExit(f"Go runs it otherwise: {sorted(failed.symmetric_difference(FAILED))}")
     golden = {
         "values": VALUES,
         "rendered": [[case["Template"], case["Text"]] for case in found if case["Text"] is not None],
         "accepted": ACCEPTED,
         "refused": [
             [case["Template"], case["Error"].removeprefix("template: ")] for case in found if case["Error"]
+        ],
+        "failed": [
+            [case["Template"], case["Failure"].removeprefix("template: ")] for case in found if case["Failure"]
         ],
     }
     text = json.dumps(golden, indent=1, ensure_ascii=False)

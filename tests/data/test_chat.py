@@ -9,6 +9,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from coremill.core.errors import TokenizerError
+from coremill.data import chat
 from coremill.data.chat import ChatTemplate
 
 CHAT = [
@@ -43,6 +44,10 @@ TEMPLATES = {
     ),
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}",
     "nothing": "{{ tools }}{{ documents }}{{ unset is defined }}{{ unset }}{{ messages[-1]['content'][1:3] }}",
+    "products": (
+        "{{ '-' * 40 }}{{ 3 * 'ab' }}{{ [1, 2] * 2 }}{{ 7 * 6 }}{{ 2 ** 10 }}{{ 2 ** -1 }}{{ 1.5 * 2 }}"
+        "{{ 'a' * -1 }}{{ 2 ** 0.5 }}{{ true * 3 }}"
+    ),
     "date": "{{ strftime_now('%d %b %Y') }}",
     "macro": "{% macro turn(m) %}<{{ m.role }}>{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}",
 }
@@ -90,10 +95,38 @@ def test_a_template_that_refuses_its_messages() -> None:
             "{% set n = namespace() %}{% set n._x = 1 %}",
             "the chat template: a namespace with the attribute '_x'",
         ),
+        ("{{ 'a' * 10 ** 10 }}", "the chat template: the result of `*` is too large"),
+        ("{{ 10 ** 10 * 'a' }}", "the chat template: the result of `*` is too large"),
+        ("{% set n = 600000 %}{{ 'ab' * n }}", "the chat template: the result of `*` is too large"),
+        ("{{ [1] * 2000000 }}", "the chat template: the result of `*` is too large"),
+        ("{{ 10 ** 5000 }}", "the chat template: the result of `**` is too large"),
+        ("{{ 9 ** (9 ** 9) }}", "the chat template: the result of `**` is too large"),
+        ("{{ 2 ** 2000 * 2 ** 2000 * 2 ** 2000 }}", "the chat template: the result of `*` is too large"),
+        (
+            "{{ range(10 ** 9) | list }}",
+            "the chat template: Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000).",
+        ),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "the chat template: maximum recursion depth exceeded"),
+        ("{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", "the chat template: maximum recursion depth exceeded"),
+        ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "the chat template: maximum recursion depth exceeded"),
+        (
+            "{% for a in 'a' %}" * 60 + "{% endfor %}" * 60,
+            "the chat template: too many statically nested blocks (<template>, line 71)",
+        ),
+        ("{{ strftime_now(3) }}", "the chat template: strftime() argument 1 must be str, not int"),
+        ("{% include '/etc/passwd' %}", "the chat template: no loader for this environment specified"),
     ],
 )
 def test_what_a_template_may_not_do(template: str, found: str) -> None:
     assert refusal(template) == found
+
+
+def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(form: str) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr(chat, "_now", fails)
+    assert refusal("{{ strftime_now('%Y') }}") == "the chat template: MemoryError"
 
 
 def test_messages_are_left_as_they_were() -> None:

@@ -18,10 +18,10 @@ from coremill.data.chat_formats import (
     CHATML,
     FORMATS,
     LLAMA3,
-    MISTRAL,
     STUDENT,
     ChatFormat,
     find_chat_format,
+    go_fault,
     ollama_values,
 )
 from coremill.data.go_template import parse_go_template
@@ -53,18 +53,15 @@ LLAMA3_TEMPLATE = """\
 message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}\
 {% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}\
 {{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
-MISTRAL_TEMPLATE = """\
-{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
-{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{% if message['role'] == 'user' %}\
-{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}\
-{{ message['content'] + eos_token}}{% else %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}"""
 
 
 class WithTemplate:
-    """What :func:`find_chat_format` asks of a tokenizer."""
+    """What :func:`find_chat_format` and :func:`go_fault` ask of a tokenizer."""
 
-    def __init__(self, source: str | None, **special: str) -> None:
+    def __init__(self, source: str | None, *, add_bos: bool = False, **special: str) -> None:
         self.chat_template = None if source is None else ChatTemplate(source, special)
+        self.special_tokens = special
+        self.add_bos = add_bos
 
 
 def found_in(source: str | None, **special: str) -> ChatFormat | None:
@@ -94,7 +91,6 @@ MODELS = {
     "chatml": (CHATML_TEMPLATE, {}, CHATML),
     "qwen": (QWEN_TEMPLATE, {}, QWEN),
     "llama3": (LLAMA3_TEMPLATE, {"bos_token": "<|begin_of_text|>"}, replace(LLAMA3, trims=True)),
-    "mistral": (MISTRAL_TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>"}, MISTRAL),
 }
 
 
@@ -111,6 +107,11 @@ def test_formats_are_found_by_what_they_write(name: str) -> None:
         ("add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}", "false %}"),  # no start of an answer
         ("message['content']", "(message['content'] if not loop.first else '?')"),
         ("message['role'] + '\\n'", "message['role'] + ('\\n' if loop.index < 5 else ' ')"),  # a later turn
+        (  # one question and its answer
+            "'<|im_end|>' + '\\n'",
+            "'<|im_end|>' + ('?' if loop.length == 2 and message['role'] == 'assistant' else '\\n')",
+        ),
+        ("if add_generation_prompt", "if true"),  # the start of an answer where none is asked for
     ],
 )
 def test_a_template_that_writes_something_else_is_not_taken(old: str, new: str) -> None:
@@ -132,7 +133,7 @@ def test_an_empty_default_system_prompt_is_one() -> None:
 CONTENTS = st.text(st.one_of(st.sampled_from("{}<|>\n \"'"), st.characters(exclude_categories=["C"])), max_size=30)
 
 
-def conversations(*, system: bool) -> st.SearchStrategy[list[Message]]:
+def conversations() -> st.SearchStrategy[list[Message]]:
     """Questions and answers in turn, perhaps begun by a system prompt, ended by a question."""
 
     def build(prompt: str | None, turns: Sequence[tuple[str, str]], last: str) -> list[Message]:
@@ -141,8 +142,7 @@ def conversations(*, system: bool) -> st.SearchStrategy[list[Message]]:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return [*messages, {"role": "user", "content": last}]
 
-    prompts = st.none() | CONTENTS if system else st.none()
-    return st.builds(build, prompts, st.lists(st.tuples(CONTENTS, CONTENTS), max_size=3), CONTENTS)
+    return st.builds(build, st.none() | CONTENTS, st.lists(st.tuples(CONTENTS, CONTENTS), max_size=3), CONTENTS)
 
 
 def go_text(known: ChatFormat, messages: Sequence[Message]) -> str:
@@ -155,7 +155,7 @@ def go_text(known: ChatFormat, messages: Sequence[Message]) -> str:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_go_template_writes_what_the_models_own_template_writes(name: str, data: st.DataObject) -> None:
     source, special, known = MODELS[name]
-    messages = data.draw(conversations(system="system" in known.turns))
+    messages = data.draw(conversations())
     if known.trims:  # Ollama's templates cannot
         messages = [{**message, "content": message["content"].strip()} for message in messages]
     text = ChatTemplate(source, special).render(messages, add_generation_prompt=True)
@@ -163,7 +163,7 @@ def test_the_go_template_writes_what_the_models_own_template_writes(name: str, d
     assert go_text(known, messages) == text
 
 
-@given(messages=conversations(system=True))
+@given(messages=conversations())
 def test_the_go_template_of_the_student_and_of_smollm2(
     tokenizer: Tokenizer, smollm2: TextTokenizer, messages: list[Message]
 ) -> None:
@@ -192,9 +192,9 @@ def test_white_space_around_a_message_stays_where_the_format_trims() -> None:
 
 def test_a_role_that_the_format_does_not_have() -> None:
     with pytest.raises(TokenizerError) as caught:
-        MISTRAL.render([{"role": "system", "content": "a"}], add_generation_prompt=True)
+        CHATML.render([{"role": "tool", "content": "a"}], add_generation_prompt=True)
     assert str(caught.value) == (
-        "a message of the role 'system'; Mistral instruct has no such turn\n  expected: one of user, assistant"
+        "a message of the role 'tool'; ChatML has no such turn\n  expected: one of system, user, assistant"
     )
 
 
@@ -211,6 +211,99 @@ def test_neighbours_of_one_role_become_one_message_as_in_ollama() -> None:
     }
 
 
-def test_names_and_stops_are_their_own() -> None:
-    assert len({each.name for each in FORMATS}) == len(FORMATS)
-    assert all(each.stops for each in FORMATS)
+def test_names_and_stops() -> None:
+    assert {each.name: each.stops for each in FORMATS} == {
+        "coremill's student": ("<|end|>",),
+        "ChatML": ("<|im_start|>", "<|im_end|>"),
+        "Llama 3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    }
+
+
+# --- the Go template that is written, held against the model's own ---------------------------------
+
+
+def fault_of(name: str, *, add_bos: bool = False, old: str = "", new: str = "", **changed: Any) -> str | None:
+    """What is found where `old` in the Go template became `new`."""
+    source, special, known = MODELS[name]
+    tokenizer: Any = WithTemplate(source, add_bos=add_bos, **special)
+    template = known.go_template(begin=not add_bos)
+    assert old in template
+    return go_fault(template.replace(old, new), replace(known, **changed), tokenizer)
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_go_templates_have_no_fault(name: str, add_bos: bool) -> None:
+    assert fault_of(name, add_bos=add_bos) is None
+
+
+def test_without_a_template_there_is_no_fault() -> None:
+    tokenizer: Any = WithTemplate(None)
+    assert go_fault("{{ .Prompt }}", CHATML, tokenizer) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        (
+            "<|im_end|>\n{{ end }}",
+            "<|im_end|>{{ end }}",
+            "behind '– roughly.<|im_end|>' it writes '<|im_start|>user\\nAnd', and the model's own template "
+            "'\\n<|im_start|>user\\nAn'",
+        ),
+        (
+            "{{ end }}{{ end }}<|im_start|>assistant\n",
+            "{{ end }}{{ end }}",
+            "behind ' compass.<|im_end|>\\n' it writes '', and the model's own template '<|im_start|>assistan'",
+        ),
+        (
+            "{{ end }}{{ end }}<|im_start|>assistant\n",
+            "{{ end }}{{ end }}<|im_start|>assistant\n ",
+            "behind 'im_start|>assistant\\n' it writes ' ', and the model's own template ''",
+        ),
+        (
+            'eq .Role "system"',
+            'eq .Role "System"',
+            "behind '<|im_start|>' it writes 'user\\nWhich way is no', and the model's own template "
+            "'system\\nYou answer in'",
+        ),
+        (
+            '{{ else if eq .Role "assistant"',
+            '{{ else if eq .Role "a"',
+            "behind 'm_end|>\\n<|im_start|>' it writes 'user\\nAnd {south}?<|i', and the model's own template "
+            "'assistant\\nWhere the '",
+        ),
+    ],
+)
+def test_one_character_is_a_fault(old: str, new: str, fault: str) -> None:
+    assert fault_of("chatml", old=old, new=new) == fault
+
+
+@pytest.mark.parametrize(
+    ("end", "fault"),
+    [
+        ("{% endif %}", None),
+        (
+            "{% else %}!{% endif %}",
+            "it writes '<|im_start|>assistan', and the model's own template '!<|im_start|>assista'",
+        ),
+        ("!{% endif %}", "it writes '', and the model's own template '!'"),
+    ],
+)
+def test_both_ends_of_the_models_own_template_count(end: str, fault: str | None) -> None:
+    tokenizer: Any = WithTemplate(CHATML_TEMPLATE.removesuffix("{% endif %}") + end)
+    found = go_fault(CHATML.go_template(begin=True), CHATML, tokenizer)
+    assert (found if found is None else found[found.index("it writes") :]) == fault
+
+
+def test_the_start_of_a_text_and_the_default_prompt_count() -> None:
+    begins = fault_of(
+        "llama3", add_bos=True, old="{{ range .Messages }}", new="<|begin_of_text|>{{ range .Messages }}"
+    )
+    assert begins == (
+        "behind '<|begin_of_text|><|' it writes 'begin_of_text|><|sta', and the model's own template "
+        "'start_header_id|>use'"
+    )
+    assert fault_of("qwen", default_system=None) is not None
+    assert fault_of("qwen", default_system="You are Qwen.") is not None
+    assert fault_of("chatml", default_system="") is not None

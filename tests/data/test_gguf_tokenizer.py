@@ -146,7 +146,6 @@ def test_the_keys_of_a_student(prose: list[str]) -> None:
         "tokenizer.ggml.padding_token_id": 0,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.ggml.add_space_prefix": False,
     }
     assert lists["tokens"][:3] == ["<|pad|>", "<|bos|>", "<|end|>"]
     assert lists["tokens"][300:] == ["[PAD300]", "[PAD301]"]

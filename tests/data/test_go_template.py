@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coremill.data.go_template import GoTemplateError, parse_go_template
+from coremill.data.go_template import MAX_DEPTH, GoTemplateError, parse_go_template
 
 GOLDEN = json.loads((Path(__file__).parent / "go_template_golden.json").read_text(encoding="utf-8"))
 OF_A_MESSAGE = ".Role, .Content, .Thinking, .Images, .ToolCalls, .ToolName, .ToolCallID"
@@ -32,6 +33,13 @@ def test_what_go_refuses_is_refused_in_the_same_line(source: str, reason: str) -
     assert caught.value.line == int(reason.split(":")[1])
 
 
+@pytest.mark.parametrize(("source", "reason"), GOLDEN["failed"])
+def test_what_go_fails_to_execute_is_refused_in_the_same_line(source: str, reason: str) -> None:
+    with pytest.raises(GoTemplateError) as caught:
+        parse_go_template(source)
+    assert caught.value.line == int(reason.split(":")[1])
+
+
 @pytest.mark.parametrize(
     ("source", "line", "reason"),
     [
@@ -45,7 +53,26 @@ def test_what_go_refuses_is_refused_in_the_same_line(source: str, reason: str) -
         ("{{ /* a */ }}", 1, "an unexpected '/' in an action"),
         ("{{- end\n}}", 1, "an {{ end }} without its if, range or with"),
         ("\n{{ range .Messages }}{{ break 1 }}{{ end }}", 2, "an unexpected '1' in {{ break }}"),
+        ("{{ 9223372036854775808 }}", 1, "the number 9223372036854775808 does not fit into 64 bits"),
+        ("\n{{ -9223372036854775809 }}", 2, "the number -9223372036854775809 does not fit into 64 bits"),
+        ("{{ " + "9" * 5000 + " }}", 1, f"the number {'9' * 37}... does not fit into 64 bits"),
+        ("{{ 1e999 }}", 1, "the number 1e999 does not fit into 64 bits"),
+        ("{{ define `a` }}x{{ end }}\n{{ define `a` }}y{{ end }}", 2, "a second template 'a'"),
         # These Go lets pass, and writes `<no value>` or fails when it runs them.
+        ("a\n{{ template `nope` }}", 2, "the template 'nope' is not defined"),
+        ("{{ define `a` }}{{ if .X }}{{ template `b` }}{{ end }}{{ end }}", 1, "the template 'b' is not defined"),
+        ("{{ define `a` }}\n{{ template `a` }}{{ end }}", 2, "the template 'a' includes itself without end"),
+        (
+            "{{ define `a` }}\n{{ template `b` }}{{ end }}{{ define `b` }}\n{{ template `a` .X }}{{ end }}",
+            3,
+            "the template 'a' includes itself without end",
+        ),
+        (
+            "{{ define `a` }}{{ if .X }}\n{{ template `a` . }}{{ end }}{{ end }}",
+            2,
+            "the template 'a' includes itself without end",
+        ),
+        ("x\n{{ if .System }}{{ template `` $ }}{{ end }}", 2, "the template '' includes itself without end"),
         ("{{ $x = 1 }}", 1, "the variable $x is not declared"),
         (
             "{{ .system }}",
@@ -103,6 +130,77 @@ def test_what_is_not_executed_says_so(source: str, reason: str) -> None:
     with pytest.raises(GoTemplateError) as caught:
         template.render({"Messages": []})
     assert caught.value.reason == reason
+
+
+def nested(before: str, inside: str, after: str, times: int) -> str:
+    return before * times + inside + after * times
+
+
+NESTED = {
+    "if": ("{{ if .System }}\n", "a", "{{ end }}"),
+    "else if": ("{{ if .Prompt }}{{ else }}\n", "a", "{{ end }}"),
+    "block": ("{{ block `b` . }}{{ end }}{{ with .X }}\n", "a", "{{ end }}"),
+    "parentheses": ("(\n", ".System", ")"),
+    "both": ("{{ if (not .System) }}\n", "a", "{{ end }}"),
+}
+
+
+def deep(kind: str, times: int) -> str:
+    before, inside, after = NESTED[kind]
+    text = nested(before, inside, after, times)
+    if kind == "block":
+        return "{{ define `a` }}" + nested(before, inside, after, times) + "{{ end }}"
+    return "{{ " + text + " }}" if kind == "parentheses" else text
+
+
+@pytest.mark.parametrize(
+    ("kind", "outer"), [("if", 0), ("else if", 0), ("block", 1), ("parentheses", 0), ("both", 1)]
+)
+def test_how_deep_a_template_goes(kind: str, outer: int) -> None:
+    parse_go_template(deep(kind, MAX_DEPTH - outer))
+    for times in (MAX_DEPTH - outer + 1, 5000):
+        with pytest.raises(GoTemplateError) as caught:
+            parse_go_template(deep(kind, times))
+        assert caught.value.reason == "more than 100 blocks and parentheses inside of one another"
+        assert caught.value.line == MAX_DEPTH - outer + 1
+
+
+def test_blocks_inside_of_blocks_are_counted() -> None:
+    with pytest.raises(GoTemplateError) as caught:
+        parse_go_template(nested("{{ block `b` . }}", "", "{{ end }}", 3000))
+    assert caught.value.reason == "more than 100 blocks and parentheses inside of one another"
+
+
+def test_a_chain_of_else_if_is_counted() -> None:
+    chain = "{{ if .System }}" + "{{ else if .Prompt }}" * 99 + "{{ end }}"
+    parse_go_template(chain)
+    with pytest.raises(GoTemplateError):
+        parse_go_template(chain.replace("{{ end }}", "{{ else if .Prompt }}{{ end }}"))
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "a\n",
+        "{{ .System }}\n",
+        "{{ if .System }}\n{{ end }}",
+        "{{/* a */}}\n",
+        "{{ (.System) }}",
+        "{{ $x%d := .System }}{{ $x%d }}",
+        "{{ define `a%d` }}x{{ end }}{{ template `a%d` }}",
+    ],
+)
+def test_the_time_grows_with_the_length(unit: str) -> None:
+    text = "".join(unit.replace("%d", str(place)) for place in range(400_000 // len(unit)))
+    start = time.process_time()
+    parse_go_template(text)
+    assert time.process_time() - start < 10  # half a second; in square time, minutes
+
+
+def test_the_time_of_a_long_action() -> None:
+    start = time.process_time()
+    parse_go_template("{{ print" + " .System\n" * 40_000 + "}}")
+    assert time.process_time() - start < 10
 
 
 PIECES = [

@@ -22,6 +22,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unic
 
 from coremill.core.digest import file_digest
 from coremill.core.errors import TokenizerError
+from coremill.data import text_tokenizer
 from coremill.data.text_tokenizer import TextTokenizer
 from coremill.data.tokenizer import Tokenizer
 
@@ -381,7 +382,52 @@ def test_the_file_itself_is_kept(folder: Path, tmp_path: Path) -> None:
             '{"eos_token_id": 5}',
             "F/tokenizer.json: the end token 5 is not in its vocabulary of 5",
         ),
+        ("generation_config.json", '{"eos_token_id": true}', "F/generation_config.json: `eos_token_id` is true"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": [3, null]}',
+            "F/generation_config.json: `eos_token_id` is [3, null]",
+        ),
+        ("config.json", '{"eos_token_id": "2"}', 'F/config.json: `eos_token_id` is "2"'),
+        ("config.json", '{"eos_token_id": {}}', "F/config.json: `eos_token_id` is {}"),
+        ("config.json", '{"eos_token_id": 1e30}', "F/config.json: `eos_token_id` is 1e+30"),
+        (
+            "config.json",
+            '{"eos_token_id": [%s]}' % ("1.5," * 99 + "2"),
+            "F/config.json: `eos_token_id` is [1.5, 1.5, ",
+        ),
+        (
+            "generation_config.json",
+            '{"eos_token_id": [99999999999999999999999]}',
+            "F/tokenizer.json: the end token 99999999999999999999999 is not in its vocabulary of 5",
+        ),
+        (
+            "generation_config.json",
+            '{"eos_token_id": -1}',
+            "F/tokenizer.json: the end token -1 is not in its vocabulary",
+        ),
+        (
+            "generation_config.json",
+            '{"eos_token_id": %s}' % ("9" * 5000),
+            "cannot read F/generation_config.json: Integer value out of range",
+        ),
+        ("generation_config.json", "[" * 100_000, "cannot read F/generation_config.json: maximum recursion depth"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "F/tokenizer_config.json: `eos_token` is 5"),
+        (
+            "special_tokens_map.json",
+            '{"bos_token": {"content": ["<s>"]}}',
+            'F/special_tokens_map.json: `bos_token` is {"content": ["<s>"]}',
+        ),
+        ("tokenizer_config.json", '{"add_bos_token": 1}', "F/tokenizer_config.json: `add_bos_token` is 1"),
+        ("tokenizer_config.json", '{"chat_template": 3}', "F/tokenizer_config.json: `chat_template` is 3"),
+        ("tokenizer_config.json", '{"chat_template": ["x"]}', 'F/tokenizer_config.json: `chat_template` is ["x"]'),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [{"name": []}, {"name": "default", "template": 3}]}',
+            'F/tokenizer_config.json: `chat_template` is [{"name": []}, {"name": "default", "template": 3}]',
+        ),
         ("chat_template.jinja", "{% if %}", "the chat template: Expected an expression"),
+        ("chat_template.jinja", "{{ " + "(" * 20_000, "the chat template: maximum recursion depth exceeded"),
     ],
 )
 def test_directories_that_are_refused(folder: Path, name: str, text: str | None, found: str) -> None:
@@ -392,6 +438,74 @@ def test_directories_that_are_refused(folder: Path, name: str, text: str | None,
         loaded(folder)
     assert caught.value.found.startswith(found.replace("F", str(folder), 1))
     assert caught.value.expected
+
+
+def test_a_panic_of_the_library_is_an_error_like_others(folder: Path) -> None:
+    model = {
+        "type": "BPE",
+        "continuing_subword_prefix": "##",
+        "vocab": {"a": 0, "b": 1, "ab": 2},
+        "merges": ["a b"],
+    }
+    put(folder, "tokenizer.json", {"model": model})
+    with pytest.raises(TokenizerError) as caught:
+        loaded(folder)
+    assert caught.value.found.startswith(f"{folder}/tokenizer.json is not a tokenizer: ")
+    assert caught.value.expected == "a tokenizer.json of Hugging Face's tokenizers"
+    assert type(caught.value.__cause__).__name__ == "PanicException"
+
+
+def test_an_interruption_is_no_broken_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(text_tokenizer.tokenizers.Tokenizer, "from_str", interrupted, raising=True)
+    with pytest.raises(KeyboardInterrupt):
+        loaded(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_file_without_end_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(text_tokenizer, "_MOST_BYTES", 1 << 20)  # for time
+    (folder / name).unlink(missing_ok=True)
+    with (folder / name).open("wb") as file:
+        file.truncate((1 << 20) + 1)
+    with pytest.raises(TokenizerError) as caught:
+        loaded(folder)
+    assert str(caught.value) == (
+        f"{folder / name} is beyond 1 MiB\n  expected: the file of a tokenizer\n  run: ls -lL {folder / name}"
+    )
+
+
+def test_what_may_be_null_or_empty(folder: Path) -> None:
+    put(folder, "special_tokens_map.json", {"bos_token": "<s>", "pad_token": "a"})
+    nothing = {"bos_token": None, "eos_token": "", "unk_token": {"content": None}, "add_bos_token": None}
+    put(folder, "tokenizer_config.json", {**nothing, "chat_template": None})
+    put(folder, "generation_config.json", {"eos_token_id": None})
+    put(folder, "config.json", {"eos_token_id": []})
+    tokenizer = loaded(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id, tokenizer.add_bos) == (2, (), 0, False)
+    assert tokenizer.chat_template is None
+
+
+def test_the_files_are_those_that_are_written(folder: Path, tmp_path: Path) -> None:
+    put(folder, "tokenizer_config.json", {"eos_token": "</s>", "chat_template": "{{ eos_token }}\r\n"})
+    tokenizer = loaded(folder)
+    tokenizer.save(tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == tokenizer.files()
+    assert tokenizer.files()["chat_template.jinja"] == b"{{ eos_token }}\r\n"
+
+
+def test_the_lines_of_a_template_end_as_transformers_has_them(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"a\r\nb\n")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder).chat_template
+    assert loaded(folder).chat_template.source == theirs == "a\nb\n"
+
+
+def test_added_tokens_are_told_by_id(folder: Path) -> None:
+    assert {token: (each.content, each.special) for token, each in loaded(folder).added_tokens.items()} == {
+        2: ("<s>", True), 3: ("</s>", True), 4: ("<end>", True)
+    }  # fmt: skip
 
 
 def test_a_student_s_tokenizer_writes_conversations_as_the_student_was_taught_them() -> None:

@@ -191,12 +191,21 @@ def _without_a_byte(content: dict[str, Any]) -> None:
     vocab["another"] = vocab.pop("~")
 
 
+PANICS = (
+    b'{"model": {"type": "BPE", "continuing_subword_prefix": "##", "vocab": {"a": 0, "b": 1, "ab": 2}, '
+    b'"merges": ["a b"]}}'
+)
+"""The library's Rust panics, which is no Exception in Python."""
+
+
 @pytest.mark.parametrize(
     ("data", "found"),
     [
         (b"", " is not JSON: "),
         (b"\xff\xfe", " is not JSON: "),
         (b"{]", " is not JSON: "),
+        (b"[" * 100_000, " is not JSON: "),
+        (PANICS, " is not a tokenizer: "),
         (b"[1, 2]", " is not a tokenizer: "),
         (b'{"version": "1.0"}', " is not a tokenizer: "),
         (_edited(_without_bot), " lacks the special token <bot>\n"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from coremill.core.documents import read_json
 from coremill.core.errors import (
     CheckpointUnreadableError,
     ConfigError,
+    DatasetError,
     GgufError,
     OutputError,
     ParityError,
@@ -34,6 +36,7 @@ from coremill.core.stage import StageContext
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.rows import read_rows
 from coremill.data.text_tokenizer import STUDENT_TEMPLATE, TextTokenizer
+from coremill.data.texts import ChatPrompt, Text, write_chat_prompts, write_texts
 from coremill.data.tokenizer import Tokenizer
 from coremill.model.checkpoint import IMPORTED_FROM, Checkpoint, build_student, checkpoint_of, save_checkpoint
 from coremill.model.gguf_file import GgufFile
@@ -78,7 +81,8 @@ def source(dataset: Path, toy: Checkpoint, tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
     save_checkpoint(folder / "tiny_ball.ckpt", toy)
-    layout.tokenizer_file(folder).write_bytes(layout.tokenizer_file(dataset).read_bytes())
+    for path in (layout.tokenizer_file(dataset), layout.heldout_file(dataset)):
+        (folder / path.name).write_bytes(path.read_bytes())
     return folder
 
 
@@ -92,9 +96,11 @@ def test_every_type_and_the_halt_head(
     out = tmp_path / "gguf"
     assert run(source, out) == 0
     names = ["tiny_ball-f32.gguf", "tiny_ball-f16.gguf", "tiny_ball-q8_0.gguf", "tiny_ball-q4_0.gguf"]
-    names.append("tiny_ball.halt_head.safetensors")
-    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "Modelfile"])
-    printed = [f"{file_digest(out / name).removeprefix('sha256:')}  {out / name}" for name in names]
+    names.append("halt_head-tiny_ball.safetensors")
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "Modelfile", "parity.json"])
+    printed = [
+        f"{file_digest(out / name).removeprefix('sha256:')}  {out / name}" for name in sorted([*names, "Modelfile"])
+    ]
     assert capsys.readouterr().out.splitlines() == printed
     halt_head = load_file(layout.halt_head_file(out, NAME))["halt_head.weight"]
     assert torch.equal(halt_head, toy.state_dict["halt_head.weight"])
@@ -108,7 +114,7 @@ def test_every_type_and_the_halt_head(
             "coremill.model_type": "magic-8-ball",
             "coremill.checkpoint_digest": file_digest(source / "tiny_ball.ckpt"),
             "coremill.tokenizer_digest": digest,
-            "coremill.halt_head_file": "tiny_ball.halt_head.safetensors",
+            "coremill.halt_head_file": "halt_head-tiny_ball.safetensors",
             "coremill.halt_head_digest": file_digest(layout.halt_head_file(out, NAME)),
         }
         assert (found["general.name"], found["tokenizer.chat_template"]) == (NAME, STUDENT_TEMPLATE)
@@ -125,9 +131,9 @@ def test_the_same_bytes_in_another_folder(source: Path, tmp_path: Path) -> None:
 def test_what_llama_cpp_says_is_what_torch_says(
     source: Path, toy: Checkpoint, dataset: Path, tmp_path: Path
 ) -> None:
-    assert run(source, tmp_path, "--types", "f32") == 0
+    assert run(source, tmp_path / "gguf", "--types", "f32") == 0
     student, tokenizer = build_student(toy), Tokenizer.load(layout.tokenizer_file(dataset))
-    with LlamaCpp(tmp_path / "tiny_ball-f32.gguf", context=128) as llamacpp:
+    with LlamaCpp(tmp_path / "gguf" / "tiny_ball-f32.gguf", context=128) as llamacpp:
         for row in list(read_rows(layout.heldout_file(dataset)))[:3]:
             ids = tokenizer.encode_prompt(row.prompt)
             expected = student_says(student, ids)
@@ -153,7 +159,8 @@ def test_an_imported_model_brings_its_own_tokenizer(source: Path, toy: Checkpoin
         state_dict=weights, training={IMPORTED_FROM: {"files": {}}}, where="checkpoint", run=None,
     )  # fmt: skip
     save_checkpoint(source / "tiny_ball.ckpt", imported)
-    assert run(source, tmp_path / "gguf", "--types", "f16", "--name", "my-model") == 0
+    texts = some_texts(source, tmp_path / "texts")
+    assert run(source, tmp_path / "gguf", "--types", "f16", "--name", "my-model", "--prompts", texts) == 0
     (path,) = (tmp_path / "gguf").glob("*.gguf")
     assert path.name == "my_model-f16.gguf"
     metadata = GgufFile(path).metadata
@@ -162,18 +169,29 @@ def test_an_imported_model_brings_its_own_tokenizer(source: Path, toy: Checkpoin
     assert "coremill.halt_head_file" not in metadata
 
 
+def some_texts(source: Path, folder: Path) -> str:
+    """What an imported model is run on: the toy's own words, as running text."""
+    folder.mkdir()
+    words = " ".join(f"{row.prompt} {row.teacher_text}" for row in read_rows(layout.heldout_file(source)))
+    write_texts(layout.texts_file(folder), [Text(id="a", source="here", licence=None, text=words)])
+    write_chat_prompts(layout.chat_prompts_file(folder), [ChatPrompt(id="1", text="Will it rain?")])
+    return str(folder)
+
+
 def as_options(config: ModelConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in config.__struct_fields__}
 
 
-def test_with_prompts_the_files_are_run_and_what_was_found_is_written(
-    source: Path, dataset: Path, tmp_path: Path
-) -> None:
+def test_the_files_are_run_and_what_was_found_is_written(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "gguf"
-    assert run(source, out, "--types", "f32,q8_0", "--prompts", str(dataset)) == 0
+    assert run(source, out, "--types", "f32,q8_0") == 0
     report = read_json(layout.parity_report(out), GgufParity)
     assert (report.passed, list(report.files)) == (True, ["f32", "q8_0"])
     assert report.files["f32"].figure("max_abs_err").measured < 1e-4
+    assert report.checkpoint_digest == file_digest(source / "tiny_ball.ckpt")
+    assert report.digests == {
+        path.name: file_digest(path) for path in out.iterdir() if path != layout.parity_report(out)
+    }
     assert layout.modelfile(out).read_text().splitlines()[0] == "FROM ./tiny_ball-f32.gguf"
 
 
@@ -195,33 +213,33 @@ def test_the_stage_says_why_ollama_was_not_run(
     assert figures["f16_tokenizer_mismatches"] == 0
 
 
-def test_a_file_that_computes_something_else_fails_and_its_report_stays(
-    source: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_computes_something_else_is_not_there(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coremill.model.gguf_writer.to_interleaved", lambda value, n_heads: value)
-    out = tmp_path / "gguf"
-    with pytest.raises(ParityError, match=r"^f32: max_abs_err is [\d.]+, at most 0\.0001 is allowed"):
-        run(source, out, "--types", "f32", "--prompts", str(dataset))
-    assert not read_json(layout.parity_report(out), GgufParity).passed
+    with pytest.raises(ParityError, match=r"^f32: relative_err is [\d.]+, at most 1e-05 is allowed"):
+        run(source, tmp_path / "gguf", "--types", "f32")
+    assert not (tmp_path / "gguf").exists()
 
 
 def test_a_chat_format_that_is_not_known_leaves_the_modelfile_out(
     source: Path, toy: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """That of an earlier export is not left either."""
+    out = tmp_path / "gguf"
+    assert run(source, out, "--types", "f32") == 0
+    assert layout.modelfile(out).exists()
     imported = replace(toy, training={IMPORTED_FROM: {"format": "gguf"}}, where="toy", run=None)
     save_checkpoint(source / "tiny_ball.ckpt", imported)
     (source / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
     (source / "chat_template.jinja").write_text("{% for each in messages %}[{{ each['content'] }}]{% endfor %}")
-    assert run(source, tmp_path / "gguf", "--types", "f32") == 0
-    assert not layout.modelfile(tmp_path / "gguf").exists()
+    assert run(source, out, "--types", "f16", "--prompts", some_texts(source, tmp_path / "texts")) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "halt_head-tiny_ball.safetensors",
+        "parity.json",
+        "tiny_ball-f16.gguf",
+    }
     assert "no Modelfile: the chat template writes conversations in a format that has no template" in caplog.text
-
-
-def test_files_that_were_there_are_replaced(source: Path, tmp_path: Path) -> None:
-    path = layout.gguf_file(tmp_path, NAME, "f16")
-    path.write_bytes(b"of before")
-    assert run(source, tmp_path, "--types", "f16") == 0
-    assert open_weights(path).dtypes == ("F16", "F32")
 
 
 # --- what is refused, and that nothing is written then ----------------------------------------------
@@ -246,24 +264,56 @@ def test_a_type_that_does_not_fit_behind_one_that_does(source: Path, tmp_path: P
     )
 
 
-def test_a_folder_in_the_way_of_the_last_type(source: Path, tmp_path: Path) -> None:
+def test_a_folder_of_another_s_files_is_left(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "gguf"
-    layout.gguf_file(out, NAME, "f16").mkdir(parents=True)
-    error = refusal(OutputError, source, out, "--types", "f32,f16")
-    assert error.found == f"{out}/tiny_ball-f16.gguf is in the way"
+    out.mkdir()
+    layout.modelfile(out).write_text("FROM mine\n")
+    error = refusal(OutputError, source, out)
+    assert str(error) == (
+        f"{out} is no folder of coremill's GGUF files: cannot read {out}/parity.json: No such file or directory\n"
+        "  expected: nothing, or a folder of GGUF files that this command wrote, to replace it\n"
+        f"  run: ls -l {out}"
+    )
 
 
-def test_a_folder_in_the_way_of_the_halt_head(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda out: (out / "notes.txt").write_text("mine"), "notes.txt, which coremill did not write"),
+        (lambda out: layout.modelfile(out).write_text("FROM mine\n"), "Modelfile, which was changed since"),
+    ],
+)
+def test_what_was_added_or_changed_in_an_export_is_left(
+    source: Path, tmp_path: Path, change: Callable[[Path], int], found: str
+) -> None:
     out = tmp_path / "gguf"
-    layout.halt_head_file(out, NAME).mkdir(parents=True)
-    assert refusal(OutputError, source, out).found == f"{out}/tiny_ball.halt_head.safetensors is in the way"
+    assert run(source, out, "--types", "f16") == 0
+    change(out)
+    assert refusal(OutputError, source, out, "--types", "f32").found == f"{out} holds {found}"
+
+
+@pytest.mark.parametrize("name", ["../escaped", "a/b", "..", "a b", "-f", "a\nb", "a\udcffb"])
+def test_a_name_that_is_no_file_name(source: Path, tmp_path: Path, name: str) -> None:
+    error = refusal(ConfigError, source, tmp_path / "gguf", f"--name={name}")
+    assert error.found == f"--name {name!r}"
+
+
+def test_prompts_that_are_not_there_are_told_before_the_work(source: Path, tmp_path: Path) -> None:
+    error = refusal(DatasetError, source, tmp_path / "gguf", "--prompts", str(tmp_path / "none"))
+    assert error.found == f"{tmp_path}/none has no held-out set"
+
+
+def test_an_imported_model_is_not_run_on_a_held_out_set(source: Path, toy: Checkpoint, tmp_path: Path) -> None:
+    imported = replace(toy, training={IMPORTED_FROM: {"format": "gguf"}}, where="toy", run=None)
+    save_checkpoint(source / "tiny_ball.ckpt", imported)
+    error = refusal(DatasetError, source, tmp_path / "gguf")
+    assert (
+        str(error) == "the prompts are a held-out set, and the model was imported\n  expected: texts: see --prompts"
+    )
 
 
 def test_an_output_that_is_the_input(source: Path, tmp_path: Path) -> None:
-    checkpoint = layout.gguf_file(source, NAME, "f16")
-    (source / "tiny_ball.ckpt").rename(checkpoint)
-    with pytest.raises(OutputError, match="is read and would be overwritten"):
-        main(["--checkpoint", str(checkpoint), "--out", str(source), "--types", "f16", "--name", NAME])
+    assert "is read and would be overwritten" in refusal(OutputError, source, source).found
 
 
 def test_a_tokenizer_of_another_model(source: Path, toy: Checkpoint, tmp_path: Path) -> None:

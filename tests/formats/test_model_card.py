@@ -22,7 +22,7 @@ TOY = CardFacts(
     training={"dataset_digest": "sha256:da", "steps": 820, "seed": 8, "loss": {"last": 0.1}},
     imported_from=None,
     has_chat_template=True,
-    halt_head="magic_8_ball.halt_head.safetensors",
+    halt_head="halt_head-magic_8_ball.safetensors",
     parity="parity.json",
     coremill="0.1.0",
 )
@@ -98,14 +98,14 @@ says what was: the directory was loaded with transformers and compared with its 
 
 ## The halt head
 
-`magic_8_ball.halt_head.safetensors` holds what the class of transformers has no place for: `halt_head.weight`, \
+`halt_head-magic_8_ball.safetensors` holds what the class of transformers has no place for: `halt_head.weight`, \
 (2, hidden size), float32. Its product with the last hidden state, after the final norm, gives two logits for each \
 position, of [continue, halt]. Generation does not need it: an answer ends with its end token.
 
 ```python
 from safetensors.torch import load_file
 
-weight = load_file(folder + "/magic_8_ball.halt_head.safetensors")["halt_head.weight"]
+weight = load_file(folder + "/halt_head-magic_8_ball.safetensors")["halt_head.weight"]
 hidden = model(**prompt, output_hidden_states=True).hidden_states[-1]
 print(hidden.float() @ weight.T)
 ```

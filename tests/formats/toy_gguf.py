@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import msgspec
@@ -17,6 +19,7 @@ from coremill.core.config import DatasetConfig, ModelConfig
 from coremill.core.contract import ModelArch, TokenizerRef
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.rows import Row, read_rows
+from coremill.data.text_tokenizer import STUDENT_TEMPLATE
 from coremill.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from coremill.model.checkpoint import Checkpoint, checkpoint_of
 from coremill.model.student import Student, new_student
@@ -96,6 +99,7 @@ def write_toy(
     nan: bool = False,
     without: str | None = None,
     end: int = Tokenizer.end_id,
+    says: Mapping[str, Any] | None = None,
     always: int | None = None,
     sure: float = 30.0,
 ) -> Path:
@@ -109,6 +113,7 @@ def write_toy(
         nan: whether a value is NaN.
         without: a tensor that is left out.
         end: the id of the end token, as the file says it.
+        says: of the tokenizer's keys, less `tokenizer.`, with what they say instead.
         always: a token that is always the likeliest, its logit ahead of all others by about `sure`.
     """
     config = toy.checkpoint.config
@@ -122,7 +127,7 @@ def write_toy(
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta if rope_theta is None else rope_theta)
     writer.add_rope_dimension_count(config.head_dim)
-    _add_tokenizer(writer, toy.tokenizer, merges, end)
+    _add_tokenizer(writer, toy.tokenizer, merges, end, says or {})
     for theirs, value in _tensors(toy.checkpoint, permute=permute, always=always, sure=sure):
         if theirs == without:
             continue
@@ -130,7 +135,8 @@ def write_toy(
         if nan and theirs == "blk.1.ffn_up.weight":
             changed = np.where(np.arange(value.size).reshape(value.shape) == 7, np.float32("nan"), value)
         if value.ndim == 2 and kind != Kind.F32:
-            writer.add_tensor(theirs, gguf.quants.quantize(changed, kind), raw_dtype=kind)
+            stored = Kind.F16 if kind == Kind.Q8_0 and "attn_v" in theirs else kind
+            writer.add_tensor(theirs, gguf.quants.quantize(changed, stored), raw_dtype=stored)
         else:
             writer.add_tensor(theirs, changed)
     writer.write_header_to_file()
@@ -161,16 +167,25 @@ def _tensors(
     return found
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, share: float, end: int) -> None:
+def _add_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: Tokenizer, share: float, end: int, says: Mapping[str, Any]
+) -> None:
     model = json.loads(tokenizer.data)["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if place < len(SPECIAL_TOKENS) else 1 for place in range(len(tokens))])
-    writer.add_token_merges(merges[: int(len(merges) * share)])
-    writer.add_bos_token_id(tokenizer.bos_id)
-    writer.add_eos_token_id(end)
-    writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_add_bos_token(False)
+    keys: dict[str, Any] = {
+        "ggml.model": "gpt2",
+        "ggml.pre": "gpt-2",
+        "ggml.tokens": tokens,
+        "ggml.token_type": [3 if place < len(SPECIAL_TOKENS) else 1 for place in range(len(tokens))],
+        "ggml.merges": merges[: int(len(merges) * share)],
+        "ggml.bos_token_id": tokenizer.bos_id,
+        "ggml.eos_token_id": end,
+        "ggml.padding_token_id": tokenizer.pad_id,
+        "ggml.add_bos_token": False,
+        "chat_template": STUDENT_TEMPLATE,
+        **says,
+    }
+    for key, value in keys.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+        add[type(value)](f"tokenizer.{key}", value)

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-
 import gguf
 import numpy as np
 import pytest
 
-from coremill.core.errors import MachineError
-from coremill.model import ggml_quantize
-from coremill.model.ggml_quantize import check_quantiser, quantize
+from coremill.model.ggml_quantize import quantize
 
 Kind = gguf.GGMLQuantizationType
 
@@ -60,37 +53,3 @@ def test_a_matrix_that_is_a_view() -> None:
 def test_what_llama_cpp_would_end_the_process_for(matrix: np.ndarray, found: str) -> None:
     with pytest.raises(ValueError, match=found):
         quantize(matrix, Kind.Q4_K)
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The library is looked for again, and forgotten."""
-    ggml_quantize._function.cache_clear()
-    yield monkeypatch
-    ggml_quantize._function.cache_clear()
-
-
-def test_a_library_without_the_function(fresh: pytest.MonkeyPatch) -> None:
-    import _ctypes
-
-    fresh.setattr(ggml_quantize, "_library", lambda: _ctypes.__file__)
-    with pytest.raises(MachineError) as caught:
-        check_quantiser()
-    assert caught.value.found.startswith(f"{_ctypes.__file__} has no ggml_quantize_chunk: ")
-    assert caught.value.run == "pip install -r requirements/train.txt"
-
-
-def test_no_library(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fresh.setattr(sys, "path", [str(tmp_path)])
-    fresh.delitem(sys.modules, "xllamacpp", raising=False)
-    with pytest.raises(MachineError) as caught:
-        check_quantiser()
-    assert caught.value.found == "llama.cpp is not installed here: there is no xllamacpp"
-
-
-def test_xllamacpp_is_not_imported() -> None:
-    code = (
-        "import sys; from coremill.model.ggml_quantize import check_quantiser; check_quantiser(); "
-        "assert not any(name.startswith('xllamacpp') for name in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -132,12 +132,11 @@ def test_what_is_read_back_is_the_checkpoint(tmp_path: Path, metadata: dict[str,
 
 
 def largest_difference(path: Path, student: Student, ids: list[int]) -> float:
-    places = [3, 40, len(ids) - 1]
     with torch.no_grad():
-        expected = torch.log_softmax(student(torch.tensor([ids]))[0][0, places], -1).numpy()
-    assert np.abs(expected[0] - expected[1]).max() > 1
+        expected = student(torch.tensor([ids]))[0][0].numpy()
+    assert np.abs(expected[3] - expected[40]).max() > 1
     with LlamaCpp(path, context=128) as llamacpp:
-        return float(np.abs(llamacpp.rows(ids, places) - expected).max())
+        return float(np.abs(llamacpp.logits(ids) - expected).max())
 
 
 @pytest.mark.parametrize(
@@ -161,10 +160,10 @@ def test_matrices_are_stored_as_the_type_says(tmp_path: Path, metadata: dict[str
         GgufFile(path),
         {"f16": 5e-4, "q8_0": 6e-3, "q4_0": 0.12, "q4_k": 0.09, "q5_k": 0.05, "q6_k": 0.025},
     )
-    types = {len(tensor.shape): set() for tensor in file.tensors.values()}
-    for tensor in file.tensors.values():
-        types[len(tensor.shape)].add(tensor.kind)
-    assert types == {1: {Kind.F32}, 2: {Kind[kind.upper()]}}
+    for name, tensor in file.tensors.items():
+        finer = kind == "q8_0" and name == "blk.0.attn_v.weight"
+        stored = Kind.F32 if len(tensor.shape) == 1 else Kind.F16 if finer else Kind[kind.upper()]
+        assert tensor.kind == stored, name
     assert sum(tensor.size_bytes for tensor in file.tensors.values()) == size_bytes(config, kind)
     for name, value in open_weights(path).read():
         expected = ours.state_dict[name]

@@ -31,7 +31,7 @@ def of(student: Student) -> Checkpoint:
 
 
 def test_it_computes_the_halt_logits_from_the_last_norm(tmp_path: Path) -> None:
-    student, path = a_student(), tmp_path / "toy.halt_head.safetensors"
+    student, path = a_student(), tmp_path / "halt_head-toy.safetensors"
     save_halt_head(path, of(student))
     ((name, weight),) = load_file(path).items()
     assert (name, weight.shape, weight.dtype) == ("halt_head.weight", (2, 32), torch.float32)
@@ -45,6 +45,17 @@ def test_it_computes_the_halt_logits_from_the_last_norm(tmp_path: Path) -> None:
     first = path.read_bytes()
     save_halt_head(path, of(student))
     assert path.read_bytes() == first
+
+
+def test_a_weight_that_is_not_contiguous_gives_the_same_bytes(tmp_path: Path) -> None:
+    """As a checkpoint of another program may have it."""
+    checkpoint = of(a_student())
+    save_halt_head(tmp_path / "a", checkpoint)
+    weight = checkpoint.state_dict["halt_head.weight"]
+    checkpoint.state_dict["halt_head.weight"] = weight.T.contiguous().T
+    assert not checkpoint.state_dict["halt_head.weight"].is_contiguous()
+    save_halt_head(tmp_path / "b", checkpoint)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_a_model_without_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,40 @@ def test_the_class_is_one_that_computes_the_model(
     assert architecture_of(checkpoint.config, model_type) == architecture
     write_huggingface(tmp_path, checkpoint, dtype="float32", tokens=TOKENS)
     check_logits(tmp_path, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("options", "model_type", "own"),
+    [
+        ({"mlp_bias": True}, "llama", {"attention_bias": False, "mlp_bias": True}),
+        ({}, "mistral", {"sliding_window": None}),
+        ({"attention_bias": "qkv"}, "qwen2", {"use_sliding_window": False}),
+        ({"qk_norm": True}, "qwen3", {"attention_bias": False, "use_sliding_window": False}),
+    ],
+)
+def test_every_class_attends_to_the_whole_context(
+    tmp_path: Path, options: dict[str, Any], model_type: str, own: dict[str, Any]
+) -> None:
+    """A key that is not there is transformers' default: a window of 4096 for Mistral."""
+    write_huggingface(tmp_path, a_checkpoint(a_config(**options), model_type), dtype="float32", tokens=TOKENS)
+    names = ("attention_bias", "mlp_bias", "sliding_window", "use_sliding_window")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {name: written[name] for name in names if name in written} == own
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert getattr(config, "sliding_window", None) is None
+    assert set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+
+
+def test_tensors_begin_at_a_multiple_of_eight(tmp_path: Path) -> None:
+    """So that they can be mapped where they lie, however long the header is."""
+    lengths = set()
+    for size in (8, 64, 512, 4096):
+        write_huggingface(tmp_path, a_checkpoint(a_config(vocab_size=size)), dtype="float32", tokens=TOKENS)
+        data = (tmp_path / "model.safetensors").read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        assert length % 8 == 0
+        lengths.add(len(data[8 : 8 + length].rstrip(b" ")) % 8)
+    assert len(lengths) > 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""llama.cpp itself, on a small model's GGUF file: torch's probabilities, its tokens; files that do not load."""
+"""llama.cpp itself, on a small model's GGUF file: torch's logits, its tokens; files that do not load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.formats.toy_gguf import CONFIG, Toy, untrained_toy, write_toy
 
 from coremill.core.errors import GgufError
 from coremill.model.checkpoint import build_student
-from coremill.model.llamacpp import LOG_PROB_FLOOR, LlamaCpp
+from coremill.model.llamacpp import LlamaCpp
 
 IDS = [1, 3, 100, 201, 302, 4, 54, 88]
 CONTEXT = 160
@@ -41,35 +41,45 @@ def llamacpp(path: Path):
         yield opened
 
 
-def torch_log_probs(toy: Toy, ids: list[int]) -> np.ndarray:
+def torch_logits(toy: Toy, ids: list[int]) -> np.ndarray:
     with torch.no_grad():
-        return torch.log_softmax(build_student(toy.checkpoint)(torch.tensor([ids]))[0][0], -1).numpy()
+        return build_student(toy.checkpoint)(torch.tensor([ids]))[0][0].numpy()
 
 
-def test_it_says_the_log_probability_of_every_token(llamacpp: LlamaCpp, toy: Toy) -> None:
-    found = llamacpp.log_probs(IDS)
-    assert found.shape == (512,)
+def test_it_says_the_logits_after_every_token(llamacpp: LlamaCpp, toy: Toy) -> None:
+    found = llamacpp.logits(IDS)
+    assert found.shape == (8, 512)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, torch_log_probs(toy, IDS)[-1], atol=2e-5)
-    assert np.exp(found.astype(np.float64)).sum() == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(found, torch_logits(toy, IDS), atol=2e-5)
 
 
-def test_rows_are_the_log_probabilities_after_each_position(llamacpp: LlamaCpp, toy: Toy) -> None:
-    found = llamacpp.rows(IDS, [5, 0, 7])
-    np.testing.assert_allclose(found, torch_log_probs(toy, IDS)[[5, 0, 7]], atol=2e-5)
+def test_what_was_asked_before_is_forgotten(llamacpp: LlamaCpp) -> None:
+    first = llamacpp.logits(IDS)
+    llamacpp.logits([7, 7, 7])
+    llamacpp.generate(IDS, 5, ())
+    np.testing.assert_array_equal(llamacpp.logits(IDS), first)
 
 
-def test_the_longest_prompt_leaves_a_position(llamacpp: LlamaCpp, toy: Toy) -> None:
-    ids = (IDS * 20)[: CONTEXT - 1]
-    np.testing.assert_allclose(llamacpp.log_probs(ids), torch_log_probs(toy, ids)[-1], atol=5e-5)
-    with pytest.raises(ValueError, match=r"^160 tokens and 1 to come, the context has 160 positions$"):
-        llamacpp.log_probs(IDS * 20)
+def test_the_whole_context_is_read(llamacpp: LlamaCpp, toy: Toy) -> None:
+    ids = IDS * 20
+    np.testing.assert_allclose(llamacpp.logits(ids), torch_logits(toy, ids), atol=5e-5)
+    with pytest.raises(ValueError, match=r"^161 tokens and 0 to come, the context has 160 positions$"):
+        llamacpp.logits([*ids, 1])
 
 
-def test_greedy_tokens_are_those_of_the_log_probabilities(llamacpp: LlamaCpp, toy: Toy) -> None:
+def test_a_text_that_is_read_in_parts_is_one_text(
+    llamacpp: LlamaCpp, toy: Toy, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coremill.model.llamacpp._BATCH", 3)
+    with LlamaCpp(path, context=CONTEXT) as by_three:
+        np.testing.assert_allclose(by_three.logits(IDS), torch_logits(toy, IDS), atol=2e-5)
+        assert by_three.generate(IDS, 9, ()) == llamacpp.generate(IDS, 9, ())
+
+
+def test_greedy_tokens_are_those_of_the_logits(llamacpp: LlamaCpp, toy: Toy) -> None:
     ids = list(IDS)
     for _ in range(12):
-        ids.append(int(torch_log_probs(toy, ids)[-1].argmax()))
+        ids.append(int(torch_logits(toy, ids)[-1].argmax()))
     said = ids[len(IDS) :]
     assert llamacpp.generate(IDS, 12, ()) == said
     assert llamacpp.generate(IDS, 12, {said[3]}) == said[: said.index(said[3]) + 1]
@@ -84,18 +94,10 @@ def test_an_end_token_of_the_file_ends_nothing_by_itself(tmp_path: Path, toy: To
 
 
 def test_tokens_that_are_part_of_a_character_are_said(tmp_path: Path, toy: Toy) -> None:
-    """llama.cpp holds back the text of a byte that is no whole character, and with it what it knows of it."""
     byte = toy.tokenizer.encode("é")[0]
     with LlamaCpp(write_toy(tmp_path / "byte.gguf", toy, always=byte), context=CONTEXT) as opened:
         assert opened.generate(IDS, 5, ()) == [byte] * 5
-        assert opened.log_probs(IDS).argmax() == byte
-
-
-def test_probabilities_too_small_for_float32_are_at_the_floor(tmp_path: Path, toy: Toy) -> None:
-    with LlamaCpp(write_toy(tmp_path / "sure.gguf", toy, always=77, sure=2000.0), context=CONTEXT) as opened:
-        found = opened.log_probs(IDS)
-    assert found[77] == 0
-    assert found.min() == np.float32(LOG_PROB_FLOOR)
+        assert opened.logits(IDS)[-1].argmax() == byte
 
 
 def test_the_whole_context_can_be_filled(llamacpp: LlamaCpp) -> None:
@@ -116,11 +118,10 @@ def test_a_special_token_that_a_text_spells_is_one_where_allowed(llamacpp: Llama
 @pytest.mark.parametrize(
     ("call", "problem"),
     [
-        (lambda it: it.log_probs([]), "there are no tokens"),
-        (lambda it: it.log_probs([512]), "token id 512 is not in a vocabulary of 512"),
+        (lambda it: it.logits([]), "there are no tokens"),
+        (lambda it: it.logits([512]), "token id 512 is not in a vocabulary of 512"),
         (lambda it: it.generate([-1], 2, ()), "token id -1 is not in a vocabulary of 512"),
         (lambda it: it.generate(IDS, 0, ()), "max_new_tokens must be at least 1, found 0"),
-        (lambda it: it.rows(IDS, [8]), "position 8 of 8 tokens"),
         (lambda it: LlamaCpp(it.path, context=161), "context 161, the model of .* has 160 positions"),
         (lambda it: LlamaCpp(it.path, context=0), "context 0, the model of .* has 160 positions"),
     ],
@@ -131,9 +132,9 @@ def test_a_caller_s_mistake_is_a_value_error(llamacpp: LlamaCpp, call, problem: 
 
 
 def test_the_cache_in_float16_and_flash_attention_round_more(path: Path, toy: Toy) -> None:
-    expected = torch_log_probs(toy, IDS)[-1]
+    expected = torch_logits(toy, IDS)
     with LlamaCpp(path, context=64, flash_attention=True, cache_dtype="f16") as opened:
-        off = np.abs(opened.log_probs(IDS) - expected).max()
+        off = np.abs(opened.logits(IDS) - expected).max()
     assert 2e-5 < off < 0.1
 
 
@@ -187,32 +188,32 @@ def test_nan_is_an_error(tmp_path: Path, toy: Toy) -> None:
         LlamaCpp(write_toy(tmp_path / "nan.gguf", toy, nan=True), context=CONTEXT) as opened,
         pytest.raises(GgufError) as caught,
     ):
-        opened.log_probs(IDS)
-    assert str(caught.value) == f"llama.cpp computes NaN after 8 tokens of {tmp_path}/nan.gguf" + LOADS
+        opened.logits(IDS)
+    assert str(caught.value) == f"llama.cpp computes NaN or infinity after 1 tokens of {tmp_path}/nan.gguf" + LOADS
 
 
 def test_an_end_of_llama_cpp_is_an_error_and_no_end_of_ours(path: Path) -> None:
     with LlamaCpp(path, context=CONTEXT) as opened:
-        opened._server._process.kill()
-        opened._server._process.wait()
+        opened._worker._process.kill()
+        opened._worker._process.wait()
         with pytest.raises(GgufError) as caught:
-            opened.log_probs(IDS)
+            opened.logits(IDS)
     assert str(caught.value) == f"llama.cpp ended while it ran {path}: exit code -9" + LOADS
 
 
 def test_closing_ends_the_process(path: Path) -> None:
     opened = LlamaCpp(path, context=CONTEXT)
-    process = opened._server._process
+    process = opened._worker._process
     opened.close()
     opened.close()
     assert process.returncode == -9
     with pytest.raises(ValueError, match=f"^llama.cpp with {path} is closed$"):
-        opened.log_probs(IDS)
+        opened.logits(IDS)
 
 
 def test_what_is_forgotten_is_closed(path: Path) -> None:
     opened = LlamaCpp(path, context=CONTEXT)
-    process = opened._server._process
+    process = opened._worker._process
     del opened
     gc.collect()
     assert process.returncode == -9
@@ -221,7 +222,7 @@ def test_what_is_forgotten_is_closed(path: Path) -> None:
 def test_an_interpreter_that_does_not_close_it_ends(path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from coremill.model.llamacpp import LlamaCpp\n"
-        f"opened = LlamaCpp(Path({str(path)!r}), context=32); print(opened._server._process.pid)"
+        f"opened = LlamaCpp(Path({str(path)!r}), context=32); print(opened._worker._process.pid)"
     )
     ended = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60, check=True

@@ -134,9 +134,10 @@ def _artifacts(context: StageContext, chosen: tuple[str, ...]) -> Iterator[Path]
     if any(FORMATS[each].reads == "package" for each in chosen):
         yield layout.package_dir(context.inputs["convert"], name)
     if TRANSFORMERS in chosen:
-        yield context.inputs["hf"] / "config.json"
+        yield layout.parity_report(context.inputs["hf"])
     for format_name, kind in GGUF.items():
         if format_name in chosen and kind in context.config.gguf.types:
+            yield layout.parity_report(context.inputs["gguf"])
             yield layout.gguf_file(context.inputs["gguf"], name, kind)
 
 

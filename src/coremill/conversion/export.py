@@ -46,6 +46,7 @@ from coremill.core.contract import (
 from coremill.core.digest import bytes_digest, file_digest
 from coremill.core.documents import encode
 from coremill.core.errors import ExportError
+from coremill.core.parity import MAX_RELATIVE_ERR
 from coremill.core.stage import Figures
 from coremill.core.toolchain import current_toolchain
 from coremill.infra.version_gate import check_export_versions
@@ -53,12 +54,6 @@ from coremill.model.checkpoint import Checkpoint, build_student, check_vocabular
 from coremill.model.student import Student, output_names
 
 log = logging.getLogger(__name__)
-
-MAX_RELATIVE_ERR = 1e-5
-"""Largest difference of an output between the program and the model, as a share of the output's largest magnitude.
-
-Both compute in float32, in other orders: some hundred roundings of 6e-8 each, layer upon layer.
-"""
 
 _MODELS_IN_MEMORY = 5
 """The checkpoint's tensors, the student, the decoder, the program and its archive."""

@@ -3,34 +3,39 @@
     python -m coremill.conversion.export_gguf --checkpoint ball.ckpt --out ball-gguf --types f16,q8_0
 
 Matrices are stored as the type says, norms and biases in float32, the tokenizer and the chat template as metadata.
-A halt head, which llama.cpp has no place for, goes into a file of its own.
+A halt head, which llama.cpp has no place for, goes into a file of its own. What was written is run with llama.cpp
+and compared with the checkpoint, and read back; parity.json says how that came out.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
+
+import msgspec
 
 import coremill
+from coremill.conversion.outputs import check_name, check_own_folder
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import GgufConfig, GgufType
 from coremill.core.digest import file_digest
-from coremill.core.documents import write_json
+from coremill.core.documents import read_json, write_json
 from coremill.core.errors import ConfigError, TokenizerError
 from coremill.core.machine import check_disk, check_memory
-from coremill.core.publish import check_apart, check_replaceable
+from coremill.core.parity import GgufParity
+from coremill.core.publish import check_apart, publishing
 from coremill.core.stage import Figures, StageContext
 from coremill.infra.version_gate import check_installed
 
 if TYPE_CHECKING:
     from coremill.conversion.prompts import Prompts
-    from coremill.data.text_tokenizer import TextTokenizer
     from coremill.model.checkpoint import Checkpoint
 
 # This module imports nothing heavy, so that a wrong option is told at once.
@@ -46,66 +51,152 @@ _MARGIN_BYTES = 300_000_000
 """Memory for what is not weights: the libraries, and one tensor while it is written."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exported:
-    """What was written, with what it was made of."""
+class _Source(NamedTuple):
+    """What the files are made of."""
 
     checkpoint: Checkpoint
-    tokenizer: TextTokenizer
+    checkpoint_digest: str
+    prompts: Prompts
+    """Of the model's own tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written and proved, with what it was made of."""
+
+    source: _Source
     files: Mapping[GgufType, Path]
     """By type, in the order in which they were asked for."""
     halt_head: Path | None
+    modelfile: Path | None
+    report: GgufParity
 
     @property
     def figures(self) -> Figures:
-        return {f"{kind}_bytes": path.stat().st_size for kind, path in self.files.items()}
+        sizes: Figures = {f"{kind}_bytes": path.stat().st_size for kind, path in self.files.items()}
+        measured: Figures = {
+            f"{kind}_{figure.name}": figure.measured
+            for kind, file in self.report.files.items()
+            for figure in file.figures
+            if figure.name in _FIGURES
+        }
+        modelfile = (
+            "none: an unknown chat format"
+            if self.modelfile is None
+            else f"FROM {next(iter(self.files.values())).name}"
+        )
+        return {**sizes, **measured, "modelfile": modelfile}
 
 
 def run_stage(context: StageContext) -> Figures:
     """Write and prove the run's GGUF files in `context.out`."""
-    tokenizer = layout.tokenizer_file(context.tokenizer_dir)
     exported = export_gguf(
         layout.checkpoint_file(context.model_dir, context.config.name),
-        tokenizer,
+        layout.tokenizer_file(context.tokenizer_dir),
+        context.prompts_dir,
         context.out,
         name=context.config.name,
         types=context.config.gguf.types,
     )
-    figures = exported.figures | write_ollama_model(exported, context.out)
-    return figures | prove(exported, tokenizer, context.prompts_dir, context.out)
+    return exported.figures | _ask_ollama(exported, context.out)
 
 
-def prove(exported: Exported, tokenizer: Path, prompts: Path, out: Path) -> Figures:
+def export_gguf(
+    checkpoint: Path, tokenizer: Path, prompts: Path, out: Path, *, name: str, types: Sequence[GgufType]
+) -> Exported:
+    """Write a GGUF file of each type into `out`, an empty folder, with all that belongs to them, and prove them.
+
+    Args:
+        tokenizer: the model's tokenizer.json; an imported model's with the files beside it.
+        prompts: a held-out set, or a folder that has one or texts.jsonl.
+        name: `general.name`, and what the files are called after.
+
+    Raises:
+        CheckpointUnreadableError, CheckpointContentError, UnsafeCheckpointError: a broken checkpoint.
+        TokenizerError: a broken tokenizer, or one that llama.cpp cannot represent.
+        DatasetError: what the model is run on does not read, or is too short.
+        VocabularyMismatchError: the tokenizer is not the one that the model was trained with.
+        GgufError: a type cannot store the model.
+        UnsupportedModelError: no architecture of llama.cpp computes the model.
+        ParityError: a file does not compute what the checkpoint computes, or says something else; `out` keeps what
+            was written.
+        MachineError, OutputError: a package, memory or disk is missing, or `out` cannot be written.
+    """
+    check_installed(*NEEDS)
+    from coremill.conversion.prompts import check_kind, load_prompts
+    from coremill.model.checkpoint import check_vocabulary, load_checkpoint
+    from coremill.model.gguf_writer import check_writable, size_bytes
+
+    _check_memory(_size(checkpoint), types)
+    ckpt = load_checkpoint(checkpoint)
+    loaded = load_prompts(tokenizer, prompts, rows=_PROMPT_ROWS)
+    check_kind(loaded, imported=ckpt.imported)
+    check_vocabulary(ckpt, loaded.tokenizer)
+    check_writable(ckpt, types)
+    check_disk(out, sum(size_bytes(ckpt.config, kind) for kind in types), why="for the files")
+    source = _Source(ckpt, file_digest(checkpoint), loaded)
+    halt_head = _write_halt_head(ckpt, out, name)
+    files = _write_files(source, out, name, types, halt_head)
+    modelfile = _write_ollama_model(source, files[types[0]], out)
+    report = _prove(source, files, out)
+    return Exported(source=source, files=files, halt_head=halt_head, modelfile=modelfile, report=report)
+
+
+def _check_memory(checkpoint_bytes: int, types: Sequence[GgufType]) -> None:
+    """The checkpoint and its model; of each file that is proved at a time its bytes, its weights and its model.
+
+    Raises:
+        MachineError: there is less.
+    """
+    at_once = min(len(types), os.cpu_count() or 1)
+    needed = (2 + 3 * at_once) * checkpoint_bytes + _MARGIN_BYTES
+    check_memory(needed, why=f"for the weights, and for {at_once} files that are compared with them at once")
+
+
+def _write_files(
+    source: _Source, out: Path, name: str, types: Sequence[GgufType], halt_head: Path | None
+) -> dict[GgufType, Path]:
+    from coremill.data.gguf_tokenizer import gguf_metadata
+    from coremill.model.gguf_writer import write_gguf
+
+    ckpt = source.checkpoint
+    metadata = gguf_metadata(source.prompts.text_tokenizer, vocab_size=ckpt.config.vocab_size)
+    files = {kind: layout.gguf_file(out, name, kind) for kind in types}
+    for kind, path in files.items():
+        write_gguf(path, ckpt, metadata, kind=kind, name=name, provenance=_provenance(source, halt_head))
+        log.info("wrote %s, %.1f MB", path.name, path.stat().st_size / 1e6)
+    return files
+
+
+def _prove(source: _Source, files: Mapping[GgufType, Path], out: Path) -> GgufParity:
     """Run the files with llama.cpp, compare them with the checkpoint, and write what was found into `out`.
 
     Raises:
         GgufError: llama.cpp does not load a file.
-        ParityError: a file does not compute what the checkpoint computes; the report says by how much.
-        TokenizerError, DatasetError: what the model is run on does not read.
+        ParityError: a file does not compute what the checkpoint computes.
+        DatasetError: the texts are too short.
     """
     from coremill.conversion.gguf_parity import measure_gguf, require_parity
-    from coremill.conversion.prompts import load_prompts
 
-    loaded = load_prompts(tokenizer, prompts, rows=_PROMPT_ROWS)
-    report = measure_gguf(exported.files, exported.checkpoint, loaded, quick=True)
+    report = measure_gguf(
+        files, source.checkpoint, source.prompts, checkpoint_digest=source.checkpoint_digest, quick=True
+    )
+    written = {path.name for path in files.values()}
+    others = {path.name: file_digest(path) for path in sorted(out.iterdir()) if path.name not in written}
+    report = msgspec.structs.replace(report, others=others)
     write_json(layout.parity_report(out), report)
-    require_parity(report, run=f"less {layout.parity_report(out)}")
-    figures: Figures = {
-        f"{kind}_{figure.name}": figure.measured
-        for kind, file in report.files.items()
-        for figure in file.figures
-        if figure.name in _FIGURES
-    }
-    return figures | _ask_ollama(exported, loaded, out)
+    require_parity(report)
+    return report
 
 
-def _ask_ollama(exported: Exported, prompts: Prompts, out: Path) -> Figures:
+def _ask_ollama(exported: Exported, out: Path) -> Figures:
     """A question put to the model in Ollama itself, where it is; else why not."""
     from coremill.conversion.ollama import OllamaAnswered, run_with_ollama
     from coremill.conversion.prompts import RowPrompts, TextPrompts
 
-    if not layout.modelfile(out).is_file():
+    if exported.modelfile is None:
         return {"ollama": "not_run: there is no Modelfile"}
+    prompts = exported.source.prompts
     assert isinstance(prompts, (RowPrompts, TextPrompts))
     question = prompts.rows[0].prompt if isinstance(prompts, RowPrompts) else prompts.chat_prompts[0].text
     found = run_with_ollama(out, next(iter(exported.files.values())).stem, question)
@@ -116,72 +207,17 @@ def _ask_ollama(exported: Exported, prompts: Prompts, out: Path) -> Figures:
     return {"ollama": f"not_run: {found.reason}"}
 
 
-def write_ollama_model(exported: Exported, out: Path) -> Figures:
-    """Write the Modelfile of the first file beside it, and check it; none where its chat format is not known."""
-    from coremill.conversion.ollama import check_modelfile, write_modelfile
+def _write_ollama_model(source: _Source, first: Path, out: Path) -> Path | None:
+    """Write the Modelfile of `first` beside it; None where its chat format is not known."""
+    from coremill.conversion.ollama import write_modelfile
 
-    first = next(iter(exported.files.values()))
-    context = exported.checkpoint.config.max_seq_len
+    tokenizer, path = source.prompts.text_tokenizer, layout.modelfile(out)
     try:
-        write_modelfile(out, first.name, exported.tokenizer, context=context)
+        write_modelfile(out, first.name, tokenizer, context=source.checkpoint.config.max_seq_len)
     except TokenizerError as failure:
         log.warning("no Modelfile: %s", failure.found)
-        return {"modelfile": "none: an unknown chat format"}
-    check_modelfile(layout.modelfile(out))
-    return {"modelfile": f"FROM {first.name}"}
-
-
-def export_gguf(checkpoint: Path, tokenizer: Path, out: Path, *, name: str, types: Sequence[GgufType]) -> Exported:
-    """Write a GGUF file of each type into `out`, and the halt head where there is one.
-
-    All that can be refused is refused before anything is written. Each file is written whole or not at all.
-
-    Args:
-        tokenizer: the model's tokenizer.json; an imported model's with the files beside it.
-        name: `general.name`, and what the files are called after.
-
-    Raises:
-        CheckpointUnreadableError, CheckpointContentError, UnsafeCheckpointError: a broken checkpoint.
-        TokenizerError: a broken tokenizer, or one that llama.cpp cannot represent.
-        VocabularyMismatchError: the tokenizer is not the one that the model was trained with.
-        GgufError: a type cannot store the model.
-        UnsupportedModelError: no architecture of llama.cpp computes the model.
-        MachineError, OutputError: a package, memory or disk is missing, or a file is in the way.
-    """
-    check_installed(*NEEDS)
-    from coremill.data.gguf_tokenizer import gguf_metadata
-    from coremill.model.checkpoint import check_vocabulary, load_checkpoint
-    from coremill.model.gguf_writer import check_writable, size_bytes, write_gguf
-
-    files = {kind: layout.gguf_file(out, name, kind) for kind in types}
-    check_apart(files.values(), (checkpoint, tokenizer))
-    for path in (*files.values(), layout.halt_head_file(out, name), layout.modelfile(out)):
-        check_replaceable(path)
-    check_memory(_size(checkpoint) + _MARGIN_BYTES, why="for the weights as they are read")
-    ckpt = load_checkpoint(checkpoint)
-    text_tokenizer = load_tokenizer(tokenizer, ckpt)
-    check_vocabulary(ckpt, text_tokenizer)
-    metadata = gguf_metadata(text_tokenizer, vocab_size=ckpt.config.vocab_size)
-    check_writable(ckpt, types)
-    check_disk(out, sum(size_bytes(ckpt.config, kind) for kind in types), why="for the files")
-    halt_head = _write_halt_head(ckpt, out, name)
-    provenance = _provenance(checkpoint, text_tokenizer, ckpt, halt_head)
-    for kind, path in files.items():
-        write_gguf(path, ckpt, metadata, kind=kind, name=name, provenance=provenance)
-        log.info("wrote %s, %.1f MB", path.name, path.stat().st_size / 1e6)
-    return Exported(checkpoint=ckpt, tokenizer=text_tokenizer, files=files, halt_head=halt_head)
-
-
-def load_tokenizer(path: Path, checkpoint: Checkpoint) -> TextTokenizer:
-    """The tokenizer of `checkpoint` with what other programs need to know of it.
-
-    Raises:
-        TokenizerError: it does not read.
-    """
-    from coremill.data.text_tokenizer import TextTokenizer
-    from coremill.data.tokenizer import Tokenizer
-
-    return TextTokenizer.load(path) if checkpoint.imported else TextTokenizer.of_student(Tokenizer.load(path))
+        return None
+    return path
 
 
 def _size(path: Path) -> int:
@@ -199,15 +235,13 @@ def _write_halt_head(checkpoint: Checkpoint, out: Path, name: str) -> Path | Non
     return path
 
 
-def _provenance(
-    path: Path, tokenizer: TextTokenizer, checkpoint: Checkpoint, halt_head: Path | None
-) -> dict[str, str]:
+def _provenance(source: _Source, halt_head: Path | None) -> dict[str, str]:
     """The keys `coremill.*`: names without folders, so that equal models give equal bytes."""
     found: dict[str, Any] = {
         "version": coremill.__version__,
-        "model_type": checkpoint.model_type,
-        "checkpoint_digest": file_digest(path),
-        "tokenizer_digest": tokenizer.digest,
+        "model_type": source.checkpoint.model_type,
+        "checkpoint_digest": source.checkpoint_digest,
+        "tokenizer_digest": source.prompts.text_tokenizer.digest,
     }
     if halt_head is not None:
         found |= {"halt_head_file": halt_head.name, "halt_head_digest": file_digest(halt_head)}
@@ -234,9 +268,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("python -m coremill.conversion.export_gguf", __doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.json beside the checkpoint")
-    parser.add_argument("--out", type=Path, required=True, help="the folder; files that it has are replaced")
     parser.add_argument(
-        "--prompts", type=Path, help="a held-out set, or a folder that has one or texts.jsonl: run the files on it"
+        "--prompts",
+        type=Path,
+        help="a held-out set, or a folder that has one or texts.jsonl; default: the folder of the tokenizer",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the folder; one that was written so is replaced, whole"
     )
     parser.add_argument("--name", help="of the model; default: the checkpoint's")
     parser.add_argument(
@@ -248,23 +286,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: writes the files, runs them where prompts are given, and prints the digest of each."""
+    """The command: writes the folder, whole or not at all, and prints the digest of each file."""
     options = _parser().parse_args(argv)
-    checkpoint: Path = options.checkpoint
+    checkpoint, out = options.checkpoint, options.out
     tokenizer: Path = options.tokenizer or layout.tokenizer_file(checkpoint.parent)
-    exported = export_gguf(
-        checkpoint,
-        tokenizer,
-        options.out,
-        name=options.name or checkpoint.stem.replace("_", "-"),
-        types=parse_types(options.types),
-    )
-    write_ollama_model(exported, options.out)
-    if options.prompts is not None:
-        prove(exported, tokenizer, options.prompts, options.out)
-    for path in [*exported.files.values(), *([exported.halt_head] if exported.halt_head else [])]:
-        sys.stdout.write(f"{file_digest(path).removeprefix('sha256:')}  {path}\n")
+    prompts: Path = options.prompts or tokenizer.parent
+    name = check_name(options.name or checkpoint.stem.replace("_", "-"))
+    types = parse_types(options.types)
+    check_apart([out], [checkpoint.parent, tokenizer.parent, prompts])
+    check_own_folder(out, _digests, what="GGUF files")
+    with publishing(out) as fresh:
+        export_gguf(checkpoint, tokenizer, prompts, fresh, name=name, types=types)
+    for file, digest in sorted(_digests(layout.parity_report(out)).items()):
+        sys.stdout.write(f"{digest.removeprefix('sha256:')}  {out / file}\n")
     return 0
+
+
+def _digests(report: Path) -> dict[str, str]:
+    return read_json(report, GgufParity).digests
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Export to Hugging Face: a directory that transformers loads, proved to compute what the checkpoint computes.
 
 config.json, model.safetensors, the tokenizer's files, the model card, and a halt head in a file of its own.
-What was written is loaded with transformers and compared with the checkpoint's own model: logits, greedy answers,
-tokenizer and chat template. parity.json says how that came out.
+What was written is read back, loaded with transformers and compared with the checkpoint's own model: files,
+settings, logits, greedy answers, tokenizer and chat template. parity.json says how that came out.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import coremill
 from coremill.conversion.model_card import CARD, CardFacts, model_card
+from coremill.conversion.outputs import check_name, check_own_folder
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import HuggingFaceConfig
 from coremill.core.digest import file_digest
 from coremill.core.documents import read_json, write_json
-from coremill.core.errors import CoremillError, OutputError, ParityError
+from coremill.core.errors import ParityError
 from coremill.core.gates import Outcome, must_gates_ok
 from coremill.core.machine import check_disk, check_memory
 from coremill.core.parity import HuggingFaceParity
@@ -76,7 +77,8 @@ def export_hf(
             broken input; a value beyond `settings.dtype` is one.
         VocabularyMismatchError: the tokenizer is not the one that the model was trained with.
         UnsupportedModelError: no class of transformers computes the model.
-        ParityError: the directory does not compute what the checkpoint computes; `out` keeps what was written.
+        ParityError: the directory is not what the checkpoint is; what was written, parity.json with it, is still in
+            `out`, for a caller that wants to look.
         MachineError, OutputError: a package, memory or disk is missing, or `out` cannot be written.
     """
     check_installed(*NEEDS)
@@ -107,6 +109,8 @@ class _Directory:
         checkpoint_digest: str,
         prompts: Prompts,
     ) -> None:
+        from coremill.model.huggingface_writer import architecture_of
+
         self.out = out
         self.name = name
         self.settings = settings
@@ -116,20 +120,24 @@ class _Directory:
         self.tokenizer = prompts.text_tokenizer
         has_halt_head = checkpoint.model_arch.use_halt_head
         self.halt_head = layout.halt_head_file(out, name) if has_halt_head else None
+        self.architecture = architecture_of(checkpoint.config, checkpoint.model_type)
         self.parameters = 0
 
     def write(self) -> Findings:
         """Write all of it, compare, and write how that came out."""
         from coremill.conversion.huggingface_parity import Reference, compare
         from coremill.model.checkpoint import build_student
-        from coremill.model.huggingface_writer import TokenIds, write_huggingface
+        from coremill.model.huggingface_writer import TokenIds, config_json, write_huggingface
+        from coremill.model.weights_huggingface import CONFIG
 
         tokens = TokenIds(bos=self.tokenizer.bos_id, eos=self.tokenizer.eos_ids, pad=self.tokenizer.pad_id)
         stored = write_huggingface(self.out, self.checkpoint, dtype=self.settings.dtype, tokens=tokens)
         self.parameters = sum(tensor.numel() for tensor in stored.values())
         self.tokenizer.save(self.out)
         self._write_halt_head()
-        write_atomic(self.out / CARD, model_card(self._card()).encode("utf-8"))
+        card = model_card(self._card()).encode("utf-8")
+        write_atomic(self.out / CARD, card)
+        config = config_json(self.checkpoint, dtype=self.settings.dtype, tokens=tokens)
         log.info("comparing %s, %s parameters, with its checkpoint", self.name, f"{self.parameters:,}")
         student = build_student(self.checkpoint)
         student.load_state_dict(stored, strict=False)  # rounded as the file's; the halt head, which stays, is not
@@ -137,9 +145,11 @@ class _Directory:
             self.out,
             Reference(
                 student=student,
+                architecture=self.architecture,
                 stored=stored,
                 tokenizer=self.tokenizer,
                 prompts=self.prompts,
+                files={CONFIG: config, CARD: card, **self.tokenizer.files()},
                 halt_head=self.halt_head,
             ),
         )
@@ -154,12 +164,11 @@ class _Directory:
 
     def _card(self) -> CardFacts:
         from coremill.model.checkpoint import IMPORTED_FROM
-        from coremill.model.huggingface_writer import architecture_of
 
         checkpoint = self.checkpoint
         return CardFacts(
             name=self.name,
-            architecture=architecture_of(checkpoint.config, checkpoint.model_type),
+            architecture=self.architecture,
             model_type=checkpoint.model_type,
             parameters=self.parameters,
             max_seq_len=checkpoint.config.max_seq_len,
@@ -182,8 +191,8 @@ class _Directory:
             files={path.name: file_digest(path) for path in sorted(self.out.iterdir())},
             gates=findings.gates,
             logits_max_abs=findings.logits_max_abs,
-            ties=findings.ties,
-            toolchain=current_toolchain(),
+            differences=findings.differences,
+            toolchain=current_toolchain("transformers"),
         )
 
     def figures(self, findings: Findings) -> Figures:
@@ -193,7 +202,7 @@ class _Directory:
             "bytes": sum(path.stat().st_size for path in self.out.iterdir()),
             **{name: value for name, value in measured.items() if value is not None},
             "logits_max_abs": findings.logits_max_abs,
-            "greedy_ties": len(findings.ties),
+            "greedy_ties": sum(difference.is_tie for difference in findings.differences),
         }
 
 
@@ -214,30 +223,8 @@ def _judge(findings: Findings) -> None:
     )
 
 
-def check_out(out: Path) -> None:
-    """Check that `out` is nothing, an empty folder, or a directory that this command wrote, with nothing added.
-
-    Raises:
-        OutputError: something else is there; it is left.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    expected = "nothing, or a Hugging Face directory that this command wrote, to replace it"
-    if not out.is_dir():
-        raise OutputError(f"{out} is in the way", expected=expected, run=f"ls -ld {out}")
-    report = layout.parity_report(out)
-    try:
-        known = read_json(report, HuggingFaceParity).files
-    except CoremillError as failure:
-        raise OutputError(
-            f"{out} is no Hugging Face directory of coremill's: {failure.found}",
-            expected=expected,
-            run=f"ls -l {out}",
-        ) from failure
-    if added := sorted(path.name for path in out.iterdir() if path.name not in {*known, report.name}):
-        raise OutputError(
-            f"{out} holds {', '.join(added)}, which coremill did not write", expected=expected, run=f"ls -l {out}"
-        )
+def _own_files(report: Path) -> dict[str, str]:
+    return read_json(report, HuggingFaceParity).files
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -264,7 +251,8 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint: Path = options.checkpoint
     tokenizer: Path = options.tokenizer or layout.tokenizer_file(checkpoint.parent)
     prompts: Path = options.prompts or tokenizer.parent
-    check_out(options.out)
+    name = check_name(options.name or checkpoint.stem.replace("_", "-"))
+    check_own_folder(options.out, _own_files, what="Hugging Face files")
     check_apart([options.out], [checkpoint.parent, tokenizer.parent, prompts])
     with publishing(options.out) as fresh:
         figures = export_hf(
@@ -272,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
             tokenizer,
             prompts,
             fresh,
-            name=options.name or checkpoint.stem.replace("_", "-"),
+            name=name,
             settings=HuggingFaceConfig(dtype=options.dtype, license=options.license),
         )
     for name, value in figures.items():

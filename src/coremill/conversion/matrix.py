@@ -8,14 +8,13 @@ Legend: N tokens of a sequence, T the length that it is padded to, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import logging
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
 
 from coremill.conversion.agreement import Comparison
@@ -23,7 +22,6 @@ from coremill.conversion.backends import Array, core_ml_runner, has_core_ml, ref
 from coremill.conversion.checks import Outputs, Reference
 from coremill.conversion.converter import working_lengths
 from coremill.conversion.decoder import Decoder, Main
-from coremill.conversion.export import MAX_RELATIVE_ERR
 from coremill.conversion.exported import export_main
 from coremill.conversion.gguf_parity import BOUNDS
 from coremill.conversion.graph import (
@@ -45,8 +43,10 @@ from coremill.conversion.verify import lane_of
 from coremill.core.config import ConvertConfig, GgufType, ImportedVerify, VerifyConfig
 from coremill.core.contract import Contract, Frontend, read_contract, shape_key
 from coremill.core.digest import digest, file_digest
-from coremill.core.errors import ConfigError, ContractMismatchError, CoremillError
+from coremill.core.documents import read_json
+from coremill.core.errors import ConfigError, ContractMismatchError, CoremillError, DigestError
 from coremill.core.gates import PlatformReason
+from coremill.core.layout import parity_report
 from coremill.core.matrix import (
     COREML,
     EAGER,
@@ -67,27 +67,19 @@ from coremill.core.matrix import (
     all_within,
     outside,
 )
-from coremill.mil.measures import log_softmax
+from coremill.core.parity import MAX_RELATIVE_ERR, GgufParity, HuggingFaceParity
 from coremill.model.checkpoint import build_student, check_vocabulary, load_checkpoint
-from coremill.model.llamacpp import LOG_PROB_FLOOR, LlamaCpp
+from coremill.model.llamacpp import LlamaCpp
 from coremill.model.student import Student
 
 log = logging.getLogger(__name__)
 
 _FLOAT32 = "the checkpoint in float32"
-_LOG_PROBS = "the checkpoint in float32, as log probabilities"
-_MOST_LOG_PROBS = 1 << 21
-"""Most that llama.cpp is asked for of one sequence: it writes each as text."""
+_AGAIN = "coremill status"
 _ROUNDED = "the checkpoint in float32, its weights rounded as the package's"
 
-Places = range
-"""Positions of a sequence that are compared, its last among them."""
-
-Whole = Callable[[Sequence[int]], Mapping[str, Array]]
-"""The outputs by name, (T, …) each, for T token ids; `logits` (T, V) among them."""
-
-Run = Callable[[Sequence[int], Places], Mapping[str, Array]]
-"""The outputs by name, (len(places), …) each, at some places of N ≤ T token ids; `logits` among them."""
+Run = Callable[[Sequence[int]], Mapping[str, Array]]
+"""The outputs by name, (N or T, …) each, for N ≤ T token ids; `logits` among them."""
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,15 +119,6 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     reference: str
     make: Callable[[], Run]
     formats: tuple[Format, ...]
-    every: int = 1
-    """Of so many positions one is compared: more than 1 where a format is slow."""
-    longest: int | None = None
-    """The most tokens that its formats say something after; None for as many as there are."""
-
-    def places(self, length: int) -> Places:
-        """Those of a sequence of `length` tokens."""
-        end = length if self.longest is None else min(length, self.longest)
-        return range((end - 1) % self.every, end, self.every)
 
 
 def agreement_matrix(
@@ -218,7 +201,7 @@ def _check_digests(subject: Subject, contract: Contract, *, reads_package: bool)
             raise ContractMismatchError(
                 f"{what} is {is_digest}",
                 expected=f"{expected}, as {subject.contract} has it",
-                run="coremill status",
+                run=_AGAIN,
             )
 
 
@@ -235,8 +218,8 @@ def groups_of(
 ) -> tuple[Group, ...]:
     """The rows of the matrix, those with a reference of their own last: it takes the student's place."""
 
-    def padded(run: Whole) -> Run:
-        return _picking(lambda ids: run([*ids, *[prompts.pad_id] * (seq_len - len(ids))]))
+    def padded(run: Run) -> Run:
+        return lambda ids: run([*ids, *[prompts.pad_id] * (seq_len - len(ids))])
 
     is_rounded = are_rounded(student, convert)
     is_float32 = convert.compute_precision == "float32"
@@ -253,7 +236,7 @@ def groups_of(
     return (
         Group(
             reference=_FLOAT32,
-            make=lambda: _picking(Reference(student).run),
+            make=lambda: Reference(student).run,
             formats=(
                 Format(name=EAGER, is_float32=True, load=lambda: nullcontext(padded(Reference(student).run))),
                 Format(name=TORCHSCRIPT, is_float32=True, load=lambda: nullcontext(program("torchscript"))),
@@ -270,14 +253,14 @@ def groups_of(
                 Format(
                     name=TRANSFORMERS,
                     is_float32=subject.hf_dtype == "float32",
-                    load=lambda: nullcontext(padded(_transformers_run(subject.hf))),
+                    load=lambda: nullcontext(padded(_transformers_run(subject.hf, contract))),
                 ),
+                *_gguf_formats(subject, contract, seq_len),
             ),
         ),
-        _gguf_group(subject, student, seq_len),
         Group(
             reference=_ROUNDED,
-            make=lambda: _picking(Reference(round_weights(student) if is_rounded else student).run),
+            make=lambda: Reference(round_weights(student) if is_rounded else student).run,
             formats=(
                 Format(
                     name=MIL_FLOAT32,
@@ -289,34 +272,38 @@ def groups_of(
     )
 
 
-def _gguf_group(subject: Subject, student: Student, seq_len: int) -> Group:
-    """llama.cpp gives log probabilities, after one position a request."""
-    config = student.config
+def _gguf_formats(subject: Subject, contract: Contract, seq_len: int) -> Iterator[Format]:
     absent = "the configuration's [gguf] types do not name it"
-    whole = Reference(student).run
-
-    def log_probs(ids: Sequence[int], places: Places) -> dict[str, Array]:
-        logits = _picking(whole)(ids, places)[LOGITS]
-        return {LOGITS: np.maximum(log_softmax(logits), LOG_PROB_FLOOR).astype(np.float32)}
-
-    def load(path: Path) -> Callable[[], AbstractContextManager[Run]]:
-        return lambda: _llama_cpp(path, context=min(seq_len + 1, config.max_seq_len))
-
-    return Group(
-        reference=_LOG_PROBS,
-        make=lambda: log_probs,
-        every=max(1, math.ceil(seq_len * config.vocab_size / _MOST_LOG_PROBS)),
-        longest=config.max_seq_len - 1,  # one position is for the token that it says
-        formats=tuple(
-            Format(name=name, load=load(subject.gguf[kind]))
-            if kind in subject.gguf
-            else Format(name=name, load=load(Path()), not_run=FormatNotRun(format=name, reason=absent))
-            for name, kind in GGUF.items()
-        ),
-    )
+    for name, kind in GGUF.items():
+        path = subject.gguf.get(kind, Path())
+        yield Format(
+            name=name,
+            is_float32=kind == "f32" and kind in subject.gguf,
+            load=functools.partial(_llama_cpp, path, contract, context=seq_len),
+            not_run=None if kind in subject.gguf else FormatNotRun(format=name, reason=absent),
+        )
 
 
-def _transformers_run(folder: Path) -> Whole:
+def _check_proved(files: Iterable[Path], proof: HuggingFaceParity | GgufParity, contract: Contract) -> None:
+    """Check that files are those that were proved, of the checkpoint that is compared.
+
+    Raises:
+        ContractMismatchError, DigestError: they are not.
+    """
+    for path in files:
+        if proof.checkpoint_digest != contract.checkpoint_digest:
+            raise ContractMismatchError(
+                f"{path} was made of {proof.checkpoint_digest}", expected=contract.checkpoint_digest, run=_AGAIN
+            )
+        if (found := file_digest(path)) != (expected := proof.digests.get(path.name)):
+            raise DigestError(
+                f"{path} is {found}, {expected} was proved", expected="the file as written", run=_AGAIN
+            )
+
+
+def _transformers_run(folder: Path, contract: Contract) -> Run:
+    proof = read_json(parity_report(folder), HuggingFaceParity)
+    _check_proved([folder / name for name in proof.files], proof, contract)
     model = load_model(folder)
 
     def run(ids: Sequence[int]) -> dict[str, Array]:
@@ -327,9 +314,11 @@ def _transformers_run(folder: Path) -> Whole:
 
 
 @contextmanager
-def _llama_cpp(path: Path, *, context: int) -> Iterator[Run]:
+def _llama_cpp(path: Path, contract: Contract, *, context: int) -> Iterator[Run]:
     with LlamaCpp(path, context=context, threads=torch.get_num_threads()) as model:
-        yield lambda ids, places: {LOGITS: model.rows(ids, places)}
+        # Behind the loading, which names the tensor at which a file is cut.
+        _check_proved([path], read_json(parity_report(path.parent), GgufParity), contract)
+        yield lambda ids: {LOGITS: model.logits(ids)}
 
 
 def _program(
@@ -350,17 +339,7 @@ def _program(
     return parse_program(data, where=f"the {frontend} program of {subject.checkpoint}", frontend=frontend)
 
 
-def _picking(run: Whole) -> Run:
-    """`run`, of whose outputs some places are taken."""
-
-    def at_places(ids: Sequence[int], places: Places) -> dict[str, Array]:
-        rows = slice(places.start, places.stop, places.step)
-        return {name: array[rows] for name, array in run(ids).items()}
-
-    return at_places
-
-
-def _program_run(program: Program, contract: Contract) -> Whole:
+def _program_run(program: Program, contract: Contract) -> Run:
     def run(ids: Sequence[int]) -> dict[str, Array]:
         outputs = run_program(program, ids)
         return {spec.name: tensor[0].numpy() for spec, tensor in zip(contract.outputs, outputs, strict=True)}
@@ -386,7 +365,7 @@ class _Measured:
         expected: list[Outputs] = []
         if runnable:
             reference = group.make()
-            expected = [reference(each.ids, group.places(len(each.ids))) for each in self._compared]
+            expected = [reference(each.ids) for each in self._compared]
             largest = max(float(max(logits[LOGITS].max(), -logits[LOGITS].min())) for logits in expected)
             self.largest = self.largest or largest
         return [self._row(each, group, expected, chosen) for each in group.formats]
@@ -409,15 +388,11 @@ class _Measured:
         by_output: dict[str, Comparison] = {}
         with subject.load() as run:
             for (ids, judged, is_scored), wanted in zip(self._compared, expected, strict=True):
-                places = group.places(len(ids))
-                is_judged = np.zeros(len(ids), bool)
-                is_judged[judged] = True
-                found = run(ids, places)
+                found = run(ids)
                 for name in wanted.keys() & found.keys():
                     comparison = by_output.setdefault(name, Comparison(margin=self._margin))
-                    # A perplexity is of a whole text.
-                    tokens = ids if is_scored and name == LOGITS and len(places) == len(ids) else None
-                    comparison.add(wanted[name], found[name], judged=is_judged[places], tokens=tokens)
+                    tokens = ids if is_scored and name == LOGITS else None
+                    comparison.add(wanted[name], found[name][: len(ids)], judged=judged, tokens=tokens)
                 del found  # it may take 800 MB, and the next one comes first
         if LOGITS not in by_output:
             raise ValueError(f"it gives no `{LOGITS}`")
@@ -482,14 +457,21 @@ def _tolerances(formats: Sequence[Format], verify: VerifyConfig, largest: float)
             Tolerance(measure=measure, bound=bound, rows=names, source=f"{key} in [verify]")
             for measure, (key, bound) in configured.items()
         ),
-        *_gguf_tolerances(formats),
+        *_gguf_tolerances(formats, largest),
     )
 
 
-def _gguf_tolerances(formats: Sequence[Format]) -> Iterator[Tolerance]:
-    """Those of the run's GGUF files that have a column here."""
-    there = [each.name for each in formats if each.name in GGUF and each.not_run is None]
-    for name, kind in ((name, GGUF[name]) for name in there):
-        for measure in (Measure.MAX_ABS_ERR, Measure.KL_NATS):
-            if (allowed := BOUNDS.get((kind, measure.value))) is not None:
-                yield Tolerance(measure=measure, bound=allowed.limit, rows=(name,), source=allowed.source)
+def _gguf_tolerances(formats: Sequence[Format], largest: float) -> Iterator[Tolerance]:
+    """Those of the run's GGUF files that have a column here; float32's rounding has one for all rows."""
+    for name, kind in GGUF.items():
+        if not any(each.name == name and each.not_run is None for each in formats):
+            continue
+        if (kl := BOUNDS.get((kind, "kl_nats"))) is not None:
+            yield Tolerance(measure=Measure.KL_NATS, bound=kl.limit, rows=(name,), source=kl.source)
+        if kind != "f32" and (error := BOUNDS.get((kind, "relative_err"))) is not None:
+            yield Tolerance(
+                measure=Measure.MAX_ABS_ERR,
+                bound=error.limit * largest,
+                rows=(name,),
+                source=f"{error.limit:g} of the largest logit: {error.source}",
+            )

@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.documents import Record
 from coremill.core.errors import GgufError, ModelfileError, TokenizerError
-from coremill.core.gates import PlatformReason
 from coremill.core.layout import modelfile
 from coremill.core.publish import write_atomic
 from coremill.data.modelfile import (
     Modelfile,
     Parameter,
-    ParameterValue,
     decode_modelfile,
     parse_modelfile,
     write,
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 COMMAND = "ollama"
 _ASK_S = 15
-"""For a server to say that it is there, in seconds."""
+"""For it to say that it is there, or to forget a model, in seconds."""
 _WORK_S = 600
 """For it to take a model in, or to answer, in seconds."""
 
@@ -55,36 +56,29 @@ class OllamaNotRun(Record):
     """Why Ollama was not run."""
 
     reason: str
-    platform_reason: PlatformReason = PlatformReason.NEEDS_OLLAMA
 
 
 OllamaRun = OllamaAnswered | OllamaNotRun
 
 
-def write_modelfile(
-    folder: Path,
-    gguf: str,
-    tokenizer: TextTokenizer,
-    *,
-    context: int,
-    parameters: Mapping[str, ParameterValue] | None = None,
-) -> Modelfile:
+def write_modelfile(folder: Path, gguf: str, tokenizer: TextTokenizer, *, context: int) -> Modelfile:
     """Write the Modelfile of the GGUF file `gguf` into `folder`, where that file lies.
 
     The template is the tokenizer's own chat format; a model without one gets its prompt as it is. The default
-    system prompt becomes SYSTEM, and what an answer does not go beyond becomes stops.
+    system prompt becomes SYSTEM, and what an answer does not go beyond becomes stops. First, however,
+    the text is read as Ollama reads it, and its template renders conversations beside the tokenizer's own.
 
     Args:
         gguf: the file's name in `folder`.
         context: `num_ctx`, in tokens.
-        parameters: such as `temperature`; by the names of :data:`coremill.data.modelfile.PARAMETERS`.
 
     Raises:
         TokenizerError: a chat template that writes none of the known formats.
-        ModelfileError: a parameter that Ollama does not take, or no such GGUF file.
+        ModelfileError: a `context` that Ollama does not take, no such GGUF file, or a template that writes one
+            character otherwise than the tokenizer's own.
         OutputError: it cannot be written.
     """
-    from coremill.data.chat_formats import FORMATS, find_chat_format
+    from coremill.data.chat_formats import FORMATS, find_chat_format, go_fault
 
     found = find_chat_format(tokenizer)
     if found is None and tokenizer.chat_template is not None:
@@ -92,22 +86,28 @@ def write_modelfile(
             "the chat template writes conversations in a format that has no template for Ollama here",
             expected=f"the format of {', '.join(each.name for each in FORMATS)}",
         )
-    values = [("num_ctx", context), *(parameters or {}).items()]
+    stops = () if found is None else found.stops
     path = modelfile(folder)
     try:
         made = Modelfile(
             model=f"./{gguf}",
             template="{{ .Prompt }}" if found is None else found.go_template(begin=not tokenizer.add_bos),
-            parameters=tuple(
-                Parameter(name=name, value=value)
-                for name, value in [*values, *(("stop", stop) for stop in (found.stops if found else ()))]
+            parameters=(
+                Parameter(name="num_ctx", value=context),
+                *(Parameter(name="stop", value=stop) for stop in stops),
             ),
             system=None if found is None else found.default_system,
         )
     except ValueError as failure:
         raise ModelfileError(f"{path}: {failure}", expected="what Ollama takes") from failure
     text = write(made)
-    parse_modelfile(text, where=str(path), folder=folder)
+    read = parse_modelfile(text, where=str(path), folder=folder)
+    if found is not None and read.template is not None:
+        known = replace(found, default_system=read.system)
+        if fault := go_fault(read.template, known, tokenizer):
+            raise ModelfileError(
+                f"{path}: TEMPLATE: {fault}", expected="the texts of the model's own chat template"
+            )
     write_atomic(path, text.encode("utf-8"))
     return made
 
@@ -129,74 +129,116 @@ def check_modelfile(path: Path) -> Modelfile:
 def run_with_ollama(folder: Path, name: str, question: str) -> OllamaRun:
     """Have Ollama take in the model in `folder`, answer `question`, and forget the model again.
 
+    Where the command is missing or does not start, or no server answers it, Ollama is not run, and the reason is
+    told. What fails after that is an error. The answer is sampled as the Modelfile says: `ollama run` has no option
+    for a temperature.
+
     Args:
         folder: holds the Modelfile and the GGUF file.
         name: of the model; a part of the temporary name that it gets.
 
     Raises:
         ModelfileError: the Modelfile is wrong, or Ollama refuses it.
-        GgufError: Ollama does not run the model.
+        GgufError: Ollama does not run the model, or prints no answer: nothing, no UTF-8, or control sequences.
     """
     path = modelfile(folder)
     check_modelfile(path)
+    version = _version()
+    if isinstance(version, OllamaNotRun):
+        return version
+    temporary = f"coremill-{name.lower()}-{uuid.uuid4().hex[:8]}"
+    made = _ollama(["create", temporary, "-f", path.name], limit_s=_WORK_S, folder=folder)
+    if made.fault is not None:
+        raise ModelfileError(
+            f"{path}: ollama create failed: {made.fault}",
+            expected="a Modelfile and a GGUF file that Ollama takes",
+            run=f"ollama create {name} -f {path}",
+        )
+    try:
+        answered = _ollama(["run", temporary, question], limit_s=_WORK_S)
+    finally:
+        removed = _ollama(["rm", temporary], limit_s=_ASK_S)
+        if removed.fault is not None:
+            log.warning("the model %s could not be removed from Ollama: %s", temporary, removed.fault)
+    again = f"ollama create {name} -f {path} && ollama run {name}"
+    if answered.fault is not None:
+        raise GgufError(
+            f"{path}: ollama run failed: {answered.fault}", expected="a GGUF file that Ollama runs", run=again
+        )
+    answer = _plain_text(answered.stdout)
+    if answer is None:
+        raise GgufError(
+            f"{path}: ollama run printed {_shown(answered.stdout)}",
+            expected="an answer: text in UTF-8 without control sequences",
+            run=again,
+        )
+    return OllamaAnswered(version=version, question=question, answer=answer)
+
+
+def _version() -> str | OllamaNotRun:
+    """The version of the Ollama whose server answers."""
     if shutil.which(COMMAND) is None:
         return OllamaNotRun(reason=f"there is no `{COMMAND}` on PATH")
-    if (silent := _silence()) is not None:
-        return OllamaNotRun(reason=silent)
-    temporary = f"coremill-{name.lower()}-{uuid.uuid4().hex[:8]}"
-    try:
-        made = _ollama(["create", temporary, "-f", path.name], folder=folder)
-        if made.returncode != 0:
-            raise ModelfileError(
-                f"{path}: ollama create failed: {_last_line(made.stderr)}",
-                expected="a Modelfile and a GGUF file that Ollama takes",
-                run=f"ollama create {name} -f {path}",
-            )
-        answered = _ollama(["run", temporary, question])
-        if answered.returncode != 0:
-            raise GgufError(
-                f"{path}: ollama run failed: {_last_line(answered.stderr)}",
-                expected="a GGUF file that Ollama runs",
-                run=f"ollama create {name} -f {path} && ollama run {name}",
-            )
-    except subprocess.TimeoutExpired as failure:
-        raise GgufError(
-            f"{path}: ollama {failure.cmd[1]} took more than {failure.timeout:g} s",
-            expected="an answer",
-            run="ollama ps",
-        ) from failure
-    finally:
-        if _ollama(["rm", temporary]).returncode != 0:
-            log.warning("the model %s could not be removed from Ollama", temporary)
-    version = _ollama(["--version"]).stdout.strip()
-    return OllamaAnswered(version=version, question=question, answer=answered.stdout.strip("\n"))
+    asked = _ollama(["--version"], limit_s=_ASK_S)
+    if asked.fault is not None:
+        return OllamaNotRun(reason=f"`{COMMAND} --version` failed: {asked.fault}")
+    version = _plain_text(asked.stdout)
+    if version is None:
+        return OllamaNotRun(reason=f"`{COMMAND} --version` printed {_shown(asked.stdout)}, which is no version")
+    listed = _ollama(["list"], limit_s=_ASK_S)
+    if listed.fault is not None:
+        return OllamaNotRun(reason=f"Ollama's server does not answer: {listed.fault}")
+    return version
 
 
-def _silence() -> str | None:
-    """Why Ollama's server does not answer; None if it does."""
+@dataclass(frozen=True)
+class _Run:
+    """What came of a command."""
+
+    stdout: bytes = b""
+    fault: str | None = None
+    """Why it did not succeed."""
+
+
+def _ollama(arguments: Sequence[str], *, limit_s: float, folder: Path | None = None) -> _Run:
     try:
-        listed = _ollama(["list"], limit_s=_ASK_S)
+        done = subprocess.run(
+            [COMMAND, *arguments],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,  # `ollama run` puts what it reads there before the question
+            capture_output=True,
+            timeout=limit_s,
+            check=False,
+        )
+    except OSError as failure:
+        return _Run(fault=f"it cannot be started: {failure.strerror}")
     except subprocess.TimeoutExpired:
-        return f"Ollama's server did not answer in {_ASK_S} s"
-    return None if listed.returncode == 0 else f"Ollama's server does not answer: {_last_line(listed.stderr)}"
+        return _Run(fault=f"it took more than {limit_s:g} s")
+    if done.returncode != 0:
+        return _Run(stdout=done.stdout, fault=_last_line(done.stderr))
+    return _Run(stdout=done.stdout)
 
 
-def _ollama(
-    arguments: Sequence[str], *, folder: Path | None = None, limit_s: int = _WORK_S
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [COMMAND, *arguments],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,  # `ollama run` would read on from ours
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=limit_s,
-        check=False,
-    )
+def _plain_text(printed: bytes) -> str | None:
+    """What was printed, without the line ends around it; None if that is no text, or has control sequences."""
+    try:
+        text = printed.decode("utf-8").strip("\r\n")
+    except UnicodeDecodeError:
+        return None
+    plain = all(letter in "\n\t" or unicodedata.category(letter) != "Cc" for letter in text)
+    return text if plain and text.strip() else None
 
 
-def _last_line(text: str) -> str:
+def _shown(printed: bytes) -> str:
+    return repr(printed if len(printed) <= 60 else printed[:57] + b"...") if printed else "nothing"
+
+
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control sequences (ECMA-48, 5.4) and characters: Ollama draws a spinner where its messages go."""
+
+
+def _last_line(printed: bytes) -> str:
+    text = _CONTROL.sub("", printed.decode("utf-8", errors="replace").replace("\r", "\n"))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it says nothing"
 

@@ -83,6 +83,10 @@ class Prompts(abc.ABC):
         """
 
     @abc.abstractmethod
+    def packed_up_to(self, seq_len: int, count: int) -> list[list[int]]:
+        """As :meth:`packed`, but as many of `count` as there are, be it none."""
+
+    @abc.abstractmethod
     def compared(self, seq_len: int) -> Iterator[Compared]:
         """What is compared at `seq_len`: a packed sequence first. Raises as :meth:`packed` does."""
 
@@ -120,6 +124,9 @@ class RowPrompts(Prompts):
                 ids += conversation(next(stream), self.tokenizer)
             sequences.append(ids[:seq_len])
         return sequences
+
+    def packed_up_to(self, seq_len: int, count: int) -> list[list[int]]:
+        return self.packed(seq_len, count)
 
     def compared(self, seq_len: int) -> Iterator[Compared]:
         """Packed sequences, where each position up to the last has a real token; then conversations, padded as they
@@ -206,6 +213,10 @@ class TextPrompts(Prompts):
             )
         return ids
 
+    def packed_up_to(self, seq_len: int, count: int) -> list[list[int]]:
+        parts, text = min((len(ids) // seq_len, text) for text, ids in enumerate(self._encoded))
+        return self.packed(seq_len, min(count, parts * len(self._encoded) + text))
+
     @functools.cached_property
     def _encoded(self) -> list[list[int]]:
         return [self._begun(text.text) for text in self.texts]
@@ -255,6 +266,21 @@ def load_prompts(tokenizer: Path, source: Path, *, rows: int) -> Prompts:
     return TextPrompts(
         read_texts(texts), read_chat_prompts(chat_prompts_file(source)), TextTokenizer.load(tokenizer)
     )
+
+
+def check_kind(prompts: Prompts, *, imported: bool) -> None:
+    """Check that `prompts` are of the kind that the model is run on: texts, where it was imported.
+
+    Raises:
+        DatasetError: they are not; their tokenizer would be read as another kind than the model's.
+    """
+    if isinstance(prompts, RowPrompts) == imported:
+        kinds = ("texts", "a held-out set")
+        found, expected = kinds if not imported else kinds[::-1]
+        raise DatasetError(
+            f"the prompts are {found}, and the model was {'imported' if imported else 'distilled'}",
+            expected=f"{expected}: see --prompts",
+        )
 
 
 def find_heldout(folder: Path) -> Path:

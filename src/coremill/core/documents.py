@@ -60,7 +60,7 @@ def read_json(
     """
     try:
         value = msgspec.json.decode(_read_bytes(path, error=error, run=run))
-    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as failure:  # the last of nested brackets
         raise error(f"{path} is not JSON: {failure}", expected=f"a {kind.__name__} document", run=run) from failure
     return from_builtins(value, kind, where=str(path), error=error, run=run)
 

@@ -107,8 +107,12 @@ def modelfile(stage: Path) -> Path:
 
 
 def halt_head_file(stage: Path, run: str) -> Path:
-    """What GGUF and Hugging Face's Llama have no place for: the halt head's weight, as safetensors."""
-    return stage / f"{_stem(run)}.halt_head.safetensors"
+    """What GGUF and Hugging Face's Llama have no place for: the halt head's weight, as safetensors.
+
+    Whatever the run is called, the name is not `model*.safetensors`: mlx-lm, Ollama and llama.cpp's converter take
+    all of those for parts of the model.
+    """
+    return stage / f"halt_head-{_stem(run)}.safetensors"
 
 
 def parity_report(stage: Path) -> Path:

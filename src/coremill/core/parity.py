@@ -8,26 +8,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+import msgspec
+
 from coremill.core.contract import Toolchain
 from coremill.core.documents import Document, Record
 from coremill.core.gates import Gate
 
-# --- a Hugging Face directory -----------------------------------------------------------------------
+MAX_RELATIVE_ERR = 1e-5
+"""Largest difference between outputs that two programs compute in float32 from the same weights, as a share of the
+outputs' largest magnitude: in other orders, some hundred roundings of 6e-8 each, layer upon layer."""
 
 
-class Tie(Record):
-    """A token that transformers chose and the checkpoint has within rounding of its own choice."""
+class TokenDifference(Record):
+    """A token that another program, decoding greedily, took, and the checkpoint would not after the same ones."""
 
     prompt: int
     """Number of the prompt, from 0."""
-    token: int
+    place: int
     """Number of the token in the answer, from 0."""
-    chosen: int
-    """Its id in transformers' answer."""
+    token: int
+    """The one that was taken."""
     expected: int
     """The checkpoint's best."""
     gap: float
     """By how much the checkpoint prefers its own, in logits."""
+    is_tie: bool
+    """Whether rounding may turn the two about."""
+
+
+# --- a Hugging Face directory -----------------------------------------------------------------------
 
 
 class HuggingFaceParity(Document):
@@ -42,35 +51,45 @@ class HuggingFaceParity(Document):
     gates: tuple[Gate, ...]
     logits_max_abs: float
     """The largest difference of logits as it is; its gate is relative to the largest logit."""
-    ties: tuple[Tie, ...]
+    differences: tuple[TokenDifference, ...]
+    """Of greedy tokens: every one, ties among them."""
     toolchain: Toolchain
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of each file of the folder but this one."""
+        return self.files
 
 
 # --- GGUF files -------------------------------------------------------------------------------------
 
 Measure = Literal[
     "max_abs_err",
+    "relative_err",
     "kl_nats",
     "top1_agreement",
     "arithmetic_kl_nats",
-    "weights_gain_err",
+    "weights_err",
+    "settings",
     "greedy_differences",
     "tokenizer_mismatches",
     "heldout_exact",
 ]
 """What is measured of a file:
 
-- `max_abs_err`: largest absolute difference of log probabilities, in nats;
+- `max_abs_err`: largest absolute difference of logits;
+- `relative_err`: the same, as a share of the checkpoint's largest logit;
 - `kl_nats`: KL(torch ‖ llama.cpp), the mean over positions;
 - `top1_agreement`: the share of positions whose likeliest token is the same;
 - `arithmetic_kl_nats`: as `kl_nats`, torch with the file's own weights, dequantised, in the checkpoint's model;
-- `weights_gain_err`: the most that ⟨w, w'⟩/⟨w, w⟩ is off 1, of any tensor w of the checkpoint and w' of the file;
-- `greedy_differences`: greedy tokens that torch would not have taken, near-ties aside;
+- `weights_err`: the largest error of a stored weight, as a share of the most that its type's rounding makes;
+- `settings`: what the file says otherwise than checkpoint and tokenizer, or llama.cpp understands otherwise;
+- `greedy_differences`: greedy tokens that torch would not have taken, ties aside;
 - `tokenizer_mismatches`: texts whose ids are others;
 - `heldout_exact`: the share of held-out questions whose answer is, to the letter, one that the toy can give.
 
-What quantisation costs is in `kl_nats`, and may hide a small defect there; the two after it show one: neither knows
-of the other's rounding.
+What quantisation costs is in `kl_nats`, and may hide a small defect there; `arithmetic_kl_nats`, `weights_err` and
+`settings` show one.
 """
 
 
@@ -109,21 +128,6 @@ class ParityFigure(Record):
             raise ValueError(f"`{self.name}` has the bound {self.bound} from {self.source}")
 
 
-class TokenDifference(Record):
-    """Where llama.cpp, decoding greedily, took a token that torch would not have taken after the same ones."""
-
-    prompt: int
-    """Which of the prompts, from 0."""
-    place: int
-    """Which of the new tokens, from 0."""
-    torch_token: int
-    token: int
-    """llama.cpp's."""
-    gap_nats: float
-    """How much likelier torch's is, to torch."""
-    near_tie: bool
-
-
 class TokenizerMismatch(Record):
     """A text that llama.cpp's tokenizer reads otherwise than ours."""
 
@@ -134,13 +138,22 @@ class TokenizerMismatch(Record):
     llamacpp_ids: tuple[int, ...]
 
 
+class SettingDifference(Record):
+    """Something that a file says of the model, and what it should say."""
+
+    name: str
+    expected: str
+    found: str
+
+
 class FileParity(Record):
     """What one file showed."""
 
     file: str
+    digest: str
     size_bytes: int
     positions: int
-    """Whose V log probabilities were compared."""
+    """Whose V logits were compared."""
     greedy_prompts: int
     """0 where greedy tokens were not compared: of what is not stored in float32."""
     greedy_tokens: int
@@ -149,10 +162,10 @@ class FileParity(Record):
     """0 for a model that was imported."""
     figures: tuple[ParityFigure, ...]
     differences: tuple[TokenDifference, ...]
-    """Every one, near-ties among them."""
+    """Of greedy tokens: every one, ties among them."""
     mismatches: tuple[TokenizerMismatch, ...]
     """The first few."""
-    duration_s: float
+    settings: tuple[SettingDifference, ...]
 
     def figure(self, name: Measure) -> ParityFigure:
         """The figure of that name; a KeyError where there is none."""
@@ -166,12 +179,15 @@ class GgufParity(Document):
         ValueError: there are no files, or `passed` contradicts the figures.
     """
 
+    checkpoint_digest: str
     model_type: str
     xllamacpp: str
     """Its release, which is that of llama.cpp."""
     quick: bool
     files: dict[str, FileParity]
     """By type, such as `q8_0`."""
+    others: dict[str, str] = msgspec.field(default_factory=dict)
+    """The other files of the folder, this one aside, with their digests."""
     passed: bool
 
     def __post_init__(self) -> None:
@@ -180,6 +196,11 @@ class GgufParity(Document):
         if self.passed != (not any(self.failures())):
             raise ValueError(f"`passed` is {self.passed}, the figures say otherwise")
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of each file of the folder but this one."""
+        return {file.file: file.digest for file in self.files.values()} | self.others
+
     def failures(self) -> Iterator[str]:
         """Each figure beyond its bound, in words."""
         for kind, file in self.files.items():
@@ -187,3 +208,5 @@ class GgufParity(Document):
                 if figure.outcome == "failed":
                     side = "at least" if figure.at_least else "at most"
                     yield f"{kind}: {figure.name} is {figure.measured:.3g}, {side} {figure.bound:g} is allowed"
+            for setting in file.settings:
+                yield f"{kind}: {setting.name} is {setting.found}, not {setting.expected}"

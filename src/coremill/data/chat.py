@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import jinja2
@@ -16,6 +16,7 @@ import jinja2.ext
 import jinja2.utils
 from jinja2 import nodes
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from coremill.core.errors import TokenizerError
@@ -63,8 +64,8 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens)
         try:
             self._template = _environment().from_string(source)
-        except jinja2.TemplateError as failure:
-            raise TokenizerError(f"the chat template: {failure}", expected="a Jinja template") from failure
+        except Exception as failure:  # RecursionError, SyntaxError and others, where it nests deeply
+            raise _refusal(failure, "a Jinja template") from failure
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The conversation as the model reads it; with the start of its answer where that is asked for.
@@ -80,18 +81,44 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             )
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as failure:
-            # The template's own arithmetic and indexing raise what Python does.
-            raise TokenizerError(
-                f"the chat template: {failure}", expected="messages as the template wants them"
-            ) from failure
+        except Exception as failure:  # a template is a program, and raises whatever Python does
+            raise _refusal(failure, "messages as the template wants them") from failure
         return str(text)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+def _refusal(failure: Exception, expected: str) -> TokenizerError:
+    return TokenizerError(f"the chat template: {str(failure) or type(failure).__name__}", expected=expected)
+
+
+_MOST_ITEMS, _MOST_BITS = 1 << 20, 1 << 12
+"""Of a product: characters or items, and bits of a number."""
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's, where no product or power fills the memory: `'a' * 10 ** 10` would be 10 GB.
+
+    A template can still be slow, or grow a text in a loop or by the width of a format: against those only a process
+    of its own would help, with limits of its memory and time.
+    """
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if _is_beyond(operator, left, right):
+            raise jinja2.exceptions.SecurityError(f"the result of `{operator}` is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _is_beyond(operator: str, left: Any, right: Any) -> bool:
+    if isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+        return bits > _MOST_BITS
+    items, times = (right, left) if isinstance(left, int) else (left, right)
+    return isinstance(items, Sized) and isinstance(times, int) and len(items) * times > _MOST_ITEMS
+
+
+def _environment() -> _Sandbox:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _now

@@ -2,7 +2,8 @@
 
 A model's own format is a Jinja template, a program. Ollama wants Go's text/template, and the one cannot be
 translated into the other in general. Here the model's template is run on a few conversations, and the known format
-that writes the same texts is taken. Of the two forms that Ollama documents (https://docs.ollama.com/template),
+that writes the same texts is taken; :func:`go_fault` then holds the Go template that is made of it against the
+model's own. Of the two forms that Ollama documents (https://docs.ollama.com/template),
 `{{ range .Messages }}` with .Role and .Content is written: it holds conversations of any length and order of roles.
 The older one, .System, .Prompt and .Response, is run once for each question with its answer.
 """
@@ -15,6 +16,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from coremill.core.errors import TokenizerError
+from coremill.data.go_template import parse_go_template
 
 if TYPE_CHECKING:  # heavy, and only asked to render
     from coremill.data.chat import ChatTemplate, Message
@@ -37,7 +39,7 @@ class ChatFormat:
     begin: str
     """Before everything: the token that begins a text."""
     turns: Mapping[str, Turn]
-    """By role. A format without `system` refuses a system prompt."""
+    """By role."""
     answer: str
     """What the model's answer is asked for with."""
     stops: tuple[str, ...]
@@ -127,15 +129,11 @@ STUDENT = ChatFormat(
 )
 CHATML = _chatml()
 LLAMA3 = _llama3()
-MISTRAL = ChatFormat(
-    name="Mistral instruct",
-    begin="<s>",
-    turns={"user": Turn(before="[INST] ", after=" [/INST]"), "assistant": Turn(before="", after="</s>")},
-    answer="",
-    stops=("[INST]", "[/INST]"),
-)
-FORMATS = (STUDENT, CHATML, LLAMA3, MISTRAL)
-"""As they are without a default system prompt, which a model's template may add."""
+FORMATS = (STUDENT, CHATML, LLAMA3)
+"""As they are without a default system prompt, which a model's template may add.
+
+Those whose tokenizers can be written as GGUF: see :mod:`coremill.data.gguf_tokenizer`.
+"""
 
 
 def find_chat_format(tokenizer: TextTokenizer) -> ChatFormat | None:
@@ -175,10 +173,10 @@ _CONVERSATIONS: tuple[Sequence[Message], ...] = (
 
 def _default_system(template: ChatTemplate, known: ChatFormat) -> str | None:
     """What `template` writes as the system prompt of a conversation without one; None if it writes none."""
-    system = known.turns.get("system")
+    system = known.turns["system"]
     text = _rendered(template, [_QUESTION], False)
     rest = known.render([_QUESTION], add_generation_prompt=False).removeprefix(known.begin)
-    if system is None or text is None:
+    if text is None:
         return None
     start, end = known.begin + system.before, system.after + rest
     if not (text.startswith(start) and text.endswith(end) and len(text) >= len(start) + len(end)):
@@ -199,6 +197,37 @@ def _rendered(writer: ChatTemplate | ChatFormat, messages: Sequence[Message], as
         return writer.render(messages, add_generation_prompt=asks)
     except TokenizerError:
         return None
+
+
+def go_fault(source: str, known: ChatFormat, tokenizer: TextTokenizer) -> str | None:
+    """Where Ollama's template `source` writes a conversation otherwise than the tokenizer's own; None if nowhere.
+
+    Args:
+        source: a Go template, which asks for an answer.
+        known: what the tokenizer's own template was found to be, with the system prompt that Ollama adds.
+    """
+    own = tokenizer.chat_template
+    if own is None:
+        return None
+    # llama.cpp puts the token that begins a text before every one; the template then leaves it out.
+    before = tokenizer.special_tokens.get("bos_token", "") if known.begin and tokenizer.add_bos else ""
+    template = parse_go_template(source)
+    for messages in _CONVERSATIONS:
+        if known.trims and any(message["content"] != message["content"].strip() for message in messages):
+            continue
+        written = before + template.render(ollama_values(known.with_default_system(messages)))
+        for asks, answer in ((True, ""), (False, known.answer)):
+            wanted = own.render(messages, add_generation_prompt=asks) + answer
+            if written != wanted:
+                return _difference(written, wanted)
+    return None
+
+
+def _difference(written: str, wanted: str) -> str:
+    pairs = enumerate(zip(written, wanted, strict=False))
+    same = next((place for place, (one, other) in pairs if one != other), min(len(written), len(wanted)))
+    found, own = (repr(text[same : same + 20]) for text in (written, wanted))
+    return f"behind {wanted[max(0, same - 20) : same]!r} it writes {found}, and the model's own template {own}"
 
 
 def ollama_values(messages: Sequence[Message]) -> dict[str, Any]:

@@ -67,7 +67,6 @@ def gguf_metadata(tokenizer: TextTokenizer, *, vocab_size: int) -> dict[str, Any
         "tokenizer.ggml.merges": described.merges(),
         **{f"tokenizer.ggml.{name}_token_id": place for name, place in _special_ids(tokenizer, tokens).items()},
         "tokenizer.ggml.add_bos_token": tokenizer.add_bos,
-        "tokenizer.ggml.add_space_prefix": False,  # llama.cpp puts none there, whatever this says
     }
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template.source

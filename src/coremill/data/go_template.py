@@ -6,8 +6,12 @@ The syntax is that of https://pkg.go.dev/text/template; functions and variables 
 
 from __future__ import annotations
 
+import bisect
+import graphlib
 import json
+import math
 import re
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -64,9 +68,23 @@ VARIABLES: Mapping[str, Any] = {
 }
 """What a template of Ollama's sees: a mapping has fields, a list elements, and None is not looked into."""
 
+MAX_DEPTH = 100
+"""How deep blocks and parentheses may lie inside of one another. Go allows 10,000 parentheses and any number of
+blocks; here each takes up to four of the 1,000 frames that Python has, and no template of Ollama's has ten."""
+
+
+class Lines:
+    """In which line, from 1, a place of a text is; the text is gone through once."""
+
+    def __init__(self, text: str) -> None:
+        self._ends = [found.start() for found in re.finditer("\n", text)]
+
+    def at(self, place: int) -> int:
+        return bisect.bisect_left(self._ends, place) + 1
+
 
 class GoTemplateError(ValueError):
-    """A template that Go would not parse, or that names what Ollama does not have.
+    """A template that Go would not parse or execute, or that names what Ollama does not have.
 
     Attributes:
         line: of the template, from 1.
@@ -160,7 +178,6 @@ class GoTemplate:
     """A template that was parsed."""
 
     body: tuple[Node, ...]
-    defined: Mapping[str, tuple[Node, ...]]
 
     def render(self, values: Mapping[str, Any]) -> str:
         """The text for `values`, such as System and Messages.
@@ -177,6 +194,7 @@ class GoTemplate:
 # --- characters to tokens ---------------------------------------------------------------------------
 
 _SPACE = " \t\r\n"
+_SPACES = re.compile(f"[{_SPACE}]*")
 _KEYWORDS = frozenset(
     [
         "block",
@@ -222,6 +240,7 @@ class _Tokens:
 
 def _pieces(source: str) -> Iterator[str | _Tokens]:
     """Texts, with what `{{-` and `-}}` trim taken off, and actions; comments are left out."""
+    lines = Lines(source)
     place, trim = 0, False
     while True:
         start = source.find("{{", place)
@@ -236,37 +255,38 @@ def _pieces(source: str) -> Iterator[str | _Tokens]:
             text, inside = text.rstrip(_SPACE), inside + 2
         yield text
         if source.startswith("/*", inside):
-            place, trim = _comment(source, inside)
+            place, trim = _comment(source, inside, lines)
         else:
-            tokens, place, trim = _action(source, inside)
+            tokens, place, trim = _action(source, inside, lines)
             yield tokens
 
 
-def _comment(source: str, start: int) -> tuple[int, bool]:
+def _comment(source: str, start: int, lines: Lines) -> tuple[int, bool]:
     closed = source.find("*/", start + 2)
     if closed < 0:
-        _fail(_line(source, start), "a comment without its `*/`")
+        _fail(lines.at(start), "a comment without its `*/`")
     end = re.compile(r"(\s-)?\}\}").match(source, closed + 2)
     if end is None:
-        _fail(_line(source, closed), "a comment is not followed by its `}}`")
+        _fail(lines.at(closed), "a comment is not followed by its `}}`")
     return end.end(), bool(end.group(1))
 
 
-def _action(source: str, start: int) -> tuple[_Tokens, int, bool]:
+def _action(source: str, start: int, lines: Lines) -> tuple[_Tokens, int, bool]:
     """The tokens of the action whose inside begins at `start`, where it ends, and whether it trims behind it."""
     tokens: list[_Token] = []
-    place, line = start, _line(source, start)
+    place, line = start, lines.at(start)
     while True:
-        spaces = len(source) - place - len(source[place:].lstrip(_SPACE))
-        place += spaces
-        if spaces and source.startswith("-}}", place):
+        before = place
+        place = _after_spaces(source, before)
+        spaced = place > before
+        if spaced and source.startswith("-}}", place):
             return _Tokens(tuple(tokens), line), place + 3, True
         if source.startswith("}}", place):
             return _Tokens(tuple(tokens), line), place + 2, False
         if place >= len(source):
             _fail(line, "an action without its `}}`")
         found = _TOKEN.match(source, place)
-        here = _line(source, place)
+        here = lines.at(place)
         if found is None:
             if source[place] in "\"`'":
                 _fail(here, f"a string without its closing {source[place]}")
@@ -274,12 +294,13 @@ def _action(source: str, start: int) -> tuple[_Tokens, int, bool]:
         kind = str(found.lastgroup)
         if kind in _WORDLIKE and (source[found.end() : found.end() + 1] or " ") not in f"{_SPACE}.,|:()}}":
             _fail(here, f"an unexpected {source[found.end()]!r} behind {found.group()!r}")
-        tokens.append(_Token(kind, found.group(), here, bool(spaces)))
+        tokens.append(_Token(kind, found.group(), here, spaced))
         place = found.end()
 
 
-def _line(source: str, place: int) -> int:
-    return source.count("\n", 0, place) + 1
+def _after_spaces(source: str, place: int) -> int:
+    found = _SPACES.match(source, place)
+    return found.end() if found else place
 
 
 def _fail(line: int, reason: str) -> NoReturn:
@@ -293,25 +314,54 @@ def parse_go_template(source: str) -> GoTemplate:
     """The template that `source` spells.
 
     Raises:
-        GoTemplateError: Go would not parse it, or it names a function or a variable that Ollama does not have.
+        GoTemplateError: Go would not parse it; it names a function or a variable that Ollama does not have, or a
+            template that it does not define; or a template in it includes itself without end.
     """
     parser = _Parser(source)
     body, end = parser.nodes()
     if end is not None:
         _fail(end.line, f"an {{{{ {end.tokens[0].text} }}}} without its if, range or with")
-    template = GoTemplate(body, parser.defined)
-    _check_names(body, VARIABLES, {"$": VARIABLES})
-    return template
+    parser.keep("", body, source.count("\n") + 1)  # Ollama gives the whole template no name
+    _check_names(body, VARIABLES, ChainMap({"$": VARIABLES}))
+    _check_calls(parser.defined)
+    return GoTemplate(body)
+
+
+class _Scope:
+    """What is known at a place of a template: how deep it lies, in how many ranges, and the variables."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.loops = 0
+        self._names = ["$"]
+        self._times = Counter(self._names)
+
+    def go_deeper(self, line: int) -> None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            _fail(line, f"more than {MAX_DEPTH} blocks and parentheses inside of one another")
+
+    def __contains__(self, name: str) -> bool:
+        return self._times[name] > 0
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def declare(self, names: Sequence[str]) -> None:
+        self._names += names
+        self._times.update(names)
+
+    def forget(self, kept: int) -> None:
+        """All but the first `kept`."""
+        self._times.subtract(self._names[kept:])
+        del self._names[kept:]
 
 
 class _Parser:
     def __init__(self, source: str) -> None:
         self.pieces = _pieces(source)
-        self.last_line = _line(source, len(source))
         self.defined: dict[str, tuple[Node, ...]] = {}
-        self.variables = ["$"]
-        self.loops = 0
-        self.depth = 0
+        self.scope = _Scope(0)
 
     def nodes(self) -> tuple[tuple[Node, ...], _Tokens | None]:
         """Nodes until the `end` or `else` that closes them; None at the end of the text."""
@@ -330,12 +380,12 @@ class _Parser:
         return tuple(found), None
 
     def statement(self, word: str | None, piece: _Tokens) -> Node | None:
-        cursor = _Cursor(piece, self.variables)
+        cursor = _Cursor(piece, self.scope)
         if word in ("if", "with", "range"):
             return self.branch(str(word), cursor.skip())
         if word in ("break", "continue"):
             cursor.skip().finish(str(word))
-            if not self.loops:
+            if not self.scope.loops:
                 _fail(piece.line, f"a {{{{ {word} }}}} outside of a range")
             return Jump(str(word))
         if word == "define":
@@ -350,15 +400,16 @@ class _Parser:
         return Action(cursor.pipe("an action"))
 
     def branch(self, kind: str, cursor: _Cursor) -> Branch:
-        seen, line = len(self.variables), cursor.line
+        scope, line = self.scope, cursor.line
+        seen = len(scope)
+        scope.go_deeper(line)
         pipe = cursor.pipe(kind, most=2 if kind == "range" else 1)
-        self.loops += kind == "range"
-        self.depth += 1
+        scope.loops += kind == "range"
         body, end = self.nodes()
-        self.loops -= kind == "range"
+        scope.loops -= kind == "range"
         otherwise: tuple[Node, ...] = ()
         if end is not None and end.tokens[0].text == "else":
-            rest = _Cursor(end, self.variables).skip()
+            rest = _Cursor(end, scope).skip()
             if kind != "range" and rest.word() == kind:
                 # `else if` and `else with` share the `end` of what they continue.
                 otherwise = (self.branch(kind, rest.skip()),)
@@ -369,8 +420,8 @@ class _Parser:
                 self.closed(kind, line, end)
         else:
             self.closed(kind, line, end)
-        self.depth -= 1
-        del self.variables[seen:]
+        scope.depth -= 1
+        scope.forget(seen)
         return Branch(kind, pipe, body, otherwise)
 
     def closed(self, kind: str, line: int, end: _Tokens | None) -> None:
@@ -378,12 +429,12 @@ class _Parser:
             _fail(line, f"{{{{ {kind} }}}} without its {{{{ end }}}}")
         if end.tokens[0].text != "end":
             _fail(end.line, f"a second {{{{ else }}}} of the {{{{ {kind} }}}} in line {line}")
-        _Cursor(end, self.variables).skip().finish("end")
+        _Cursor(end, self.scope).skip().finish("end")
 
     def define(self, cursor: _Cursor) -> None:
         name = cursor.string("define")
         cursor.finish("define")
-        if self.depth:
+        if self.scope.depth:
             _fail(cursor.line, "a define inside of another action")
         self.body_of("define", name, cursor.line)
 
@@ -394,21 +445,34 @@ class _Parser:
         return Call(name, pipe, cursor.line)
 
     def body_of(self, kind: str, name: str, line: int) -> None:
-        outer = (self.variables, self.loops, self.depth)
-        self.variables, self.loops, self.depth = ["$"], 0, 1
+        outer = self.scope
+        self.scope = _Scope(outer.depth)
+        self.scope.go_deeper(line)
         body, end = self.nodes()
         self.closed(kind, line, end)
-        self.variables, self.loops, self.depth = outer
-        self.defined[name] = body
+        self.scope = outer
+        self.keep(name, body, end.line if end is not None else line)
+
+    def keep(self, name: str, body: tuple[Node, ...], line: int) -> None:
+        """One that is blank gives way to another of its name."""
+        kept = self.defined.get(name, ())
+        if not _is_blank(body) and not _is_blank(kept):
+            _fail(line, f"a second template {name!r}")
+        self.defined[name] = kept if _is_blank(body) else body
+
+
+def _is_blank(body: Sequence[Node]) -> bool:
+    """Whether it holds white space alone."""
+    return all(isinstance(node, Text) and not node.text.strip() for node in body)
 
 
 class _Cursor:
     """Reads one action."""
 
-    def __init__(self, piece: _Tokens, variables: list[str]) -> None:
+    def __init__(self, piece: _Tokens, scope: _Scope) -> None:
         self.tokens = piece.tokens
         self.line = piece.line
-        self.variables = variables
+        self.scope = scope
         self.place = 0
 
     def done(self) -> bool:
@@ -450,7 +514,7 @@ class _Cursor:
             if isinstance(command[0], Literal) or command[0] == Path(".", (), self.line):
                 _fail(self.line, "a value behind a `|`, where a function belongs")
         if declares:
-            self.variables += variables
+            self.scope.declare(variables)
         if not inner:
             self.finish(context)
         return Pipe(variables, declares, tuple(commands))
@@ -485,7 +549,7 @@ class _Cursor:
 
     def check_declared(self, names: Sequence[str], *, declares: bool) -> None:
         for name in names:
-            if not declares and name not in self.variables:
+            if not declares and name not in self.scope:
                 _fail(self.line, f"the variable {name} is not declared")
 
     def command(self, inner: bool) -> tuple[Operand, ...]:
@@ -520,11 +584,13 @@ class _Cursor:
         if token.text == ".":
             return Path(".", (), token.line)
         if token.kind == "variable":
-            if token.text not in self.variables:
+            if token.text not in self.scope:
                 _fail(token.line, f"the variable {token.text} is not declared")
             return Path(token.text, (), token.line)
         if token.text == "(":
+            self.scope.go_deeper(token.line)
             pipe = self.pipe("parentheses", inner=True)
+            self.scope.depth -= 1
             self.skip()
             return Path(pipe, (), token.line)
         if token.kind == "word" and token.text not in _KEYWORDS:
@@ -543,11 +609,24 @@ def _literal(token: _Token) -> Literal:
     if token.kind == "word" and token.text in _NAMED:
         return Literal(_NAMED[token.text])
     if token.kind == "number":
-        try:
-            return Literal(int(token.text, 0))
-        except ValueError:
-            return Literal(float(token.text.replace("_", "")))
+        return Literal(_number(token))
     _fail(token.line, f"an unexpected {token.text!r} in an action")
+
+
+def _number(token: _Token) -> int | float:
+    """As Go reads it: a whole number has 64 bits, and one that begins with 0 is octal."""
+    text = token.text
+    octal = re.fullmatch(r"[+-]?0[0-7_]+", text)
+    try:
+        whole = int(text, 8 if octal else 0)
+    except ValueError:  # no whole number, or one of more than 4,300 digits
+        if re.search("[.eE]", text) and math.isfinite(number := float(text.replace("_", ""))):
+            return number
+    else:
+        if -(2**63) <= whole < 2**63:
+            return whole
+    shown = text if len(text) <= 40 else text[:37] + "..."
+    _fail(token.line, f"the number {shown} does not fit into 64 bits")
 
 
 def _text_of(token: _Token) -> str:
@@ -571,25 +650,67 @@ def _as_json(found: re.Match[str]) -> str:
 # --- names ------------------------------------------------------------------------------------------
 
 
-def _check_names(nodes: Sequence[Node], dot: Any, variables: Mapping[str, Any]) -> None:
+def _check_names(nodes: Sequence[Node], dot: Any, known: ChainMap[str, Any]) -> None:
     """Refuse a field that is not there, where what is looked into is known: Go would print `<no value>`."""
-    known = dict(variables)
     for node in nodes:
-        if isinstance(node, (Action, Branch)):
+        if isinstance(node, Action):
             value = _kind_of(node.pipe, dot, known)
-            inside = dict(known)
+            known.update(dict.fromkeys(node.pipe.variables, value))
+        elif isinstance(node, Branch):
+            value = _kind_of(node.pipe, dot, known)
             element = value[0] if isinstance(value, list) else None
-            kinds = [element, None] if len(node.pipe.variables) == 1 else [None, element]
-            for place, name in enumerate(node.pipe.variables):
-                inside[name] = kinds[place] if isinstance(node, Branch) and node.kind == "range" else value
-            if isinstance(node, Action):
-                known = inside
-                continue
+            kinds = [element] if len(node.pipe.variables) == 1 else [None, element]
+            inside = known.new_child()
+            for name, kind in zip(node.pipe.variables, kinds, strict=False):
+                inside[name] = kind if node.kind == "range" else value
             new_dot = {"range": element, "with": value}.get(node.kind, dot)
-            _check_names(node.body, new_dot, inside)
-            _check_names(node.otherwise, dot, inside)
+            _check_names(node.body, new_dot, inside.new_child())
+            _check_names(node.otherwise, dot, inside.new_child())
         elif isinstance(node, Call) and node.pipe is not None:
             _kind_of(node.pipe, dot, known)
+
+
+def _check_calls(bodies: Mapping[str, Sequence[Node]]) -> None:
+    """Refuse a template that Go would not find, or would execute without end.
+
+    Without end are two circles: of calls outside of every block, and of calls that hand on what they were given, so
+    that each round decides as the one before it. One that looks into its value comes to an end, and is let pass.
+    """
+    always: dict[str, dict[str, int]] = {name: {} for name in bodies}
+    unchanged: dict[str, dict[str, int]] = {name: {} for name in bodies}
+    for name, body in bodies.items():
+        for call, in_block, moved in _calls(body, in_block=False, moved=False):
+            if call.name not in bodies:
+                _fail(call.line, f"the template {call.name!r} is not defined")
+            if not in_block:
+                always[name].setdefault(call.name, call.line)
+            if _hands_on(call, moved=moved):
+                unchanged[name].setdefault(call.name, call.line)
+    for edges in (always, unchanged):
+        try:
+            graphlib.TopologicalSorter(edges).prepare()
+        except graphlib.CycleError as failure:
+            called, caller = failure.args[1][:2]
+            _fail(edges[caller][called], f"the template {called!r} includes itself without end")
+
+
+def _calls(nodes: Sequence[Node], *, in_block: bool, moved: bool) -> Iterator[tuple[Call, bool, bool]]:
+    """Each call, whether a block may leave it out, and whether `.` is another there than at the beginning."""
+    for node in nodes:
+        if isinstance(node, Call):
+            yield node, in_block, moved
+        elif isinstance(node, Branch):
+            yield from _calls(node.body, in_block=True, moved=moved or node.kind != "if")
+            yield from _calls(node.otherwise, in_block=True, moved=moved)
+
+
+def _hands_on(call: Call, *, moved: bool) -> bool:
+    """Whether the template that is called gets what the one that calls it got."""
+    commands = () if call.pipe is None else call.pipe.commands
+    if len(commands) != 1 or len(commands[0]) != 1:
+        return False
+    given = commands[0][0]
+    return isinstance(given, Path) and not given.fields and (given.root == "$" or (given.root == "." and not moved))
 
 
 def _kind_of(pipe: Pipe, dot: Any, variables: Mapping[str, Any]) -> Any:

@@ -2,24 +2,30 @@
 
 The grammar is that of Ollama's own parser, and the parameters are those of its API
 (https://docs.ollama.com/modelfile). Some of what Ollama lets pass is refused here too, because it does nothing, or
-not what it says: a parameter given twice, one that Ollama ignores, a FROM that names no file and so would be taken
-for a model to download.
+not what it says: a parameter given twice, one that Ollama ignores, a character that it drops, a FROM that names no
+file and so would be taken for a model to download.
 """
 
 from __future__ import annotations
 
 import codecs
+import fnmatch
 import math
+import mmap
 import re
+import stat
+import struct
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from coremill.core.documents import Record
 from coremill.core.errors import ModelfileError
-from coremill.data.go_template import GoTemplateError, parse_go_template
+from coremill.data.go_template import GoTemplateError, Lines, parse_go_template
 
 ParameterValue = bool | int | float | str
 
@@ -98,7 +104,9 @@ class Parameter(Record):
         if kind is None:
             raise ValueError(_unknown(self.name))
         if not _fits(self.value, kind):
-            raise ValueError(f"{self.name} is {self.value!r}, not {kind}")
+            raise ValueError(f"{self.name} is {_short(self.value)}, not {kind}")
+        if bits := _too_few_bits(self.value):
+            raise ValueError(f"{self.name} is {_short(self.value)}, which does not fit into {bits} bits")
         if isinstance(self.value, str) and (reason := _stop_fault(self.value)):
             raise ValueError(reason)
 
@@ -114,7 +122,27 @@ def _fits(value: ParameterValue, kind: _Kind) -> bool:
         return False
     if isinstance(value, str):
         return True
-    return math.isfinite(value) and kind.least <= value <= kind.most and not (kind.above and value == kind.least)
+    return (
+        (isinstance(value, int) or math.isfinite(value))
+        and kind.least <= value <= kind.most
+        and not (kind.above and value == kind.least)
+    )
+
+
+def _too_few_bits(value: ParameterValue) -> int | None:
+    """The bits that Ollama has for a value, where they do not hold it: 64 for an integer, 32 for another number."""
+    try:
+        if isinstance(value, int):
+            struct.pack("<q", value)
+        elif isinstance(value, float):
+            struct.pack("<f", value)
+    except (struct.error, OverflowError):
+        return 64 if isinstance(value, int) else 32
+    return None
+
+
+_HALF_TOKEN = re.compile(r"^[^\s<|]*\|>|<\|[^\s|>]*\|?$")
+"""`<|end|` at the end of a stop, or `end|>` at its beginning; a whole `<|end|>` may stand there, and text by it."""
 
 
 def _stop_fault(stop: str) -> str | None:
@@ -122,7 +150,7 @@ def _stop_fault(stop: str) -> str | None:
         return "an empty stop would end every answer before it begins"
     if "{{" in stop or "}}" in stop:
         return f"the stop {stop!r} is a part of a template, which no answer holds"
-    if stop.strip().startswith("<|") != stop.strip().endswith("|>"):
+    if _HALF_TOKEN.search(stop.strip()):
         return f"the stop {stop!r} is half of a special token"
     return None
 
@@ -172,8 +200,8 @@ class Modelfile(Record):
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("a FROM that names nothing")
-        single = [parameter.name for parameter in self.parameters if parameter.name != "stop"]
-        if twice := [name for place, name in enumerate(single) if name in single[:place]]:
+        times = Counter(parameter.name for parameter in self.parameters if parameter.name != "stop")
+        if twice := [name for name, count in times.items() if count > 1]:
             raise ValueError(f"the parameter {twice[0]!r} is given twice")
         if self.template is not None:
             parse_go_template(self.template)
@@ -211,6 +239,11 @@ def _value_text(value: ParameterValue) -> str:
 
 def _quoted(text: str, *, plain: bool = False) -> str:
     """`text` in the first of the ways to write it that the grammar reads back as it was."""
+    if (dropped := _dropped(text)) is not None:
+        raise ModelfileError(
+            f"{_point(text[dropped])} in {_short(text)}, which Ollama drops",
+            expected="a text of letters, marks, digits, punctuation, symbols, spaces, tabs and line ends",
+        )
     ways = [f'"{text}"', f'"""{text}"""']
     if "\n" in text or '"' in text:
         ways.reverse()
@@ -220,25 +253,28 @@ def _quoted(text: str, *, plain: bool = False) -> str:
         scanner = _Scanner(way + "\n", "")
         if scanner.value_text() == (text, True) and scanner.place == len(way):
             return way
-    dropped = next((letter for letter in text if not _is_kept(letter)), None)
-    if dropped is not None:
-        raise ModelfileError(
-            f"U+{ord(dropped):04X} in {_short(text)}: Ollama drops what is not printable",
-            expected="a text of letters, marks, digits, punctuation, symbols, spaces, tabs and line ends",
-        )
     raise ModelfileError(
         f"{_short(text)} has no place in a Modelfile: a quoted text ends where a line ends with its quotes",
         expected="no line that ends with quotes",
     )
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def _short(value: ParameterValue) -> str:
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else value[:57] + "...")
+    return repr(value) if not isinstance(value, int) or abs(value) < 10**60 else "a number of more than 60 digits"
 
 
-def _is_kept(letter: str) -> bool:
-    """Whether Ollama keeps a character of a value: what Go's strconv.IsPrint calls printable, and white space."""
-    return letter in " \t\r\n" or unicodedata.category(letter)[0] in "LMNPS"
+def _dropped(text: str) -> int | None:
+    """Where the first character is that Ollama drops: neither white space nor what Go's strconv.IsPrint names."""
+    for place, letter in enumerate(text):
+        if letter not in " \t\r\n" and unicodedata.category(letter)[0] not in "LMNPS":
+            return place
+    return None
+
+
+def _point(letter: str) -> str:
+    return f"U+{ord(letter):04X}"
 
 
 # --- reading ----------------------------------------------------------------------------------------
@@ -277,21 +313,16 @@ class _Scanner:
         self.text = text
         self.where = where
         self.place = 0
-
-    @property
-    def line(self) -> int:
-        return self.text.count("\n", 0, self.place) + 1
+        self.lines = Lines(text)
 
     def commands(self) -> Iterator[_Command]:
         while self.skip():
-            line, start = self.line, self.place
-            if not _is_kept(self.text[start]):
-                self.place += 1  # a stray byte order mark, or a blank that is no space
-            name = self.letters(r"[^ \t\r\n]?[A-Za-z]*").lower()
+            line, start = self.lines.at(self.place), self.place
+            name = self.letters("[A-Za-z]*").lower()
             if name not in COMMANDS:
                 self.place = start
                 word = self.letters(r"[^ \t\r\n]+")
-                refuse(self.where, line, f"the command {word!r} is not one of {', '.join(COMMANDS).upper()}")
+                refuse(self.where, line, f"the command {_short(word)} is not one of {', '.join(COMMANDS).upper()}")
             self.blank(line, f"{name.upper()} without a value")
             argument = ""
             if name == "parameter":
@@ -300,15 +331,18 @@ class _Scanner:
             elif name == "message":
                 argument = self.letters("[A-Za-z]*")
                 self.blank(line, f"MESSAGE {argument}".rstrip() + " without a text")
+            start = self.place
             value, closed = self.value_text()
+            if (dropped := _dropped(self.text[start : self.place])) is not None:
+                found = f"{_point(self.text[start + dropped])} in {name.upper()}, which Ollama drops"
+                refuse(self.where, self.lines.at(start + dropped), found)
             if not closed:
                 refuse(self.where, line, f"the quotes that {name.upper()} opens are not closed")
             yield _Command(name, argument, value, line)
 
     def skip(self) -> bool:
         """Go on to the next command, past empty lines and comments; whether there is one."""
-        found = re.compile(r"(?:[ \t\r\n]+|#[^\r\n]*)*").match(self.text, self.place)
-        self.place = found.end() if found else self.place
+        self.letters(r"(?:[ \t\r\n]+|#[^\r\n]*)*")
         return self.place < len(self.text)
 
     def letters(self, pattern: str, flags: int = 0) -> str:
@@ -329,25 +363,23 @@ class _Scanner:
         self.place += 1
 
     def value_text(self) -> tuple[str, bool]:
-        """What stands up to the end of the line, or of the line that ends with the quotes that open the value."""
-        kept: list[str] = []
-        for found in re.compile(r"([^\r\n]*)([\r\n]?)").finditer(self.text, self.place):
-            kept += (letter for letter in found.group(1) if _is_kept(letter))
-            self.place = found.end(1)
-            text, closed = _unquoted("".join(kept).strip(" \t\r\n"))
-            if closed or not found.group(2):
-                return text, closed
-            kept.append(found.group(2))
-        return "", False
+        """What stands up to the end of the line, or of the line that ends with the quotes that open the value.
 
-
-def _unquoted(text: str) -> tuple[str, bool]:
-    """`text` without its quotes, and whether those that open it are closed."""
-    for quotes in ('"""', '"'):
-        if text.startswith(quotes):
-            closed = len(text) >= 2 * len(quotes) and text.endswith(quotes)
-            return text[len(quotes) : -len(quotes)], closed
-    return text, True
+        The second is whether those quotes are closed.
+        """
+        self.letters(f"[{_BLANKS}]*")
+        start = self.place
+        quotes = self.letters('"""|"|')
+        self.place = start
+        end = start
+        while True:
+            line = self.letters(r"[^\r\n]*")
+            if line.strip(_BLANKS):
+                end = self.place - (len(line) - len(line.rstrip(_BLANKS)))
+            closed = end - start >= 2 * len(quotes) and self.text.endswith(quotes, start, end)
+            if closed or self.place == len(self.text):
+                return self.text[start + len(quotes) : end - len(quotes)], closed
+            self.place += 1
 
 
 def parse_modelfile(text: str, *, where: str = "Modelfile", folder: Path | None = None) -> Modelfile:
@@ -364,10 +396,12 @@ def parse_modelfile(text: str, *, where: str = "Modelfile", folder: Path | None 
     parameters: list[Parameter] = []
     messages: list[Message] = []
     licenses: list[str] = []
+    named: set[str] = set()
     for command in _Scanner(text, where).commands():
         try:
             if command.name == "parameter":
-                parameters.append(_parameter(command, [each.name for each in parameters]))
+                parameters.append(_parameter(command, named))
+                named.add(command.argument)
             elif command.name == "message":
                 messages.append(Message(role=command.argument, content=command.value))
             elif command.name == "license":
@@ -394,6 +428,8 @@ def refuse(where: str, line: int, reason: str, failure: Exception | None = None)
 
 
 _WHOLE = re.compile(r"[+-]?[0-9]+")
+_DIGITS = 19
+"""Of the longest number of 64 bits; Python takes no number of any length."""
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _TRUTHS = {
     **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
@@ -401,7 +437,7 @@ _TRUTHS = {
 }
 
 
-def _parameter(command: _Command, seen: list[str]) -> Parameter:
+def _parameter(command: _Command, seen: AbstractSet[str]) -> Parameter:
     name, text = command.argument, command.value
     if name not in PARAMETERS:
         raise ValueError(
@@ -412,6 +448,8 @@ def _parameter(command: _Command, seen: list[str]) -> Parameter:
     kind = PARAMETERS[name]
     value: ParameterValue = text
     if kind.of is int and _WHOLE.fullmatch(text):
+        if len(text.lstrip("+-0")) > _DIGITS:
+            raise ValueError(f"{name} is {_short(text)}, which does not fit into 64 bits")
         value = int(text)
     elif kind.of is float and _DECIMAL.fullmatch(text):
         value = float(text)
@@ -428,20 +466,119 @@ def _check_single(command: _Command, seen: Mapping[str, Any], folder: Path | Non
         parse_go_template(value)
     elif not value and name != "system":
         raise ValueError(f"{name.upper()} without a value")
-    elif name == "requires" and not re.fullmatch(r"v?\d+(\.\d+){0,2}([-+][0-9A-Za-z.+-]+)?", value):
+    elif name == "requires" and not re.fullmatch(r"v?[0-9]+(\.[0-9]+){0,2}([-+][0-9A-Za-z.+-]+)?", value):
         raise ValueError(f"REQUIRES {value!r}, which is no version such as 0.14.0")
     elif name in ("from", "adapter", "draft") and folder is not None:
-        _check_file(name, folder / Path(value).expanduser())
+        try:
+            _check_file(name, value, folder / Path(value).expanduser())
+        except OSError as failure:
+            raise ValueError(f"{name.upper()} names {_short(value)}: {failure.strerror}") from failure
+        except RuntimeError as failure:  # of Path.expanduser
+            raise ValueError(f"{name.upper()} names {_short(value)}, the folder of an unknown user") from failure
 
 
-def _check_file(name: str, path: Path) -> None:
-    if not path.exists():
+_MODEL_FILES = {
+    "from": (
+        *("model*.safetensors", "consolidated*.safetensors", "pytorch_model*.bin", "consolidated*.pth"),
+        *("*.gguf", "*.bin"),
+    ),
+    "adapter": ("*.safetensors", "*.gguf", "*.bin"),
+    "draft": ("*.safetensors", "*.gguf", "*.bin"),
+}
+"""What Ollama looks for in a folder."""
+
+
+def _check_file(name: str, value: str, path: Path) -> None:
+    """Look at what FROM, ADAPTER or DRAFT names.
+
+    Raises:
+        ValueError: it is not there, or holds no model.
+        OSError: it cannot be read.
+    """
+    command = f"{name.upper()} names {_short(value)}"
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
         more = ": Ollama would take it for the name of a model to download" if name == "from" else ""
-        raise ValueError(f"{name.upper()} names {path.name}, and there is no {path}{more}")
-    if path.is_file() and path.suffix == ".gguf":
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ValueError(f"{name.upper()} names {path.name}, which is no GGUF file")
+        raise ValueError(f"{command}, and there is no {path}{more}") from None
+    if stat.S_ISDIR(mode):
+        patterns = _MODEL_FILES[name]
+        if not any(fnmatch.fnmatchcase(file.name, pattern) for file in path.iterdir() for pattern in patterns):
+            raise ValueError(f"{command}, a folder with none of {', '.join(patterns)}")
+    elif not stat.S_ISREG(mode):
+        raise ValueError(f"{command}, which is neither a file nor a folder")
+    elif fault := _gguf_fault(path):
+        raise ValueError(f"{command}, which {fault}")
+
+
+def _gguf_fault(path: Path) -> str | None:
+    """Why the file is no GGUF file with a whole header; the weights behind it are not looked for."""
+    if path.stat().st_size == 0:
+        return "is empty"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] != b"GGUF":
+            return f"is no GGUF file: it begins with {data[:4]!r}"
+        try:
+            return _header_fault(_GgufHeader(data))
+        except (struct.error, OverflowError):  # read behind the end
+            return f"is truncated: its {len(data)} bytes end within its header"
+
+
+class _GgufHeader:
+    """Goes through the header of a GGUF file without numpy, which :mod:`coremill.model.gguf_file` needs to read it.
+
+    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    """
+
+    sizes_bytes: ClassVar = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+    """Of a value of metadata, by its type."""
+    string, array = 8, 9
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.place = 4
+
+    def number(self, code: str) -> int:
+        value: int = struct.unpack_from(code, self.data, self.place)[0]
+        self.place += struct.calcsize(code)
+        return value
+
+    def skip_text(self) -> None:
+        size_bytes = self.number("<Q")
+        self.place += size_bytes
+
+    def skip_value(self) -> int | None:
+        """The value's type where the format has no such one."""
+        kind, length = self.number("<I"), 1
+        if kind == self.array:
+            kind, length = self.number("<I"), self.number("<Q")
+        if kind == self.string:
+            for _ in range(length):
+                self.skip_text()
+        elif kind in self.sizes_bytes:
+            self.place += length * self.sizes_bytes[kind]
+        else:
+            return kind
+        return None
+
+
+def _header_fault(header: _GgufHeader) -> str | None:
+    if (version := header.number("<I")) not in (2, 3):
+        return f"is of GGUF version {version}"
+    n_tensors, n_values = header.number("<Q"), header.number("<Q")
+    for _ in range(n_values):
+        header.skip_text()
+        if (kind := header.skip_value()) is not None:
+            return f"is damaged: it has metadata of type {kind}"
+    for _ in range(n_tensors):
+        header.skip_text()
+        n_dims = header.number("<I")
+        header.place += 8 * n_dims
+        header.number("<I")  # type
+        header.number("<Q")  # offset
+    if header.place > len(header.data):
+        raise struct.error  # the last thing skipped ends behind the file
+    return None
 
 
 def decode_modelfile(data: bytes, *, where: str) -> str:

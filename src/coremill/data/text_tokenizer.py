@@ -8,6 +8,8 @@ chat_template.jinja.
 from __future__ import annotations
 
 import functools
+import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from coremill.core.digest import bytes_digest
 from coremill.core.errors import TokenizerError
 from coremill.core.publish import write_atomic
 from coremill.data.chat import ChatTemplate
-from coremill.data.tokenizer import SPECIAL_TOKENS, Tokenizer, decode_ids, encode_text
+from coremill.data.tokenizer import SPECIAL_TOKENS, Tokenizer, decode_ids, encode_text, parse_backend
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -97,7 +99,7 @@ class TextTokenizer:
         """
         path = Path(path)
         try:
-            data = path.read_bytes()
+            data = _read(path)
         except OSError as failure:
             raise TokenizerError(
                 f"cannot read {path}: {failure.strerror}", expected="a tokenizer.json, as AutoTokenizer saves it"
@@ -129,25 +131,33 @@ class TextTokenizer:
         return cls(backend.to_str().encode("utf-8"), special, template, where=where)
 
     def save(self, folder: Path) -> None:
-        """Write Hugging Face's files into `folder`, each whole or not at all; a template of another is removed.
+        """Write :meth:`files` into `folder`, each whole or not at all; a template of another is removed.
 
         Raises:
             OutputError: one cannot be written.
         """
-        write_atomic(folder / TOKENIZER, self._data)
+        files = self.files()
+        for name, data in files.items():
+            write_atomic(folder / name, data)
+        if CHAT_TEMPLATE not in files:
+            (folder / CHAT_TEMPLATE).unlink(missing_ok=True)
+
+    def files(self) -> dict[str, bytes]:
+        """Hugging Face's files, by name."""
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_bos_token": self.add_bos,
             "clean_up_tokenization_spaces": False,
             **self._special.tokens,
         }
-        write_atomic(folder / TOKENIZER_CONFIG, _json(settings))
         ends = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
-        write_atomic(folder / GENERATION_CONFIG, _json(ends))
-        if self.chat_template is not None:
-            write_atomic(folder / CHAT_TEMPLATE, self.chat_template.source.encode("utf-8"))
-        else:
-            (folder / CHAT_TEMPLATE).unlink(missing_ok=True)
+        template = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template.source.encode("utf-8")}
+        return {
+            TOKENIZER: self._data,
+            TOKENIZER_CONFIG: _json(settings),
+            GENERATION_CONFIG: _json(ends),
+            **template,
+        }
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -163,6 +173,11 @@ class TextTokenizer:
     def special_tokens(self) -> Mapping[str, str]:
         """The texts of the tokens that play a part, by it: `bos_token`, `eos_token`, `unk_token`, `pad_token`."""
         return self._special.tokens
+
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """The tokens that a text is cut at before anything else, and how, by id."""
+        return dict(self._backend.get_added_tokens_decoder())
 
     @property
     def digest(self) -> str:
@@ -188,6 +203,11 @@ class TextTokenizer:
         """
         return encode_text(self._with_special if allow_special else self._backend, text)
 
+    def normalize(self, text: str) -> str:
+        """What `text` becomes before it is cut: Unicode's form NFC for some tokenizers, itself for others."""
+        normalizer = self._backend.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(text))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD.
 
@@ -207,11 +227,12 @@ class TextTokenizer:
 
 def _parse(data: bytes, where: str) -> tokenizers.Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-    except Exception as failure:  # the library raises no narrower type
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as failure:
         raise TokenizerError(
             f"{where} is not a tokenizer: {failure}", expected="a tokenizer.json of Hugging Face's tokenizers"
         ) from failure
+    backend = parse_backend(text, where)
     backend.no_truncation()  # some files carry the settings of their last use
     backend.no_padding()
     backend.encode_special_tokens = True
@@ -225,13 +246,28 @@ def _json(value: Mapping[str, Any]) -> bytes:
 # --- from Hugging Face's files ----------------------------------------------------------------------
 
 
+_MOST_BYTES = 1 << 28
+"""Of a file: the largest tokenizers have some 10 million."""
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of the file at `path`; an OSError where it cannot be read."""
+    with path.open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise TokenizerError(
+            f"{path} is beyond {_MOST_BYTES >> 20} MiB", expected="the file of a tokenizer", run=f"ls -lL {path}"
+        )
+    return data
+
+
 def _settings(path: Path) -> Mapping[str, Any]:
     """The JSON object at `path`; empty where there is no such file."""
     try:
-        value = msgspec.json.decode(path.read_bytes())
+        value = msgspec.json.decode(_read(path))
     except FileNotFoundError:
         return {}
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as failure:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as failure:
         raise TokenizerError(f"cannot read {path}: {failure}", expected="a JSON object") from failure
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: found {type(value).__name__} at `$`", expected="a JSON object")
@@ -239,46 +275,71 @@ def _settings(path: Path) -> Mapping[str, Any]:
 
 
 def _special_of(folder: Path, settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> _Special:
-    both = {**_settings(folder / SPECIAL_TOKENS_MAP), **{key: value for key, value in settings.items() if value}}
-    tokens = {role: text for role in _ROLES if (text := _token_text(both.get(role))) is not None}
-    generation = _settings(folder / GENERATION_CONFIG)
-    ends = generation.get("eos_token_id")
-    if ends is None:
-        ends = _settings(folder / "config.json").get("eos_token_id")
+    tokens: dict[str, str] = {}
+    for path, values in (
+        (folder / SPECIAL_TOKENS_MAP, _settings(folder / SPECIAL_TOKENS_MAP)),
+        (folder / TOKENIZER_CONFIG, settings),
+    ):
+        tokens |= {role: text for role in _ROLES if (text := _token_text(values.get(role), f"{path}: `{role}`"))}
+    ends: tuple[int, ...] = ()
+    for path in (folder / GENERATION_CONFIG, folder / "config.json"):
+        if (value := _settings(path).get("eos_token_id")) is not None:
+            ends = _ids(value, f"{path}: `eos_token_id`")
+            break
     own = backend.token_to_id(tokens["eos_token"]) if "eos_token" in tokens else None
     add_bos = settings.get("add_bos_token")
-    if not isinstance(add_bos, bool):
+    if add_bos is None:
         first = backend.encode("", add_special_tokens=True).ids[:1]
         add_bos = "bos_token" in tokens and first == [backend.token_to_id(tokens["bos_token"])]
-    return _Special(tokens=tokens, eos_ids=_ids(own, ends), add_bos=add_bos)
+    elif not isinstance(add_bos, bool):
+        raise _wrong(f"{folder / TOKENIZER_CONFIG}: `add_bos_token`", add_bos, "true or false")
+    return _Special(tokens=tokens, eos_ids=_each_once(own, *ends), add_bos=add_bos)
 
 
-def _token_text(value: Any) -> str | None:
-    """A special token is its text, or an object with its `content`."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+def _wrong(where: str, value: Any, expected: str) -> TokenizerError:
+    text = json.dumps(value, ensure_ascii=False)
+    return TokenizerError(f"{where} is {text if len(text) <= 80 else text[:80] + '…'}", expected=expected)
 
 
-def _ids(*values: Any) -> tuple[int, ...]:
-    """Ids that are given alone or in lists, each once."""
-    found: list[int] = []
-    for value in values:
-        found += value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(each for each in found if isinstance(each, int)))
+def _token_text(value: Any, where: str) -> str | None:
+    """A special token is its text, or an object with its `content`; null or empty where there is none."""
+    text = value.get("content") if isinstance(value, Mapping) else value
+    if not (text is None or isinstance(text, str)):
+        raise _wrong(where, value, "the text of a token, or an object with its `content`")
+    return text
+
+
+def _ids(value: Any, where: str) -> tuple[int, ...]:
+    """An id, or a list of them."""
+    found = value if isinstance(value, list) else [value]
+    if not all(_is_id(each) for each in found):
+        raise _wrong(where, value, "the id of a token, or a list of ids")
+    return tuple(found)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)  # which Python takes for a number
+
+
+def _each_once(*ids: Any) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(each for each in ids if _is_id(each)))
 
 
 def _template_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if (path := folder / CHAT_TEMPLATE).is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            # As transformers reads it: whatever ends its lines.
+            return io.TextIOWrapper(io.BytesIO(_read(path)), encoding="utf-8").read()
         except (OSError, UnicodeDecodeError) as failure:
             raise TokenizerError(f"cannot read {path}: {failure}", expected="a Jinja template") from failure
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {each.get("name"): each.get("template") for each in template if isinstance(each, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    given = template = settings.get("chat_template")
+    if isinstance(given, list) and all(isinstance(each, Mapping) for each in given):  # several, by name
+        template = next((each.get("template") for each in given if each.get("name") == "default"), None)
+    if not (template is None or isinstance(template, str)):
+        raise _wrong(
+            f"{folder / TOKENIZER_CONFIG}: `chat_template`", given, "a template, or a list of them by `name`"
+        )
+    return template
 
 
 # --- from GGUF metadata -----------------------------------------------------------------------------
@@ -357,7 +418,7 @@ def _from_gguf(keys: _GgufKeys) -> tuple[tokenizers.Tokenizer, _Special, str | N
     named = {role: keys.get(f"{name}_token_id") for role, name in roles.items()}
     special = _Special(
         tokens={role: tokens[index] for role, index in named.items() if _is_index(index, tokens)},
-        eos_ids=_ids(named["eos_token"], keys.get("eot_token_id"), keys.get("eom_token_id")),
+        eos_ids=_each_once(named["eos_token"], keys.get("eot_token_id"), keys.get("eom_token_id")),
         add_bos=bool(keys.get("add_bos_token", rules.add_bos)),
     )
     if special.add_bos and "bos_token" in special.tokens:
@@ -399,4 +460,4 @@ def _added(token: str, kind: int) -> AddedToken:
 
 
 def _is_index(value: Any, tokens: Sequence[str]) -> bool:
-    return isinstance(value, int) and 0 <= value < len(tokens)
+    return _is_id(value) and 0 <= value < len(tokens)

@@ -219,17 +219,28 @@ def _parse(data: bytes, where: str) -> tokenizers.Tokenizer:
     try:
         msgspec.json.decode(data)
         text = data.decode("utf-8")
-    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as failure:
         raise TokenizerError(
             f"{where} is not JSON: {failure}", expected="a tokenizer.json", run=_MAKE_ONE
         ) from failure
+    return parse_backend(text, where, run=_MAKE_ONE)
+
+
+def parse_backend(text: str, where: str, *, run: str | None = None) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a tokenizer.json.
+
+    Raises:
+        TokenizerError: the library does not take it.
+    """
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as failure:  # the library raises no narrower type
+    except BaseException as failure:  # the library raises no narrower type, and its panics are not even Exceptions
+        if not (isinstance(failure, Exception) or type(failure).__name__ == "PanicException"):
+            raise
         raise TokenizerError(
             f"{where} is not a tokenizer: {failure}",
             expected="a tokenizer.json of Hugging Face's tokenizers",
-            run=_MAKE_ONE,
+            run=run,
         ) from failure
 
 

@@ -16,6 +16,7 @@ from coremill.core.publish import write_atomic
 from coremill.model.checkpoint import Checkpoint
 
 HALT_HEAD = "halt_head.weight"
+"""The student's tensor that other programs' formats and classes have no place for."""
 
 
 def save_halt_head(path: Path, checkpoint: Checkpoint) -> None:

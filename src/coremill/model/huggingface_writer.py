@@ -29,14 +29,12 @@ from coremill.core.config import (
 from coremill.core.errors import CheckpointContentError, UnsupportedModelError
 from coremill.core.publish import replacing, write_atomic
 from coremill.model.checkpoint import Checkpoint
+from coremill.model.halt_head import HALT_HEAD
 from coremill.model.weights_huggingface import CONFIG, WHOLE
 from coremill.model.weights_source import huggingface_name
 
 HuggingFaceDtype = Literal["float32", "float16", "bfloat16"]
 """Of the tensors in model.safetensors."""
-
-HALT_HEAD = "halt_head.weight"
-"""The student's tensor that no class of transformers has a place for; it goes into a file of its own."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -66,13 +64,11 @@ def write_huggingface(
         CheckpointContentError: a value is beyond `dtype`.
         OutputError: a file cannot be written.
     """
-    config = huggingface_config(checkpoint.config, checkpoint.model_type, dtype=dtype, tokens=tokens)
+    config = config_json(checkpoint, dtype=dtype, tokens=tokens)
     tensors = stored_tensors(checkpoint, dtype)
     with replacing(folder / WHOLE) as file:
         _write_safetensors(file, {huggingface_name(name): tensor for name, tensor in tensors.items()})
-    write_atomic(
-        folder / CONFIG, msgspec.json.format(msgspec.json.encode(config, order="sorted"), indent=2) + b"\n"
-    )
+    write_atomic(folder / CONFIG, config)
     return tensors
 
 
@@ -108,7 +104,7 @@ def stored_tensors(checkpoint: Checkpoint, dtype: HuggingFaceDtype) -> dict[str,
 
 
 def _stored(name: str, tensor: Tensor, dtype: HuggingFaceDtype) -> Tensor:
-    value = tensor.detach().cpu().to(_DTYPES[dtype]).contiguous()
+    value = tensor.detach().cpu().to(_DTYPES[dtype])
     if value.dtype != tensor.dtype and (beyond := int((~torch.isfinite(value)).sum())):
         largest, limit = float(tensor.abs().max()), torch.finfo(_DTYPES[dtype]).max
         raise CheckpointContentError(
@@ -200,12 +196,18 @@ def architecture_of(config: ModelConfig, model_type: str) -> str:
     return _CLASSES[family_of(config, model_type)].architecture
 
 
+def config_json(checkpoint: Checkpoint, *, dtype: HuggingFaceDtype, tokens: TokenIds) -> bytes:
+    """config.json, as :func:`write_huggingface` writes it; raises as :func:`family_of` does."""
+    config = huggingface_config(checkpoint.config, checkpoint.model_type, dtype=dtype, tokens=tokens)
+    return msgspec.json.format(msgspec.json.encode(config, order="sorted"), indent=2) + b"\n"
+
+
 def huggingface_config(
     config: ModelConfig, model_type: str, *, dtype: HuggingFaceDtype, tokens: TokenIds
 ) -> dict[str, Any]:
     """What config.json says of a model; raises as :func:`family_of` does."""
     family = family_of(config, model_type)
-    rope = _rope_parameters(config)
+    rope = rope_parameters(config)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
         "architectures": [_CLASSES[family].architecture],
@@ -234,7 +236,8 @@ def huggingface_config(
     }
 
 
-def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
+def rope_parameters(config: ModelConfig) -> dict[str, Any]:
+    """RoPE as transformers 5 has it."""
     return {"rope_theta": config.rope_theta, **_scaling(config.rope_scaling, config.max_seq_len)}
 
 

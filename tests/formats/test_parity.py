@@ -1,0 +1,172 @@
+"""What other programs are asked: real prompts in full, odd and random texts; and where a greedy token is a tie."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tests.formats.toy_gguf import CONFIG, Toy, untrained_toy
+
+from coremill.conversion.parity import (
+    ODD_TEXTS,
+    TEXTS,
+    added_tokens,
+    greedy_differences,
+    questions,
+    random_texts,
+    sequences,
+    texts,
+)
+from coremill.conversion.prompts import TextPrompts, conversation
+from coremill.core.errors import DatasetError
+from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
+from coremill.data.text_tokenizer import TextTokenizer
+from coremill.data.texts import ChatPrompt, Text
+from coremill.data.tokenizer import SPECIAL_TOKENS
+
+CONTEXT = CONFIG.max_seq_len
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    return untrained_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy: Toy) -> TextTokenizer:
+    return TextTokenizer.of_student(toy.tokenizer)
+
+
+def running_text(toy: Toy, tokenizer: TextTokenizer, lengths: list[int]) -> TextPrompts:
+    """Texts of at least so many tokens each."""
+    words = " ".join(f"{row.prompt} {row.teacher_text}" for row in toy.rows)
+    found = [
+        Text(id=str(number), source="here", licence=None, text=tokenizer.decode(tokenizer.encode(words)[:length]))
+        for number, length in enumerate(lengths)
+    ]
+    return TextPrompts(found, [ChatPrompt(id="1", text="Will it rain?")], tokenizer)
+
+
+# --- token ids --------------------------------------------------------------------------------------
+
+
+def test_a_student_is_asked_whole_conversations_and_one_sequence_of_several(toy: Toy) -> None:
+    found = sequences(toy.prompts, CONTEXT)
+    assert found[0] == toy.prompts.packed(CONTEXT, 1)[0]
+    assert found[1:] == [conversation(row, toy.tokenizer) for row in toy.prompts.rows]
+    assert len(found) == 1 + 16
+
+
+def test_conversations_longer_than_the_context_are_cut(toy: Toy) -> None:
+    assert {len(ids) for ids in sequences(toy.prompts, 5)} == {5}
+
+
+def test_no_more_than_two_thousand_tokens_or_so_are_asked(toy: Toy) -> None:
+    many = type(toy.prompts)(toy.rows * 3, toy.tokenizer)
+    count = sum(map(len, sequences(many, CONTEXT)))
+    assert 2048 <= count < 2048 + CONTEXT
+
+
+def test_running_text_is_asked_in_eight_parts(toy: Toy, tokenizer: TextTokenizer) -> None:
+    prompts = running_text(toy, tokenizer, [1100, 1100])
+    found = sequences(prompts, 4096)
+    assert [len(ids) for ids in found] == [256] * 8
+    assert found == prompts.packed(256, 8)
+    assert {len(ids) for ids in sequences(prompts, 100)} == {100}
+
+
+@pytest.mark.parametrize(("lengths", "count"), [([300, 300], 2), ([600, 300], 3), ([300, 600], 2), ([900], 3)])
+def test_of_short_texts_there_are_as_many_parts_as_they_hold(
+    toy: Toy, tokenizer: TextTokenizer, lengths: list[int], count: int
+) -> None:
+    assert len(sequences(running_text(toy, tokenizer, lengths), 4096)) == count
+
+
+def test_a_text_too_short_for_one_part_is_refused(toy: Toy, tokenizer: TextTokenizer) -> None:
+    with pytest.raises(DatasetError, match=r"^the text 0 has 200 tokens"):
+        sequences(running_text(toy, tokenizer, [200]), 4096)
+
+
+def test_questions_come_first_and_beginnings_of_texts_after_them(toy: Toy, tokenizer: TextTokenizer) -> None:
+    prompts = running_text(toy, tokenizer, [100, 100])
+    found = questions(prompts, 64, 4)
+    assert found == [prompts.chats[0].ids, *prompts.packed(32, 3)]
+    assert len(questions(prompts, 64, 20)) == 1 + 6  # three of each text
+    own = [toy.tokenizer.encode_prompt(row.prompt) for row in toy.prompts.rows[:3]]
+    assert questions(toy.prompts, CONTEXT, 3) == own
+
+
+def test_questions_without_room_for_an_answer(toy: Toy) -> None:
+    with pytest.raises(DatasetError, match=r"^no question leaves room for an answer in a context of 3 tokens"):
+        questions(toy.prompts, 3, 4)
+
+
+# --- greedy tokens ----------------------------------------------------------------------------------
+
+BEST, OTHER = 3, 5
+
+
+def logits_with(gap: float, *, scale: float = 10.0) -> np.ndarray:
+    """Of a prompt of two tokens and an answer of three: BEST leads OTHER by `gap` at the second of the answer."""
+    rows = np.zeros((4, 8), np.float32)
+    rows[:, BEST] = scale
+    rows[2, OTHER] = scale - gap
+    return rows
+
+
+def test_the_checkpoints_own_tokens_are_no_difference() -> None:
+    assert list(greedy_differences(0, [1, 2], [BEST] * 3, logits_with(1.0))) == []
+
+
+@pytest.mark.parametrize(("gap", "is_tie"), [(0.0, True), (1e-4, True), (4e-4, False), (1.0, False)])
+def test_what_rounding_may_turn_about_is_a_tie(gap: float, is_tie: bool) -> None:
+    """At logits of 10 both sides may be off by 1e-4."""
+    assert pytest.approx(2e-4) == 2 * MAX_RELATIVE_ERR * 10
+    (found,) = greedy_differences(7, [1, 2], [BEST, OTHER, BEST], logits_with(gap))
+    assert found == TokenDifference(
+        prompt=7, place=1, token=OTHER, expected=BEST, gap=pytest.approx(gap, abs=1e-6), is_tie=is_tie
+    )
+
+
+def test_what_comes_after_a_difference_is_judged_too() -> None:
+    found = list(greedy_differences(0, [1, 2], [OTHER, BEST, 6], logits_with(0.5)))
+    assert [(each.place, each.token) for each in found] == [(0, OTHER), (2, 6)]
+
+
+# --- texts ------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_texts_are_odd_ones_the_runs_own_and_random_ones(toy: Toy, tokenizer: TextTokenizer) -> None:
+    for prompts in (toy.prompts, running_text(toy, tokenizer, [3000, 3000])):
+        found = texts(prompts, tokenizer)
+        assert len(found) == TEXTS == 1000
+        assert found[: len(ODD_TEXTS)] == list(ODD_TEXTS)
+        assert {"<|end|>b", " <|end|> b", "a<|end|>ab"} <= set(found)
+        special = [token["content"] for token in added_tokens(tokenizer)]
+        drawn = [place for place in range(TEXTS) if found[place:] == list(random_texts(TEXTS - place, special))]
+        assert len(drawn) == 1
+        assert drawn[0] <= 700
+        own = toy.prompts.rows[0].prompt if prompts is toy.prompts else "Will it rain?"
+        assert own in found
+
+
+def test_the_random_texts_are_the_same_each_time_and_of_many_scripts() -> None:
+    found = list(random_texts(500, ["<|end|>"]))
+    assert found == list(random_texts(500, ["<|end|>"]))
+    assert len(set(found)) == 500
+    letters = set("".join(found))
+    assert sum(ord(letter) > 0xFFFF for letter in letters) > 300
+    assert any(ord(letter) > 0x20000 for letter in letters)
+    assert not any(0xD800 <= ord(letter) < 0xE000 for letter in letters)
+    assert any("<|end|>" in text for text in found)
+
+
+def test_every_added_token_is_spelled_out(toy: Toy, tokenizer: TextTokenizer) -> None:
+    assert [token["content"] for token in added_tokens(tokenizer)] == list(SPECIAL_TOKENS)
+    found = set(texts(toy.prompts, tokenizer))
+    assert {f"{token}b" for token in SPECIAL_TOKENS} <= found
+    assert {f"a{token}ab" for token in SPECIAL_TOKENS} <= found
+
+
+def test_conversations_in_the_model_s_own_format_are_among_the_texts(toy: Toy, tokenizer: TextTokenizer) -> None:
+    prompts = running_text(toy, tokenizer, [3000])
+    assert "<|bos|><|user|>Will it rain?<|assistant|>" in texts(prompts, tokenizer)
