@@ -16,6 +16,7 @@ from coremill.core.documents import read_json
 from coremill.core.gates import Outcome, Severity
 from coremill.core.layout import RunLayout
 from coremill.core.manifest import check_outputs, read_manifest
+from coremill.core.parity import GgufParity
 from coremill.core.reports import RunSummary, ShapeMeasured, VerificationReport
 from coremill.pipeline.environments import PRIMARY_LANE, TRAIN, installed
 
@@ -133,6 +134,12 @@ def check_answers_of_llama_cpp(layout):
     for kind in kinds:
         assert names.gguf_file(folder, RUN, kind).read_bytes()[:4] == b"GGUF"
     assert names.halt_head_file(folder, RUN).is_file()
+    proved = read_json(names.parity_report(folder), GgufParity).files
+    assert {file.positions for file in proved.values()} == {2052}
+    assert proved["f32"].figure("max_abs_err").measured <= 1e-4
+    assert proved["f16"].figure("max_abs_err").measured <= 5e-2
+    assert proved["q8_0"].figure("kl_nats").measured <= 5e-3
+    assert proved["f32"].figure("heldout_exact").measured == proved["f16"].figure("heldout_exact").measured == 1
     python = str(installed(ROOT)[TRAIN.name].python)
     files = (names.gguf_file(folder, RUN, "f16"), names.tokenizer_file(dataset), names.heldout_file(dataset))
     answered = subprocess.run(

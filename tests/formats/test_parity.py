@@ -72,6 +72,7 @@ def test_running_text_is_asked_in_eight_parts(toy: Toy, tokenizer: TextTokenizer
     assert [len(ids) for ids in found] == [256] * 8
     assert found == prompts.packed(256, 8)
     assert {len(ids) for ids in sequences(prompts, 100)} == {100}
+    assert sequences(prompts, 4096, positions=600) == found[:3]
 
 
 @pytest.mark.parametrize(("lengths", "count"), [([300, 300], 2), ([600, 300], 3), ([300, 600], 2), ([900], 3)])

@@ -37,6 +37,8 @@ from coremill.model.weights_huggingface import WHOLE
 from coremill.model.weights_source import huggingface_name
 
 NEW_TOKENS = 32
+_POSITIONS = 1024
+"""On which logits are compared: of equal weights, in float32."""
 _BY_HAND = "none of coremill's packages has it: benchmarks/huggingface_readers.py asks it"
 
 _TEXT_ANSWERS, _ROW_ANSWERS = 4, 16
@@ -160,7 +162,7 @@ def _logits(model: Any, reference: Reference) -> tuple[list[Gate], float]:
     """Gates on the logits and, where there is one, the halt head's; and the largest difference of logits."""
     logits, halting = _Difference(), _Difference()
     halt_head = load_file(reference.halt_head)[HALT_HEAD] if reference.halt_head is not None else None
-    for ids in sequences(reference.prompts, reference.student.config.max_seq_len):
+    for ids in sequences(reference.prompts, reference.student.config.max_seq_len, _POSITIONS):
         inputs = torch.tensor([ids])  # (1, T)
         outputs = model(input_ids=inputs, output_hidden_states=halt_head is not None, use_cache=False)
         expected = reference.student(inputs)

@@ -24,8 +24,11 @@ from coremill.data.text_tokenizer import TextTokenizer
 TEXTS = 1000
 """Texts on which a tokenizer is compared."""
 
-_SEQUENCES, _LENGTH = 8, 256
-"""Parts of running text, and tokens of each: 2,048 positions tell the mean of a KL to 2 % of it."""
+POSITIONS = 2048
+"""So many tell the mean of a KL to 2 % of it."""
+
+_LENGTH = 256
+"""Tokens of a part of running text."""
 _BEGINNING = 32
 """Tokens of a text's beginning, where there are too few questions."""
 _SPELLED = 64
@@ -39,8 +42,8 @@ _PIECE = 200
 # --- token ids --------------------------------------------------------------------------------------
 
 
-def sequences(prompts: Prompts, context: int) -> list[list[int]]:
-    """What logits are compared on: about 2,000 real tokens, in sequences no longer than `context`.
+def sequences(prompts: Prompts, context: int, positions: int = POSITIONS) -> list[list[int]]:
+    """What logits are compared on: about so many real tokens, in sequences no longer than `context`.
 
     A student's conversations, whole, and one sequence of several, one behind another; of running text parts.
 
@@ -49,10 +52,10 @@ def sequences(prompts: Prompts, context: int) -> list[list[int]]:
     """
     length = min(_LENGTH, context)
     if not isinstance(prompts, RowPrompts):
-        return prompts.packed_up_to(length, _SEQUENCES) or prompts.packed(length, 1)
+        return prompts.packed_up_to(length, -(-positions // length)) or prompts.packed(length, 1)
     found, count = prompts.packed(context, 1), context
     for row in prompts.rows:
-        if count >= _SEQUENCES * _LENGTH:
+        if count >= positions:
             break
         found.append(conversation(row, prompts.tokenizer)[:context])
         count += len(found[-1])
