@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -12,10 +13,21 @@ from hypothesis import settings
 settings.register_profile("coremill", deadline=None, max_examples=60)
 settings.load_profile("coremill")
 
+
+def _ollama_serves() -> bool:
+    """Whether the command is there and a server answers it."""
+    if shutil.which("ollama") is None:
+        return False
+    try:
+        return subprocess.run(["ollama", "list"], capture_output=True, timeout=30, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
 PLATFORMS = {
     "needs_macos": ("needs macOS", sys.platform == "darwin"),
     "needs_cuda": ("needs a CUDA device", False),
-    "needs_ollama": ("needs an Ollama server", shutil.which("ollama") is not None),
+    "needs_ollama": ("needs an Ollama server", _ollama_serves()),
 }
 _NOT_RUN = pytest.StashKey[dict[str, int]]()
 

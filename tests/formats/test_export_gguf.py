@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 import coremill
 from coremill.conversion.export_gguf import main, parse_types, run_stage
-from coremill.core import layout
+from coremill.core import layout, machine
 from coremill.core.config import DatasetConfig, GgufConfig, ModelConfig, read_config
 from coremill.core.contract import ModelArch, TokenizerRef
 from coremill.core.digest import file_digest
@@ -26,6 +27,7 @@ from coremill.core.errors import (
     ConfigError,
     DatasetError,
     GgufError,
+    MachineError,
     OutputError,
     ParityError,
     TokenizerError,
@@ -40,6 +42,7 @@ from coremill.data.texts import ChatPrompt, Text, write_chat_prompts, write_text
 from coremill.data.tokenizer import Tokenizer
 from coremill.model.checkpoint import IMPORTED_FROM, Checkpoint, build_student, checkpoint_of, save_checkpoint
 from coremill.model.gguf_file import GgufFile
+from coremill.model.gguf_writer import size_bytes
 from coremill.model.llamacpp import LlamaCpp
 from coremill.model.student import new_student
 from coremill.model.weights import open_weights
@@ -296,6 +299,20 @@ def test_what_was_added_or_changed_in_an_export_is_left(
 def test_a_name_that_is_no_file_name(source: Path, tmp_path: Path, name: str) -> None:
     error = refusal(ConfigError, source, tmp_path / "gguf", f"--name={name}")
     assert error.found == f"--name {name!r}"
+
+
+def test_too_little_memory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 5 * (source / "tiny_ball.ckpt").stat().st_size + 300_000_000
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: needed - 1)
+    error = refusal(MachineError, source, tmp_path / "gguf")
+    assert error.expected == f"{needed / 1e6:,.0f} MB, for the weights, and for a file compared with them"
+
+
+def test_too_little_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = size_bytes(CONFIG, "f32")
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, whole - 1))
+    error = refusal(OutputError, source, tmp_path / "gguf", "--types", "f32")
+    assert error.expected == f"{whole / 1e6:,.0f} MB, for the files"
 
 
 def test_prompts_that_are_not_there_are_told_before_the_work(source: Path, tmp_path: Path) -> None:

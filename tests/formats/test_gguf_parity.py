@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -472,3 +473,13 @@ def test_a_failure_is_said_with_its_bound(right: GgufParity) -> None:
         "  expected: llama.cpp to compute what the checkpoint computes, within the bounds of "
         "coremill.conversion.gguf_parity\n  run: this"
     )
+
+
+@pytest.mark.parametrize(
+    ("available", "files", "expected"), [(10**12, 1, 1), (10**12, 99, os.cpu_count()), (0, 4, 1), (10**6, 4, 1)]
+)
+def test_as_many_files_are_measured_at_once_as_there_is_memory_for(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, available: int, files: int, expected: int
+) -> None:
+    monkeypatch.setattr(gguf_parity, "available_memory_bytes", lambda: available)
+    assert gguf_parity._at_once(files, toy.checkpoint) == expected

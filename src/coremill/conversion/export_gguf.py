@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +46,8 @@ NEEDS = ("torch", "numpy", "tokenizers", "safetensors", "gguf", "xllamacpp")
 _PROMPT_ROWS = 128
 _FIGURES = ("max_abs_err", "kl_nats", "tokenizer_mismatches", "heldout_exact")
 """What the manifest has of a file's parity; the rest is in its report."""
+_COPIES = 5
+"""How often the weights are in memory: as read, in the checkpoint's model, and three times for a file."""
 _MARGIN_BYTES = 300_000_000
 """Memory for what is not weights: the libraries, and one tensor while it is written."""
 
@@ -127,7 +128,9 @@ def export_gguf(
     from coremill.model.checkpoint import check_vocabulary, load_checkpoint
     from coremill.model.gguf_writer import check_writable, size_bytes
 
-    _check_memory(_size(checkpoint), types)
+    check_memory(
+        _COPIES * _size(checkpoint) + _MARGIN_BYTES, why="for the weights, and for a file compared with them"
+    )
     ckpt = load_checkpoint(checkpoint)
     loaded = load_prompts(tokenizer, prompts, rows=_PROMPT_ROWS)
     check_kind(loaded, imported=ckpt.imported)
@@ -140,17 +143,6 @@ def export_gguf(
     modelfile = _write_ollama_model(source, files[types[0]], out)
     report = _prove(source, files, out)
     return Exported(source=source, files=files, halt_head=halt_head, modelfile=modelfile, report=report)
-
-
-def _check_memory(checkpoint_bytes: int, types: Sequence[GgufType]) -> None:
-    """The checkpoint and its model; of each file that is proved at a time its bytes, its weights and its model.
-
-    Raises:
-        MachineError: there is less.
-    """
-    at_once = min(len(types), os.cpu_count() or 1)
-    needed = (2 + 3 * at_once) * checkpoint_bytes + _MARGIN_BYTES
-    check_memory(needed, why=f"for the weights, and for {at_once} files that are compared with them at once")
 
 
 def _write_files(

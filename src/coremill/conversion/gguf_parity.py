@@ -27,6 +27,7 @@ from coremill.conversion.prompts import Prompts, RowPrompts
 from coremill.core.config import GgufType
 from coremill.core.digest import file_digest
 from coremill.core.errors import GgufError, ParityError
+from coremill.core.machine import available_memory_bytes
 from coremill.core.parity import (
     MAX_RELATIVE_ERR,
     FileParity,
@@ -48,6 +49,8 @@ from coremill.model.weights_gguf import GgufWeights
 
 log = logging.getLogger(__name__)
 
+COPIES = 3
+"""How often the weights are in memory for each file that is measured: as it is, in float32, and in a model."""
 LISTED = 8
 """Mismatches of a tokenizer that are listed."""
 _ARITHMETIC_POSITIONS = 512
@@ -165,9 +168,12 @@ def measure_gguf(
     reference = _Reference(checkpoint)
     plan = _plan(scope, reference, prompts)
     measured: dict[str, FileParity] = {}
-    # Each file has a process of llama.cpp of its own, which computes with one thread.
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        found = pool.map(lambda file: _measure_file(file[0], Path(file[1]), reference, plan), files.items())
+    at_once = _at_once(len(files), checkpoint)
+    threads = max(1, (os.cpu_count() or 1) // at_once)  # of llama.cpp, a process for each file
+    with ThreadPoolExecutor(max_workers=at_once) as pool:
+        found = pool.map(
+            lambda file: _measure_file(file[0], Path(file[1]), reference, plan, threads), files.items()
+        )
         for (kind, path), file in zip(files.items(), found, strict=True):
             measured[kind] = file
             said = ", ".join(f"{figure.name} {figure.measured:.3g}" for figure in file.figures)
@@ -180,6 +186,13 @@ def measure_gguf(
         files=measured,
         passed=all(figure.outcome != "failed" for file in measured.values() for figure in file.figures),
     )
+
+
+def _at_once(count: int, checkpoint: Checkpoint) -> int:
+    """How many of `count` files are measured at a time: as many as there are processors, and memory for."""
+    weights = 4 * sum(tensor.numel() for tensor in checkpoint.state_dict.values())
+    fitting = available_memory_bytes() // (COPIES * weights)
+    return int(max(1, min(count, os.cpu_count() or 1, fitting)))
 
 
 class _Reference:
@@ -224,7 +237,7 @@ def _plan(scope: _Scope, reference: _Reference, prompts: Prompts) -> _Plan:
 # --- one file ---------------------------------------------------------------------------------------
 
 
-def _measure_file(kind: GgufType, path: Path, reference: _Reference, plan: _Plan) -> FileParity:
+def _measure_file(kind: GgufType, path: Path, reference: _Reference, plan: _Plan, threads: int) -> FileParity:
     source = GgufWeights(path)
     for name, what in (("vocab_size", "tokens"), ("max_seq_len", "positions")):
         if (found := getattr(source.config, name)) != (expected := getattr(reference.config, name)):
@@ -233,7 +246,7 @@ def _measure_file(kind: GgufType, path: Path, reference: _Reference, plan: _Plan
                 expected="the file that was made of the checkpoint",
                 run=_REMAKE,
             )
-    with LlamaCpp(path, context=plan.context) as llamacpp:
+    with LlamaCpp(path, context=plan.context, threads=threads) as llamacpp:
         stored = {name: tensor.float() for name, tensor in source.read()}
         weights = weights_err(source, stored, reference.checkpoint)
         settings = setting_differences(kind, source, reference.checkpoint, plan.tokenizer, llamacpp)
