@@ -113,7 +113,7 @@ def write_toy(
         nan: whether a value is NaN.
         without: a tensor that is left out.
         end: the id of the end token, as the file says it.
-        says: of the tokenizer's keys, less `tokenizer.`, with what they say instead.
+        says: of the keys, less `tokenizer.` where they begin with it, with what they say instead.
         always: a token that is always the likeliest, its logit ahead of all others by about `sure`.
     """
     config = toy.checkpoint.config
@@ -187,5 +187,11 @@ def _add_tokenizer(
         **says,
     }
     for key, value in keys.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
-        add[type(value)](f"tokenizer.{key}", value)
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
+        add[type(value)](key if key.startswith("general.") else f"tokenizer.{key}", value)

@@ -74,6 +74,13 @@ def test_a_struct_that_grew_within_is_another_build(fresh: pytest.MonkeyPatch) -
         library()
 
 
+def test_another_release(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr("importlib.metadata.version", lambda _: "2026.11.1")
+    with pytest.raises(MachineError) as caught:
+        library()
+    assert str(caught.value) == "xllamacpp is 2026.11.1, and what is declared here is 2026.10.11549" + REMAKE
+
+
 def test_no_library(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh.setattr(sys, "path", [str(tmp_path)])
     fresh.delitem(sys.modules, "xllamacpp", raising=False)

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -122,6 +123,7 @@ def test_a_special_token_that_a_text_spells_is_one_where_allowed(llamacpp: Llama
         (lambda it: it.logits([512]), "token id 512 is not in a vocabulary of 512"),
         (lambda it: it.generate([-1], 2, ()), "token id -1 is not in a vocabulary of 512"),
         (lambda it: it.generate(IDS, 0, ()), "max_new_tokens must be at least 1, found 0"),
+        (lambda it: it.tokenize("\ud800", allow_special=False), ".*surrogates not allowed"),
         (lambda it: LlamaCpp(it.path, context=161), "context 161, the model of .* has 160 positions"),
         (lambda it: LlamaCpp(it.path, context=0), "context 0, the model of .* has 160 positions"),
     ],
@@ -199,6 +201,33 @@ def test_an_end_of_llama_cpp_is_an_error_and_no_end_of_ours(path: Path) -> None:
         with pytest.raises(GgufError) as caught:
             opened.logits(IDS)
     assert str(caught.value) == f"llama.cpp ended while it ran {path}: exit code -9" + LOADS
+
+
+def test_an_answer_that_was_not_read_to_its_end_is_the_last(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it would be taken for the next one."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with LlamaCpp(path, context=CONTEXT) as opened:
+        monkeypatch.setattr(opened._worker, "_read_into", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opened.logits(IDS)
+        with pytest.raises(ValueError, match=f"^llama.cpp with {path} is closed$"):
+            opened.logits(IDS)
+
+
+def test_several_threads_may_ask(llamacpp: LlamaCpp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coremill.model.llamacpp._BATCH", 2)
+    expected = {length: llamacpp.logits(IDS[:length]) for length in range(1, 9)}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda length: (length, llamacpp.logits(IDS[:length])), [*expected] * 4))
+    for length, logits in found:
+        np.testing.assert_array_equal(logits, expected[length])
+
+
+def test_ids_of_numpy_are_ids(llamacpp: LlamaCpp) -> None:
+    np.testing.assert_array_equal(llamacpp.logits(np.array(IDS)), llamacpp.logits(IDS))
 
 
 def test_closing_ends_the_process(path: Path) -> None:

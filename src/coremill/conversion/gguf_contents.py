@@ -24,7 +24,8 @@ from coremill.data.chat import Message
 from coremill.data.gguf_tokenizer import gguf_metadata
 from coremill.data.text_tokenizer import TextTokenizer
 from coremill.model.checkpoint import Checkpoint
-from coremill.model.gguf_writer import stored_kind
+from coremill.model.ggml_quantize import quantize
+from coremill.model.gguf_writer import general_metadata, stored_kind
 from coremill.model.halt_head import HALT_HEAD
 from coremill.model.llamacpp import LlamaCpp
 from coremill.model.llamacpp_template import render_with_llamacpp
@@ -75,11 +76,9 @@ _ROUNDINGS: Mapping[gguf.GGMLQuantizationType, _Rounding] = {
     _Kind.Q8_0: _Rounding(32, 0.5 / 127 + 2.0**-11, _TINY),
     # A step is 1/8; values run from -8 to 7, so that one at the short end is a whole step off.
     _Kind.Q4_0: _Rounding(32, 1 / 8 + 2.0**-10, _TINY),
-    # llama.cpp searches for the scales of these: half more than was measured on weights of five distributions.
-    _Kind.Q4_K: _Rounding(256, 0.16, _TINY),
-    _Kind.Q5_K: _Rounding(256, 0.09, _TINY),
-    _Kind.Q6_K: _Rounding(256, 0.06, _TINY),
 }
+_SEARCHED = frozenset({_Kind.Q4_K, _Kind.Q5_K, _Kind.Q6_K})
+"""llama.cpp searches for the scales of these, so that no bound is tight: it is asked what they come to."""
 
 
 def weights_err(source: GgufWeights, stored: Mapping[str, Tensor], checkpoint: Checkpoint) -> float:
@@ -100,12 +99,20 @@ def weights_err(source: GgufWeights, stored: Mapping[str, Tensor], checkpoint: C
             expected="the file that was made of the checkpoint",
             run="python -m coremill.conversion.export_gguf --help",
         )
-    shares = [_share(ours[name], stored[name], _ROUNDINGS[source.kind(name)]) for name in ours]
+    shares = [_share(*_rounded_so_far(ours[name], source.kind(name)), stored[name]) for name in ours]
     largest = float(torch.stack(shares).max())  # NaN where there is one
     return min(largest, MOST_WEIGHTS_ERR) if math.isfinite(largest) else MOST_WEIGHTS_ERR
 
 
-def _share(expected: Tensor, found: Tensor, rounding: _Rounding) -> Tensor:
+def _rounded_so_far(value: Tensor, kind: gguf.GGMLQuantizationType) -> tuple[Tensor, _Rounding]:
+    """What a stored weight is compared with, and the rounding that is left."""
+    if kind not in _SEARCHED:
+        return value, _ROUNDINGS[kind]
+    blocks = quantize(value.detach().float().contiguous().numpy(), kind)
+    return torch.from_numpy(gguf.quants.dequantize(blocks, kind)), _ROUNDINGS[_Kind.F32]
+
+
+def _share(expected: Tensor, rounding: _Rounding, found: Tensor) -> Tensor:
     """The largest |w − w'| over what is allowed in its block."""
     blocks = (tensor.float().reshape(-1, rounding.block).abs().amax(1) for tensor in (found - expected, expected))
     error, largest = blocks
@@ -123,8 +130,8 @@ def setting_differences(
         *_of_types(kind, source),
         *_of_model(source.config, checkpoint.config),
         *_of_tokenizer(source.file.metadata, gguf_metadata(tokenizer, vocab_size=checkpoint.config.vocab_size)),
+        *_of_others(kind, source, checkpoint),
         *_of_vocabulary(llamacpp, tokenizer),
-        *_of_conversations(llamacpp, tokenizer),
     ]
 
 
@@ -168,6 +175,19 @@ def _of_tokenizer(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iter
             yield from _difference(key, ours, said)
 
 
+def _of_others(kind: GgufType, source: GgufWeights, checkpoint: Checkpoint) -> Iterator[SettingDifference]:
+    """Keys that are of no tokenizer, and of no architecture but for one that the weights tell as well."""
+    found, architecture = source.file.metadata, source.model_type
+    known = {**general_metadata(None, kind), "general.architecture": architecture}
+    size_key = f"{architecture}.vocab_size"
+    known[size_key] = checkpoint.config.vocab_size
+    for key in sorted(found):
+        if key in known and known[key] is not None:
+            yield from _difference(key, known[key], found[key])
+        elif key not in known and not key.startswith(("tokenizer.", f"{architecture}.", "coremill.")):
+            yield from _difference(key, None, found[key])
+
+
 def _of_vocabulary(llamacpp: LlamaCpp, tokenizer: TextTokenizer) -> Iterator[SettingDifference]:
     """llama.cpp's own view, which knows some tokens by their names."""
     found = llamacpp.vocabulary()
@@ -189,8 +209,15 @@ def _of_vocabulary(llamacpp: LlamaCpp, tokenizer: TextTokenizer) -> Iterator[Set
     )
 
 
-def _of_conversations(llamacpp: LlamaCpp, tokenizer: TextTokenizer) -> Iterator[SettingDifference]:
-    """What llama.cpp's own template engine makes of the template; a conversation that ours refuses is left out."""
+def prompt_differences(llamacpp: LlamaCpp, tokenizer: TextTokenizer) -> Iterator[SettingDifference]:
+    """What llama.cpp's own template engine makes otherwise of the template.
+
+    Not every difference is a defect: its server defines variables of its own, such as `date_string` as today. A
+    conversation that ours refuses is left out.
+
+    Raises:
+        GgufError: it does not read the template.
+    """
     if (template := tokenizer.chat_template) is None:
         return
     expected: list[tuple[list[Message], str]] = []

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from coremill.conversion.gguf_contents import setting_differences, weights_err
+from coremill.conversion.gguf_contents import prompt_differences, setting_differences, weights_err
 from coremill.conversion.parity import greedy_differences, questions, sequences, texts
 from coremill.conversion.prompts import Prompts, RowPrompts
 from coremill.core.config import GgufType
@@ -83,7 +83,7 @@ class _Bound(NamedTuple):
 
 
 _FLOAT32 = "float32's rounding, as at export"
-_FLOAT16 = "float16's rounding, of weights and of activations: measured 2e-3 and 5e-6 on SmolLM2-135M"
+_FLOAT16 = "float16's rounding, of weights and of activations: measured 4.4e-6 on SmolLM2-135M"
 _CONTRACT = "what is promised of the format"
 _ACTIVATIONS = "llama.cpp rounds activations to 8 bits there: measured 8e-4 on the toy, 2.7e-3 on SmolLM2-135M"
 _STORED = "the rounding of the type"
@@ -91,13 +91,13 @@ _RUINED = "generous, few bits cost what they cost: a file with Q and K in the wr
 _QUANTISED: tuple[GgufType, ...] = ("q8_0", "q4_0", "q4_k", "q5_k", "q6_k")
 BOUNDS: Mapping[tuple[GgufType, Measure], _Bound] = {
     ("f32", "relative_err"): _Bound(MAX_RELATIVE_ERR, _FLOAT32),
-    ("f16", "relative_err"): _Bound(5e-3, _FLOAT16),
     ("f16", "kl_nats"): _Bound(1e-4, _FLOAT16),
     **{(kind, "kl_nats"): _Bound(1.0, _RUINED) for kind in _QUANTISED},
     ("q8_0", "kl_nats"): _Bound(5e-3, _CONTRACT),
     **{(kind, "arithmetic_kl_nats"): _Bound(1e-2, _ACTIVATIONS) for kind in _QUANTISED},
 }
-"""Rounding grows with the logits, so that errors are bounded as a share of them: the same of every model."""
+"""Rounding grows with the logits, so that float32's is bounded as a share of them, the same of every model. The
+largest error of float16 grows with the layers too, and is reported; its mean cost is bounded."""
 _EXACT: frozenset[GgufType] = frozenset({"f32", "f16"})
 """The types whose answers are to be the checkpoint's."""
 _AT_LEAST: frozenset[Measure] = frozenset({"top1_agreement", "heldout_exact"})
@@ -178,6 +178,8 @@ def measure_gguf(
             measured[kind] = file
             said = ", ".join(f"{figure.name} {figure.measured:.3g}" for figure in file.figures)
             log.info("%s: %s", path.name, said)
+            for prompt in file.prompts:
+                log.warning("%s: %s is %s, not %s", path.name, prompt.name, prompt.found, prompt.expected)
     return GgufParity(
         checkpoint_digest=checkpoint_digest,
         model_type=checkpoint.model_type,
@@ -250,6 +252,7 @@ def _measure_file(kind: GgufType, path: Path, reference: _Reference, plan: _Plan
         stored = {name: tensor.float() for name, tensor in source.read()}
         weights = weights_err(source, stored, reference.checkpoint)
         settings = setting_differences(kind, source, reference.checkpoint, plan.tokenizer, llamacpp)
+        prompts = list(prompt_differences(llamacpp, plan.tokenizer))
         own = None if kind in _EXACT else _with_weights(reference.checkpoint, stored, path)
         compared = _compare(llamacpp, own, plan)
         figures = [_figure(name, value, BOUNDS.get((kind, name))) for name, value in compared.items()]
@@ -276,6 +279,7 @@ def _measure_file(kind: GgufType, path: Path, reference: _Reference, plan: _Plan
         differences=tuple(differences),
         mismatches=tuple(mismatches[:LISTED]),
         settings=tuple(settings),
+        prompts=tuple(prompts),
     )
 
 
@@ -301,7 +305,7 @@ def _compare(llamacpp: LlamaCpp, own: _Reference | None, plan: _Plan) -> dict[Me
     count = sum(map(len, plan.sequences))
     figures: dict[Measure, float] = {
         "max_abs_err": error,
-        "relative_err": error / largest,
+        "relative_err": error / largest if largest else error,
         "kl_nats": kl / count,
         "top1_agreement": same / count,
     }

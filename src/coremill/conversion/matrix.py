@@ -457,21 +457,14 @@ def _tolerances(formats: Sequence[Format], verify: VerifyConfig, largest: float)
             Tolerance(measure=measure, bound=bound, rows=names, source=f"{key} in [verify]")
             for measure, (key, bound) in configured.items()
         ),
-        *_gguf_tolerances(formats, largest),
+        *_gguf_tolerances(formats),
     )
 
 
-def _gguf_tolerances(formats: Sequence[Format], largest: float) -> Iterator[Tolerance]:
+def _gguf_tolerances(formats: Sequence[Format]) -> Iterator[Tolerance]:
     """Those of the run's GGUF files that have a column here; float32's rounding has one for all rows."""
     for name, kind in GGUF.items():
         if not any(each.name == name and each.not_run is None for each in formats):
             continue
         if (kl := BOUNDS.get((kind, "kl_nats"))) is not None:
             yield Tolerance(measure=Measure.KL_NATS, bound=kl.limit, rows=(name,), source=kl.source)
-        if kind != "f32" and (error := BOUNDS.get((kind, "relative_err"))) is not None:
-            yield Tolerance(
-                measure=Measure.MAX_ABS_ERR,
-                bound=error.limit * largest,
-                rows=(name,),
-                source=f"{error.limit:g} of the largest logit: {error.source}",
-            )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ _LENGTH = 256
 """Tokens of a part of running text."""
 _BEGINNING = 32
 """Tokens of a text's beginning, where there are too few questions."""
+_SEED = 7
 _SPELLED = 64
 """Special tokens that have texts of their own; Llama 3 has 256, most of them reserved."""
 _RANDOM_SHARE = 0.3
@@ -172,7 +174,7 @@ def random_texts(count: int, special: Sequence[str] = ()) -> Iterator[str]:
     Args:
         special: tokens that are spelled out among the words.
     """
-    source = random.Random(count)
+    source = random.Random(_SEED)
     for number in range(count):
         make = _characters if number % 2 else functools.partial(_word, special)
         yield "".join(make(source) for _ in range(source.randint(2, 12)))
@@ -193,7 +195,12 @@ def _characters(source: random.Random) -> str:
 
 
 def _drawn(source: random.Random, points: range, count: int) -> str:
-    return "".join(chr(source.choice(points)) for _ in range(count))
+    """Characters that Unicode knows: of others the tables of two programs say different things."""
+    drawn: list[str] = []
+    while len(drawn) < count:
+        if unicodedata.category(char := chr(source.choice(points))) != "Cn":
+            drawn.append(char)
+    return "".join(drawn)
 
 
 _SPACES = (
@@ -202,9 +209,10 @@ _SPACES = (
 )
 _PLANES = (
     *(range(0x20, 0x7F), range(0xA0, 0x250), range(0x300, 0x370), range(0x370, 0x800), range(0x800, 0x3000)),
-    *(range(0x3000, 0xD800), range(0xE000, 0x10000), range(0x10000, 0x20000), range(0x20000, 0x110000)),
+    *(range(0x3000, 0xD800), range(0xE000, 0x10000), range(0x10000, 0x20000), range(0x20000, 0x32000)),
+    range(0xE0000, 0x110000),
 )
-"""Unicode but for surrogates."""
+"""Unicode but for surrogates, and for planes that have nothing."""
 
 
 @functools.cache

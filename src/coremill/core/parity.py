@@ -166,6 +166,8 @@ class FileParity(Record):
     mismatches: tuple[TokenizerMismatch, ...]
     """The first few."""
     settings: tuple[SettingDifference, ...]
+    prompts: tuple[SettingDifference, ...]
+    """What llama.cpp's server makes otherwise of conversations; reported, as it defines variables of its own."""
 
     def figure(self, name: Measure) -> ParityFigure:
         """The figure of that name; a KeyError where there is none."""

@@ -4,7 +4,8 @@ llama.cpp has no general tokenizer. It knows byte-level BPE of model `gpt2`, and
 apply by a name alone, `pre`; :data:`coremill.data.text_tokenizer.PRE_TOKENIZATIONS` has what the names stand for.
 Of a tokenizer.json that says anything else it would make something near, so that one is refused.
 
-One thing is near and not refused: Qwen's tokenizers put a text into Unicode's form NFC first. llama.cpp does not.
+Two things are near and not refused. Qwen's tokenizers put a text into Unicode's form NFC first; llama.cpp does not.
+Where a text is cut beside a code point that Unicode leaves unassigned, the tables of the two say different things.
 
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#tokenizer
 """

@@ -100,7 +100,7 @@ def write_gguf(
             expected="a token for each row",
         )
     metadata = {
-        **_general(name, kind),
+        **general_metadata(name, kind),
         **{f"{architecture}.{key}": value for key, value in _hyperparameters(config).items()},
         **tokenizer_metadata,
         **{f"coremill.{key}": value for key, value in provenance.items()},
@@ -301,7 +301,8 @@ def _options(config: ModelConfig) -> list[str]:
 # --- metadata ---------------------------------------------------------------------------------------
 
 
-def _general(name: str, kind: GgufType) -> dict[str, Any]:
+def general_metadata(name: str | None, kind: GgufType) -> dict[str, Any]:
+    """The keys `general.*`, but for the architecture."""
     return {
         "general.type": "model",
         "general.name": name,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from ctypes import (
@@ -30,6 +31,8 @@ from typing import Any
 
 from coremill.core.errors import MachineError
 
+_RELEASE = "2026.10.11549"
+"""The release of xllamacpp whose llama.h is declared here: another may have other fields of the same size."""
 _EXPECTED = "the release of xllamacpp in requirements/train.txt"
 _INSTALL = "pip install -r requirements/train.txt"
 
@@ -175,6 +178,10 @@ def library() -> ctypes.CDLL:
         MachineError: there is none, or it is not of the build that is declared here.
     """
     path = library_path()
+    if (release := importlib.metadata.version("xllamacpp")) != _RELEASE:
+        raise MachineError(
+            f"xllamacpp is {release}, and what is declared here is {_RELEASE}", expected=_EXPECTED, run=_INSTALL
+        )
     try:
         found = ctypes.CDLL(path)
         for name, (result, arguments) in _FUNCTIONS.items():

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -117,11 +119,12 @@ class LlamaCpp:
             ValueError: `ids` is empty, longer than `context`, or has an id that the vocabulary lacks.
             GgufError: llama.cpp ended, or computes NaN or infinity.
         """
-        self._check(ids, room=0)
+        ids = self._checked(ids, room=0)
         out = np.empty((len(ids), self.vocab_size), np.float32)
-        for start in range(0, len(ids), _BATCH):
-            part = ids[start : start + _BATCH]
-            self._worker.decode(part, out[start : start + len(part)], first=start == 0)
+        with self._worker.lock:
+            for start in range(0, len(ids), _BATCH):
+                part = ids[start : start + _BATCH]
+                self._worker.decode(part, out[start : start + len(part)], first=start == 0)
         if not (is_finite := np.isfinite(out).all(-1)).all():
             raise self._not_finite(int(is_finite.argmin()) + 1)
         return out
@@ -141,12 +144,13 @@ class LlamaCpp:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-        self._check(ids, room=max_new_tokens)
+        ids = self._checked(ids, room=max_new_tokens)
         said: list[int] = []
-        for row in self._greedy(ids, said):
-            said.append(int(row.argmax()))
-            if said[-1] in stop_ids or len(said) == max_new_tokens:
-                break
+        with self._worker.lock:
+            for row in self._greedy(ids, said):
+                said.append(int(row.argmax()))
+                if said[-1] in stop_ids or len(said) == max_new_tokens:
+                    break
         return said
 
     def _greedy(self, ids: Sequence[int], said: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
@@ -183,20 +187,24 @@ class LlamaCpp:
             allow_special: whether a special token that the text spells is that token.
 
         Raises:
+            ValueError: `text` is no Unicode text.
             GgufError: llama.cpp ended, or does not tokenize it.
         """
+        text.encode()  # a lone surrogate is none
         tokens: list[int] = self._worker.ask({"text": text, "begin": begin, "allow_special": allow_special})[
             "tokens"
         ]
         return tokens
 
-    def _check(self, ids: Sequence[int], *, room: int) -> None:
+    def _checked(self, ids: Sequence[int], *, room: int) -> list[int]:
+        ids = [operator.index(token) for token in ids]
         if not ids:
             raise ValueError("there are no tokens")
         if outside := [token for token in ids if not 0 <= token < self.vocab_size]:
             raise ValueError(f"token id {outside[0]} is not in a vocabulary of {self.vocab_size}")
         if len(ids) + room > self.context:
             raise ValueError(f"{len(ids)} tokens and {room} to come, the context has {self.context} positions")
+        return ids
 
     def _not_finite(self, count: int) -> GgufError:
         return GgufError(
@@ -249,11 +257,9 @@ class _Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        try:
-            said = self.ask(settings, otherwise="does not load")
-        except GgufError:
-            self.close()
-            raise
+        self.lock = threading.RLock()
+        """Held by who asks: what is read in parts is one sequence."""
+        said = self.ask(settings, otherwise="does not load")
         if "machine" in said:
             self.close()
             raise MachineError(
@@ -265,13 +271,11 @@ class _Worker:
 
     def decode(self, ids: Sequence[int], out: np.ndarray[Any, Any], *, first: bool) -> None:
         """Read `ids`; the logits after the last of them go into `out`, (len(out), V) float32, contiguous."""
-        said = self.ask({"ids": list(ids), "first": first, "every": len(out) == len(ids)})
-        assert said["rows"] == len(out), (said, len(ids))
-        room = memoryview(out).cast("B")
-        while room:
-            if not (count := self._stdout.readinto(room)):  # type: ignore[attr-defined]  # a BufferedReader
-                raise self._failure("ended while it ran")
-            room = room[count:]
+        with self._whole_answer():
+            said = self._said({"ids": list(ids), "first": first, "every": len(out) == len(ids)})
+            if "rows" in said:
+                self._read_into(memoryview(out).cast("B"))
+        self._check_taken(said)
 
     def ask(self, request: dict[str, Any], *, otherwise: str = "ended while it ran") -> dict[str, Any]:
         """The answer to a request.
@@ -279,17 +283,41 @@ class _Worker:
         Raises:
             GgufError: the process ended, which is said by `otherwise`, or refused.
         """
-        if not self._close.alive:
-            raise ValueError(f"llama.cpp with {self._path} is closed")
+        with self._whole_answer():
+            said = self._said(request, otherwise=otherwise)
+        self._check_taken(said)
+        return said
+
+    @contextlib.contextmanager
+    def _whole_answer(self) -> Iterator[None]:
+        """Where an answer was not read to its end nothing is asked again: what is left of it would be the next."""
+        with self.lock:
+            if not self._close.alive:
+                raise ValueError(f"llama.cpp with {self._path} is closed")
+            try:
+                yield
+            except BaseException:
+                self.close()
+                raise
+
+    def _said(self, request: dict[str, Any], *, otherwise: str = "ended while it ran") -> dict[str, Any]:
         with contextlib.suppress(BrokenPipeError):  # it ended, and its log says why
             self._stdin.write(json.dumps(request).encode() + b"\n")
             self._stdin.flush()
         if not (line := self._stdout.readline()):
             raise self._failure(otherwise)
         said: dict[str, Any] = json.loads(line)
+        return said
+
+    def _read_into(self, room: memoryview) -> None:
+        while room:
+            if not (count := self._stdout.readinto(room)):  # type: ignore[attr-defined]  # a BufferedReader
+                raise self._failure("ended while it ran")
+            room = room[count:]
+
+    def _check_taken(self, said: dict[str, Any]) -> None:
         if "error" in said:
             raise GgufError(f"llama.cpp refused {self._path}: {said['error']}", expected=_EXPECTED, run=_REMAKE)
-        return said
 
     def _failure(self, what: str) -> GgufError:
         """What to say of a process that is no longer there: the first line of its log, which has errors alone."""

@@ -254,6 +254,11 @@ def _rope_scaling(facts: _Facts, *, max_seq_len: int) -> RopeScaling | None:
     """As llama.cpp reads it: a factor without a type is linear, and `rope_freqs.weight` divides besides."""
     factor = facts.number("rope.scaling.factor", facts.number("rope.scale_linear", 0.0))
     kind = facts.text("rope.scaling.type", "linear" if factor else "none")
+    if kind != "yarn" and (factor_of_attention := facts.number("rope.scaling.attn_factor", 1.0)) != 1:
+        raise UnsupportedModelError(
+            f"{facts.where}: RoPE's attention factor {factor_of_attention} with the scaling {kind!r}",
+            expected="yarn",
+        )
     factors = facts.file.tensors.get(ROPE_FACTORS)
     scaling: RopeScaling | None = None
     if kind == "yarn":
