@@ -306,6 +306,14 @@ def test_a_file_of_another_type_is_none_of_that_type(
 
 
 @pytest.mark.usefixtures("fewer_texts")
+def test_a_type_that_is_not_written_here_is_none_of_ours(toy: Toy, tmp_path: Path) -> None:
+    path = write_toy(tmp_path / "other.gguf", toy, Kind.Q5_0)
+    report = measure_gguf({"q8_0": path}, toy.checkpoint, toy.prompts, checkpoint_digest=DIGEST, quick=True)
+    assert report.files["q8_0"].figure("weights_err").outcome == "failed"
+    assert report.files["q8_0"].settings[0].found == "'Q5_0'"
+
+
+@pytest.mark.usefixtures("fewer_texts")
 def test_texts_are_compared_in_the_form_that_the_tokenizer_puts_them_into(toy: Toy, tmp_path: Path) -> None:
     """Qwen's form NFC, which llama.cpp does not know of."""
     parts = json.loads(toy.tokenizer.data)

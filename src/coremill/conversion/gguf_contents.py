@@ -107,7 +107,7 @@ def weights_err(source: GgufWeights, stored: Mapping[str, Tensor], checkpoint: C
 def _rounded_so_far(value: Tensor, kind: gguf.GGMLQuantizationType) -> tuple[Tensor, _Rounding]:
     """What a stored weight is compared with, and the rounding that is left."""
     if kind not in _SEARCHED:
-        return value, _ROUNDINGS[kind]
+        return value, _ROUNDINGS.get(kind, _ROUNDINGS[_Kind.F32])  # of a type that is not written here, nothing is
     blocks = quantize(value.detach().float().contiguous().numpy(), kind)
     return torch.from_numpy(gguf.quants.dequantize(blocks, kind)), _ROUNDINGS[_Kind.F32]
 
