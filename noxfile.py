@@ -295,44 +295,67 @@ def matrix(session: nox.Session) -> None:
 
 # --- checks -----------------------------------------------------------------------------------------
 
-CONVERTED_MODEL = [f"model/test_{part}.py" for part in ("checkpoint", "decoding", "rope", "student")]
-"""What conversion needs of the room; weights of others are read in the train environment alone."""
-
-TEST_ROOMS = {
-    "tests-light": ("tests-tools", ["core", "pipeline", "infra", "report", "test_noxfile.py", "test_cli.py"]),
-    "tests-train-rooms": ("tests-train", ["core", "data", "model", "training", "formats"]),
-    "tests-convert-rooms": (f"tests-convert-torch-{PRIMARY_LANE}", ["core", *CONVERTED_MODEL, "mil", "conversion"]),
+TESTS = {
+    "tests-light": ("tests-tools", ["core", "pipeline", "infra", "cli", "report", "test_noxfile.py"]),
+    "tests-train": (
+        "tests-train",
+        [
+            "core",
+            "text",
+            "data",
+            "model",
+            "training",
+            "formats",
+            *(f"conversion/test_export_{name}.py" for name in ("gguf", "hf")),
+        ],
+    ),
+    "tests-convert": (
+        f"tests-convert-torch-{PRIMARY_LANE}",
+        [
+            "core",
+            "data/test_prompts.py",
+            "model",
+            "mil",
+            "coreml",
+            "verification",
+            *(
+                f"conversion/test_{name}.py"
+                for name in ("export_pytorch", "convert_coreml", "verify_contract", "memory")
+            ),
+        ],
+    ),
     "tests-e2e": ("tests-tools", ["e2e"]),
 }
-OTHER_LANE_TESTS = "tests-convert-rooms-other-lane"
+"""Each test session's environment, and its paths below tests/."""
+OTHER_LANE_TESTS = "tests-convert-other-lane"
 """For CI's matrix; `tests` leaves it out."""
 
 
-def register_tests(name: str, environment_name: str, rooms: list[str]) -> None:
+def register_tests(name: str, environment_name: str, parts: list[str]) -> None:
     environment = next(each for each in ENVIRONMENTS if each.name == environment_name)
 
     @nox.session(name=name, venv_backend="none", requires=[environment.session], tags=["check"], default=False)
     def tests(session: nox.Session) -> None:
-        folders = [f"tests/{room}" for room in rooms]
+        folders = [f"tests/{part}" for part in parts]
         flags = [each for each in session.posargs if not each.startswith("tests/")]
         asked = [each for each in session.posargs if each.startswith("tests/")]
         paths = [each for each in asked if each.startswith(tuple(folders))] if asked else folders
         if not paths:
-            session.skip("what was asked for is of other rooms")
+            session.skip("the requested tests belong to other sessions")
         python = str(installed(ROOT)[environment.name].python)
         session.run(python, "-m", "pytest", *flags, *paths, env=SESSION_ENV, external=True)
 
-    tests.__doc__ = f"Tests of {', '.join(rooms)} in {environment.name} (Python {environment.python})."
+    tests.__doc__ = f"Tests of {', '.join(parts)} in {environment.name} (Python {environment.python})."
 
 
-for _name, (_environment_name, _rooms) in TEST_ROOMS.items():
-    register_tests(_name, _environment_name, _rooms)
-register_tests(OTHER_LANE_TESTS, f"tests-convert-torch-{LANES[1]}", TEST_ROOMS["tests-convert-rooms"][1])
+for _name, (_environment_name, _parts) in TESTS.items():
+    register_tests(_name, _environment_name, _parts)
+register_tests(OTHER_LANE_TESTS, f"tests-convert-torch-{LANES[1]}", TESTS["tests-convert"][1])
 
 
-@nox.session(venv_backend="none", requires=[*TEST_ROOMS], tags=["check"], default=False)
+@nox.session(venv_backend="none", requires=[*TESTS], tags=["check"], default=False)
 def tests(session: nox.Session) -> None:
-    """The tests of all rooms, each in its interpreter."""
+    """All tests, each package's in the environment that it runs in."""
 
 
 CONFORMANCE = next(each for each in ENVIRONMENTS if each.name == f"tests-convert-torch-{PRIMARY_LANE}")

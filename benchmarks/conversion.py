@@ -29,25 +29,25 @@ import numpy as np
 import torch
 from tutorial_decoder import TutorialDecoder
 
-from coremill.conversion.backends import reference_runner
-from coremill.conversion.checks import ask_heldout
-from coremill.conversion.converter import convert_function, ct, package_functions, prepared
-from coremill.conversion.diagnostics import Recorder, recording
-from coremill.conversion.graph import as_input, load_program
-from coremill.conversion.package import check_package, write_package
-from coremill.conversion.prompts import load_prompts, read_some
-from coremill.conversion.scoring import Scorer
 from coremill.core import layout
 from coremill.core.command import exit_on_error
 from coremill.core.config import ConvertConfig
 from coremill.core.contract import Contract, ShapeSet, read_contract, shape_key
 from coremill.core.digest import size_bytes
 from coremill.core.errors import VocabularyMismatchError
-from coremill.data.tokenizer import Tokenizer
+from coremill.coreml.converter import convert_function, ct, package_functions, prepared
+from coremill.coreml.diagnostics import Recorder, recording
+from coremill.coreml.graph import as_input, load_program
+from coremill.coreml.package import check_package, write_package
+from coremill.data.prompts import load_prompts, read_some
 from coremill.mil import MLModel
 from coremill.mil.measures import sqnr_db
 from coremill.model.checkpoint import build_student, load_checkpoint
 from coremill.model.student import Student
+from coremill.text.student_tokenizer import Tokenizer
+from coremill.verification.backends import reference_runner
+from coremill.verification.main_checks import ask_heldout
+from coremill.verification.scoring import Scorer
 
 SETTINGS = ConvertConfig()
 COMPARED_LENGTH = 512

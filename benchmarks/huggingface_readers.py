@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coremill.conversion.huggingface_parity import load_model
-from coremill.conversion.parity import sequences
-from coremill.conversion.prompts import load_prompts
 from coremill.core import layout
 from coremill.core.parity import MAX_RELATIVE_ERR
-from coremill.model.gguf_file import GgufFile
+from coremill.data.prompts import load_prompts
+from coremill.formats.gguf.container import GgufFile
+from coremill.formats.huggingface.parity import load_model
+from coremill.formats.parity import sequences
 
 SEQUENCES = 4
 ROWS = 64

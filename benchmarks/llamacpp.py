@@ -21,14 +21,14 @@ from typing import get_args
 
 import torch
 
-from coremill.conversion.gguf_parity import measure_gguf, require_parity
-from coremill.conversion.prompts import load_prompts
 from coremill.core import layout
 from coremill.core.command import exit_on_error
 from coremill.core.config import GgufType
 from coremill.core.digest import file_digest
 from coremill.core.errors import StageError
 from coremill.core.parity import FileParity, ParityFigure
+from coremill.data.prompts import load_prompts
+from coremill.formats.gguf.parity import measure_gguf, require_parity
 from coremill.model.checkpoint import load_checkpoint
 
 QUESTIONS = 1024

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coremill.conversion.decoder import Decoder, Main
 from coremill.core.command import exit_on_error
 from coremill.core.config import ModelConfig
 from coremill.core.contract import ModelArch
 from coremill.core.digest import size_bytes
+from coremill.coreml.decoder import Decoder, Main
 from coremill.mil import MLModel
 from coremill.mil.plan import Step
 from coremill.model.student import Student, new_student

@@ -30,9 +30,9 @@ from coremill.core.config import DatasetConfig, read_distilled_config
 from coremill.data.judge import judge
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.rows import Row, read_rows
-from coremill.data.tokenizer import Tokenizer
 from coremill.model.decoding import generate, greedy
 from coremill.model.student import Student
+from coremill.text.student_tokenizer import Tokenizer
 from coremill.training.batches import encode_rows
 from coremill.training.distill import Distilled, distill, evaluate
 from coremill.training.metrics import HeldoutMetrics, StepMetrics

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
 
 import pytest
 from hypothesis import settings
+
+# Fixtures that several packages share. Each needs the environment that its packages' tests run in.
+pytest_plugins = [
+    plugin
+    for plugin, package in {"tests.toy_dataset": "tokenizers", "tests.converted": "coremltools"}.items()
+    if importlib.util.find_spec(package)
+]
 
 # Two busy cores make single examples slow without anything being wrong.
 settings.register_profile("coremill", deadline=None, max_examples=60)

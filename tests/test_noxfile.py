@@ -100,7 +100,7 @@ def test_a_broken_shim_in_front_of_path_is_passed_over(tmp_path):
 
 
 def test_flags_for_pytest_are_not_taken_for_the_builds(tmp_path):
-    ended = nox("-s", "tests-light", "--", "--co", "--fa", "-q", "tests/test_cli.py")
+    ended = nox("-s", "tests-light", "--", "--co", "--fa", "-q", "tests/cli/test_main.py")
     assert "unrecognized arguments: --fa" in ended.stderr + ended.stdout
     assert "would fill" not in ended.stderr
 

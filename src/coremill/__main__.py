@@ -2,6 +2,6 @@
 
 import sys
 
-from coremill.cli import main
+from coremill.cli.main import main
 
 sys.exit(main())

@@ -9,10 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from coremill.conversion.convert import FailedConversionError
 from coremill.conversion.convert_coreml import main, run_stage
-from coremill.conversion.graph import parse_program, program_bytes, read_interface, trace
-from coremill.conversion.package import check_package
 from coremill.core import layout
 from coremill.core.command import INTERRUPTED, exit_on_error
 from coremill.core.config import ConvertConfig
@@ -21,6 +18,9 @@ from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure, 
 from coremill.core.digest import bytes_digest, digest, file_digest
 from coremill.core.documents import read_json, write_json
 from coremill.core.errors import GATES_FAILED
+from coremill.coreml.convert import FailedConversionError
+from coremill.coreml.graph import parse_program, program_bytes, read_interface, trace
+from coremill.coreml.package import check_package
 
 
 def arguments(build, *more: str) -> list[str]:

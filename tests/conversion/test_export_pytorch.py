@@ -8,18 +8,18 @@ import msgspec
 import pytest
 import torch
 
-from coremill.conversion import export
-from coremill.conversion.decoder import Main
-from coremill.conversion.export import MAX_RELATIVE_ERR, validate
 from coremill.conversion.export_pytorch import main, parse_shapes
-from coremill.conversion.graph import as_input, load_program, run_program
 from coremill.core.command import exit_on_error
 from coremill.core.contract import ShapeFailed, ShapeOk, ShapeSet, read_contract
 from coremill.core.digest import file_digest
 from coremill.core.errors import ConfigError, ExportError
-from coremill.data.tokenizer import Tokenizer
+from coremill.coreml import export
+from coremill.coreml.decoder import Main
+from coremill.coreml.export import MAX_RELATIVE_ERR, validate
+from coremill.coreml.graph import as_input, load_program, run_program
 from coremill.infra.compatibility import Versions
 from coremill.model.checkpoint import build_student, load_checkpoint, save_checkpoint
+from coremill.text.student_tokenizer import Tokenizer
 
 
 def arguments(build, *more: str) -> list[str]:

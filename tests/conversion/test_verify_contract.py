@@ -9,14 +9,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from tests.conversion.reading import bad_gates, gate_of
+from tests.reading import bad_gates, gate_of
 
 from coremill.conversion import convert_coreml, export_pytorch
-from coremill.conversion.backends import Runner, core_ml_runner, reference_runner
-from coremill.conversion.checks import ask_heldout
-from coremill.conversion.package import MODEL, WEIGHT_FILE, read_spec
-from coremill.conversion.scoring import Scorer
-from coremill.conversion.verify import lane_of
 from coremill.conversion.verify_contract import DEFAULTS, main, run_stage
 from coremill.core import layout
 from coremill.core.command import exit_on_error
@@ -28,10 +23,15 @@ from coremill.core.documents import encode, read_json, write_json
 from coremill.core.errors import GATES_FAILED, ContractMismatchError
 from coremill.core.gates import Outcome, PlatformReason, Severity, must_gates_ok
 from coremill.core.reports import Backend, ShapeError, ShapeMeasured, VerificationReport
-from coremill.data.tokenizer import Tokenizer
+from coremill.coreml.package import MODEL, WEIGHT_FILE, read_spec
 from coremill.mil import MLModel
 from coremill.model.checkpoint import checkpoint_of, load_checkpoint, save_checkpoint
 from coremill.model.student import new_student
+from coremill.text.student_tokenizer import Tokenizer
+from coremill.verification.backends import Runner, core_ml_runner, reference_runner
+from coremill.verification.main_checks import ask_heldout
+from coremill.verification.scoring import Scorer
+from coremill.verification.verify import lane_of
 
 
 def verified(build, config: RunConfig | None = None) -> VerificationReport:
@@ -131,8 +131,8 @@ def test_core_ml_itself_agrees_with_the_reference(pristine):
 def test_a_missing_causal_mask_is_caught(build, monkeypatch):
     with monkeypatch.context() as patch:
         # An export refuses a graph that does not compute what the model computes.
-        patch.setattr("coremill.conversion.export.validate", lambda *_: ShapeOk(max_abs_err=0.0))
-        patch.setattr("coremill.conversion.decoder.MASKED_SCORE", 0.0)
+        patch.setattr("coremill.coreml.export.validate", lambda *_: ShapeOk(max_abs_err=0.0))
+        patch.setattr("coremill.coreml.decoder.MASKED_SCORE", 0.0)
         export_pytorch.run_stage(build.context("export", "dataset", "training"))
         convert_coreml.run_stage(build.context("convert", "export"))
     bad = bad_gates(verified(build))

@@ -1,4 +1,4 @@
-"""Contract and RuntimeConfig: they cannot hold what a graph lacks."""
+"""The contract cannot promise what its graph lacks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from coremill.core.contract import (
     read_contract,
 )
 from coremill.core.documents import encode, write_json
-from coremill.core.errors import ContractMismatchError, DocumentError, SchemaVersionError
-from coremill.core.runtime_config import runtime_config
+from coremill.core.errors import DocumentError, SchemaVersionError
 
 
 def contract(**changes) -> Contract:
@@ -81,11 +80,3 @@ def test_a_bad_contract_is_refused(tmp_path, text, error, code):
         read_contract(path)
     assert caught.value.exit_code == code
     assert str(path) in str(caught.value)
-
-
-def test_a_runtime_configuration_promises_only_what_the_graph_has():
-    made = runtime_config(contract(), package="toy.mlpackage", package_digest="sha256:4", halt_head=False)
-    assert made.shapes == contract().shapes
-    with pytest.raises(ContractMismatchError) as caught:
-        runtime_config(contract(), package="toy.mlpackage", package_digest="sha256:4", halt_head=True)
-    assert caught.value.found == "halt_head is on, the model's outputs are ['logits']"

@@ -13,8 +13,8 @@ from coremill.data.grammar import Permutation
 from coremill.data.magic_8_ball import ANSWERS, MOOD_OF, TOOLS, TOPICS, magic_8_ball, teacher_for
 from coremill.data.rows import MOODS, Row
 from coremill.data.teacher import AnswerTrie
-from coremill.data.tokenizer import Tokenizer
 from coremill.data.tool_calls import fits, parse
+from coremill.text.student_tokenizer import Tokenizer
 
 GRAMMAR = magic_8_ball()
 ORDER = Permutation(GRAMMAR.size, "sample")

@@ -21,7 +21,7 @@ from coremill.core.stage import StageContext
 from coremill.data.grammar import side_of
 from coremill.data.make_toy_kd import DatasetFiles, main, make_dataset, run_stage
 from coremill.data.rows import Row, read_rows
-from coremill.data.tokenizer import Tokenizer
+from coremill.text.student_tokenizer import Tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMAND = [sys.executable, "-m", "coremill.data.make_toy_kd"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from coremill.data.rows import Row
 from coremill.data.teacher import CONTINUE, HALT, AnswerTrie, entropy, halt_labels, teacher_targets
-from coremill.data.tokenizer import Tokenizer
+from coremill.text.student_tokenizer import Tokenizer
 
 END = 0
 

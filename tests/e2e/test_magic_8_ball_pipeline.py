@@ -112,8 +112,8 @@ import json, sys
 from pathlib import Path
 from coremill.data.judge import judge
 from coremill.data.rows import read_rows
-from coremill.data.tokenizer import Tokenizer
-from coremill.model.llamacpp import LlamaCpp
+from coremill.text.student_tokenizer import Tokenizer
+from coremill.formats.llamacpp.process import LlamaCpp
 
 file, tokenizer, heldout, count = sys.argv[1:]
 tokenizer = Tokenizer.load(Path(tokenizer))
@@ -148,7 +148,7 @@ def check_answers_of_llama_cpp(layout):
     assert answered.returncode == 0, answered.stderr
     assert json.loads(answered.stdout) == [True] * 64
     checked = subprocess.run(
-        [python, "-m", "coremill.conversion.ollama", "check", str(names.modelfile(folder))],
+        [python, "-m", "coremill.formats.ollama.server", "check", str(names.modelfile(folder))],
         capture_output=True,
         text=True,
         check=False,

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from tests.formats.toy_gguf import CONFIG, Toy, untrained_toy
 
-from coremill.conversion.parity import (
+from coremill.core.errors import DatasetError
+from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
+from coremill.data.prompts import TextPrompts, conversation
+from coremill.data.texts import ChatPrompt, Text
+from coremill.formats.parity import (
     ODD_TEXTS,
     TEXTS,
     added_tokens,
@@ -16,12 +20,8 @@ from coremill.conversion.parity import (
     sequences,
     texts,
 )
-from coremill.conversion.prompts import TextPrompts, conversation
-from coremill.core.errors import DatasetError
-from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
-from coremill.data.text_tokenizer import TextTokenizer
-from coremill.data.texts import ChatPrompt, Text
-from coremill.data.tokenizer import SPECIAL_TOKENS
+from coremill.text.model_tokenizer import TextTokenizer
+from coremill.text.student_tokenizer import SPECIAL_TOKENS
 
 CONTEXT = CONFIG.max_seq_len
 

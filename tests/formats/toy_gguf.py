@@ -14,16 +14,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from coremill.conversion.prompts import RowPrompts, conversation
 from coremill.core.config import DatasetConfig, ModelConfig
 from coremill.core.contract import ModelArch, TokenizerRef
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
+from coremill.data.prompts import RowPrompts, conversation
 from coremill.data.rows import Row, read_rows
-from coremill.data.text_tokenizer import STUDENT_TEMPLATE
-from coremill.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from coremill.formats.source import gguf_name
 from coremill.model.checkpoint import Checkpoint, checkpoint_of
 from coremill.model.student import Student, new_student
-from coremill.model.weights_source import gguf_name
+from coremill.text.model_tokenizer import STUDENT_TEMPLATE
+from coremill.text.student_tokenizer import SPECIAL_TOKENS, Tokenizer
 
 Kind = gguf.GGMLQuantizationType
 

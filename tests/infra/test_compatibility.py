@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coremill.cli.examination import locked_versions
 from coremill.core.errors import DocumentError, SchemaVersionError
 from coremill.infra.compatibility import (
     Cell,
@@ -19,7 +20,6 @@ from coremill.infra.compatibility import (
     read_compatibility,
     running_versions,
 )
-from coremill.infra.examination import locked_versions
 from coremill.pipeline.environments import CONVERT, LANES
 
 ROOT = Path(__file__).parents[2]

@@ -163,7 +163,7 @@ def test_exit_codes() -> None:
 
 def test_the_gate_imports_neither_torch_nor_coremltools() -> None:
     code = (
-        "import sys; from coremill.infra import version_gate, interpreters, doctor; "
+        "import sys; from coremill.infra import version_gate, interpreters; from coremill.cli import doctor; "
         "print([name for name in ('torch', 'coremltools', 'numpy') if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from coremill.conversion.decoder import Decoder, Main
 from coremill.core.config import ModelConfig
 from coremill.core.contract import ModelArch
 from coremill.core.errors import PredictionInputError
+from coremill.coreml.decoder import Decoder, Main
 from coremill.mil import MLModel
 from coremill.mil.plan import Step, Target
 from coremill.mil.values import Numerics

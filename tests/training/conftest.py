@@ -10,7 +10,7 @@ import torch
 from coremill.core.config import DatasetConfig
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.rows import Row, read_rows
-from coremill.data.tokenizer import Tokenizer
+from coremill.text.student_tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from coremill.core.errors import TrainingError
 from coremill.data.rows import Row
-from coremill.data.tokenizer import Tokenizer
+from coremill.text.student_tokenizer import Tokenizer
 from coremill.training.batches import (
     Example,
     collate,

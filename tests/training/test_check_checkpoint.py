@@ -13,9 +13,9 @@ import torch
 from coremill.core.command import exit_on_error
 from coremill.core.contract import TokenizerRef
 from coremill.data.make_toy_kd import DatasetFiles
-from coremill.data.tokenizer import Tokenizer
 from coremill.model.checkpoint import checkpoint_of, save_checkpoint
 from coremill.model.student import new_student
+from coremill.text.student_tokenizer import Tokenizer
 from coremill.training.check_checkpoint import main
 from coremill.training.recipe import default_recipe
 

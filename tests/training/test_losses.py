@@ -16,8 +16,8 @@ from hypothesis.extra.numpy import arrays
 from coremill.core.config import TrainingConfig
 from coremill.data.rows import Row
 from coremill.data.teacher import entropy
-from coremill.data.tokenizer import Tokenizer
 from coremill.model.student import new_student
+from coremill.text.student_tokenizer import Tokenizer
 from coremill.training.batches import Batch, collate, encode_rows
 from coremill.training.losses import (
     distillation_loss,

@@ -1,1 +1,1 @@
-"""From a checkpoint to a verified package: export, conversion and verification, and what the three share."""
+"""The commands of the stages that run after training: export, convert, verify, GGUF and Hugging Face."""

@@ -31,7 +31,7 @@ def run_stage(context: StageContext) -> Figures:
     """Convert the run's exported graph for one lane; of a conversion that fails, `context.out` holds the record."""
     config, exported = context.config, context.inputs["export"]
     _check_environment(toy=config.is_toy)
-    from coremill.conversion.convert import FailedConversionError, convert, record_failure
+    from coremill.coreml.convert import FailedConversionError, convert, record_failure
 
     contract = layout.contract_file(exported, config.name)
     graph = exported / read_contract(contract).graph
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     beside = [layout.diagnostics_file(options.out.parent), layout.conversion_log(options.out.parent)]
     check_apart([options.out, *beside], [options.graph, options.contract, options.config])
     _check_environment(toy=options.toy)
-    from coremill.conversion.convert import FailedConversionError, convert, record_failure
+    from coremill.coreml.convert import FailedConversionError, convert, record_failure
 
     try:
         convert(options.graph, options.contract, options.out, settings, toy=options.toy)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 import msgspec
 
 import coremill
-from coremill.conversion.outputs import check_name, check_own_folder
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import GgufConfig, GgufType
@@ -28,13 +27,14 @@ from coremill.core.digest import file_digest
 from coremill.core.documents import read_json, write_json
 from coremill.core.errors import ConfigError, TokenizerError
 from coremill.core.machine import check_disk, check_memory
+from coremill.core.outputs import check_name, check_own_folder
 from coremill.core.parity import GgufParity
 from coremill.core.publish import check_apart, publishing
 from coremill.core.stage import Figures, StageContext
 from coremill.infra.version_gate import check_installed
 
 if TYPE_CHECKING:
-    from coremill.conversion.prompts import Prompts
+    from coremill.data.prompts import Prompts
     from coremill.model.checkpoint import Checkpoint
 
 # This module imports nothing heavy, so that a wrong option is told at once.
@@ -124,9 +124,9 @@ def export_gguf(
         MachineError, OutputError: a package, memory or disk is missing, or `out` cannot be written.
     """
     check_installed(*NEEDS)
-    from coremill.conversion.prompts import check_kind, load_prompts
+    from coremill.data.prompts import check_kind, load_prompts
+    from coremill.formats.gguf.writer import check_writable, size_bytes
     from coremill.model.checkpoint import check_vocabulary, load_checkpoint
-    from coremill.model.gguf_writer import check_writable, size_bytes
 
     check_memory(
         _COPIES * _size(checkpoint) + _MARGIN_BYTES, why="for the weights, and for a file compared with them"
@@ -148,8 +148,8 @@ def export_gguf(
 def _write_files(
     source: _Source, out: Path, name: str, types: Sequence[GgufType], halt_head: Path | None
 ) -> dict[GgufType, Path]:
-    from coremill.data.gguf_tokenizer import gguf_metadata
-    from coremill.model.gguf_writer import write_gguf
+    from coremill.formats.gguf.tokenizer import gguf_metadata
+    from coremill.formats.gguf.writer import write_gguf
 
     ckpt = source.checkpoint
     metadata = gguf_metadata(source.prompts.text_tokenizer, vocab_size=ckpt.config.vocab_size)
@@ -168,7 +168,7 @@ def _prove(source: _Source, files: Mapping[GgufType, Path], out: Path) -> GgufPa
         ParityError: a file does not compute what the checkpoint computes.
         DatasetError: the texts are too short.
     """
-    from coremill.conversion.gguf_parity import measure_gguf, require_parity
+    from coremill.formats.gguf.parity import measure_gguf, require_parity
 
     report = measure_gguf(
         files, source.checkpoint, source.prompts, checkpoint_digest=source.checkpoint_digest, quick=True
@@ -183,8 +183,8 @@ def _prove(source: _Source, files: Mapping[GgufType, Path], out: Path) -> GgufPa
 
 def _ask_ollama(exported: Exported, out: Path) -> Figures:
     """A question put to the model in Ollama itself, where it is; else why not."""
-    from coremill.conversion.ollama import OllamaAnswered, run_with_ollama
-    from coremill.conversion.prompts import RowPrompts, TextPrompts
+    from coremill.data.prompts import RowPrompts, TextPrompts
+    from coremill.formats.ollama.server import OllamaAnswered, run_with_ollama
 
     if exported.modelfile is None:
         return {"ollama": "not_run: there is no Modelfile"}
@@ -201,7 +201,7 @@ def _ask_ollama(exported: Exported, out: Path) -> Figures:
 
 def _write_ollama_model(source: _Source, first: Path, out: Path) -> Path | None:
     """Write the Modelfile of `first` beside it; None where its chat format is not known."""
-    from coremill.conversion.ollama import write_modelfile
+    from coremill.formats.ollama.server import write_modelfile
 
     tokenizer, path = source.prompts.text_tokenizer, layout.modelfile(out)
     try:
@@ -218,7 +218,7 @@ def _size(path: Path) -> int:
 
 
 def _write_halt_head(checkpoint: Checkpoint, out: Path, name: str) -> Path | None:
-    from coremill.model.halt_head import save_halt_head
+    from coremill.formats.halt_head import save_halt_head
 
     if not checkpoint.model_arch.use_halt_head:
         return None

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import coremill
-from coremill.conversion.model_card import CARD, CardFacts, model_card
-from coremill.conversion.outputs import check_name, check_own_folder
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import HuggingFaceConfig
@@ -24,15 +22,17 @@ from coremill.core.documents import read_json, write_json
 from coremill.core.errors import ParityError
 from coremill.core.gates import Outcome, must_gates_ok
 from coremill.core.machine import check_disk, check_memory
+from coremill.core.outputs import check_name, check_own_folder
 from coremill.core.parity import HuggingFaceParity
 from coremill.core.publish import check_apart, publishing, write_atomic
 from coremill.core.stage import Figures, StageContext
 from coremill.core.toolchain import current_toolchain
+from coremill.formats.huggingface.model_card import CARD, CardFacts, model_card
 from coremill.infra.version_gate import check_installed
 
 if TYPE_CHECKING:
-    from coremill.conversion.huggingface_parity import Findings
-    from coremill.conversion.prompts import Prompts
+    from coremill.data.prompts import Prompts
+    from coremill.formats.huggingface.parity import Findings
     from coremill.model.checkpoint import Checkpoint
 
 # This module imports nothing heavy, so that a wrong option is told at once.
@@ -82,7 +82,7 @@ def export_hf(
         MachineError, OutputError: a package, memory or disk is missing, or `out` cannot be written.
     """
     check_installed(*NEEDS)
-    from coremill.conversion.prompts import load_prompts
+    from coremill.data.prompts import load_prompts
     from coremill.model.checkpoint import check_vocabulary, load_checkpoint
 
     size_bytes = checkpoint.stat().st_size if checkpoint.is_file() else 0
@@ -109,7 +109,7 @@ class _Directory:
         checkpoint_digest: str,
         prompts: Prompts,
     ) -> None:
-        from coremill.model.huggingface_writer import architecture_of
+        from coremill.formats.huggingface.writer import architecture_of
 
         self.out = out
         self.name = name
@@ -125,10 +125,10 @@ class _Directory:
 
     def write(self) -> Findings:
         """Write all of it, compare, and write how that came out."""
-        from coremill.conversion.huggingface_parity import Reference, compare
+        from coremill.formats.huggingface.parity import Reference, compare
+        from coremill.formats.huggingface.reader import CONFIG
+        from coremill.formats.huggingface.writer import TokenIds, config_json, write_huggingface
         from coremill.model.checkpoint import build_student
-        from coremill.model.huggingface_writer import TokenIds, config_json, write_huggingface
-        from coremill.model.weights_huggingface import CONFIG
 
         tokens = TokenIds(bos=self.tokenizer.bos_id, eos=self.tokenizer.eos_ids, pad=self.tokenizer.pad_id)
         stored = write_huggingface(self.out, self.checkpoint, dtype=self.settings.dtype, tokens=tokens)
@@ -158,7 +158,7 @@ class _Directory:
 
     def _write_halt_head(self) -> None:
         if self.halt_head is not None:
-            from coremill.model.halt_head import save_halt_head
+            from coremill.formats.halt_head import save_halt_head
 
             save_halt_head(self.halt_head, self.checkpoint)
 

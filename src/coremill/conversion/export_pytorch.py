@@ -25,7 +25,7 @@ from coremill.core.stage import Figures, StageContext
 from coremill.infra.version_gate import check_installed, check_python
 
 if TYPE_CHECKING:
-    from coremill.conversion.prompts import Prompts
+    from coremill.data.prompts import Prompts
 
 # This module imports nothing heavy: in the wrong Python the version gate speaks before an import fails.
 
@@ -41,7 +41,7 @@ def run_stage(context: StageContext) -> Figures:
     """Export the run's checkpoint for one lane."""
     config = context.config
     _check_environment(toy=config.is_toy)
-    from coremill.conversion import export
+    from coremill.coreml import export
 
     contract = export.export_to(
         export.Source(
@@ -59,7 +59,7 @@ def run_stage(context: StageContext) -> Figures:
 
 def load_export_prompts(tokenizer: Path, source: Path) -> Prompts:
     """What an export is checked on; raises as `load_prompts` does."""
-    from coremill.conversion.prompts import load_prompts
+    from coremill.data.prompts import load_prompts
 
     return load_prompts(tokenizer, source, rows=_PROMPT_ROWS)
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     contract = layout.contract_file(options.out, checkpoint.stem)
     check_apart([program, contract], [checkpoint, tokenizer, options.prompts])
     _check_environment(toy=options.toy)
-    from coremill.conversion import export
+    from coremill.coreml import export
 
     prompts = load_export_prompts(tokenizer, options.prompts or tokenizer.parent)
     source = export.Source(checkpoint=checkpoint, prompts=prompts, toy=options.toy)

@@ -56,7 +56,7 @@ IMPORTED_DEFAULTS = ImportedVerify(
 def run_stage(context: StageContext) -> Figures:
     """Verify the run's package of one lane; the report is written whether or not the gates pass."""
     check_installed(*NEEDS)
-    from coremill.conversion.verify import Subject, figures, verify_to
+    from coremill.verification.verify import Subject, figures, verify_to
 
     config, inputs = context.config, context.inputs
     subject = Subject(
@@ -106,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         config = msgspec.structs.replace(config, heldout_answers=options.heldout)
     check_apart([options.out], [options.contract, options.checkpoint, options.config, options.tokenizer])
     check_installed(*NEEDS)
-    from coremill.conversion.outputs import check_writable
-    from coremill.conversion.verify import Subject, verify_to
+    from coremill.core.outputs import check_writable
+    from coremill.verification.verify import Subject, verify_to
 
     check_writable(options.out.parent)
     subject = Subject(

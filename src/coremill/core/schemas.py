@@ -14,7 +14,6 @@ from coremill.core.matrix import AgreementMatrix
 from coremill.core.parity import GgufParity, HuggingFaceParity
 from coremill.core.publish import write_atomic
 from coremill.core.reports import RunSummary, VerificationReport
-from coremill.core.runtime_config import RuntimeConfig
 
 FORMATS: list[type[Document]] = [
     DistilledRun,
@@ -28,7 +27,6 @@ FORMATS: list[type[Document]] = [
     AgreementMatrix,
     HuggingFaceParity,
     GgufParity,
-    RuntimeConfig,
 ]
 
 

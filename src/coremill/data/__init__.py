@@ -1,1 +1,1 @@
-"""Datasets, tokenizer and teachers: everything that a student learns from. No torch here."""
+"""What a model is asked, and who answers: datasets, grammars, teachers, corpora and prompts. Imports no torch."""

@@ -24,7 +24,7 @@ from coremill.data import magic_8_ball, toy
 from coremill.data.grammar import Side, generate_rows
 from coremill.data.kinds import KINDS
 from coremill.data.rows import Row, write_rows
-from coremill.data.tokenizer import TOOL_CALL, Tokenizer
+from coremill.text.student_tokenizer import TOOL_CALL, Tokenizer
 
 TOKENIZER_ROWS = (256, 16_384)
 """The tokenizer learns from the first `n` training rows, but no fewer than this, so that the smallest dataset has

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from coremill.data.rows import Row
-from coremill.data.tokenizer import Tokenizer
+from coremill.text.student_tokenizer import Tokenizer
 
 CONTINUE, HALT = 0, 1
 """Columns of the halt head."""

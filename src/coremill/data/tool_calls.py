@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import msgspec
 
 from coremill.core.documents import Record
-from coremill.data.tokenizer import TOOL_CALL
+from coremill.text.student_tokenizer import TOOL_CALL
 
 ArgumentType = type[str] | type[int] | type[bool]
 

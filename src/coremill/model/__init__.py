@@ -1,1 +1,1 @@
-"""The student: its architecture, its checkpoint format and the one decoding loop."""
+"""The student model, its checkpoint format, rotary embeddings and the decoding loop."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from coremill.core.errors import TrainingError
 from coremill.data.rows import Row
 from coremill.data.teacher import halt_labels, teacher_targets
-from coremill.data.tokenizer import Tokenizer
+from coremill.text.student_tokenizer import Tokenizer
 
 _BUCKET_BATCHES = 16
 """Batches are cut from runs of this many, sorted by length: little padding, and still almost any row beside any."""

@@ -14,10 +14,10 @@ import torch
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.errors import CheckpointContentError
 from coremill.core.layout import tokenizer_file
-from coremill.data.text_tokenizer import TextTokenizer
-from coremill.data.tokenizer import Tokenizer
 from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
 from coremill.model.student import output_names
+from coremill.text.model_tokenizer import TextTokenizer
+from coremill.text.student_tokenizer import Tokenizer
 
 _TRIED_IDS = 128
 

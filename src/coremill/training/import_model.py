@@ -35,8 +35,8 @@ from coremill.core.stage import Figures, StageContext
 if TYPE_CHECKING:  # heavy, and not needed for what is checked first
     from torch import Tensor
 
-    from coremill.data.text_tokenizer import TextTokenizer
-    from coremill.model.weights import GgufWeights, HuggingFaceWeights
+    from coremill.formats.weights import GgufWeights, HuggingFaceWeights
+    from coremill.text.model_tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ def import_model(weights: WeightsConfig, out: Path, *, model_type: str | None = 
         MachineError, OutputError: too little memory or disk, or `out` cannot be written.
     """
     source_path = find_source(weights)
+    from coremill.formats.weights import open_weights
     from coremill.model.checkpoint import IMPORTED_FROM, Checkpoint, save_checkpoint
-    from coremill.model.weights import open_weights
 
     source = open_weights(source_path)
     if model_type is not None and source.model_type != model_type:
@@ -150,8 +150,8 @@ def _packaged(wanted: PackageFile) -> Path:
 
 def _tokenizer(source: GgufWeights | HuggingFaceWeights) -> TextTokenizer:
     """The source's tokenizer, which must not be larger than its embedding."""
-    from coremill.data.text_tokenizer import TextTokenizer
-    from coremill.model.weights import GgufWeights
+    from coremill.formats.weights import GgufWeights
+    from coremill.text.model_tokenizer import TextTokenizer
 
     if isinstance(source, GgufWeights):
         tokenizer = TextTokenizer.from_gguf(source.file.metadata, where=str(source.path))

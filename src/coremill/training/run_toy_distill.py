@@ -29,8 +29,8 @@ from coremill.core.publish import check_apart
 from coremill.core.stage import Figures, StageContext
 from coremill.data.kinds import KINDS
 from coremill.data.rows import Row, read_rows
-from coremill.data.tokenizer import Tokenizer
 from coremill.model.checkpoint import checkpoint_of, save_checkpoint
+from coremill.text.student_tokenizer import Tokenizer
 from coremill.training.batches import encode_rows
 from coremill.training.distill import Distilled, Watch, distill
 from coremill.training.metrics import Metrics, RunMetrics, StepMetrics, write_metrics

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from coremill.cli import main
+from coremill.cli.main import main
 from coremill.mil.commands.selftest import BUNDLE
 
 

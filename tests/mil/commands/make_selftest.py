@@ -27,7 +27,7 @@ from coremltools.converters.mil import Builder as mb  # noqa: N813 - as every ex
 from coremltools.converters.mil.mil import types
 from torch import nn
 
-from coremill.conversion.package import MODEL, read_spec, write_manifest
+from coremill.coreml.package import MODEL, read_spec, write_manifest
 from coremill.mil.commands.arrays import write_npz
 
 Arrays = dict[str, np.ndarray]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from coremltools.converters.mil import Builder as mb  # noqa: N813
 
-from coremill import cli
+from coremill.cli import main as cli
 
 INT4 = """\
 {package}

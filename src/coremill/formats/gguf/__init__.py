@@ -1,0 +1,1 @@
+"""GGUF files: read, written and compared with the checkpoint under llama.cpp."""

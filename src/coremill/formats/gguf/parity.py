@@ -1,0 +1,386 @@
+"""Whether GGUF files compute what their checkpoint computes: llama.cpp itself beside torch, on real prompts.
+
+A file is asked for logits, for greedy tokens, for the ids of texts and, of a model that was distilled, for answers
+to held-out questions. What is stored in float32 has to agree to rounding; what is quantised has to say nearly the
+same, and how nearly is reported. And it is read back: :mod:`coremill.formats.gguf.contents`.
+
+Legend: N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from coremill.core.config import GgufType
+from coremill.core.digest import file_digest
+from coremill.core.errors import GgufError, ParityError
+from coremill.core.machine import available_memory_bytes
+from coremill.core.parity import (
+    MAX_RELATIVE_ERR,
+    FileParity,
+    GgufParity,
+    Measure,
+    ParityFigure,
+    TokenDifference,
+    TokenizerMismatch,
+    figure_outcome,
+)
+from coremill.data.judge import judge
+from coremill.data.prompts import Prompts, RowPrompts
+from coremill.data.rows import Row
+from coremill.formats.gguf.contents import prompt_differences, setting_differences, weights_err
+from coremill.formats.gguf.reader import GgufWeights
+from coremill.formats.llamacpp.process import LlamaCpp
+from coremill.formats.parity import greedy_differences, questions, sequences, texts
+from coremill.model.checkpoint import Checkpoint, build_student
+from coremill.model.decoding import generate, greedy
+from coremill.text.model_tokenizer import TextTokenizer
+from coremill.text.student_tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+COPIES = 3
+"""How often the weights are in memory for each file that is measured: as it is, in float32, and in a model."""
+LISTED = 8
+"""Mismatches of a tokenizer that are listed."""
+_ARITHMETIC_POSITIONS = 512
+"""Positions, about, whose arithmetic is judged apart: torch runs the model again for them, for each file."""
+_ROWS = 32
+"""Positions at a time whose logits are there in float64."""
+MAX_NEW_TOKENS = 96
+"""No answer of a toy's teacher is longer; one that does not end by then is not exact."""
+
+_REMAKE = "python -m coremill.conversion.export_gguf --help"
+
+
+def require_parity(report: GgufParity, *, run: str | None = None) -> None:
+    """Check that every figure is within its bound.
+
+    Raises:
+        ParityError: names each that is not.
+    """
+    if failures := list(report.failures()):
+        expected = "llama.cpp to compute what the checkpoint computes, within the bounds of coremill.conversion."
+        raise ParityError("; ".join(failures), expected=f"{expected}gguf_parity", run=run)
+
+
+# --- what is allowed --------------------------------------------------------------------------------
+
+
+class _Bound(NamedTuple):
+    limit: float
+    source: str
+
+
+_FLOAT32 = "float32's rounding, as at export"
+_FLOAT16 = "float16's rounding, of weights and of activations: measured 4.4e-6 on SmolLM2-135M"
+_CONTRACT = "what is promised of the format"
+_ACTIVATIONS = "llama.cpp rounds activations to 8 bits there: measured 8e-4 on the toy, 2.7e-3 on SmolLM2-135M"
+_STORED = "the rounding of the type"
+_RUINED = "generous, few bits cost what they cost: a file with Q and K in the wrong order has 1.8 or more"
+_QUANTISED: tuple[GgufType, ...] = ("q8_0", "q4_0", "q4_k", "q5_k", "q6_k")
+BOUNDS: Mapping[tuple[GgufType, Measure], _Bound] = {
+    ("f32", "relative_err"): _Bound(MAX_RELATIVE_ERR, _FLOAT32),
+    ("f16", "kl_nats"): _Bound(1e-4, _FLOAT16),
+    **{(kind, "kl_nats"): _Bound(1.0, _RUINED) for kind in _QUANTISED},
+    ("q8_0", "kl_nats"): _Bound(5e-3, _CONTRACT),
+    **{(kind, "arithmetic_kl_nats"): _Bound(1e-2, _ACTIVATIONS) for kind in _QUANTISED},
+}
+"""Rounding grows with the logits, so that float32's is bounded as a share of them, the same of every model. The
+largest error of float16 grows with the layers too, and is reported; its mean cost is bounded."""
+_EXACT: frozenset[GgufType] = frozenset({"f32", "f16"})
+"""The types whose answers are to be the checkpoint's."""
+_AT_LEAST: frozenset[Measure] = frozenset({"top1_agreement", "heldout_exact"})
+
+
+def _figure(name: Measure, measured: float, bound: _Bound | None) -> ParityFigure:
+    limit, source = bound if bound is not None else (None, None)
+    at_least = name in _AT_LEAST
+    return ParityFigure(
+        name=name,
+        measured=float(measured),
+        bound=limit,
+        at_least=at_least,
+        source=source,
+        outcome=figure_outcome(measured, limit, at_least=at_least),
+    )
+
+
+# --- what is asked ----------------------------------------------------------------------------------
+
+
+class _Scope(NamedTuple):
+    """How much is asked of each file."""
+
+    greedy_prompts: int
+    greedy_tokens: int
+    questions: int
+
+
+_QUICK = _Scope(4, 64, 64)
+_FULL = _Scope(20, 256, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What every file is asked, with what the checkpoint says to it."""
+
+    sequences: list[list[int]]
+    """Ids."""
+    logits: list[Any]
+    """The checkpoint's: (N, V) float32 for each sequence."""
+    prompts: list[list[int]]
+    greedy_tokens: int
+    texts: list[str]
+    tokenizer: TextTokenizer
+    rows: Sequence[Row]
+    student_tokenizer: Tokenizer | None
+    context: int
+
+
+def measure_gguf(
+    files: Mapping[GgufType, Path], checkpoint: Checkpoint, prompts: Prompts, *, checkpoint_digest: str, quick: bool
+) -> GgufParity:
+    """Run each file in llama.cpp and compare it with the checkpoint's model in torch's float32.
+
+    Args:
+        files: by the type that their matrices are stored as.
+        prompts: of the checkpoint's own tokenizer.
+        checkpoint_digest: of the checkpoint's file.
+        quick: a few greedy tokens and held-out questions, as a build can afford.
+
+    Raises:
+        CheckpointUnreadableError, CheckpointContentError, UnsupportedModelError: a file is broken.
+        GgufError: llama.cpp does not load a file, or it is of another model.
+        DatasetError: the texts are too short.
+    """
+    scope = _QUICK if quick else _FULL
+    reference = _Reference(checkpoint)
+    plan = _plan(scope, reference, prompts)
+    measured: dict[str, FileParity] = {}
+    at_once = _at_once(len(files), checkpoint)
+    threads = max(1, (os.cpu_count() or 1) // at_once)  # of llama.cpp, a process for each file
+    with ThreadPoolExecutor(max_workers=at_once) as pool:
+        found = pool.map(
+            lambda file: _measure_file(file[0], Path(file[1]), reference, plan, threads), files.items()
+        )
+        for (kind, path), file in zip(files.items(), found, strict=True):
+            measured[kind] = file
+            said = ", ".join(f"{figure.name} {figure.measured:.3g}" for figure in file.figures)
+            log.info("%s: %s", path.name, said)
+            for prompt in file.prompts:
+                log.warning("%s: %s is %s, not %s", path.name, prompt.name, prompt.found, prompt.expected)
+    return GgufParity(
+        checkpoint_digest=checkpoint_digest,
+        model_type=checkpoint.model_type,
+        xllamacpp=importlib.metadata.version("xllamacpp"),
+        quick=quick,
+        files=measured,
+        passed=all(figure.outcome != "failed" for file in measured.values() for figure in file.figures),
+    )
+
+
+def _at_once(count: int, checkpoint: Checkpoint) -> int:
+    """How many of `count` files are measured at a time: as many as there are processors, and memory for."""
+    weights = 4 * sum(tensor.numel() for tensor in checkpoint.state_dict.values())
+    fitting = available_memory_bytes() // (COPIES * weights)
+    return int(max(1, min(count, os.cpu_count() or 1, fitting)))
+
+
+class _Reference:
+    """The checkpoint's model in float32."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self._student = build_student(checkpoint)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+        """(N, V) float32."""
+        with torch.no_grad():
+            logits: np.ndarray[Any, Any] = self._student(torch.tensor([list(ids)]))[0][0].numpy()
+        return logits
+
+    def next_logits(self, ids: list[int]) -> np.ndarray[Any, Any]:
+        """(V,): of the token after `ids`."""
+        row: np.ndarray[Any, Any] = self.logits(ids)[-1]
+        return row
+
+
+def _plan(scope: _Scope, reference: _Reference, prompts: Prompts) -> _Plan:
+    context = reference.config.max_seq_len
+    compared = sequences(prompts, context)
+    asked = questions(prompts, context, scope.greedy_prompts)
+    own = prompts.tokenizer
+    longest = max(*map(len, compared), *(len(ids) + max(scope.greedy_tokens, MAX_NEW_TOKENS) for ids in asked))
+    return _Plan(
+        sequences=compared,
+        logits=[reference.logits(ids) for ids in compared],
+        prompts=asked,
+        greedy_tokens=scope.greedy_tokens,
+        texts=texts(prompts, prompts.text_tokenizer),
+        tokenizer=prompts.text_tokenizer,
+        rows=prompts.rows[: scope.questions] if isinstance(prompts, RowPrompts) else (),
+        student_tokenizer=own if isinstance(own, Tokenizer) else None,
+        context=min(context, longest),
+    )
+
+
+# --- one file ---------------------------------------------------------------------------------------
+
+
+def _measure_file(kind: GgufType, path: Path, reference: _Reference, plan: _Plan, threads: int) -> FileParity:
+    source = GgufWeights(path)
+    for name, what in (("vocab_size", "tokens"), ("max_seq_len", "positions")):
+        if (found := getattr(source.config, name)) != (expected := getattr(reference.config, name)):
+            raise GgufError(
+                f"{path} has {found} {what}, the checkpoint's model {expected}",
+                expected="the file that was made of the checkpoint",
+                run=_REMAKE,
+            )
+    with LlamaCpp(path, context=plan.context, threads=threads) as llamacpp:
+        stored = {name: tensor.float() for name, tensor in source.read()}
+        weights = weights_err(source, stored, reference.checkpoint)
+        settings = setting_differences(kind, source, reference.checkpoint, plan.tokenizer, llamacpp)
+        prompts = list(prompt_differences(llamacpp, plan.tokenizer))
+        own = None if kind in _EXACT else _with_weights(reference.checkpoint, stored, path)
+        compared = _compare(llamacpp, own, plan)
+        figures = [_figure(name, value, BOUNDS.get((kind, name))) for name, value in compared.items()]
+        figures.append(_figure("weights_err", weights, _Bound(1, _STORED)))
+        figures.append(_figure("settings", len(settings), _Bound(0, "the checkpoint and its tokenizer")))
+        differences, said = _greedy(llamacpp, reference, plan) if kind == "f32" else ([], 0)
+        if kind == "f32":
+            beyond = sum(not difference.is_tie for difference in differences)
+            figures.append(_figure("greedy_differences", beyond, _Bound(0, "torch's own greedy tokens")))
+        mismatches = list(_mismatches(llamacpp, plan))
+        texts = len({mismatch.text for mismatch in mismatches})
+        figures.append(_figure("tokenizer_mismatches", texts, _Bound(0, "the tokenizer of the checkpoint")))
+        if plan.rows:
+            figures.append(_heldout(llamacpp, reference, plan, bounded=kind in _EXACT))
+    return FileParity(
+        file=path.name,
+        digest=file_digest(path),
+        size_bytes=path.stat().st_size,
+        positions=sum(map(len, plan.sequences)),
+        greedy_prompts=len(plan.prompts) if kind == "f32" else 0,
+        greedy_tokens=said,
+        heldout_questions=len(plan.rows),
+        figures=tuple(figures),
+        differences=tuple(differences),
+        mismatches=tuple(mismatches[:LISTED]),
+        settings=tuple(settings),
+        prompts=tuple(prompts),
+    )
+
+
+def _with_weights(checkpoint: Checkpoint, stored: Mapping[str, torch.Tensor], path: Path) -> _Reference:
+    """The checkpoint's model in torch with the weights that a file has, dequantised."""
+    state = {**checkpoint.state_dict, **stored}
+    return _Reference(replace(checkpoint, state_dict=state, where=str(path), run=_REMAKE))
+
+
+def _compare(llamacpp: LlamaCpp, own: _Reference | None, plan: _Plan) -> dict[Measure, float]:
+    """The figures of logits; those of the file's own weights too, where it has rounded ones."""
+    error, largest, kl, same = 0.0, 0.0, 0.0, 0
+    own_kl, own_count = 0.0, 0
+    for ids, expected in zip(plan.sequences, plan.logits, strict=True):
+        found = llamacpp.logits(ids)
+        error = max(error, float(np.abs(found - expected).max()))
+        largest = max(largest, float(np.abs(expected).max()))
+        kl += _kl_nats(expected, found)
+        if own is not None and own_count < _ARITHMETIC_POSITIONS:
+            own_kl += _kl_nats(own.logits(ids), found)
+            own_count += len(ids)
+        same += int((found.argmax(-1) == expected.argmax(-1)).sum())
+    count = sum(map(len, plan.sequences))
+    figures: dict[Measure, float] = {
+        "max_abs_err": error,
+        "relative_err": error / largest if largest else error,
+        "kl_nats": kl / count,
+        "top1_agreement": same / count,
+    }
+    if own is not None:
+        figures["arithmetic_kl_nats"] = own_kl / own_count
+    return figures
+
+
+def _kl_nats(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> float:
+    """KL(expected ‖ found) of logits (N, V), the sum over positions; in float64, as it may be 1e-12."""
+    total = 0.0
+    for ours, theirs in zip(
+        torch.from_numpy(expected).split(_ROWS), torch.from_numpy(found).split(_ROWS), strict=True
+    ):
+        log_p, log_q = (torch.log_softmax(logits, -1, dtype=torch.float64) for logits in (ours, theirs))
+        total += float(torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
+    return total
+
+
+def _greedy(llamacpp: LlamaCpp, reference: _Reference, plan: _Plan) -> tuple[list[TokenDifference], int]:
+    """Where a greedy token is not torch's choice after the same tokens, and how many tokens there were."""
+    found: list[TokenDifference] = []
+    said = 0
+    for number, ids in enumerate(plan.prompts):
+        tokens = llamacpp.generate(ids, min(plan.greedy_tokens, plan.context - len(ids)), ())
+        found += greedy_differences(number, ids, tokens, reference.logits([*ids, *tokens[:-1]]))
+        said += len(tokens)
+    return found, said
+
+
+def _heldout(llamacpp: LlamaCpp, reference: _Reference, plan: _Plan, *, bounded: bool) -> ParityFigure:
+    """The share of held-out questions whose answer is exact; at least the checkpoint's own share, where bounded."""
+    assert plan.student_tokenizer is not None  # there are rows
+    tokenizer = plan.student_tokenizer
+    exact, own = 0, 0
+    for row in plan.rows:
+        prompt = tokenizer.encode_prompt(row.prompt)
+        room = min(MAX_NEW_TOKENS, plan.context - len(prompt))
+        answer = llamacpp.generate(prompt, room, {tokenizer.end_id})
+        is_exact = judge(row, tokenizer.decode_answer(answer)).exact
+        exact += is_exact
+        if bounded:
+            own += is_exact if _is_own(reference, prompt, answer) else _own_exact(reference, row, tokenizer, room)
+    share = exact / len(plan.rows)
+    bound = _Bound(own / len(plan.rows), "the checkpoint's own share in torch") if bounded else None
+    return _figure("heldout_exact", share, bound)
+
+
+def _is_own(reference: _Reference, prompt: list[int], answer: list[int]) -> bool:
+    """Whether the checkpoint answers the same: each token is its choice after those before."""
+    best = reference.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :].argmax(-1)
+    return bool((best == answer).all())
+
+
+def _own_exact(reference: _Reference, row: Row, tokenizer: Tokenizer, room: int) -> bool:
+    answer = generate(
+        reference.next_logits,
+        tokenizer.encode_prompt(row.prompt),
+        stop_ids={tokenizer.end_id},
+        max_new_tokens=room,
+        sampler=greedy,
+    )
+    return judge(row, tokenizer.decode_answer(answer)).exact
+
+
+# --- tokenizers -------------------------------------------------------------------------------------
+
+
+def _mismatches(llamacpp: LlamaCpp, plan: _Plan) -> Iterator[TokenizerMismatch]:
+    for given in plan.texts:
+        text = plan.tokenizer.normalize(given)  # llama.cpp has no Unicode forms
+        for allow_special in (False, True):
+            ours = plan.tokenizer.encode(text, allow_special=allow_special)
+            theirs = llamacpp.tokenize(text, allow_special=allow_special)
+            if ours != theirs:
+                yield TokenizerMismatch(
+                    text=text, allow_special=allow_special, ids=tuple(ours), llamacpp_ids=tuple(theirs)
+                )

@@ -1,0 +1,206 @@
+"""A tokenizer as the `tokenizer.*` metadata of a GGUF file: the inverse of :meth:`TextTokenizer.from_gguf`.
+
+llama.cpp has no general tokenizer. It knows byte-level BPE of model `gpt2`, and how a text is cut before merges
+apply by a name alone, `pre`; :data:`coremill.text.model_tokenizer.PRE_TOKENIZATIONS` has what the names stand for.
+Of a tokenizer.json that says anything else it would make something near, so that one is refused.
+
+Two things are near and not refused. Qwen's tokenizers put a text into Unicode's form NFC first; llama.cpp does not.
+Where a text is cut beside a code point that Unicode leaves unassigned, the tables of the two say different things.
+
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#tokenizer
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from coremill.core.errors import TokenizerError, VocabularyMismatchError
+from coremill.text.model_tokenizer import (
+    CONTROL,
+    NORMAL,
+    PRE_TOKENIZATIONS,
+    UNUSED,
+    USER_DEFINED,
+    PreTokenization,
+    TextTokenizer,
+)
+
+_ROLES = {"bos_token": "bos", "unk_token": "unknown", "pad_token": "padding"}
+"""The names of special tokens here and in llama.cpp; an end token is one of several."""
+_ENDS = ("eos", "eot", "eom")
+"""llama.cpp's end tokens: of a text, of a turn, of a message. Each ends an answer."""
+_EXPECTED = f"byte-level BPE that cuts a text as one of {', '.join(PRE_TOKENIZATIONS)}, which llama.cpp has"
+
+
+def gguf_metadata(tokenizer: TextTokenizer, *, vocab_size: int) -> dict[str, Any]:
+    """The `tokenizer.*` keys of a GGUF file.
+
+    Args:
+        vocab_size: rows of the embedding. Those beyond the tokenizer's own tokens, and ids that it leaves out, get
+            tokens of type unused.
+
+    Returns:
+        Numbers, flags, texts, and lists of texts or of numbers, by key.
+
+    Raises:
+        TokenizerError: llama.cpp cannot represent the tokenizer; says what it has that llama.cpp has not.
+        VocabularyMismatchError: it has more tokens than `vocab_size`.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise VocabularyMismatchError(
+            f"{tokenizer.where}: {tokenizer.vocab_size} tokens, the embedding has {vocab_size} rows",
+            expected="the tokenizer that the model was trained with",
+        )
+    described = _Described(tokenizer)
+    pre = described.pre()
+    tokens, types = described.tokens(vocab_size)
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": described.merges(),
+        **{f"tokenizer.ggml.{name}_token_id": place for name, place in _special_ids(tokenizer, tokens).items()},
+        "tokenizer.ggml.add_bos_token": tokenizer.add_bos,
+    }
+    if tokenizer.chat_template is not None:
+        metadata["tokenizer.chat_template"] = tokenizer.chat_template.source
+    return metadata
+
+
+def _special_ids(tokenizer: TextTokenizer, tokens: Sequence[str]) -> dict[str, int]:
+    ends = tokenizer.eos_ids
+    if not ends:
+        raise _refuse(tokenizer, "no token ends an answer", "an end token: llama.cpp would take token 11 for it")
+    if len(ends) > len(_ENDS):
+        raise _refuse(tokenizer, f"{len(ends)} tokens end an answer", f"at most {len(_ENDS)}, as llama.cpp has it")
+    ids = {name: tokens.index(tokenizer.special_tokens[role]) for role, name in _ROLES.items()
+           if role in tokenizer.special_tokens}  # fmt: skip
+    return ids | dict(zip(_ENDS, ends, strict=False))
+
+
+class _Described:
+    """What a tokenizer.json says, as the `tokenizers` library writes it: older files leave keys out."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.tokenizer = tokenizer
+        backend = tokenizers.Tokenizer.from_str(tokenizer.data.decode("utf-8"))
+        self.parts: dict[str, Any] = msgspec.json.decode(backend.to_str())
+        self.model: dict[str, Any] = self.parts["model"]
+        self._check_model()
+        self._check_added()
+        decoder = _steps(self.parts["decoder"], "decoders")
+        if [step["type"] for step in decoder] != ["ByteLevel"]:
+            raise self.refuse(f"the decoder {_shown(decoder)}")
+
+    def refuse(self, found: str) -> TokenizerError:
+        return _refuse(self.tokenizer, found, _EXPECTED)
+
+    def _check_model(self) -> None:
+        model = self.model
+        if model["type"] != "BPE":
+            raise self.refuse(f"a tokenizer of model {model['type']}")
+        for flag in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model[flag]:
+                raise self.refuse(f"BPE with {flag} {model[flag]!r}")
+        missing = [char for char in _alphabet_of_utf8() if char not in model["vocab"]]
+        if missing and model["unk_token"] is not None:
+            raise self.refuse(f"BPE with unk_token {model['unk_token']!r}, for bytes such as {missing[0]!r}")
+        if not model["merges"]:
+            raise self.refuse("BPE without merges")
+
+    def _check_added(self) -> None:
+        for added in self.parts["added_tokens"]:
+            flags = [flag for flag in ("lstrip", "rstrip", "single_word") if added[flag]]
+            if added["normalized"] and self.parts["normalizer"] is not None:
+                flags.append("normalized")
+            if flags:
+                raise self.refuse(f"the added token {added['content']!r} with {flags[0]}")
+
+    def pre(self) -> str:
+        """The name of how this tokenizer cuts a text."""
+        for name, rules in PRE_TOKENIZATIONS.items():
+            if self._cuts_as(rules):
+                return name
+        normalizer = _steps(self.parts["normalizer"], "normalizers")
+        steps = _steps(self.parts["pre_tokenizer"], "pretokenizers")
+        raise self.refuse(
+            f"no name of llama.cpp's stands for the normalizer {_shown(normalizer)}, the pre-tokenizer "
+            f"{_shown(steps)} and ignore_merges {self.model['ignore_merges']}"
+        )
+
+    def _cuts_as(self, rules: PreTokenization) -> bool:
+        """Whether all that `rules` say of the cutting is so here."""
+        known = tokenizers.Tokenizer(models.BPE())
+        if rules.normalizer is not None:
+            known.normalizer = rules.normalizer
+        known.pre_tokenizer = rules.pre_tokenizer(add_prefix_space=False)
+        expected = msgspec.json.decode(known.to_str())
+        return bool(self.model["ignore_merges"]) == rules.whole_words_first and all(
+            _steps(self.parts[part], folded) == _steps(expected[part], folded)
+            for part, folded in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
+        )
+
+    def tokens(self, vocab_size: int) -> tuple[list[str], list[int]]:
+        """The token of each id, and its type."""
+        added = {token["content"]: token for token in self.parts["added_tokens"]}
+        places = {place: token for token, place in self.model["vocab"].items()}
+        places |= {token["id"]: token["content"] for token in added.values()}
+        taken = set(places.values())
+        tokens, types = [], []
+        for place in range(vocab_size):
+            token = places.get(place)
+            if token is None:
+                tokens.append(_unused(place, taken))
+                types.append(UNUSED)
+                continue
+            tokens.append(token)
+            types.append(NORMAL if token not in added else CONTROL if added[token]["special"] else USER_DEFINED)
+        return tokens, types
+
+    def merges(self) -> list[str]:
+        """Each pair with a space between: a byte-level token has none."""
+        pairs = self.model["merges"]
+        if spaced := [part for pair in pairs for part in pair if " " in part]:
+            raise self.refuse(f"a merge of {spaced[0]!r}, which holds a space")
+        return [" ".join(pair) for pair in pairs]
+
+
+def _refuse(tokenizer: TextTokenizer, found: str, expected: str) -> TokenizerError:
+    return TokenizerError(f"{tokenizer.where}: {found}", expected=expected)
+
+
+def _unused(place: int, taken: set[str]) -> str:
+    """A token for an id that has none, as llama.cpp's own conversion calls it; it wants no two alike."""
+    token = f"[PAD{place}]"
+    while token in taken:
+        token = f"[{token}]"
+    return token
+
+
+def _steps(part: Mapping[str, Any] | None, folded: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or decoder, those of sequences in their place.
+
+    Without `trim_offsets`, which says where in the text a token begins and is of no account for ids.
+    """
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        return [step for each in part[folded] for step in _steps(each, folded)]
+    return [{key: value for key, value in part.items() if key != "trim_offsets"}]
+
+
+def _shown(steps: Sequence[Mapping[str, Any]]) -> str:
+    return msgspec.json.encode(steps).decode() if steps else "none"
+
+
+@functools.cache
+def _alphabet_of_utf8() -> tuple[str, ...]:
+    """GPT-2's letters for the bytes; in the order of Unicode."""
+    return tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))

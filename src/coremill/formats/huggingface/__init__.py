@@ -1,0 +1,1 @@
+"""Hugging Face model directories: read, written and compared with the checkpoint under transformers."""

@@ -1,0 +1,296 @@
+"""Whether a Hugging Face directory is what its checkpoint is: transformers loads it and is compared.
+
+Its files are read back, its settings are taken from what transformers made of them, and what it computes, generates
+and tokenizes is compared. All in float32, from the folder alone, without the network and without code that the
+folder might bring.
+
+Legend: T sequence length, V vocabulary, C d_model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from coremill.core import layout
+from coremill.core.errors import TokenizerError
+from coremill.core.gates import Gate, Severity, at_most, failed, not_run, passed
+from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
+from coremill.data.prompts import Prompts, RowPrompts, TextPrompts
+from coremill.formats.halt_head import HALT_HEAD
+from coremill.formats.huggingface.reader import WHOLE
+from coremill.formats.huggingface.settings import Meant, settings
+from coremill.formats.parity import ODD_TEXTS, greedy_differences, questions, sequences, texts
+from coremill.formats.source import huggingface_name
+from coremill.model.student import Student
+from coremill.text.chat import Message
+from coremill.text.model_tokenizer import TextTokenizer
+
+NEW_TOKENS = 32
+_POSITIONS = 1024
+"""On which logits are compared: of equal weights, in float32."""
+_BY_HAND = "none of coremill's packages has it: benchmarks/huggingface_readers.py asks it"
+
+_TEXT_ANSWERS, _ROW_ANSWERS = 4, 16
+_QUESTIONS = 8
+"""That conversations are made of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What a directory is compared with."""
+
+    student: Student
+    """The checkpoint's model, its weights rounded as the file's are."""
+    architecture: str
+    """transformers' class that computes it."""
+    stored: Mapping[str, Tensor]
+    """The tensors that the file should have, by the student's names."""
+    tokenizer: TextTokenizer
+    prompts: Prompts
+    files: Mapping[str, bytes]
+    """What was to be written, by name: all but the weights."""
+    halt_head: Path | None
+    """The file of the halt head, where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    gates: tuple[Gate, ...]
+    logits_max_abs: float
+    differences: tuple[TokenDifference, ...]
+
+
+def compare(folder: Path, reference: Reference) -> Findings:
+    """Load `folder` with transformers and compare it with `reference`.
+
+    Raises:
+        DatasetError: no prompt leaves room for an answer in the model's context.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    model = load_model(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.no_grad():
+        logits, max_abs = _logits(model, reference)
+        answers, differences = _answers(model, reference)
+    gates = (
+        _files(folder, reference),
+        _settings(folder, model, tokenizer, reference),
+        _weights(folder, reference),
+        *logits,
+        answers,
+        *_tokenizer(tokenizer, reference),
+        *(not_run(name, Severity.NICE, _BY_HAND) for name in ("logits under mlx-lm", "llama.cpp's converter")),
+    )
+    return Findings(gates=gates, logits_max_abs=max_abs, differences=differences)
+
+
+def load_model(folder: Path) -> Any:
+    """The model that transformers makes of `folder`, to compute in float32."""
+    transformers.utils.logging.disable_progress_bar()  # of a second's work
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
+
+
+def _none_of(name: str, wrong: Sequence[Any], count: int) -> Gate:
+    """A gate on what differs, which it names the first of, where there are `count` that may."""
+    if not wrong:
+        return passed(name, Severity.MUST, measured=0, threshold=0)
+    reason = f"{len(wrong)} of {count}, such as {wrong[0]!r}"
+    return failed(name, Severity.MUST, reason, measured=len(wrong), threshold=0)
+
+
+# --- files and settings ------------------------------------------------------------------------------------------
+
+
+def _files(folder: Path, reference: Reference) -> Gate:
+    """Every file but the weights has the bytes that were meant, and no other stands beside them."""
+    weights = {WHOLE, *([] if reference.halt_head is None else [reference.halt_head.name])}
+    found = {path.name for path in folder.iterdir()} - weights - {layout.parity_report(folder).name}
+    different = [
+        name
+        for name in sorted(found | reference.files.keys())
+        if name not in found or name not in reference.files or (folder / name).read_bytes() != reference.files[name]
+    ]
+    return _none_of("files that are not as written", different, len(reference.files))
+
+
+def _settings(folder: Path, model: Any, tokenizer: Any, reference: Reference) -> Gate:
+    (dtype,) = {tensor.dtype for tensor in reference.stored.values()}
+    meant = Meant(
+        config=reference.student.config,
+        architecture=reference.architecture,
+        dtype=dtype,
+        tokenizer=reference.tokenizer,
+    )
+    compared = settings(folder, model, tokenizer, meant)
+    return _none_of("settings that differ", [each for each in compared if each.differs], len(compared))
+
+
+# --- weights and logits -----------------------------------------------------------------------------
+
+
+def _weights(folder: Path, reference: Reference) -> Gate:
+    expected = {huggingface_name(name): tensor for name, tensor in reference.stored.items()}
+    found = load_file(folder / WHOLE)
+    if reference.halt_head is not None:
+        expected[HALT_HEAD] = reference.student.state_dict()[HALT_HEAD]
+        found |= load_file(reference.halt_head)
+    different = [
+        name
+        for name in sorted(found.keys() | expected.keys())
+        if name not in found
+        or name not in expected
+        or found[name].dtype != expected[name].dtype
+        or not torch.equal(found[name], expected[name])
+    ]
+    return _none_of("tensors that differ", different, len(expected))
+
+
+def _logits(model: Any, reference: Reference) -> tuple[list[Gate], float]:
+    """Gates on the logits and, where there is one, the halt head's; and the largest difference of logits."""
+    logits, halting = _Difference(), _Difference()
+    halt_head = load_file(reference.halt_head)[HALT_HEAD] if reference.halt_head is not None else None
+    for ids in sequences(reference.prompts, reference.student.config.max_seq_len, _POSITIONS):
+        inputs = torch.tensor([ids])  # (1, T)
+        outputs = model(input_ids=inputs, output_hidden_states=halt_head is not None, use_cache=False)
+        expected = reference.student(inputs)
+        logits.add(outputs.logits, expected[0])  # (1, T, V)
+        if halt_head is not None:
+            halting.add(outputs.hidden_states[-1] @ halt_head.T, expected[1])  # (1, T, 2)
+    gates = [at_most("relative error of logits", Severity.MUST, logits.relative, MAX_RELATIVE_ERR)]
+    if halt_head is not None:
+        gates.append(at_most("relative error of halt logits", Severity.MUST, halting.relative, MAX_RELATIVE_ERR))
+    return gates, logits.max_abs
+
+
+class _Difference:
+    """The largest difference between outputs, and how large the expected ones are."""
+
+    def __init__(self) -> None:
+        self.max_abs = 0.0
+        self.scale = 0.0
+
+    def add(self, found: Tensor, expected: Tensor) -> None:
+        # Of tensors, whose maximum of a NaN is one; Python's would pass over it.
+        difference = (found - expected).abs().max()
+        self.max_abs = float(torch.maximum(torch.tensor(self.max_abs), difference))
+        self.scale = max(self.scale, float(expected.abs().max()))
+
+    @property
+    def relative(self) -> float:
+        if self.scale == 0:  # all that was expected is 0
+            return 0.0 if self.max_abs == 0 else math.inf
+        return self.max_abs / self.scale
+
+
+# --- greedy answers ---------------------------------------------------------------------------------
+
+
+def _answers(model: Any, reference: Reference) -> tuple[Gate, tuple[TokenDifference, ...]]:
+    """Answers as transformers generates them, each token judged by the checkpoint after the same tokens."""
+    count = _ROW_ANSWERS if isinstance(reference.prompts, RowPrompts) else _TEXT_ANSWERS
+    limit = reference.student.config.max_seq_len
+    wrong = 0
+    differences: list[TokenDifference] = []
+    for number, ids in enumerate(questions(reference.prompts, limit, count)):
+        wanted = min(NEW_TOKENS, limit - len(ids))
+        answer = _generated(model, ids, wanted)
+        wrong += not _ends_well(answer, wanted, reference.tokenizer.eos_ids)
+        logits = reference.student(torch.tensor([[*ids, *answer[:-1]]]))[0][0].numpy()
+        differences += greedy_differences(number, ids, answer, logits)
+    wrong += sum(not difference.is_tie for difference in differences)
+    return at_most("greedy tokens that differ", Severity.MUST, wrong, 0), tuple(differences)
+
+
+def _generated(model: Any, ids: Sequence[int], wanted: int) -> list[int]:
+    inputs = torch.tensor([ids])  # (1, T)
+    # The mask is given: transformers guesses one from the padding token, which may be the end token.
+    found = model.generate(
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=wanted
+    )
+    return [int(token) for token in found[0, len(ids) :]]
+
+
+def _ends_well(answer: Sequence[int], wanted: int, eos_ids: Sequence[int]) -> bool:
+    """Whether the answer ends at its first end token, or at its last where it has none."""
+    ended = next((place for place, token in enumerate(answer, 1) if token in eos_ids), wanted)
+    return len(answer) == ended
+
+
+# --- tokenizer --------------------------------------------------------------------------------------
+
+
+def _tokenizer(theirs: Any, reference: Reference) -> Iterator[Gate]:
+    ours = reference.tokenizer
+    compared = texts(reference.prompts, ours)
+    wrong = [text for text in compared if not _same_encoding(ours, theirs, text)]
+    yield _none_of("texts that are tokenized otherwise", wrong, len(compared))
+    name = "conversations that are written otherwise"
+    if ours.chat_template is None:
+        yield not_run(name, Severity.NICE, "the model has no chat template")
+        return
+    chats = list(_conversations(reference))
+    differing = [chat for chat, ends in chats if not _same_chat(ours, theirs, chat, ends)]
+    yield _none_of(name, differing, len(chats))
+
+
+def _same_encoding(ours: TextTokenizer, theirs: Any, text: str) -> bool:
+    """With special tokens as such, as text, with what goes before a text, and back."""
+    plain, special = ours.encode(text), ours.encode(text, allow_special=True)
+    begun = [ours.bos_id, *special] if ours.add_bos else special
+    found = (
+        theirs(text, add_special_tokens=False)["input_ids"],
+        theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+        theirs(text)["input_ids"],
+        theirs.decode(special, skip_special_tokens=False),
+    )
+    return bool(found == (special, plain, begun, ours.decode(special)))
+
+
+def _conversations(reference: Reference) -> Iterator[tuple[list[Message], bool]]:
+    """Questions alone, answered, asked again, under a system's word, and after an answer; each with and without the
+    start of an answer, and one that is odd."""
+    for question, answer in itertools.islice(_asked(reference.prompts), _QUESTIONS):
+        asked: Message = {"role": "user", "content": question}
+        said: Message = {"role": "assistant", "content": answer}
+        system: Message = {"role": "system", "content": "Answer briefly."}
+        forms = ([asked], [asked, said], [asked, said, asked], [system, asked], [said, asked])
+        yield from itertools.product(map(list, forms), (True, False))
+    yield [{"role": "user", "content": "\n".join(ODD_TEXTS)}], True
+
+
+def _asked(prompts: Prompts) -> Iterator[tuple[str, str]]:
+    if isinstance(prompts, RowPrompts):
+        yield from ((row.prompt, row.teacher_text) for row in prompts.rows)
+    else:
+        assert isinstance(prompts, TextPrompts)
+        questions = [prompt.text for prompt in prompts.chat_prompts]
+        yield from zip(questions, itertools.islice(itertools.cycle(questions), 1, None), strict=False)
+
+
+def _same_chat(ours: TextTokenizer, theirs: Any, chat: Sequence[Message], ends: bool) -> bool:
+    """The text and its tokens; a conversation that the template refuses is refused by both."""
+    assert ours.chat_template is not None
+    try:
+        expected = ours.chat_template.render(chat, add_generation_prompt=ends)
+    except TokenizerError:
+        try:
+            theirs.apply_chat_template(list(chat), add_generation_prompt=ends, tokenize=False)
+        except jinja2.TemplateError:
+            return True
+        return False
+    text = theirs.apply_chat_template(list(chat), add_generation_prompt=ends, tokenize=False)
+    ids = theirs.apply_chat_template(list(chat), add_generation_prompt=ends, return_dict=False)
+    return bool(text == expected and ids == ours.encode(expected, allow_special=True))

@@ -1,0 +1,30 @@
+"""Weights of others, in the checkpoint's form. The owner of weight formats:
+
+- :mod:`coremill.formats.source`: what the formats share, and the tensors' names in each;
+- :mod:`coremill.formats.huggingface.reader`: directories with a config.json and safetensors;
+- :mod:`coremill.formats.gguf.reader`: GGUF files, on the container of :mod:`coremill.formats.gguf.container`.
+
+A source is opened first, which reads its headers alone: configuration, names, shapes. What can be refused is
+refused then; :meth:`WeightsSource.read` reads the tensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coremill.core.errors import CheckpointUnreadableError
+from coremill.formats.gguf.reader import GgufWeights
+from coremill.formats.huggingface.reader import HuggingFaceWeights
+from coremill.formats.source import WeightsSource
+
+__all__ = ["GgufWeights", "HuggingFaceWeights", "WeightsSource", "open_weights"]
+
+
+def open_weights(path: Path) -> GgufWeights | HuggingFaceWeights:
+    """Open the Hugging Face directory or the GGUF file at `path`; raises as :class:`WeightsSource` does."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointUnreadableError(
+            f"there is no {path}", expected="a Hugging Face directory with safetensors, or a GGUF file"
+        )
+    return HuggingFaceWeights(path) if path.is_dir() else GgufWeights(path)

@@ -1,0 +1,1 @@
+"""Tokenizers and chat templates: those of the student, and those that come with a model."""

@@ -1,0 +1,1 @@
+"""Verification: run a package, compare it with its checkpoint, and judge the result by gates."""

@@ -1,0 +1,247 @@
+"""The measurements of the functions with a key/value cache: `prefill` and `decode` against `main`, and the cache.
+
+Legend: n tokens of a prompt, T sequence length, S positions of the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from coremill.core.errors import CacheFullError, CoremillError
+from coremill.core.reports import Answer, StatefulError, StatefulMeasured, StatefulReport
+from coremill.coreml.graph import LOGITS
+from coremill.data.prompts import Chat, TextPrompts
+from coremill.mil.measures import max_abs_err, power, ratio_db, sqnr_db
+from coremill.model.decoding import generate, greedy
+from coremill.verification.backends import Array, StatefulRunner
+from coremill.verification.main_checks import Outputs, Reference
+
+CONTINUED = 2
+"""Tokens decoded after each prompt: the first reads what `prefill` wrote, the second also what `decode` did."""
+ANSWERS = 4
+"""Questions answered greedily through the cache."""
+ANSWER_TOKENS = 32
+"""Most tokens of such an answer."""
+
+
+class Prompted(NamedTuple):
+    """A prompt to read: the first `length` tokens of a text, padded to `seq_len`."""
+
+    seq_len: int
+    length: int
+
+
+def planned_prompts(lengths: Sequence[int]) -> tuple[Prompted, ...]:
+    """The prompts that are read at `lengths`.
+
+    At the shortest, prompts of one token, of an odd number of tokens, of all but one and of all; at each other,
+    where a prompt may take ten seconds, of all but one.
+    """
+    shortest, *others = sorted(lengths)
+    at_shortest = sorted({1, _odd(shortest), max(1, shortest - 1), shortest})
+    return (
+        *(Prompted(shortest, length) for length in at_shortest),
+        *(Prompted(seq_len, seq_len - 1) for seq_len in others),
+    )
+
+
+def _odd(seq_len: int) -> int:
+    """An odd length in the first half."""
+    return max(1, seq_len // 4 * 2 - 1)
+
+
+class Said(NamedTuple):
+    """What a function said after the token at a place of the text."""
+
+    place: int
+    outputs: Outputs
+
+
+class MainRows:
+    """What `main` said at some positions of a text.
+
+    Args:
+        ids: the text, of the longest length that runs.
+        outputs: `main`'s for it.
+        lengths: those that there is a `prefill` for.
+        decoded: how many of the first positions are compared with tokens decoded one by one.
+    """
+
+    def __init__(self, ids: Sequence[int], outputs: Outputs, lengths: Sequence[int], decoded: int) -> None:
+        self.ids = ids
+        self.prompts = [prompt for prompt in planned_prompts(lengths) if prompt.length <= len(ids)]
+        self.decoded = min(decoded, len(ids))
+        wanted = set(range(self.decoded))
+        for prompt in self.prompts:
+            wanted |= set(range(prompt.length - 1, min(prompt.length + CONTINUED, len(ids))))
+        # Copies, so that the rest of the outputs, which may be 800 MB, can go.
+        self._rows = {
+            place: {name: array[place].copy() for name, array in outputs.items()} for place in sorted(wanted)
+        }
+
+    def __contains__(self, place: int) -> bool:
+        return place in self._rows
+
+    def sqnr_db(self, found: Sequence[Said]) -> float:
+        """The SQNR of outputs at some positions, all together, of the worst output; NaN of none.
+
+        That of fp16 noise varies between positions by 20 dB, so that none is judged alone: one that is wrong leaves
+        at most 10·log10(their number) of it.
+        """
+        if not found:
+            return math.nan
+        return float(
+            np.min(
+                [
+                    ratio_db(
+                        sum(power(self._rows[place][name]) for place, _ in found),
+                        sum(power(_difference(self._rows[place][name], said[name])) for place, said in found),
+                    )
+                    for name in found[0].outputs
+                ]
+            )
+        )
+
+
+def _difference(reference: Array, measured: Array) -> Array:
+    return reference.astype(np.float64) - measured.astype(np.float64)
+
+
+def measure_stateful(runner: StatefulRunner, main: MainRows) -> StatefulReport:
+    """Run `prefill` and `decode` and compare them with `main`; see :class:`StatefulMeasured`."""
+    try:
+        said = {prompt: list(_read(runner, main, prompt)) for prompt in main.prompts}
+        prefilled = [first for first, *_ in said.values()]
+        continued = [each for _, *others in said.values() for each in others]
+        decoded = list(_one_by_one(runner, main))
+        middle = _middle(main)
+        return StatefulMeasured(
+            backend=runner.backend,
+            cache_positions=runner.capacity,
+            prefills=len(prefilled),
+            prefill_sqnr_db=main.sqnr_db(prefilled),
+            decoded=len(decoded),
+            decode_sqnr_db=main.sqnr_db(decoded),
+            continued=len(continued),
+            continued_sqnr_db=main.sqnr_db(continued),
+            padding_err=_padding_err(runner, main, middle, said[middle]),
+            emptied_sqnr_db=_emptied(runner, main, middle, said[middle]),
+            end_problem=end_problem(runner, main.ids[0]),
+        )
+    except CoremillError as failure:
+        return StatefulError(backend=runner.backend, error=failure.found)
+    except (RuntimeError, ValueError) as failure:  # of the backend, or of outputs that are not finite
+        return StatefulError(backend=runner.backend, error=f"{type(failure).__name__}: {failure}")
+
+
+def _middle(main: MainRows) -> Prompted:
+    """The prompt with the most padding that is not a single token."""
+    shortest = min(prompt.seq_len for prompt in main.prompts)
+    return Prompted(shortest, _odd(shortest))
+
+
+def _read(runner: StatefulRunner, main: MainRows, prompt: Prompted, *, pad_id: int | None = None) -> Iterator[Said]:
+    """What is said after a prompt, and after each of the tokens that follow it in the text."""
+    runner.reset()
+    outputs = runner.prefill(main.ids[: prompt.length], seq_len=prompt.seq_len, pad_id=pad_id)
+    yield Said(prompt.length - 1, outputs)
+    for place in range(prompt.length, prompt.length + CONTINUED):
+        if place in main and place < runner.capacity:
+            yield Said(place, runner.decode(main.ids[place]))
+
+
+def _one_by_one(runner: StatefulRunner, main: MainRows) -> Iterator[Said]:
+    """What is said after each token, from an empty cache on."""
+    runner.reset()
+    for place in range(min(main.decoded, runner.capacity)):
+        yield Said(place, runner.decode(main.ids[place]))
+
+
+def _padding_err(runner: StatefulRunner, main: MainRows, prompt: Prompted, before: Sequence[Said]) -> float:
+    """The largest change of any output, after the prompt and after what follows it, with other padding."""
+    other = next(token for token in (*main.ids, 0, 1) if token != runner.pad_id)
+    again = _read(runner, main, prompt, pad_id=other)
+    changes = [
+        max_abs_err(said.outputs[name], found.outputs[name])
+        for said, found in zip(before, again, strict=True)
+        for name in said.outputs
+    ]
+    return float(np.max(changes))
+
+
+def _emptied(runner: StatefulRunner, main: MainRows, prompt: Prompted, before: Sequence[Said]) -> float:
+    """The SQNR of the logits of the token after the prompt, when the prompt's keys and values are zeros.
+
+    Against what `decode` itself said with them: one that never looks at the cache says the same.
+    """
+    if len(before) < 2:
+        raise ValueError(f"no token of the text follows a prompt of {prompt.length}")
+    place, outputs = before[1]
+    runner.reset(position=place)
+    return sqnr_db(outputs[LOGITS], runner.decode(main.ids[place])[LOGITS])
+
+
+def end_problem(runner: StatefulRunner, token: int) -> str | None:
+    """Why the end of the cache is not an error, if so: the last place takes a token, and none comes after it."""
+    runner.reset(position=runner.capacity - 1)
+    runner.decode(token)
+    for what, beyond in (
+        ("a token", lambda: runner.decode(token)),
+        ("a prompt", lambda: _prompt_beyond(runner, token)),
+    ):
+        try:
+            beyond()
+        except CacheFullError:
+            continue
+        except (CoremillError, RuntimeError) as failure:
+            return f"{what} beyond the {runner.capacity} positions of the cache was run: {failure}"
+        return f"{what} beyond the {runner.capacity} positions of the cache was taken"
+    return None
+
+
+def _prompt_beyond(runner: StatefulRunner, token: int) -> None:
+    runner.reset()
+    runner.prefill([token] * (runner.capacity + 1))
+
+
+def answer_greedily(
+    runner: StatefulRunner, reference: Reference, prompts: TextPrompts, *, margin: float
+) -> tuple[Answer, ...]:
+    """Answer a few questions through the cache, each token the likeliest.
+
+    An answer is right where every token of it is the checkpoint's own choice after the same tokens, or within
+    `margin` logits of it: there, rounding alone may turn the order.
+    """
+    fitting = [chat for chat in prompts.chats if len(chat.ids) <= min(runner.lengths[-1], runner.capacity - 1)]
+    answers = []
+    for chat in fitting[:ANSWERS]:
+        ids = _answer(runner, chat, prompts)
+        scores = reference.run([*chat.ids, *ids[:-1]])[LOGITS][len(chat.ids) - 1 :]  # row i scores token i
+        lost = [float(row.max() - row[token]) for row, token in zip(scores, ids, strict=True)]
+        is_ended = ids[-1] in prompts.tokenizer.eos_ids
+        known = [token for token in ids[: len(ids) - is_ended] if token < prompts.tokenizer.vocab_size]
+        answers.append(
+            Answer(
+                prompt=chat.text,
+                answer=prompts.tokenizer.decode(known),
+                mood=None,
+                right=all(each <= margin for each in lost),
+            )
+        )
+    return tuple(answers)
+
+
+def _answer(runner: StatefulRunner, chat: Chat, prompts: TextPrompts) -> list[int]:
+    runner.reset()
+
+    def next_logits(tokens: list[int]) -> Array:
+        said: Mapping[str, Array] = runner.decode(tokens[-1]) if runner.position else runner.prefill(tokens)
+        return said[LOGITS]
+
+    room = min(ANSWER_TOKENS, runner.capacity - len(chat.ids) + 1)  # the last token need not be in the cache
+    stop_ids = prompts.tokenizer.eos_ids
+    return generate(next_logits, chat.ids, stop_ids=stop_ids, max_new_tokens=room, sampler=greedy)

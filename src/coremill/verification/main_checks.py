@@ -1,0 +1,254 @@
+"""The measurements that verification makes of a package; `checklist.py` decides what they are worth.
+
+Legend: N positions, T sequence length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+
+from coremill.core.config import DistilledVerify
+from coremill.core.errors import ContractMismatchError, CoremillError
+from coremill.core.reports import Answer, HeldoutAnswers, ShapeError, ShapeMeasured, ShapeReport
+from coremill.coreml.graph import LOGITS, as_input
+from coremill.data.judge import judge
+from coremill.data.prompts import Probe, Prompts, conversation
+from coremill.data.rows import Row
+from coremill.data.teacher import entropy, halt_labels, teacher_targets
+from coremill.mil.measures import log_softmax, max_abs_err, sqnr_db
+from coremill.model.decoding import TemperatureSampler, greedy
+from coremill.model.student import Student, output_names
+from coremill.text.student_tokenizer import TOOL_CALL, Tokenizer
+from coremill.verification.agreement import Agreement, Comparison
+from coremill.verification.backends import Array, Runner
+from coremill.verification.scoring import ScoredAnswer, Scorer, answer_question, score_answer
+
+Outputs = Mapping[str, Array]
+"""By name, each (T, …) without the batch dimension."""
+
+
+class Reference:
+    """The checkpoint's model, eager and in float32."""
+
+    def __init__(self, student: Student) -> None:
+        self._student = student
+        self.names = output_names(student.config)
+
+    def run(self, ids: Sequence[int]) -> dict[str, Array]:
+        """The outputs by name for `ids` (T,), without the batch dimension: (T, V) and (T, 2) float32."""
+        with torch.no_grad():
+            outputs = self._student(as_input(ids))
+        return {name: tensor[0].numpy() for name, tensor in zip(self.names, outputs, strict=True)}
+
+
+class ShapeRun(NamedTuple):
+    """What came of one shape."""
+
+    report: ShapeReport
+    ids: list[int]
+    """The first sequence that was compared, T tokens."""
+    outputs: Outputs
+    """The package's, for `ids`; none where the shape did not run."""
+
+
+def measure_shape(
+    runner: Runner, reference: Reference, prompts: Prompts, seq_len: int, *, margin: float
+) -> ShapeRun:
+    """Run the package at `seq_len` and compare it with the checkpoint's model, on real token ids.
+
+    Errors, SQNR and KL are over every position; the first two are of the worst output. See
+    :meth:`Prompts.compared` for what top-1 agreement is about.
+    """
+    by_output = {name: Comparison(margin=margin) for name in reference.names}
+    scorer = Scorer(runner, [seq_len], prompts.pad_id)
+    first: list[int] = []
+    outputs: Outputs = {}
+    try:
+        for ids, judged, is_scored in prompts.compared(seq_len):
+            expected, found = reference.run(ids), scorer.score(ids)
+            for name, comparison in by_output.items():
+                tokens = ids if is_scored and name == LOGITS else None
+                comparison.add(expected[name], found[name], judged=judged, tokens=tokens)
+            if not first:
+                first, outputs = ids, found
+            del expected, found  # each may take 800 MB, and the next ones come first
+        report = _measured(runner, {name: comparison.result() for name, comparison in by_output.items()})
+        return ShapeRun(report, first, outputs)
+    except CoremillError as failure:
+        error = failure.found
+    except (RuntimeError, ValueError) as failure:  # of the backend at this shape, or of logits that are not finite
+        error = f"{type(failure).__name__}: {failure}"
+    return ShapeRun(ShapeError(backend=runner.backend, error=error), [], {})
+
+
+def _measured(runner: Runner, by_output: Mapping[str, Agreement]) -> ShapeMeasured:
+    logits = by_output[LOGITS]
+    return ShapeMeasured(
+        backend=runner.backend,
+        max_abs_err=max(agreement.max_abs_err for agreement in by_output.values()),
+        sqnr_db=min(agreement.sqnr_db for agreement in by_output.values()),
+        kl_nats=logits.kl_nats,
+        top1_agreement=logits.top1_agreement,
+        positions=logits.judged,
+        excluded=logits.excluded,
+        perplexity=logits.perplexity,
+    )
+
+
+def causality_leak(runner: Runner, probes: Sequence[Probe], known: ShapeRun) -> float | None:
+    """The largest change of any output before the place of a token that changes.
+
+    Args:
+        known: what the package said of a sequence already; it is not asked again.
+
+    Returns:
+        None where nothing was compared; NaN where an output is.
+    """
+    leaks = []
+    for ids, changes in probes:
+        before = known.outputs if ids == known.ids else runner.run(ids)
+        for place, token in changes:
+            after = runner.run([*ids[:place], token, *ids[place + 1 :]])
+            leaks += [_largest_change(before[name][:place], after[name][:place]) for name in before]
+    return float(np.max(leaks)) if leaks else None  # unlike Python's max, NaN where there is one
+
+
+def _largest_change(before: Array, after: Array) -> float:
+    """The largest difference; row by row, because a copy of all logits in float64 may take 1.6 GB."""
+    return float(np.max([max_abs_err(*rows) for rows in zip(before, after, strict=True)], initial=0.0))
+
+
+def padding_sqnr_db(runner: Runner, reference: Reference, prompts: Prompts, lengths: Sequence[int]) -> float | None:
+    """The worst SQNR of the valid positions of padded conversations, at any length and of any output.
+
+    Against the checkpoint's model on the conversation without padding; in dB. None where nothing was compared.
+    """
+    ratios = []
+    for ids, padded_to in prompts.padded(lengths).items():
+        expected = reference.run(ids)
+        for seq_len in padded_to:
+            found = Scorer(runner, [seq_len], prompts.pad_id).score_at(ids, seq_len)
+            ratios += [sqnr_db(expected[name], found[name][: len(ids)]) for name in expected]
+    return float(np.min(ratios)) if ratios else None
+
+
+class Heldout(msgspec.Struct, frozen=True, kw_only=True):
+    """What held-out questions show, asked greedily."""
+
+    answers: HeldoutAnswers
+    halt_agreement: float | None
+    """Share of halt decisions, from the prompt's last token on, that are the label; None without a halt head."""
+
+
+def ask_heldout(scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer) -> Heldout | None:
+    """Answer each question greedily through the package, and score the teacher's answer to it.
+
+    An id is beyond the vocabulary where the package's logits have no entry for it, or the tokenizer no token. It is
+    counted, never clamped: a row that has one is not asked, and an answer that has one is not exact. None where no
+    row could be asked.
+
+    Raises:
+        ContractMismatchError: a conversation is longer than the package's longest length.
+    """
+    limit = min(scorer.vocab_size, tokenizer.vocab_size)
+    tally = dict.fromkeys(("exact", "right_mood", "with_mood", "right_tool_call", "with_tool_call", "beyond"), 0)
+    figures: list[tuple[float, float]] = []
+    halts: list[bool] = []
+    for row in rows:
+        kind = _kind(row)
+        if kind is not None:
+            tally[f"with_{kind}"] += 1
+        if unknown := _beyond(conversation(row, tokenizer), limit):
+            tally["beyond"] += unknown
+            continue
+        ids = answer_question(scorer, row.prompt, tokenizer, greedy)
+        unknown = _beyond(ids, limit)
+        tally["beyond"] += unknown
+        verdict = judge(row, _text(ids, tokenizer))
+        is_whole = ids[-1:] == [tokenizer.end_id] and not unknown
+        tally["exact"] += verdict.exact and is_whole
+        if kind is not None:
+            tally[f"right_{kind}"] += verdict.right and is_whole
+        if (scored := score_answer(scorer, row, tokenizer)) is None:
+            raise ContractMismatchError(
+                f"the conversation of row {row.id} is longer than the package's longest length {scorer.longest}",
+                expected="held-out questions and answers that fit",
+            )
+        figures += _teacher_figures(scored, row, tokenizer)
+        halts += _halt_decisions(scored)
+    if not figures:
+        return None
+    cross_entropy, floor = np.mean(figures, axis=0)
+    return Heldout(
+        answers=HeldoutAnswers(
+            asked=len(rows),
+            exact=tally["exact"],
+            right_mood=tally["right_mood"],
+            with_mood=tally["with_mood"],
+            right_tool_call=tally["right_tool_call"],
+            with_tool_call=tally["with_tool_call"],
+            out_of_vocabulary=tally["beyond"],
+            teacher_kl_nats=float(cross_entropy - floor),
+            teacher_entropy_nats=float(floor),
+            cross_entropy_nats=float(cross_entropy),
+        ),
+        halt_agreement=float(np.mean(halts)) if halts else None,
+    )
+
+
+def _kind(row: Row) -> Literal["mood", "tool_call"] | None:
+    """What a right answer to the row is judged by, if not by the letter alone."""
+    if row.mood is not None:
+        return "mood"
+    return "tool_call" if row.teacher_text.startswith(TOOL_CALL) else None
+
+
+def _beyond(ids: Sequence[int], limit: int) -> int:
+    """How many of `ids` are at or beyond `limit`."""
+    return sum(token >= limit for token in ids)
+
+
+def _text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of an answer; of ids that the tokenizer does not know there is none."""
+    return tokenizer.decode_answer([token for token in ids if token < tokenizer.vocab_size])
+
+
+def _teacher_figures(scored: ScoredAnswer, row: Row, tokenizer: Tokenizer) -> list[tuple[float, float]]:
+    """Cross entropy with the teacher, and the teacher's entropy, at each answer token; in nats.
+
+    KL(teacher ‖ package) is their difference: Σ p·log p − Σ p·log q.
+    """
+    log_q = log_softmax(scored.logits)
+    targets = teacher_targets(row, tokenizer)
+    return [
+        (-math.fsum(share * float(scores[token]) for token, share in target.items()), entropy(target))
+        for target, scores in zip(targets, log_q, strict=True)
+    ]
+
+
+def _halt_decisions(scored: ScoredAnswer) -> list[bool]:
+    """Whether each decision is the label."""
+    if scored.halt_logits is None:
+        return []
+    decisions = scored.halt_logits.argmax(-1)  # (A + 1,): the prompt's last token, then the answer's
+    return [bool(same) for same in decisions == np.array(halt_labels(len(decisions) - 1))]
+
+
+def ask_sampled(
+    scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer, config: DistilledVerify
+) -> tuple[Answer, ...]:
+    """Answer each question through the package, sampled at temperature 1 with the configuration's seed."""
+    sampler = TemperatureSampler(1.0, config.sampling_seed)
+    answers = []
+    for row in rows:
+        ids = answer_question(scorer, row.prompt, tokenizer, sampler)
+        text = _text(ids, tokenizer)
+        right = judge(row, text).right and not _beyond(ids, tokenizer.vocab_size)
+        answers.append(Answer(prompt=row.prompt, answer=text, mood=row.mood, right=right))
+    return tuple(answers)

@@ -1,0 +1,470 @@
+"""The agreement matrix: every format of one model on the same text, against the checkpoint's model.
+
+A format is whatever gives logits for token ids: a row more is a :class:`Format` more in :func:`groups_of`, and a
+line in `core.matrix.FORMATS`.
+
+Legend: N tokens of a sequence, T the length that it is padded to, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import msgspec
+import torch
+
+from coremill.core.config import ConvertConfig, GgufType, ImportedVerify, VerifyConfig
+from coremill.core.contract import Contract, Frontend, read_contract, shape_key
+from coremill.core.digest import digest, file_digest
+from coremill.core.documents import read_json
+from coremill.core.errors import ConfigError, ContractMismatchError, CoremillError, DigestError
+from coremill.core.gates import PlatformReason
+from coremill.core.layout import parity_report
+from coremill.core.matrix import (
+    COREML,
+    EAGER,
+    FORMATS,
+    GGUF,
+    MIL_FLOAT32,
+    MIL_REFERENCE,
+    TORCH_EXPORT,
+    TORCHSCRIPT,
+    TRANSFORMERS,
+    AgreementMatrix,
+    FormatFailed,
+    FormatMeasured,
+    FormatNotRun,
+    FormatRow,
+    Measure,
+    Tolerance,
+    all_within,
+    outside,
+)
+from coremill.core.parity import MAX_RELATIVE_ERR, GgufParity, HuggingFaceParity
+from coremill.coreml.converter import working_lengths
+from coremill.coreml.decoder import Decoder, Main
+from coremill.coreml.exported import export_main
+from coremill.coreml.graph import (
+    LOGITS,
+    Program,
+    as_input,
+    check_main,
+    load_program,
+    parse_program,
+    program_bytes,
+    run_program,
+    trace,
+)
+from coremill.coreml.package import check_package
+from coremill.data.prompts import Compared, Prompts, load_prompts
+from coremill.formats.gguf.parity import BOUNDS
+from coremill.formats.huggingface.parity import load_model
+from coremill.formats.llamacpp.process import LlamaCpp
+from coremill.model.checkpoint import build_student, check_vocabulary, load_checkpoint
+from coremill.model.student import Student
+from coremill.verification.agreement import Comparison
+from coremill.verification.backends import Array, core_ml_runner, has_core_ml, reference_runner
+from coremill.verification.main_checks import Outputs, Reference
+from coremill.verification.rounding import MIN_SQNR_DB, are_rounded, round_weights, wide_runner
+from coremill.verification.verify import lane_of
+
+log = logging.getLogger(__name__)
+
+_FLOAT32 = "the checkpoint in float32"
+_AGAIN = "coremill status"
+_ROUNDED = "the checkpoint in float32, its weights rounded as the package's"
+
+Run = Callable[[Sequence[int]], Mapping[str, Array]]
+"""The outputs by name, (N or T, …) each, for N ≤ T token ids; `logits` among them."""
+
+
+class Subject(msgspec.Struct, frozen=True, kw_only=True):
+    """The artifacts of one run that are compared."""
+
+    run: str
+    checkpoint: Path
+    tokenizer: Path
+    prompts: Path
+    """What the model is run on: a folder with texts or with a held-out set."""
+    contract: Path
+    """The program that it describes lies beside it."""
+    package: Path
+    hf: Path
+    """The Hugging Face directory."""
+    hf_dtype: str
+    """Of its tensors."""
+    gguf: Mapping[GgufType, Path]
+    """The files that the run makes."""
+
+
+class Format(msgspec.Struct, frozen=True, kw_only=True):
+    """A form of the model."""
+
+    name: str
+    load: Callable[[], AbstractContextManager[Run]]
+    """Called once, when its row's turn comes; what it holds is released before the next row's."""
+    is_float32: bool = False
+    """Whether it computes in float32 with the reference's weights, so that float32's rounding bounds its errors."""
+    not_run: FormatNotRun | None = None
+    """Why this machine cannot run it."""
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True):
+    """Formats that are compared with one reference."""
+
+    reference: str
+    make: Callable[[], Run]
+    formats: tuple[Format, ...]
+
+
+def agreement_matrix(
+    subject: Subject,
+    verify: VerifyConfig,
+    convert: ConvertConfig,
+    *,
+    seq_len: int | None,
+    chosen: Collection[str],
+) -> AgreementMatrix:
+    """Run the formats `chosen` on what the package is verified on, at one length.
+
+    Args:
+        seq_len: the length that every format runs at; the contract's primary shape where it is None.
+        chosen: names of formats; the others are rows that did not run.
+
+    Raises:
+        DocumentError, SchemaVersionError: the contract is not one.
+        ContractMismatchError: the checkpoint, the program or the package is not the contract's.
+        ConfigError: the graph does not run at `seq_len`.
+        PackageError, DigestError: the package is broken, or was altered after it was saved.
+        CoremillError: the checkpoint, the tokenizer or the texts do not read, or do not fit one another.
+    """
+    contract = read_contract(subject.contract)
+    check_main(contract)
+    seq_len = _checked_length(contract, seq_len)
+    reads_package = any(FORMATS[name].reads == "package" for name in chosen)
+    _check_digests(subject, contract, reads_package=reads_package)
+    checkpoint = load_checkpoint(subject.checkpoint)
+    prompts = load_prompts(subject.tokenizer, subject.prompts, rows=verify.rows)
+    check_vocabulary(checkpoint, prompts.tokenizer)
+    compared = list(prompts.compared(seq_len))
+    student = build_student(checkpoint)
+    del checkpoint  # the student has copies of its weights
+    groups = groups_of(subject, contract, student, prompts, convert, seq_len)
+    formats = [each for group in groups for each in group.formats]
+    measured = _Measured(compared, verify)
+    found = [row for group in groups for row in measured.rows(group, chosen)]
+    tolerances = _tolerances(formats, verify, measured.largest)
+    rows = tuple(
+        msgspec.structs.replace(row, outside=outside(row, tolerances)) if isinstance(row, FormatMeasured) else row
+        for row in found
+    )
+    return AgreementMatrix(
+        run=subject.run,
+        lane=lane_of(contract),
+        shape=shape_key(seq_len),
+        sequences=len(compared),
+        checkpoint_digest=contract.checkpoint_digest,
+        contract_digest=file_digest(subject.contract),
+        package_digest=digest(subject.package) if reads_package else None,
+        argmax_margin=verify.argmax_margin,
+        tolerances=tolerances,
+        rows=rows,
+        within=all_within(rows),
+    )
+
+
+def _checked_length(contract: Contract, seq_len: int | None) -> int:
+    working = working_lengths(contract)
+    if seq_len is None or seq_len in working:
+        return contract.shapes.primary if seq_len is None else seq_len
+    raise ConfigError(
+        f"the graph does not run at {shape_key(seq_len)}", expected=f"one of {', '.join(map(shape_key, working))}"
+    )
+
+
+def _check_digests(subject: Subject, contract: Contract, *, reads_package: bool) -> None:
+    """Check that what lies there is what the contract is about, before anything is run."""
+    graph = subject.contract.parent / contract.graph
+    found = {
+        f"{subject.checkpoint}": (file_digest(subject.checkpoint), contract.checkpoint_digest),
+        f"{graph}": (file_digest(graph), contract.graph_digest),
+    }
+    if reads_package:
+        facts = check_package(subject.package)
+        found[f"the contract of {subject.package}"] = (facts.contract_digest, file_digest(subject.contract))
+    for what, (is_digest, expected) in found.items():
+        if is_digest != expected:
+            raise ContractMismatchError(
+                f"{what} is {is_digest}",
+                expected=f"{expected}, as {subject.contract} has it",
+                run=_AGAIN,
+            )
+
+
+# The formats
+
+
+def groups_of(
+    subject: Subject,
+    contract: Contract,
+    student: Student,
+    prompts: Prompts,
+    convert: ConvertConfig,
+    seq_len: int,
+) -> tuple[Group, ...]:
+    """The rows of the matrix, those with a reference of their own last: it takes the student's place."""
+
+    def padded(run: Run) -> Run:
+        return lambda ids: run([*ids, *[prompts.pad_id] * (seq_len - len(ids))])
+
+    is_rounded = are_rounded(student, convert)
+    is_float32 = convert.compute_precision == "float32"
+    needs_mac = FormatNotRun(
+        format=COREML, reason="Core ML runs on macOS only", platform_reason=PlatformReason.NEEDS_MACOS
+    )
+    unknown_rounding = FormatNotRun(
+        format=MIL_FLOAT32, reason="a weight is beyond float16's range, so that the conversion rounds none of them"
+    )
+
+    def program(frontend: Frontend) -> Run:
+        return padded(_program_run(_program(frontend, subject, contract, student, prompts), contract))
+
+    return (
+        Group(
+            reference=_FLOAT32,
+            make=lambda: Reference(student).run,
+            formats=(
+                Format(name=EAGER, is_float32=True, load=lambda: nullcontext(padded(Reference(student).run))),
+                Format(name=TORCHSCRIPT, is_float32=True, load=lambda: nullcontext(program("torchscript"))),
+                Format(name=TORCH_EXPORT, is_float32=True, load=lambda: nullcontext(program("torch-export"))),
+                Format(
+                    name=MIL_REFERENCE,
+                    load=lambda: nullcontext(padded(reference_runner(subject.package, contract).run)),
+                ),
+                Format(
+                    name=COREML,
+                    load=lambda: nullcontext(padded(core_ml_runner(subject.package, contract).run)),
+                    not_run=None if has_core_ml() else needs_mac,
+                ),
+                Format(
+                    name=TRANSFORMERS,
+                    is_float32=subject.hf_dtype == "float32",
+                    load=lambda: nullcontext(padded(_transformers_run(subject.hf, contract))),
+                ),
+                *_gguf_formats(subject, contract, seq_len),
+            ),
+        ),
+        Group(
+            reference=_ROUNDED,
+            make=lambda: Reference(round_weights(student) if is_rounded else student).run,
+            formats=(
+                Format(
+                    name=MIL_FLOAT32,
+                    load=lambda: nullcontext(padded(wide_runner(subject.package, contract).run)),
+                    not_run=None if is_rounded or is_float32 else unknown_rounding,
+                ),
+            ),
+        ),
+    )
+
+
+def _gguf_formats(subject: Subject, contract: Contract, seq_len: int) -> Iterator[Format]:
+    absent = "the configuration's [gguf] types do not name it"
+    for name, kind in GGUF.items():
+        path = subject.gguf.get(kind, Path())
+        yield Format(
+            name=name,
+            is_float32=kind == "f32" and kind in subject.gguf,
+            load=functools.partial(_llama_cpp, path, contract, context=seq_len),
+            not_run=None if kind in subject.gguf else FormatNotRun(format=name, reason=absent),
+        )
+
+
+def _check_proved(files: Iterable[Path], proof: HuggingFaceParity | GgufParity, contract: Contract) -> None:
+    """Check that files are those that were proved, of the checkpoint that is compared.
+
+    Raises:
+        ContractMismatchError, DigestError: they are not.
+    """
+    for path in files:
+        if proof.checkpoint_digest != contract.checkpoint_digest:
+            raise ContractMismatchError(
+                f"{path} was made of {proof.checkpoint_digest}", expected=contract.checkpoint_digest, run=_AGAIN
+            )
+        if (found := file_digest(path)) != (expected := proof.digests.get(path.name)):
+            raise DigestError(
+                f"{path} is {found}, {expected} was proved", expected="the file as written", run=_AGAIN
+            )
+
+
+def _transformers_run(folder: Path, contract: Contract) -> Run:
+    proof = read_json(parity_report(folder), HuggingFaceParity)
+    _check_proved([folder / name for name in proof.files], proof, contract)
+    model = load_model(folder)
+
+    def run(ids: Sequence[int]) -> dict[str, Array]:
+        with torch.no_grad():
+            return {LOGITS: model(input_ids=as_input(ids).long(), use_cache=False).logits[0].numpy()}
+
+    return run
+
+
+@contextmanager
+def _llama_cpp(path: Path, contract: Contract, *, context: int) -> Iterator[Run]:
+    with LlamaCpp(path, context=context, threads=torch.get_num_threads()) as model:
+        # Behind the loading, which names the tensor at which a file is cut.
+        _check_proved([path], read_json(parity_report(path.parent), GgufParity), contract)
+        yield lambda ids: {LOGITS: model.logits(ids)}
+
+
+def _program(
+    frontend: Frontend, subject: Subject, contract: Contract, student: Student, prompts: Prompts
+) -> Program:
+    """The run's own program, or one made of its checkpoint by the front end that it did not choose."""
+    graph = subject.contract.parent / contract.graph
+    if frontend == contract.frontend:
+        return load_program(graph, frontend)
+    names = [spec.name for spec in contract.outputs]
+    longest = max(working_lengths(contract))
+    (ids,) = prompts.packed(contract.shapes.primary, 1)
+    main = Main(Decoder(student, longest))
+    if frontend == "torch-export":
+        data = export_main(main, as_input(ids), longest, names)
+    else:
+        data = program_bytes(trace(main, ids, names))
+    return parse_program(data, where=f"the {frontend} program of {subject.checkpoint}", frontend=frontend)
+
+
+def _program_run(program: Program, contract: Contract) -> Run:
+    def run(ids: Sequence[int]) -> dict[str, Array]:
+        outputs = run_program(program, ids)
+        return {spec.name: tensor[0].numpy() for spec, tensor in zip(contract.outputs, outputs, strict=True)}
+
+    return run
+
+
+# The measures
+
+
+class _Measured:
+    """Runs formats on the same sequences; of their logits, one format's are kept at a time."""
+
+    def __init__(self, compared: Sequence[Compared], verify: VerifyConfig) -> None:
+        self._compared = compared
+        self._margin = verify.argmax_margin
+        self.largest = 0.0
+        """The largest magnitude of the first reference's logits."""
+
+    def rows(self, group: Group, chosen: Collection[str]) -> list[FormatRow]:
+        """The rows of a group; its reference is run only if one of them is."""
+        runnable = [each for each in group.formats if each.name in chosen and each.not_run is None]
+        expected: list[Outputs] = []
+        if runnable:
+            reference = group.make()
+            expected = [reference(each.ids) for each in self._compared]
+            largest = max(float(max(logits[LOGITS].max(), -logits[LOGITS].min())) for logits in expected)
+            self.largest = self.largest or largest
+        return [self._row(each, group, expected, chosen) for each in group.formats]
+
+    def _row(self, subject: Format, group: Group, expected: list[Outputs], chosen: Collection[str]) -> FormatRow:
+        if subject.name not in chosen:
+            return FormatNotRun(format=subject.name, reason="not asked for: see --formats")
+        if subject.not_run is not None:
+            return subject.not_run
+        log.info("%s …", subject.name)
+        try:
+            return self._measure(subject, group, expected)
+        except CoremillError as failure:
+            error = failure.found
+        except (RuntimeError, ValueError) as failure:  # of torch at this length, or of logits that are not finite
+            error = f"{type(failure).__name__}: {failure}"
+        return FormatFailed(format=subject.name, error=error)
+
+    def _measure(self, subject: Format, group: Group, expected: list[Outputs]) -> FormatMeasured:
+        by_output: dict[str, Comparison] = {}
+        with subject.load() as run:
+            for (ids, judged, is_scored), wanted in zip(self._compared, expected, strict=True):
+                found = run(ids)
+                for name in wanted.keys() & found.keys():
+                    comparison = by_output.setdefault(name, Comparison(margin=self._margin))
+                    tokens = ids if is_scored and name == LOGITS else None
+                    comparison.add(wanted[name], found[name][: len(ids)], judged=judged, tokens=tokens)
+                del found  # it may take 800 MB, and the next one comes first
+        if LOGITS not in by_output:
+            raise ValueError(f"it gives no `{LOGITS}`")
+        figures = {name: comparison.result() for name, comparison in by_output.items()}
+        logits = figures[LOGITS]
+        return FormatMeasured(
+            format=subject.name,
+            reference=group.reference,
+            max_abs_err=max(each.max_abs_err for each in figures.values()),
+            sqnr_db=min(each.sqnr_db for each in figures.values()),
+            kl_nats=logits.kl_nats,
+            top1_agreement=logits.top1_agreement,
+            positions=logits.positions,
+            judged=logits.judged,
+            excluded=logits.excluded,
+            perplexity=logits.perplexity,
+            outside=(),
+        )
+
+
+def _tolerances(formats: Sequence[Format], verify: VerifyConfig, largest: float) -> tuple[Tolerance, ...]:
+    """What is allowed of each row, and where it comes from.
+
+    Args:
+        largest: the largest magnitude of the reference's logits; 0 where it was not run.
+    """
+    # GGUF files have bounds of their own: a type of few bits is not what [verify] is about.
+    names = tuple(each.name for each in formats if each.name not in GGUF)
+    in_float32 = tuple(each.name for each in formats if each.is_float32)
+    configured = {
+        Measure.KL_NATS: ("max_kl_nats", verify.max_kl_nats),
+        Measure.EXCLUDED_SHARE: ("max_excluded_share", verify.max_excluded_share),
+    }
+    if isinstance(verify, ImportedVerify):
+        configured[Measure.PERPLEXITY_CHANGE] = ("max_perplexity_change", verify.max_perplexity_change)
+    return (
+        Tolerance(
+            measure=Measure.MAX_ABS_ERR,
+            bound=MAX_RELATIVE_ERR * largest,
+            rows=in_float32,
+            source=f"float32's rounding, as at export: {MAX_RELATIVE_ERR:g} of the largest logit, {largest:.4g}",
+        ),
+        Tolerance(
+            measure=Measure.SQNR_DB,
+            bound=verify.min_sqnr_db,
+            rows=tuple(name for name in names if name != MIL_FLOAT32),
+            source="min_sqnr_db in [verify]",
+        ),
+        Tolerance(
+            measure=Measure.SQNR_DB,
+            bound=MIN_SQNR_DB,
+            rows=(MIL_FLOAT32,),
+            source="float32's rounding, on both sides' same rounded weights",
+        ),
+        Tolerance(
+            measure=Measure.TOP1_AGREEMENT,
+            bound=1.0,
+            rows=names,
+            source=f"every position but the ties, by argmax_margin in [verify]: {verify.argmax_margin:g} logits",
+        ),
+        *(
+            Tolerance(measure=measure, bound=bound, rows=names, source=f"{key} in [verify]")
+            for measure, (key, bound) in configured.items()
+        ),
+        *_gguf_tolerances(formats),
+    )
+
+
+def _gguf_tolerances(formats: Sequence[Format]) -> Iterator[Tolerance]:
+    """Those of the run's GGUF files that have a column here; float32's rounding has one for all rows."""
+    for name, kind in GGUF.items():
+        if not any(each.name == name and each.not_run is None for each in formats):
+            continue
+        if (kl := BOUNDS.get((kind, "kl_nats"))) is not None:
+            yield Tolerance(measure=Measure.KL_NATS, bound=kl.limit, rows=(name,), source=kl.source)

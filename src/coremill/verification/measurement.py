@@ -1,0 +1,278 @@
+"""What running a package shows: `main` at every length, then all that can be asked of it; `checklist.py` judges it.
+
+Legend: T sequence length.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from coremill.core.config import DistilledVerify, ImportedVerify, VerifyConfig
+from coremill.core.contract import Contract, ShapeFailed, shape_key
+from coremill.core.errors import CoremillError, PackageError, UnsupportedOperationError
+from coremill.core.reports import (
+    Answer,
+    Backend,
+    ShapeError,
+    ShapeReport,
+    StatefulError,
+    StatefulReport,
+)
+from coremill.coreml.converter import working_lengths
+from coremill.data.prompts import Prompts, RowPrompts, TextPrompts
+from coremill.mil.measures import sqnr_db
+from coremill.verification.backends import (
+    Runner,
+    core_ml_runner,
+    core_ml_stateful_runner,
+    has_core_ml,
+    reference_runner,
+    reference_stateful_runner,
+)
+from coremill.verification.cached_checks import MainRows, answer_greedily, measure_stateful
+from coremill.verification.main_checks import (
+    Heldout,
+    Outputs,
+    Reference,
+    ShapeRun,
+    ask_heldout,
+    ask_sampled,
+    causality_leak,
+    measure_shape,
+    padding_sqnr_db,
+)
+from coremill.verification.scoring import Scorer
+
+log = logging.getLogger(__name__)
+
+_DECODED_TOKENS = 32
+"""Tokens of a student decoded one by one; for an imported model its configuration says how many."""
+
+
+class Measurement(msgspec.Struct, frozen=True, kw_only=True):
+    """What running the package showed; None and () where it does not run at the primary shape."""
+
+    shapes: dict[str, ShapeReport]
+    load_problem: str | None = None
+    operations: int | None = None
+    leak: float | None = None
+    padding_sqnr_db: float | None = None
+    stateful: StatefulReport | None = None
+    heldout: Heldout | None = None
+    sampled: tuple[Answer, ...] = ()
+    core_ml_sqnr_db: float | None = None
+    core_ml_problem: str | None = None
+
+
+def measure(
+    package: Path,
+    contract: Contract,
+    reference: Reference,
+    prompts: Prompts,
+    config: VerifyConfig,
+    *,
+    stateful: bool,
+) -> Measurement:
+    """Run the package at every length of the contract, and, where it runs at the primary one, all that it can do.
+
+    Args:
+        stateful: whether the functions with a cache are run, if the contract has any.
+    """
+    try:
+        runner = reference_runner(package, contract)
+    except (PackageError, UnsupportedOperationError) as failure:
+        error = ShapeError(backend=Backend.MIL_REFERENCE, error=f"the package does not load: {failure.found}")
+        log.warning("%s", error.error)
+        return Measurement(
+            shapes={shape_key(seq_len): error for seq_len in contract.shapes.all}, load_problem=failure.found
+        )
+    shapes = _Shapes(runner, contract, reference, prompts, config)
+    core_ml = _CoreML(package, contract)
+    for seq_len in contract.shapes.all:
+        shapes.measure(seq_len, core_ml)
+    if contract.shapes.primary not in shapes.running:
+        return Measurement(shapes=shapes.reports, operations=runner.operations)
+    asked = stateful and bool(contract.functions)
+    functions, answers = (
+        _measure_stateful(package, contract, shapes.main, reference, prompts, config) if asked else (None, ())
+    )
+    if asked:
+        core_ml.compare_stateful(package, contract, shapes.main, prompts.pad_id)
+    heldout = None
+    if isinstance(prompts, RowPrompts) and isinstance(config, DistilledVerify):
+        scorer = Scorer(runner, shapes.running, prompts.pad_id)
+        heldout = ask_heldout(scorer, prompts.rows[: config.heldout_answers], prompts.tokenizer)
+        answers = ask_sampled(scorer, prompts.rows[: config.sampled_answers], prompts.tokenizer, config)
+    core_ml_sqnr_db, core_ml_problem = core_ml.result()
+    return Measurement(
+        shapes=shapes.reports,
+        operations=runner.operations,
+        leak=shapes.leak,
+        padding_sqnr_db=padding_sqnr_db(runner, reference, prompts, shapes.running),
+        stateful=functions,
+        heldout=heldout,
+        sampled=answers,
+        core_ml_sqnr_db=core_ml_sqnr_db,
+        core_ml_problem=core_ml_problem,
+    )
+
+
+class _Shapes:
+    """What `main` shows at each length; of its outputs, which may take 800 MB, what is asked for later is kept."""
+
+    def __init__(
+        self, runner: Runner, contract: Contract, reference: Reference, prompts: Prompts, config: VerifyConfig
+    ) -> None:
+        self._runner, self._contract, self._reference, self._prompts = runner, contract, reference, prompts
+        self._config = config
+        self._leaks: list[float] = []
+        self.reports: dict[str, ShapeReport] = {}
+        self.running: list[int] = []
+        """The lengths at which the package runs."""
+        self.main: MainRows
+        """Of the longest of them, what the functions with a cache are compared with."""
+
+    def measure(self, seq_len: int, core_ml: _CoreML) -> None:
+        exported = self._contract.shape_validation[shape_key(seq_len)]
+        if isinstance(exported, ShapeFailed):
+            error = f"left out, because it failed at export: {exported.error}"
+            self.reports[shape_key(seq_len)] = ShapeError(backend=self._runner.backend, error=error)
+            log.warning("%s: %s", shape_key(seq_len), error)
+            return
+        margin = self._config.argmax_margin
+        run = measure_shape(self._runner, self._reference, self._prompts, seq_len, margin=margin)
+        self.reports[shape_key(seq_len)] = run.report
+        _log_shape(shape_key(seq_len), run.report)
+        if isinstance(run.report, ShapeError):
+            return
+        self.running.append(seq_len)
+        probes = self._prompts.probes(seq_len)
+        if (leak := causality_leak(self._runner, probes, run)) is not None:
+            self._leaks.append(leak)
+        for ids, _ in probes:
+            core_ml.compare(ids, run, self._runner)
+        if seq_len == max(self.running):
+            decoded = self._config.decoded_tokens if isinstance(self._config, ImportedVerify) else _DECODED_TOKENS
+            self.main = MainRows(run.ids, run.outputs, working_lengths(self._contract), decoded)
+
+    @property
+    def leak(self) -> float | None:
+        """The largest at any length; None where nothing was compared."""
+        return float(np.max(self._leaks)) if self._leaks else None  # unlike Python's max, NaN where there is one
+
+
+def _measure_stateful(
+    package: Path,
+    contract: Contract,
+    main: MainRows,
+    reference: Reference,
+    prompts: Prompts,
+    config: VerifyConfig,
+) -> tuple[StatefulReport, tuple[Answer, ...]]:
+    """What the functions with a cache show, and what an imported model answers through them."""
+    try:
+        runner = reference_stateful_runner(package, contract, pad_id=prompts.pad_id)
+    except (PackageError, UnsupportedOperationError) as failure:
+        error = f"the functions do not load: {failure.found}"
+        log.warning("prefill and decode: %s", error)
+        return StatefulError(backend=Backend.MIL_REFERENCE, error=error), ()
+    report = measure_stateful(runner, main)
+    _log_stateful(report)
+    if isinstance(report, StatefulError) or not isinstance(prompts, TextPrompts):
+        return report, ()
+    try:
+        return report, answer_greedily(runner, reference, prompts, margin=config.argmax_margin)
+    except (RuntimeError, ValueError) as failure:  # of the backend, or of logits that have no largest
+        error = f"no answer to a question: {type(failure).__name__}: {failure}"
+        return StatefulError(backend=runner.backend, error=error), ()
+
+
+class _CoreML:
+    """Core ML's own outputs against the reference backend's; nothing where there is no Core ML."""
+
+    def __init__(self, package: Path, contract: Contract) -> None:
+        self._ratios: list[float] = []
+        self._problem: str | None = None
+        self._runner: Runner | None = None
+        if has_core_ml():
+            self._trying(lambda: self._load(package, contract))
+
+    def _load(self, package: Path, contract: Contract) -> None:
+        self._runner = core_ml_runner(package, contract)
+
+    def compare(self, ids: Sequence[int], known: ShapeRun, reference: Runner) -> None:
+        """Run `ids`; `known` is what the reference backend said of some already."""
+        runner = self._runner
+        if runner is None or self._problem is not None:
+            return
+
+        def run() -> None:
+            expected: Outputs = known.outputs if ids == known.ids else reference.run(ids)
+            found = runner.run(ids)
+            self._ratios += [sqnr_db(expected[name], found[name]) for name in expected]
+
+        self._trying(run)
+
+    def compare_stateful(self, package: Path, contract: Contract, main: MainRows, pad_id: int) -> None:
+        """Run the functions with a cache against the reference backend's `main`."""
+        if self._runner is None or self._problem is not None:
+            return
+
+        def run() -> None:
+            report = measure_stateful(core_ml_stateful_runner(package, contract, pad_id=pad_id), main)
+            if isinstance(report, StatefulError):
+                self._problem = f"Core ML: {report.error}"
+            else:
+                self._ratios += [report.prefill_sqnr_db, report.decode_sqnr_db, report.continued_sqnr_db]
+
+        self._trying(run)
+
+    def _trying(self, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except (CoremillError, RuntimeError) as failure:  # Core ML's binding raises RuntimeError
+            self._problem = f"Core ML: {failure}"
+
+    def result(self) -> tuple[float | None, str | None]:
+        """The worst SQNR of all that was compared, and what went wrong instead; None twice off macOS."""
+        if self._problem is not None or not has_core_ml():
+            return None, self._problem
+        return (float(np.min(self._ratios)), None) if self._ratios else (None, "Core ML: nothing was compared")
+
+
+def _log_shape(key: str, shape: ShapeReport) -> None:
+    if isinstance(shape, ShapeError):
+        log.warning("%s: %s", key, shape.error)
+        return
+    log.info(
+        "%s: ok, SQNR %.1f dB, KL %.2g nats, top-1 %.2f %% of %d positions, %d left out",
+        key,
+        shape.sqnr_db,
+        shape.kl_nats,
+        100 * shape.top1_agreement,
+        shape.positions,
+        shape.excluded,
+    )
+    if shape.perplexity is not None:
+        found = shape.perplexity
+        log.info("%s: perplexity %.4f, the checkpoint's %.4f", key, found.measured, found.reference)
+
+
+def _log_stateful(report: StatefulReport) -> None:
+    if isinstance(report, StatefulError):
+        log.warning("prefill and decode: %s", report.error)
+        return
+    log.info(
+        "prefill and decode: SQNR %.1f dB of %d prompts, %.1f dB of %d tokens after them, %.1f dB of %d one by one",
+        report.prefill_sqnr_db,
+        report.prefills,
+        report.continued_sqnr_db,
+        report.continued,
+        report.decode_sqnr_db,
+        report.decoded,
+    )

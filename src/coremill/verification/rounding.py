@@ -1,0 +1,91 @@
+"""Whether a package computes the checkpoint's model to the letter, once both have the same rounded weights.
+
+A package in float16 is some 60 dB from its checkpoint, and a bug as small as that hides there: a weight scaled by a
+hundredth, an epsilon of 1e-3 where 1e-5 is meant. What is rounding and what is not can be told apart. The package's
+weights are the checkpoint's, rounded; with its arithmetic in float32, and the checkpoint's weights rounded as well,
+nothing is left between the two but the order of sums.
+
+Legend: T sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from coremill.core.config import ConvertConfig
+from coremill.core.contract import Contract
+from coremill.core.reports import Backend
+from coremill.coreml.converter import working_lengths
+from coremill.data.prompts import Prompts
+from coremill.mil import MLModel
+from coremill.mil.measures import sqnr_db
+from coremill.model.student import Student
+from coremill.verification.backends import Array, Runner, StatefulRunner, wide_stateful_runner
+from coremill.verification.main_checks import Reference
+
+MIN_SQNR_DB = 90.0
+"""What remains is float32's: 2⁻²⁴ a rounding is 144 dB, and a few hundred of them in a row leave more than 100."""
+
+
+_DECODED = 2
+"""Tokens decoded after a prompt."""
+
+
+def rounding_aside_db(
+    package: Path, contract: Contract, student: Student, prompts: Prompts, settings: ConvertConfig
+) -> float:
+    """The worst SQNR of what the package computes at its shortest length, `prefill` and `decode` included.
+
+    Args:
+        student: the checkpoint's model; its weights are rounded as the conversion rounds them, and stay so.
+
+    Raises:
+        CoremillError, RuntimeError: the package does not run.
+    """
+    (ids,) = prompts.packed(min(working_lengths(contract)), 1)
+    reference = Reference(round_weights(student) if are_rounded(student, settings) else student)
+    expected = reference.run(ids)
+    found = wide_runner(package, contract).run(ids)
+    ratios = [sqnr_db(expected[name], found[name]) for name in expected]
+    if contract.functions:
+        runner = wide_stateful_runner(package, contract, pad_id=prompts.pad_id)
+        ratios += _cached_ratios(runner, ids, expected)
+    return float(np.min(ratios))  # unlike Python's min, NaN where there is one
+
+
+def _cached_ratios(runner: StatefulRunner, ids: Sequence[int], expected: Mapping[str, Array]) -> list[float]:
+    """Of the first half of `ids` as a prompt, and of the tokens that follow it."""
+    n = max(1, len(ids) // 2)
+    said = {n - 1: runner.prefill(ids[:n])}
+    said |= {place: runner.decode(ids[place]) for place in range(n, min(n + _DECODED, len(ids)))}
+    return [sqnr_db(expected[name][place], found[name]) for place, found in said.items() for name in found]
+
+
+def wide_runner(package: Path, contract: Contract) -> Runner:
+    """`main` of a package under `coremill.mil`, with its constants as they are saved and all arithmetic in float32.
+
+    Raises:
+        PackageError, UnsupportedOperationError: as `backends.reference_runner`.
+    """
+    return Runner(MLModel(package, mode="oracle"), Backend.MIL_REFERENCE, contract)
+
+
+def are_rounded(student: Student, settings: ConvertConfig) -> bool:
+    """Whether the conversion rounds the model's weights to float16.
+
+    It rounds none of them where one is beyond float16's range; see `converter.prepared`.
+    """
+    largest = torch.finfo(torch.float16).max
+    return settings.compute_precision == "float16" and all(
+        float(weight.abs().max()) <= largest for weight in student.state_dict().values() if weight.numel()
+    )
+
+
+def round_weights(student: Student) -> Student:
+    """Round the model's weights and tables to float16, in float32 as they are; the model given is changed."""
+    rounded: Student = student.half().float()
+    return rounded

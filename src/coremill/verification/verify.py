@@ -1,0 +1,294 @@
+"""The verification of a package: what is read, measured and reported; see `verify_contract.py`.
+
+Legend: T sequence length.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+from packaging.version import InvalidVersion, Version
+
+from coremill.core import layout
+from coremill.core.config import ConvertConfig, DistilledVerify, VerifyConfig
+from coremill.core.contract import Contract, read_contract, shape_key
+from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure
+from coremill.core.digest import digest, file_digest, size_bytes
+from coremill.core.documents import read_json, write_json
+from coremill.core.errors import ConfigError, ContractMismatchError, CoremillError, PackageError
+from coremill.core.gates import Outcome, gates_ok
+from coremill.core.reports import Backend, ShapeError, ShapeMeasured, VerificationReport
+from coremill.core.stage import Figures
+from coremill.coreml.converter import working_lengths
+from coremill.coreml.graph import check_main
+from coremill.coreml.interface import differences, package_interfaces
+from coremill.coreml.package import PackageFacts, check_package, read_spec
+from coremill.data import magic_8_ball
+from coremill.data.prompts import Prompts, RowPrompts, TextPrompts, load_prompts
+from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
+from coremill.model.memory import check_shape_memory
+from coremill.model.student import Student
+from coremill.verification.backends import has_core_ml
+from coremill.verification.checklist import Evidence, Facts, evaluate, evaluate_failure
+from coremill.verification.main_checks import Reference
+from coremill.verification.measurement import measure
+from coremill.verification.rounding import rounding_aside_db
+
+log = logging.getLogger(__name__)
+
+
+class Subject(msgspec.Struct, frozen=True, kw_only=True):
+    """What is verified, and with what."""
+
+    run: str
+    package: Path
+    contract: Path
+    checkpoint: Path
+    tokenizer: Path
+    prompts: Path
+    """What the model is run on: a folder with texts or with a held-out set, or a held-out set itself."""
+    stateful: bool | None
+    """Whether the run exports functions with a key/value cache; None where no run says, and the contract does."""
+
+
+def verify_to(out: Path, subject: Subject, config: VerifyConfig) -> VerificationReport:
+    """Verify a package and write the report to `out`, whether or not the gates pass; raises as :func:`verify`."""
+    report = verify(subject, config)
+    write_json(out, report)
+    _log(report)
+    return report
+
+
+def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
+    """Verify a package; of the record of a failed conversion, every gate fails.
+
+    Raises:
+        DocumentError, SchemaVersionError: the contract is not one.
+        ContractMismatchError: the contract is not that of a graph `main`, or does not say which torch exported it.
+        PackageError: the package is missing, or a part of it.
+        DigestError: a part of it was altered after it was saved.
+        CoremillError: the checkpoint, the tokenizer, the texts or the held-out set does not read, or does not fit.
+        ConfigError: what is asked is of another kind of run than what there is to ask.
+    """
+    contract = read_contract(subject.contract)
+    check_main(contract)
+    lane = lane_of(contract)
+    checkpoint = load_checkpoint(subject.checkpoint)
+    prompts = _prompts(subject, config)
+    check_vocabulary(checkpoint, prompts.tokenizer)
+    facts = Facts(
+        model_type=checkpoint.model_type,
+        imported=isinstance(prompts, TextPrompts),
+        stateful=bool(contract.functions) if subject.stateful is None else subject.stateful,
+        has_halt_head=checkpoint.model_arch.use_halt_head,
+        asks_moods=isinstance(prompts, RowPrompts)
+        and any(row.metadata.get("kind") == magic_8_ball.KIND for row in prompts.rows),
+    )
+    if (record := find_failure(subject.package)) is not None:
+        return _report_failure(subject, config, contract, record, facts, lane)
+    saved = check_package(subject.package)
+    check_shape_memory(checkpoint, max(working_lengths(contract)), models=2, logits=4, work="verify")
+    student = build_student(checkpoint)
+    measured = measure(subject.package, contract, Reference(student), prompts, config, stateful=facts.stateful)
+    diagnostics, diagnostics_problem = _diagnostics(subject.package)
+    ran = isinstance(measured.shapes[shape_key(contract.shapes.primary)], ShapeMeasured)
+    rounding_db, rounding_problem = (
+        _rounding(subject, contract, student, prompts, diagnostics) if ran else (None, None)
+    )
+    gates = evaluate(
+        Evidence(
+            subject=facts,
+            contract=contract,
+            config=config,
+            graph_problem=_graph_problem(subject.contract.parent / contract.graph, contract),
+            checkpoint_problem=_differs(
+                "the checkpoint", file_digest(subject.checkpoint), contract.checkpoint_digest
+            ),
+            contract_problem=_contract_problem(subject, contract, saved, checkpoint),
+            diagnostics=diagnostics,
+            diagnostics_problem=diagnostics_problem,
+            interface_problems=_interface_problems(subject.package, contract),
+            load_problem=measured.load_problem,
+            operations=measured.operations,
+            shapes=measured.shapes,
+            leak=measured.leak,
+            padding_sqnr_db=measured.padding_sqnr_db,
+            rounding_db=rounding_db,
+            rounding_problem=rounding_problem,
+            stateful=measured.stateful,
+            heldout=measured.heldout,
+            sampled=measured.sampled,
+            has_core_ml=has_core_ml(),
+            core_ml_sqnr_db=measured.core_ml_sqnr_db,
+            core_ml_problem=measured.core_ml_problem,
+            parameters=student.n_parameters,
+            package_bytes=size_bytes(subject.package),
+        )
+    )
+    return VerificationReport(
+        run=subject.run,
+        lane=lane,
+        model_type=checkpoint.model_type,
+        package_digest=digest(subject.package),
+        contract_digest=file_digest(subject.contract),
+        primary=shape_key(contract.shapes.primary),
+        shapes=measured.shapes,
+        stateful=measured.stateful,
+        heldout=None if measured.heldout is None else measured.heldout.answers,
+        sampled_seed=_seed(config),
+        sampled=measured.sampled,
+        gates=gates,
+        gates_ok=gates_ok(gates),
+    )
+
+
+def lane_of(contract: Contract) -> str:
+    """The lane of a contract: the release of torch that exported its graph, `2.9.1` for a build `2.9.1+cpu`.
+
+    Raises:
+        ContractMismatchError: its toolchain names no version of torch.
+    """
+    found = contract.toolchain.packages.get("torch")
+    try:
+        return Version(found or "").public
+    except InvalidVersion as failure:
+        raise ContractMismatchError(
+            f"the contract's toolchain has torch {found!r}",
+            expected="the version of torch that exported the graph",
+            run="python -m coremill.conversion.export_pytorch --help",
+        ) from failure
+
+
+def _prompts(subject: Subject, config: VerifyConfig) -> Prompts:
+    prompts = load_prompts(subject.tokenizer, subject.prompts, rows=config.rows)
+    asks_answers = isinstance(config, DistilledVerify)
+    if isinstance(prompts, RowPrompts) != asks_answers:
+        found = "a held-out set" if isinstance(prompts, RowPrompts) else "texts"
+        expected = (
+            "a held-out set, whose answers the configuration asks for"
+            if asks_answers
+            else "texts, as the configuration is of a run that imports its model"
+        )
+        raise ConfigError(f"{subject.prompts} has {found}", expected=expected)
+    return prompts
+
+
+def _seed(config: VerifyConfig) -> int | None:
+    """Of the sampled answers; those of an imported model are greedy."""
+    return config.sampling_seed if isinstance(config, DistilledVerify) else None
+
+
+def find_failure(package: Path) -> ConversionFailure | None:
+    """The record of a failed conversion where `package` should be: given as the package, or lying beside it."""
+    record = layout.placeholder_file(package.parent)
+    if not record.is_file():
+        return None
+    failure = read_json(record, ConversionFailure)
+    return failure if package.name in (record.name, failure.package) else None
+
+
+def _rounding(
+    subject: Subject,
+    contract: Contract,
+    student: Student,
+    prompts: Prompts,
+    diagnostics: ConversionDiagnostics | None,
+) -> tuple[float | None, str | None]:
+    """See :func:`rounding_aside_db`; or why it could not be measured. The last use of `student`: it is rounded."""
+    settings = ConvertConfig(compute_precision=diagnostics.compute_precision) if diagnostics else ConvertConfig()
+    try:
+        return rounding_aside_db(subject.package, contract, student, prompts, settings), None
+    except CoremillError as failure:
+        return None, f"in float32 arithmetic: {failure.found}"
+    except (RuntimeError, ValueError) as failure:  # of the backend, or of outputs that are not finite
+        return None, f"in float32 arithmetic: {type(failure).__name__}: {failure}"
+
+
+def _diagnostics(package: Path) -> tuple[ConversionDiagnostics | None, str | None]:
+    """The diagnostics of this very package, or why there are none."""
+    path = layout.diagnostics_file(package.parent)
+    if not path.is_file():
+        return None, f"there is no {path.name} beside the package"
+    diagnostics = read_json(path, ConversionDiagnostics)
+    problem = _differs(f"the package that {path.name} describes", diagnostics.package_digest, digest(package))
+    return (None, problem) if problem else (diagnostics, None)
+
+
+def _graph_problem(graph: Path, contract: Contract) -> str | None:
+    if not graph.is_file():
+        return f"there is no {graph.name} beside the contract"
+    return _differs("the exported program", file_digest(graph), contract.graph_digest)
+
+
+def _differs(what: str, found: str, recorded: str) -> str | None:
+    return None if found == recorded else f"{what} is {found}, not {recorded}"
+
+
+def _contract_problem(
+    subject: Subject, contract: Contract, package: PackageFacts, checkpoint: Checkpoint
+) -> str | None:
+    """Why the contract is not the one that the package was made from, or not the checkpoint's, or not the run's."""
+    problems = [_differs("the contract", file_digest(subject.contract), package.contract_digest)]
+    if subject.stateful is not None and subject.stateful != bool(contract.functions):
+        functions = ", ".join(function.name for function in contract.functions) or "no functions"
+        problems.append(
+            f"export.stateful is {str(subject.stateful).lower()}, the contract has {functions} with a cache"
+        )
+    for name in ("model_type", "model_arch", "tokenizer"):
+        promised, found = getattr(contract, name), getattr(checkpoint, name)
+        if promised != found:
+            problems.append(f"{name}: the contract says {promised!r}, the checkpoint {found!r}")
+    return "; ".join(problem for problem in problems if problem) or None
+
+
+def _interface_problems(package: Path, contract: Contract) -> tuple[str, ...]:
+    try:
+        return differences(contract, package_interfaces(read_spec(package)))
+    except PackageError as failure:
+        return (failure.found,)
+
+
+def _report_failure(
+    subject: Subject,
+    config: VerifyConfig,
+    contract: Contract,
+    failure: ConversionFailure,
+    facts: Facts,
+    lane: str,
+) -> VerificationReport:
+    reason = f"the conversion made no package: {failure.error}"
+    gates = evaluate_failure(reason, facts)
+    return VerificationReport(
+        run=subject.run,
+        lane=lane,
+        model_type=facts.model_type,
+        package_digest=file_digest(layout.placeholder_file(subject.package.parent)),
+        contract_digest=file_digest(subject.contract),
+        primary=shape_key(contract.shapes.primary),
+        shapes={
+            shape_key(seq_len): ShapeError(backend=Backend.MIL_REFERENCE, error=reason)
+            for seq_len in contract.shapes.all
+        },
+        heldout=None,
+        sampled_seed=_seed(config),
+        sampled=(),
+        gates=gates,
+        gates_ok=gates_ok(gates),
+    )
+
+
+def _log(report: VerificationReport) -> None:
+    for gate in report.gates:
+        if gate.outcome is not Outcome.PASSED:
+            log.warning("gate %s: %s (%s): %s", gate.outcome.value, gate.name, gate.severity.value, gate.reason)
+
+
+def figures(report: VerificationReport) -> Figures:
+    """What the gates came to, for the manifest."""
+    outcomes = [gate.outcome for gate in report.gates]
+    return {
+        "gates_ok": str(report.gates_ok).lower(),
+        **{f"gates.{outcome.value}": outcomes.count(outcome) for outcome in Outcome},
+    }

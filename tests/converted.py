@@ -1,0 +1,432 @@
+"""Two small models, exported and converted once for the room's tests.
+
+One is a student, trained until it answers its questions; the other has random weights and passes for a model that
+was imported, with real texts to be run on and with a key/value cache.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import processors
+
+# Read when torch is imported. Threads that spin while they wait make a small model many times slower on a machine
+# whose cores have other work as well.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from tests.reading import shape_measured
+
+from coremill.conversion import convert_coreml, export_pytorch
+from coremill.conversion.export_gguf import export_gguf
+from coremill.conversion.export_hf import export_hf
+from coremill.core import layout
+from coremill.core.config import (
+    ConvertConfig,
+    DatasetConfig,
+    DistilledRun,
+    DistilledVerify,
+    ExportConfig,
+    GgufType,
+    ImportedRun,
+    ImportedVerify,
+    ModelConfig,
+    TextsConfig,
+    TrainingConfig,
+    WeightsConfig,
+)
+from coremill.core.contract import Contract, ModelArch, ShapeSet, TokenizerRef, read_contract
+from coremill.core.diagnostics import ConversionDiagnostics
+from coremill.core.digest import digest, file_digest
+from coremill.core.documents import read_json, write_json
+from coremill.core.reports import Answer, Backend, Perplexity, StatefulMeasured
+from coremill.core.stage import StageContext
+from coremill.coreml.package import MODEL, WEIGHT_FILE, WEIGHTS_KEY, Spec, read_spec, write_manifest
+from coremill.data.corpora import bundled_texts
+from coremill.data.make_toy_kd import DatasetFiles, make_dataset
+from coremill.data.prompts import Prompts, load_prompts
+from coremill.data.rows import Row, read_rows
+from coremill.data.texts import ChatPrompt, write_chat_prompts, write_texts
+from coremill.model.checkpoint import IMPORTED_FROM, checkpoint_of, save_checkpoint
+from coremill.model.student import new_student
+from coremill.text.model_tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG, TextTokenizer
+from coremill.text.student_tokenizer import SPECIAL_TOKENS, Tokenizer
+from coremill.training.batches import encode_rows
+from coremill.training.distill import distill
+from coremill.verification.checklist import Evidence, Facts
+
+QUESTIONS = 10
+
+CONFIG = DistilledRun(
+    name="tiny-ball",
+    model_type="magic-8-ball",
+    dataset=DatasetConfig(kind="magic-8-ball", n=512, heldout_n=QUESTIONS, seed=4, vocab_size=512),
+    model=ModelConfig(
+        vocab_size=512,
+        d_model=64,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        d_ff=128,
+        max_seq_len=128,
+        arch=ModelArch(use_halt_head=True, tie_embeddings=True),
+    ),
+    training=TrainingConfig(
+        epochs=16,
+        batch_size=32,
+        learning_rate=1e-2,
+        warmup_steps=10,
+        weight_decay=0.0,
+        grad_clip=1.0,
+        temperature=1.0,
+        kd_weight=1.0,
+        halt_weight=0.3,
+        seed=3,
+    ),
+    shapes=ShapeSet(primary=96, all=(80, 96, 128)),
+    convert=ConvertConfig(),
+    verify=DistilledVerify(
+        heldout_answers=QUESTIONS,
+        sampled_answers=QUESTIONS,
+        sampling_seed=3,
+        min_sqnr_db=40.0,
+        max_kl_nats=1e-3,
+        argmax_margin=0.05,
+        max_excluded_share=0.02,
+        min_right_mood=0.95,
+        max_teacher_kl_nats=0.02,
+        min_distinct_sampled=5,
+    ),
+)
+"""It is trained on its held-out questions: what is tested is whether the package says what the student learned."""
+
+
+IMPORTED = ImportedRun(
+    name="tiny-llama",
+    model_type="llama",
+    weights=WeightsConfig(source="models/tiny-llama"),
+    texts=TextsConfig(min_characters=1000, max_characters=4000),
+    shapes=ShapeSet(primary=24, all=(16, 24, 40)),
+    export=ExportConfig(stateful=True),
+    convert=ConvertConfig(),
+    verify=ImportedVerify(
+        min_sqnr_db=40.0,
+        max_kl_nats=1e-3,
+        argmax_margin=0.05,
+        max_excluded_share=0.1,  # one of 16
+        max_perplexity_change=0.005,
+        decoded_tokens=20,
+    ),
+)
+CHAT_TEMPLATE_TEXT = "{{ bos_token }}<|user|>{{ messages[0]['content'] }}<|assistant|>"
+QUESTIONS_ASKED = ("Why?", "Who is it?", "What is a number that only one and itself divide, and why?", "And how?")
+
+
+class Build(msgspec.Struct, frozen=True):
+    """The folders of a finished build."""
+
+    root: Path
+    config: DistilledRun | ImportedRun = CONFIG
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that a verification reads."""
+        shared = ("texts", "import") if isinstance(self.config, ImportedRun) else ("dataset", "training")
+        return (*shared, "export", "convert")
+
+    @property
+    def dataset(self) -> Path:
+        """What the model is run on."""
+        return self.root / self.stages[0]
+
+    @property
+    def model(self) -> Path:
+        return self.root / self.stages[1]
+
+    @property
+    def checkpoint(self) -> Path:
+        return layout.checkpoint_file(self.model, self.config.name)
+
+    @property
+    def tokenizer(self) -> Path:
+        return layout.tokenizer_file(self.model if isinstance(self.config, ImportedRun) else self.dataset)
+
+    @property
+    def heldout(self) -> Path:
+        return layout.heldout_file(self.dataset)
+
+    @property
+    def graph(self) -> Path:
+        return layout.program_file(self.root / "export", self.config.name, "torchscript")
+
+    @property
+    def contract(self) -> Path:
+        return layout.contract_file(self.root / "export", self.config.name)
+
+    @property
+    def package(self) -> Path:
+        return layout.package_dir(self.root / "convert", self.config.name)
+
+    def context(self, out: str, *needs: str) -> StageContext:
+        folder = self.root / out
+        folder.mkdir(exist_ok=True)
+        return StageContext(
+            config=self.config, lane="2.9.1", inputs={need: self.root / need for need in needs}, out=folder
+        )
+
+    def read_contract(self) -> Contract:
+        return read_contract(self.contract)
+
+    def read_tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.tokenizer)
+
+    def read_prompts(self, rows: int = 128) -> Prompts:
+        return load_prompts(self.tokenizer, self.dataset, rows=rows)
+
+    def read_rows(self) -> list[Row]:
+        return list(read_rows(self.heldout))
+
+    def edit_spec(self, change: Callable[[Spec], None]) -> None:
+        """Change the package's specification, and record the change as if coremill had saved it so."""
+        spec = read_spec(self.package)
+        change(spec)
+        (self.package / "Data" / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
+        self.sign()
+
+    def scale_weight(self, name: str, factor: float) -> None:
+        """Scale one float16 tensor of `main`, the one with `name` in its name, as if coremill had saved it so.
+
+        Offsets in the weight file point to a header whose third and fourth fields are the data's size and place.
+        """
+        function = read_spec(self.package).mlProgram.functions["main"]
+        (operation,) = [
+            operation
+            for operation in function.block_specializations[function.opset].operations
+            if operation.type == "const" and name in operation.outputs[0].name
+        ]
+        path = self.package / "Data" / WEIGHT_FILE
+        data = bytearray(path.read_bytes())
+        _, _, size, start = struct.unpack_from("<IIQQ", data, operation.attributes["val"].blobFileValue.offset)
+        values = np.frombuffer(data, np.float16, size // 2, start)
+        data[start : start + size] = (values * np.float16(factor)).astype(np.float16).tobytes()
+        path.write_bytes(bytes(data))
+        self.sign()
+
+    def sign(self) -> None:
+        """Record the package's content, as it is now, in the package and in its diagnostics.
+
+        What a test plants is then found by what the package computes, and not by a digest.
+        """
+        spec = read_spec(self.package)
+        spec.description.metadata.userDefined[WEIGHTS_KEY] = file_digest(self.package / "Data" / WEIGHT_FILE)
+        (self.package / "Data" / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
+        write_manifest(self.package)
+        path = layout.diagnostics_file(self.package.parent)
+        diagnostics = read_json(path, ConversionDiagnostics)
+        write_json(path, msgspec.structs.replace(diagnostics, package_digest=digest(self.package)))
+
+
+class Surgery:
+    """Changes to a specification that leave it well formed."""
+
+    @staticmethod
+    def rename_output(spec: Spec, old: str, new: str) -> None:
+        """Rename an output wherever the specification names it."""
+        function = spec.mlProgram.functions["main"]
+        block = function.block_specializations[function.opset]
+        for operation in block.operations:
+            for output in operation.outputs:
+                output.name = new if output.name == old else output.name
+        names = [new if name == old else name for name in block.outputs]
+        del block.outputs[:]
+        block.outputs.extend(names)
+        for feature in spec.description.output:
+            feature.name = new if feature.name == old else feature.name
+
+    @classmethod
+    def swap_outputs(cls, spec: Spec) -> None:
+        """Give the logits the halt head's name, and the other way round."""
+        cls.rename_output(spec, "logits", "set aside")
+        cls.rename_output(spec, "halt_logits", "logits")
+        cls.rename_output(spec, "set aside", "halt_logits")
+
+    @staticmethod
+    def drop_length(spec: Spec, seq_len: int) -> None:
+        """Take one sequence length out of those that the input admits."""
+        (feature,) = spec.description.input
+        listed = feature.type.multiArrayType.enumeratedShapes.shapes
+        kept = [type(shape).FromString(shape.SerializeToString()) for shape in listed if shape.shape[-1] != seq_len]
+        assert len(kept) == len(listed) - 1
+        del listed[:]
+        listed.extend(kept)
+
+
+@pytest.fixture(scope="session")
+def surgery() -> type[Surgery]:
+    return Surgery
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """A finished build; tests only read it."""
+    build = Build(tmp_path_factory.mktemp("build"))
+    make_dataset(
+        CONFIG.dataset,
+        DatasetFiles(train=layout.dataset_file(build.dataset), heldout=build.heldout, tokenizer=build.tokenizer),
+    )
+    tokenizer = build.read_tokenizer()
+    # Every answer that the teacher may give, because greedy decoding may take any of them.
+    rows = [
+        msgspec.structs.replace(row, teacher_text=text) for row in build.read_rows() for text in sorted(row.answers)
+    ]
+    examples = encode_rows(rows, tokenizer, max_seq_len=CONFIG.model.max_seq_len)
+    trained = distill(examples, [], model=CONFIG.model, recipe=CONFIG.training, pad_id=tokenizer.pad_id)
+    save_checkpoint(
+        build.checkpoint,
+        checkpoint_of(
+            trained.student,
+            model_type=CONFIG.model_type,
+            step=trained.steps,
+            tokenizer=TokenizerRef(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest),
+        ),
+    )
+    export_pytorch.run_stage(build.context("export", "dataset", "training"))
+    convert_coreml.run_stage(build.context("convert", "export"))
+    return build
+
+
+@pytest.fixture
+def build(pristine: Build, tmp_path: Path) -> Build:
+    """A copy of the finished build that a test may break."""
+    shutil.copytree(pristine.root, tmp_path / "build")
+    return Build(tmp_path / "build")
+
+
+@pytest.fixture(scope="session")
+def pristine_imported(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """A finished build of an imported model with a cache; tests only read it."""
+    build = Build(tmp_path_factory.mktemp("imported"), IMPORTED)
+    texts = bundled_texts(IMPORTED.texts)
+    for folder in (build.dataset, build.model):
+        folder.mkdir()
+    write_texts(layout.texts_file(build.dataset), texts)
+    chats = [ChatPrompt(id=str(number), text=text) for number, text in enumerate(QUESTIONS_ASKED)]
+    write_chat_prompts(layout.chat_prompts_file(build.dataset), chats)
+    Tokenizer.train((text.text for text in texts), 300).save(build.tokenizer)
+    bos, end = SPECIAL_TOKENS[1], SPECIAL_TOKENS[2]
+    backend = tokenizers.Tokenizer.from_file(str(build.tokenizer))
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, Tokenizer.bos_id)]
+    )
+    backend.save(str(build.tokenizer))
+    settings = {"bos_token": bos, "eos_token": end, "pad_token": SPECIAL_TOKENS[0], "add_bos_token": True}
+    (build.model / TOKENIZER_CONFIG).write_bytes(msgspec.json.encode(settings))
+    (build.model / CHAT_TEMPLATE).write_text(CHAT_TEMPLATE_TEXT)
+    tokenizer = TextTokenizer.load(build.tokenizer)
+    model = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        d_ff=64,
+        max_seq_len=64,
+        arch=ModelArch(use_halt_head=False, tie_embeddings=True),
+    )
+    checkpoint = checkpoint_of(
+        new_student(model, seed=6),
+        model_type=IMPORTED.model_type,
+        step=0,
+        tokenizer=TokenizerRef(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest),
+        training={IMPORTED_FROM: {"files": {"model.gguf": "sha256:0"}}},
+    )
+    save_checkpoint(build.checkpoint, checkpoint)
+    export_pytorch.run_stage(build.context("export", "texts", "import"))
+    convert_coreml.run_stage(build.context("convert", "export"))
+    return build
+
+
+@pytest.fixture
+def imported(pristine_imported: Build, tmp_path: Path) -> Build:
+    """A copy of that build that a test may break."""
+    shutil.copytree(pristine_imported.root, tmp_path / "imported")
+    return Build(tmp_path / "imported", IMPORTED)
+
+
+class Forms(msgspec.Struct, frozen=True):
+    """A model in other formats."""
+
+    hf: Path
+    gguf: dict[GgufType, Path]
+
+
+def write_forms(build: Build, folder: Path) -> Forms:
+    """The build's model as a Hugging Face directory and as GGUF, as the stages write and prove them."""
+    sources = (build.checkpoint, build.tokenizer, build.dataset)
+    name, types = build.config.name, build.config.gguf.types
+    hf, gguf = folder / "hf", folder / "gguf"
+    for out in (hf, gguf):
+        out.mkdir(parents=True)
+    export_hf(*sources, hf, name=name, settings=build.config.hf)
+    export_gguf(*sources, gguf, name=name, types=types)
+    return Forms(hf, {kind: layout.gguf_file(gguf, name, kind) for kind in types})
+
+
+@pytest.fixture(scope="session")
+def forms(pristine: Build, pristine_imported: Build, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Forms]:
+    """By the run's name."""
+    folder = tmp_path_factory.mktemp("forms")
+    return {
+        build.config.name: write_forms(build, folder / build.config.name) for build in (pristine, pristine_imported)
+    }
+
+
+@pytest.fixture(scope="session")
+def good_imported(pristine_imported: Build) -> Evidence:
+    """Evidence of an imported model's package without fault, on a machine without Core ML."""
+    contract = pristine_imported.read_contract()
+    perplexity = Perplexity(reference=20.0, measured=20.01, tokens=23)
+    return Evidence(
+        subject=Facts(model_type="llama", imported=True, stateful=True, has_halt_head=False, asks_moods=False),
+        contract=contract,
+        config=IMPORTED.verify,
+        graph_problem=None,
+        checkpoint_problem=None,
+        contract_problem=None,
+        diagnostics=read_json(layout.diagnostics_file(pristine_imported.package.parent), ConversionDiagnostics),
+        diagnostics_problem=None,
+        interface_problems=(),
+        load_problem=None,
+        operations=100,
+        shapes={key: shape_measured(perplexity=perplexity) for key in contract.shape_validation},
+        leak=0.0,
+        rounding_db=120.0,
+        rounding_problem=None,
+        padding_sqnr_db=60.0,
+        stateful=StatefulMeasured(
+            backend=Backend.MIL_REFERENCE,
+            cache_positions=40,
+            prefills=6,
+            prefill_sqnr_db=58.0,
+            decoded=20,
+            decode_sqnr_db=57.0,
+            continued=11,
+            continued_sqnr_db=56.0,
+            padding_err=0.0,
+            emptied_sqnr_db=9.0,
+        ),
+        heldout=None,
+        sampled=tuple(Answer(prompt=text, answer="So.", mood=None, right=True) for text in QUESTIONS_ASKED),
+        has_core_ml=False,
+        core_ml_sqnr_db=None,
+        core_ml_problem=None,
+        parameters=100,
+        package_bytes=400,
+    )

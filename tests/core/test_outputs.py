@@ -1,0 +1,45 @@
+"""Where commands write: whole or not at all, and refused before the work where it cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coremill.core.errors import OutputError
+from coremill.core.outputs import check_writable, write_together
+
+
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_folder_is_made_and_left_empty_or_refused(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert names(tmp_path) == ["a", "a/b"]
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"^cannot write to .*/file/c: Not a directory"):
+        check_writable(tmp_path / "file" / "c")
+
+
+def test_files_are_written_together(tmp_path):
+    write_together({tmp_path / "new" / "a": b"1", tmp_path / "new" / "b": b"2"})
+    assert names(tmp_path) == ["new", "new/a", "new/b"]
+    assert (tmp_path / "new" / "b").read_bytes() == b"2"
+
+
+def test_neither_file_is_written_where_one_cannot_be(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(OutputError, match=r"/b is in the way"):
+        write_together({tmp_path / "a": b"new", tmp_path / "b": b"new"})
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_neither_file_is_written_where_one_is_a_device(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(OutputError, match=r"^/dev/full is in the way"):
+        write_together({tmp_path / "a": b"new", Path("/dev/full"): b"new"})
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]

@@ -1,0 +1,127 @@
+"""What the converter says is recorded, kept from the terminal, and sorted."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+import pytest
+from tqdm import tqdm
+
+from coremill.core.diagnostics import ConversionDiagnostics, Notice, NoticeKind, count_notices
+from coremill.coreml.diagnostics import Message, Recorder, as_log, recording, sort_messages
+
+UNTESTED = (
+    "Torch version 2.9.1+cu128 has not been tested with coremltools. You may run into unexpected errors. "
+    "Torch 2.7.0 is the most recent version that has been tested."
+)
+
+
+def test_all_four_voices_are_recorded_in_order_and_nothing_is_shown(capfd):
+    recorder = Recorder()
+    with recording(recorder):
+        logging.getLogger("coremltools").warning("logged %d", 1)
+        logging.getLogger("coremltools").info("narrated")
+        warnings.warn("warned", FutureWarning, stacklevel=1)
+        sys.stdout.write("printed\nwith lines\n")
+        sys.stderr.write("printed to stderr\n")
+        sys.stdout.write("no end of line")
+    assert [str(message) for message in recorder.messages] == [
+        "logging:coremltools WARNING: logged 1",
+        "warnings:FutureWarning WARNING: warned",
+        "stdout: printed",
+        "stdout: with lines",
+        "stderr: printed to stderr",
+        "stdout: no end of line",
+    ]
+    assert capfd.readouterr() == ("", "")
+    assert as_log(recorder.messages).count("\n") == 6
+
+
+def test_what_is_for_developers_is_not_the_users(recwarn):
+    recorder = Recorder()
+    with recording(recorder):
+        compile(r"'\_'", "a module that was never compiled before", "eval")
+        warnings.warn("an interface of numpy will go", DeprecationWarning, stacklevel=1)
+        warnings.warn("a value overflows", RuntimeWarning, stacklevel=1)
+    assert [message.text for message in recorder.messages] == ["a value overflows"]
+    assert not recwarn.list
+
+
+def _speak_and_raise():
+    sys.stdout.write("before")
+    raise OSError("from inside")
+
+
+def test_everything_is_put_back_when_the_block_raises(capsys):
+    handlers, show = logging.getLogger().handlers, warnings.showwarning
+    recorder = Recorder()
+    with pytest.raises(OSError, match=r"^from inside$"), recording(recorder):
+        _speak_and_raise()
+    sys.stdout.write("after\n")
+    assert logging.getLogger().handlers is handlers
+    assert warnings.showwarning is show
+    assert capsys.readouterr().out == "after\n"
+    assert [message.text for message in recorder.messages] == ["before"]
+
+
+def test_a_real_progress_bar_leaves_its_last_state_without_rates():
+    recorder = Recorder()
+    with recording(recorder):
+        for _ in tqdm(range(95), desc="Running MIL default pipeline", unit=" passes"):
+            pass
+        sys.stderr.write("a line\n")
+    assert [str(message) for message in recorder.messages] == [
+        "stderr: Running MIL default pipeline: 95/95 passes",
+        "stderr: a line",
+    ]
+    (bar, _) = sort_messages(recorder.messages)
+    assert (bar.kind, bar.why) == (NoticeKind.HARMLESS, "a progress bar")
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (Message("logging:coremltools", "WARNING", UNTESTED), NoticeKind.COMPATIBILITY),
+        (
+            Message("logging:coremltools", "WARNING", "Failed to load _MLModelProxy: No module named 'x'"),
+            NoticeKind.HARMLESS,
+        ),
+        (
+            Message("logging:coremltools", "WARNING", "Recklessly broadcast {is16, is22} to is16"),
+            NoticeKind.HARMLESS,
+        ),
+        (Message("logging:coremltools", "WARNING", "Saturation of an fp16 constant"), NoticeKind.WARNING),
+        (Message("warnings:FutureWarning", "WARNING", "soon gone"), NoticeKind.WARNING),
+        (Message("stderr", "", "segment fault imminent"), NoticeKind.WARNING),
+        (Message("logging:coremltools", "ERROR", "ERROR - converting 'svd' op"), NoticeKind.ERROR),
+        (Message("logging:coremltools", "CRITICAL", "Failed to load _MLModelProxy: fatal"), NoticeKind.ERROR),
+    ],
+)
+def test_messages_are_sorted_and_what_is_not_known_is_a_warning(message, kind):
+    (notice,) = sort_messages([message])
+    assert (notice.kind, notice.source, notice.text, notice.count) == (kind, message.source, message.text, 1)
+    assert (notice.why is not None) == (kind is NoticeKind.HARMLESS)
+
+
+def test_equal_messages_are_one_notice_with_a_count():
+    first, second = Message("stderr", "", "a"), Message("stderr", "", "b")
+    notices = sort_messages([first, second, first, first])
+    assert [(notice.text, notice.count) for notice in notices] == [("a", 3), ("b", 1)]
+    assert count_notices(notices) == {"harmless": 0, "compatibility": 0, "warning": 4, "error": 0}
+
+
+def test_documents_refuse_what_contradicts_itself(pristine):
+    with pytest.raises(ValueError, match="is called harmless without a reason"):
+        Notice(kind=NoticeKind.HARMLESS, source="stderr", text="x", count=1)
+    with pytest.raises(ValueError, match=r"`counts` is .*, the notices say"):
+        ConversionDiagnostics(
+            package="x.mlpackage",
+            package_digest="sha256:0",
+            toolchain=pristine.read_contract().toolchain,
+            deployment_target="iOS18",
+            compute_precision="float16",
+            notices=(),
+            counts={"harmless": 1, "compatibility": 0, "warning": 0, "error": 0},
+        )

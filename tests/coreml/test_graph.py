@@ -1,0 +1,213 @@
+"""The TorchScript program: what is saved, and what is read off it."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+
+import msgspec
+import pytest
+import torch
+from torch import nn
+
+from coremill.core.contract import DType, ModelArch, StatefulFunction, TensorSpec
+from coremill.core.errors import ContractMismatchError, TorchScriptError
+from coremill.coreml.graph import (
+    check_contract,
+    describe,
+    load_program,
+    parse_program,
+    program_bytes,
+    read_interface,
+    run_program,
+    trace,
+)
+
+
+class Doubled(nn.Module):
+    """Returns something half as long again as its input."""
+
+    def forward(self, input_ids):
+        return (torch.cat([input_ids, input_ids], dim=1).float(),)
+
+
+class Baked(nn.Module):
+    """Whatever the length, it returns the first four tokens."""
+
+    def forward(self, input_ids):
+        return input_ids[:, :4].float(), input_ids.to(torch.float16)
+
+
+class Long(nn.Module):
+    def forward(self, input_ids):
+        return (input_ids.long(),)
+
+
+def saved(model: nn.Module, names: list[str], length: int = 6):
+    return parse_program(program_bytes(trace(model, list(range(length)), names)), where="test")
+
+
+def test_names_dtypes_and_shapes_are_read_off_the_program(pristine):
+    program = load_program(pristine.graph)
+    interface = read_interface(program, [[0] * 80, [0] * 96, [0] * 7])
+    assert describe(interface.inputs) == "input_ids int32 (1, T)"
+    assert describe(interface.outputs) == "logits float32 (1, T, 512), halt_logits float32 (1, T, 2)"
+
+
+def test_what_does_not_follow_the_length_is_a_number():
+    program = saved(Baked(), ["first", "all_of_them"])
+    interface = read_interface(program, [[0] * 6, [0] * 9])
+    assert interface.outputs == (
+        TensorSpec(name="first", dtype=DType.FLOAT32, shape=(1, 4)),
+        TensorSpec(name="all_of_them", dtype=DType.FLOAT16, shape=(1, "T")),
+    )
+
+
+def test_with_one_length_nothing_is_claimed_to_vary():
+    interface = read_interface(saved(Baked(), ["first", "rest"]), [[0] * 6])
+    assert [spec.shape for spec in interface.outputs] == [(1, 4), (1, 6)]
+    assert interface.inputs[0].shape == (1, 6)
+
+
+def test_a_dimension_that_follows_otherwise_is_refused():
+    with pytest.raises(ContractMismatchError) as caught:
+        read_interface(saved(Doubled(), ["twice"]), [[0] * 6, [0] * 9])
+    assert caught.value.found == "a dimension of `twice` is [12, 18] at lengths [6, 9]"
+
+
+def test_an_output_of_another_dtype_is_refused():
+    with pytest.raises(ContractMismatchError, match=r"^output `ids` is torch\.int64"):
+        read_interface(saved(Long(), ["ids"]), [[0] * 6, [0] * 9])
+
+
+class TwoInputs(nn.Module):
+    def forward(self, input_ids, mask):
+        return (input_ids * mask).float()
+
+
+class Shrinking(nn.Module):
+    """Runs at six tokens and more."""
+
+    def forward(self, input_ids):
+        return (input_ids.view(1, 2, 3).float(),)
+
+
+def test_a_graph_of_two_inputs_is_refused():
+    ids = torch.ones(1, 6, dtype=torch.int32)
+    program = torch.jit.trace(TwoInputs(), (ids, ids))
+    with pytest.raises(ContractMismatchError, match=r"^the graph has 2 inputs: input_ids, mask"):
+        read_interface(program, [[0] * 6])
+
+
+def test_a_graph_that_does_not_run_at_a_length_is_refused():
+    with pytest.raises(ContractMismatchError, match=r"^the graph does not run at length 9: .*\[1, 2, 3\]"):
+        read_interface(saved(Shrinking(), ["halves"]), [[0] * 6, [0] * 9])
+
+
+def test_as_many_names_as_outputs():
+    with pytest.raises(ValueError, match=r"^the model returns 2 tensors, the names are \['logits'\]$"):
+        trace(Baked(), [1, 2, 3, 4, 5], ["logits"])
+
+
+def test_the_archive_holds_no_path_of_this_machine(pristine):
+    with zipfile.ZipFile(pristine.graph) as archive:
+        names = archive.namelist()
+        everything = b"".join(archive.read(name) for name in names)
+    assert not [name for name in names if name.endswith(".debug_pkl") or "serialization_id" in name]
+    assert b"site-packages" not in everything
+    assert b"student.py" not in everything
+    assert b"tiny_ball" not in everything  # nor the file's own name
+
+
+def test_the_saved_program_is_what_was_traced():
+    program = saved(Baked(), ["first", "all_of_them"])
+    first, rest = run_program(program, [7, 8, 9, 10, 11])
+    assert first.tolist() == [[7.0, 8.0, 9.0, 10.0]]
+    assert rest.tolist() == [[7.0, 8.0, 9.0, 10.0, 11.0]]
+
+
+def _checkpoint_bytes() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, buffer)
+    return buffer.getvalue()
+
+
+def _zip_bytes() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.txt", "text")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", r"f\.pt is not a TorchScript program: File is not a zip file"),
+        (b"print('hello')\n", r"f\.pt is not a TorchScript program: File is not a zip file"),
+        (_checkpoint_bytes(), r"f\.pt is a checkpoint, not a TorchScript program"),
+        (_zip_bytes(), r"f\.pt is a zip archive, not a TorchScript program"),
+    ],
+)
+def test_what_is_no_program_is_said_so(tmp_path, data, message):
+    path = tmp_path / "f.pt"
+    path.write_bytes(data)
+    with pytest.raises(TorchScriptError, match=message) as caught:
+        load_program(path)
+    assert caught.value.exit_code == 41
+    assert caught.value.run == "python -m coremill.conversion.export_pytorch --help"
+
+
+def test_a_missing_a_truncated_and_a_damaged_program(build):
+    data = build.graph.read_bytes()
+    build.graph.write_bytes(data[: len(data) // 2])
+    with pytest.raises(TorchScriptError, match="is not a TorchScript program: File is not a zip file"):
+        load_program(build.graph)
+    damaged = bytearray(data)
+    damaged[len(data) // 3] ^= 1
+    build.graph.write_bytes(bytes(damaged))
+    with pytest.raises(TorchScriptError, match=r"is damaged: the checksum of archive/data/\d+ is wrong"):
+        load_program(build.graph)
+    build.graph.unlink()
+    with pytest.raises(TorchScriptError, match=r"^cannot read .*tiny_ball\.pt: No such file or directory"):
+        load_program(build.graph)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"graph_digest": "sha256:0"}, r"^the graph is sha256:\w+, its contract describes sha256:0"),
+        (
+            {"outputs": (TensorSpec(name="halt_logits", dtype=DType.FLOAT32, shape=(1, "T", 2)),)},
+            r"^the contract's outputs are halt_logits float32 \(1, T, 2\), the graph's are logits float32 \(1",
+        ),
+        (
+            {"inputs": (TensorSpec(name="tokens", dtype=DType.INT32, shape=(1, "T")),)},
+            r"^the contract's inputs are tokens int32 \(1, T\), the graph's are input_ids int32 \(1, T\)",
+        ),
+        ({"inputs": ()}, r"^the contract has 0 inputs \(\), `main` takes one"),
+        (
+            {
+                "states": (TensorSpec(name="kv", dtype=DType.FLOAT16, shape=(1, 4)),),
+                "functions": (StatefulFunction(name="decode", inputs=(), outputs=(), max_abs_err=0.0),),
+            },
+            r"^the contract's states are kv float16 \(1, 4\), the graph's are none",
+        ),
+        (
+            {"inputs": (TensorSpec(name="input_ids", dtype=DType.INT32, shape=("B", "T")),)},
+            r"^the contract has the dimensions B, `main` has T alone",
+        ),
+        (
+            {"model_arch": ModelArch(use_halt_head=False, tie_embeddings=True)},
+            r"^the contract has use_halt_head false, and an output `halt_logits`",
+        ),
+        ({"outputs": ()}, r"^the contract has use_halt_head true, and no output `halt_logits`"),
+    ],
+)
+def test_a_contract_that_disagrees_with_the_graph(pristine, change, message):
+    contract = pristine.read_contract()
+    changed = msgspec.structs.replace(contract, **change)
+    program, sequences = load_program(pristine.graph), [[0] * 80, [0] * 96]
+    check_contract(contract, program, graph_digest=contract.graph_digest, sequences=sequences)
+    with pytest.raises(ContractMismatchError, match=message) as caught:
+        check_contract(changed, program, graph_digest=contract.graph_digest, sequences=sequences)
+    assert caught.value.exit_code == 42

@@ -1,0 +1,288 @@
+"""A package of several functions: `main`, one `prefill` a length, and `decode`; one cache, one set of weights."""
+
+from __future__ import annotations
+
+import collections
+import subprocess
+import sys
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from coremill.conversion import convert_coreml, export_pytorch
+from coremill.core import layout
+from coremill.core.config import ConvertConfig
+from coremill.core.contract import Contract, read_contract
+from coremill.core.digest import digest, file_digest
+from coremill.core.errors import ContractMismatchError, ExportError, PackageError, PredictionInputError
+from coremill.coreml.converter import convert_function, ct, decoder_passes, package_functions, prepared
+from coremill.coreml.graph import as_input, check_contract, describe, load_program
+from coremill.coreml.interface import differences, package_interfaces
+from coremill.coreml.package import WEIGHT_FILE, check_package, read_spec
+from coremill.data.prompts import conversation
+from coremill.mil import MLModel
+from coremill.mil.measures import sqnr_db
+from coremill.model.checkpoint import build_student, load_checkpoint
+
+# Both from inside ct.convert: `_cast` of traced sizes does what numpy refuses from 2.4 on.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"
+)
+
+
+class Cached(msgspec.Struct, frozen=True):
+    """The toy, exported and converted with a cache of 128 positions."""
+
+    folder: object
+
+    @property
+    def graph(self):
+        return self.folder / "tiny_ball.pt"
+
+    @property
+    def contract_file(self):
+        return self.folder / "tiny_ball_contract.json"
+
+    @property
+    def contract(self) -> Contract:
+        return read_contract(self.contract_file)
+
+    @property
+    def package(self):
+        return self.folder / "tiny_ball.mlpackage"
+
+
+def export_arguments(build, folder) -> list[str]:
+    argv = ["--checkpoint", str(build.checkpoint), "--tokenizer", str(build.tokenizer), "--out", str(folder)]
+    return [*argv, "--shapes", "80,96,128", "--primary", "96", "--stateful", "--toy"]
+
+
+@pytest.fixture(scope="module")
+def cached(pristine, tmp_path_factory) -> Cached:
+    made = Cached(tmp_path_factory.mktemp("cached"))
+    assert export_pytorch.main(export_arguments(pristine, made.folder)) == 0
+    argv = ["--graph", str(made.graph), "--contract", str(made.contract_file), "--out", str(made.package), "--toy"]
+    assert convert_coreml.main(argv) == 0
+    return made
+
+
+@pytest.fixture(scope="module")
+def talk(pristine) -> list[int]:
+    """128 real tokens: held-out conversations, one after another."""
+    tokenizer = pristine.read_tokenizer()
+    return [token for row in pristine.read_rows() for token in conversation(row, tokenizer)][:128]
+
+
+@pytest.fixture(scope="module")
+def expected(pristine, talk):
+    """The checkpoint's own outputs (128, …) for the talk."""
+    student = build_student(load_checkpoint(pristine.checkpoint))
+    with torch.no_grad():
+        logits, halt_logits = student(as_input(talk))
+    return {"logits": logits[0].numpy(), "halt_logits": halt_logits[0].numpy()}
+
+
+def test_the_contract_describes_all_functions(cached):
+    contract = cached.contract
+    assert describe(contract.inputs) == "input_ids int32 (1, T)"
+    assert describe(contract.states) == (
+        "key_cache float16 (2, 1, 2, 128, 16), value_cache float16 (2, 1, 2, 128, 16)"
+    )
+    assert contract.cache_positions == 128
+    outputs = "logits float32 (1, 1, 512), halt_logits float32 (1, 1, 2)"
+    assert {each.name: (describe(each.inputs), describe(each.outputs)) for each in contract.functions} == {
+        "prefill": ("input_ids int32 (1, T), length int32 (1)", outputs),
+        "decode": ("input_ids int32 (1, 1), position int32 (1)", outputs),
+    }
+    assert all(0 <= each.max_abs_err < 1e-4 for each in contract.functions)
+
+
+def test_the_package_has_the_contracts_functions(cached):
+    interfaces = package_interfaces(read_spec(cached.package))
+    assert [each.name for each in interfaces] == ["main", "prefill_T80", "prefill_T96", "prefill_T128", "decode"]
+    assert differences(cached.contract, interfaces) == ()
+    assert describe(interfaces[1].inputs) == "input_ids int32 (1, 80), length int32 (1)"
+    check_package(cached.package)
+
+
+def test_the_functions_share_their_weights(cached, pristine):
+    """Five functions: what they do not share are rotary tables of their lengths."""
+    alone = (pristine.package / "Data" / WEIGHT_FILE).stat().st_size
+    assert (cached.package / "Data" / WEIGHT_FILE).stat().st_size < 1.1 * alone
+
+
+def predict(package, name, state, **inputs):
+    arrays = {key: np.asarray(value, dtype=np.int32) for key, value in inputs.items()}
+    return MLModel(package, function_name=name).predict(arrays, state)
+
+
+@pytest.mark.parametrize(
+    ("n", "function", "seq_len"), [(1, "prefill_T80", 80), (63, "prefill_T80", 80), (96, "prefill_T96", 96)]
+)
+def test_a_prompt_and_then_one_token_at_a_time_are_the_sequence(cached, talk, expected, n, function, seq_len):
+    state = MLModel(cached.package, function_name="decode").make_state()
+    padded = [*talk[:n], *[3] * (seq_len - n)]
+    outputs = predict(cached.package, function, state, input_ids=[padded], length=[n])
+    assert sqnr_db(expected["logits"][n - 1], outputs["logits"][0, 0]) > 45
+    np.testing.assert_allclose(outputs["halt_logits"][0, 0], expected["halt_logits"][n - 1], atol=0.02)
+    decode = MLModel(cached.package, function_name="decode")
+    for place in range(n, n + 12):
+        inputs = {"input_ids": np.array([[talk[place]]], np.int32), "position": np.array([place], np.int32)}
+        outputs = decode.predict(inputs, state)
+        assert sqnr_db(expected["logits"][place], outputs["logits"][0, 0]) > 45, place
+        np.testing.assert_allclose(outputs["halt_logits"][0, 0], expected["halt_logits"][place], atol=0.02)
+
+
+def test_from_an_empty_cache_to_its_last_position_and_not_beyond(cached, talk, expected):
+    decode = MLModel(cached.package, function_name="decode")
+    state = decode.make_state()
+    for place, token in enumerate(talk):
+        inputs = {"input_ids": np.array([[token]], np.int32), "position": np.array([place], np.int32)}
+        outputs = decode.predict(inputs, state)
+    assert sqnr_db(expected["logits"][127], outputs["logits"][0, 0]) > 45
+    with pytest.raises(PredictionInputError, match=r"slice_update.*for a slice of shape \[1, 1, 2, 0, 16\]"):
+        decode.predict({**inputs, "position": np.array([128], np.int32)}, state)
+
+
+def test_coremltools_reads_the_joined_program_and_leaves_its_bytes(cached):
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    before = digest(cached.package)
+    model = ct.models.MLModel(str(cached.package), skip_model_load=True)
+    spec = model.get_spec()
+    program = load(spec, specification_version=spec.specificationVersion, file_weights_dir=model.weights_dir)
+    assert sorted(program.functions) == ["decode", "main", "prefill_T128", "prefill_T80", "prefill_T96"]
+    assert digest(cached.package) == before
+
+
+def test_another_process_makes_the_same_bytes(cached, pristine, tmp_path):
+    export = [sys.executable, "-m", "coremill.conversion.export_pytorch", *export_arguments(pristine, tmp_path)]
+    subprocess.run(export, check=True)
+    second = tmp_path / "second"
+    subprocess.run([*export[:3], *export_arguments(pristine, second)], check=True)
+    assert file_digest(second / "tiny_ball.pt") == file_digest(tmp_path / "tiny_ball.pt")
+    convert = [sys.executable, "-m", "coremill.conversion.convert_coreml", "--graph", str(cached.graph), "--toy"]
+    out = tmp_path / "convert" / "tiny_ball.mlpackage"
+    subprocess.run([*convert, "--contract", str(cached.contract_file), "--out", str(out)], check=True)
+    assert digest(out) == digest(cached.package)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in"
+)  # coremltools leaves its temporary folders to the collector
+def test_the_passes_that_are_left_out_find_nothing_in_these_graphs(cached, talk, monkeypatch):
+    """coremltools' whole pipeline makes the same operations, and the same numbers."""
+    contract, settings = cached.contract, ConvertConfig()
+    ready = prepared(load_program(cached.graph), settings)
+    for function in package_functions(contract):
+        chosen = convert_function(ready, function, settings)
+        with monkeypatch.context() as patched:
+            patched.setattr("coremill.coreml.converter.decoder_passes", lambda: ct.PassPipeline.DEFAULT)
+            everything = convert_function(ready, function, settings)
+        counts = [collections.Counter(_operations(model)) for model in (chosen, everything)]
+        assert counts[0] == counts[1], function.name
+        if function.name == "main":
+            ids = {"input_ids": np.array([talk[:96]], np.int32)}
+            np.testing.assert_array_equal(
+                MLModel(chosen).predict(ids)["logits"], MLModel(everything).predict(ids)["logits"]
+            )
+
+
+def test_the_passes_are_a_third_of_the_default_ones_in_their_order():
+    every = iter(ct.PassPipeline.DEFAULT.passes)
+    chosen = decoder_passes().passes
+    assert all(name in every for name in chosen)  # each is looked for behind the one before
+    assert 20 < len(chosen) < len(ct.PassPipeline.DEFAULT.passes) / 3
+
+
+def _operations(model) -> list[str]:
+    function = model.get_spec().mlProgram.functions["main"]
+    block = function.block_specializations[function.opset]
+    return [operation.type for operation in block.operations if operation.type != "const"]
+
+
+def test_a_program_whose_weights_float16_does_not_hold_stays_float32(cached):
+    program = load_program(cached.graph)
+    with torch.no_grad():
+        program.main.decoder.norm.weight[3] = 70_000.0
+    assert prepared(program, ConvertConfig()).main.decoder.norm.weight.dtype == torch.float32
+    program = load_program(cached.graph)
+    assert (
+        prepared(program, ConvertConfig(compute_precision="float32")).main.decoder.norm.weight.dtype
+        == torch.float32
+    )
+    assert prepared(program, ConvertConfig()).main.decoder.norm.weight.dtype == torch.float16
+
+
+def test_a_contract_with_other_functions_than_the_program(cached, pristine):
+    contract, sequences = cached.contract, [[0] * 80, [0] * 96]
+    check_contract(contract, load_program(cached.graph), graph_digest=contract.graph_digest, sequences=sequences)
+    fewer = msgspec.structs.replace(contract, functions=contract.functions[:1])
+    with pytest.raises(
+        ContractMismatchError, match=r"^the contract's functions are prefill, the graph's are prefill, d"
+    ):
+        check_contract(fewer, load_program(cached.graph), graph_digest=contract.graph_digest, sequences=sequences)
+    with pytest.raises(
+        ContractMismatchError, match=r"^the contract's states are key_cache .*, the graph's are none\n"
+    ):
+        check_contract(
+            contract, load_program(pristine.graph), graph_digest=contract.graph_digest, sequences=sequences
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (
+            lambda spec: spec.description.functions.pop(),
+            None,
+        ),
+        (
+            lambda spec: setattr(spec.description.functions[4].input[1].type.multiArrayType, "dataType", 65568),
+            "decode: inputs: the contract says input_ids int32 (1, 1), position int32 (1); "
+            "the package has input_ids int32 (1, 1), position float32 (1)",
+        ),
+        (
+            lambda spec: spec.description.functions[1].ClearField("state"),
+            "prefill_T80: states: the contract says key_cache float16 (2, 1, 2, 128, 16), value_cache float16 "
+            "(2, 1, 2, 128, 16); the package has none",
+        ),
+    ],
+)
+def test_each_difference_of_a_function_is_named(cached, change, difference):
+    spec = read_spec(cached.package)
+    change(spec)
+    if difference is None:
+        with pytest.raises(
+            PackageError, match=r"^the description and the program differ in the functions decode\n"
+        ):
+            package_interfaces(spec)
+        return
+    assert differences(cached.contract, package_interfaces(spec)) == (difference,)
+
+
+def test_a_package_without_one_of_the_functions(cached):
+    interfaces = package_interfaces(read_spec(cached.package))
+    assert differences(cached.contract, interfaces[:4]) == (
+        "functions: the contract says main, prefill_T80, prefill_T96, prefill_T128, decode; "
+        "the package has main, prefill_T80, prefill_T96, prefill_T128",
+    )
+
+
+def test_a_cache_beyond_the_models_context_is_refused_before_any_work(pristine, tmp_path):
+    from coremill.core.config import ExportConfig
+    from coremill.core.contract import ShapeSet
+    from coremill.coreml import export
+
+    source = export.Source(
+        checkpoint=pristine.checkpoint,
+        prompts=export_pytorch.load_export_prompts(layout.tokenizer_file(pristine.dataset), pristine.dataset),
+        toy=True,
+    )
+    with pytest.raises(ExportError) as caught:
+        export.export(
+            source, ShapeSet(primary=96, all=(96,)), ExportConfig(stateful=True, context=129), graph_name="x.pt"
+        )
+    assert caught.value.found == "a key/value cache of 129 positions is beyond the model's context of 128 tokens"

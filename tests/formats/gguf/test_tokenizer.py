@@ -1,0 +1,295 @@
+"""Tokenizers as GGUF metadata: what is read back tokenizes alike; what llama.cpp has not is refused by name."""
+
+from __future__ import annotations
+
+import json
+import random
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from coremill.core.config import ModelConfig, TextsConfig
+from coremill.core.contract import ModelArch, TokenizerRef
+from coremill.core.errors import TokenizerError, VocabularyMismatchError
+from coremill.data.corpora import bundled_texts
+from coremill.formats.gguf.tokenizer import gguf_metadata
+from coremill.formats.gguf.writer import write_gguf
+from coremill.formats.llamacpp.process import LlamaCpp
+from coremill.model.checkpoint import checkpoint_of
+from coremill.model.student import new_student
+from coremill.text.model_tokenizer import _LLAMA3_WORDS, _QWEN2_WORDS, TextTokenizer
+from coremill.text.student_tokenizer import Tokenizer
+
+RANGES = [(32, 127), (0, 0x300), (0x300, 0x3000), (0x4E00, 0x9FFF), (0xE000, 0xFFFF), (0x1F300, 0x1FAFF)]
+EXPECTED = "byte-level BPE that cuts a text as one of gpt-2, smollm, qwen2, llama-bpe, which llama.cpp has"
+
+
+@pytest.fixture(scope="session")
+def prose() -> list[str]:
+    texts = bundled_texts(TextsConfig(min_characters=1000, max_characters=40_000))
+    return [text.text[start : start + 80] for text in texts for start in range(0, 33_000, 80)]
+
+
+@pytest.fixture(scope="session")
+def texts(prose: list[str]) -> list[str]:
+    """1,000: half of them real, half of random Unicode."""
+    rng = random.Random(11)
+    noise = [
+        "".join(chr(rng.randrange(*rng.choice(RANGES))) for _ in range(rng.randrange(1, 60))) for _ in range(480)
+    ]
+    odd = ["", " ", "\n\n \t", "<|end|>", "<tool name> <|end|>x", "a  b   c", "1234567 8", "I'LL we'Ll", "e\u0301"]
+    real = rng.sample(prose, 1000 - len(noise) - len(odd))
+    assert len(real + noise + odd) == 1000
+    return real + noise + odd
+
+
+def trained(
+    prose: list[str], pre: pre_tokenizers.PreTokenizer, *, normalizer: Any = None, ignore_merges: bool = False
+) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.pre_tokenizer = pre
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<|pad|>", "<|bos|>", "<|end|>", "<|turn|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(prose, trainer)
+    return backend
+
+
+def saved(backend: tokenizers.Tokenizer, folder: Path, **settings: Any) -> TextTokenizer:
+    roles = {"eos_token": "<|end|>", "bos_token": "<|bos|>", "pad_token": "<|pad|>", "add_bos_token": False}
+    (folder / "tokenizer.json").write_text(backend.to_str())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**roles, **settings}))
+    return TextTokenizer.load(folder / "tokenizer.json")
+
+
+def bytes_(**options: Any) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **options})
+
+
+def words(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_(use_regex=False, trim_offsets=False)]
+    )
+
+
+KINDS: dict[str, Callable[[list[str]], tokenizers.Tokenizer]] = {
+    "gpt-2": lambda prose: trained(prose, bytes_()),
+    "smollm": lambda prose: trained(
+        prose, pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_()])
+    ),
+    "qwen2": lambda prose: trained(prose, words(_QWEN2_WORDS), normalizer=normalizers.NFC()),
+    "llama-bpe": lambda prose: trained(prose, words(_LLAMA3_WORDS), ignore_merges=True),
+}
+
+
+@pytest.mark.parametrize("pre", KINDS)
+def test_what_is_read_back_tokenizes_alike(prose: list[str], texts: list[str], tmp_path: Path, pre: str) -> None:
+    backend = KINDS[pre](prose)
+    backend.add_tokens([AddedToken("<tool name>", normalized=False), AddedToken("  ", normalized=False)])
+    ours = saved(backend, tmp_path, chat_template="{{ messages[0].content }}", add_bos_token=True)
+    metadata = gguf_metadata(ours, vocab_size=432)
+    assert metadata["tokenizer.ggml.pre"] == pre
+    theirs = TextTokenizer.from_gguf(metadata, where="model.gguf")
+    for text in texts:
+        assert theirs.encode(text) == ours.encode(text), text
+        ids = ours.encode(text, allow_special=True)
+        assert theirs.encode(text, allow_special=True) == ids, text
+        assert theirs.decode(ids) == ours.decode(ids)
+    for name in ("vocab_size", "bos_id", "eos_ids", "pad_id", "add_bos", "special_tokens"):
+        assert getattr(theirs, name) == getattr(ours, name), name
+    assert theirs.chat_template is not None
+    assert theirs.chat_template.source == "{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("pre", KINDS)
+def test_llama_cpp_tokenizes_alike(prose: list[str], texts: list[str], tmp_path: Path, pre: str) -> None:
+    backend = KINDS[pre](prose)
+    backend.add_tokens([AddedToken("<tool name>", normalized=False), AddedToken("  ", normalized=False)])
+    ours = saved(backend, tmp_path)
+    config = ModelConfig(
+        vocab_size=432, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=32, max_seq_len=32,
+        arch=ModelArch(use_halt_head=False, tie_embeddings=True),
+    )  # fmt: skip
+    ref = TokenizerRef(vocab_size=ours.vocab_size, digest=ours.digest)
+    checkpoint = checkpoint_of(new_student(config, seed=1), model_type="toy", step=0, tokenizer=ref)
+    path, metadata = tmp_path / "model.gguf", gguf_metadata(ours, vocab_size=432)
+    write_gguf(path, checkpoint, metadata, kind="f32", name="a", provenance={})
+    with LlamaCpp(path, context=32) as llamacpp:
+        for text in texts:
+            if pre == "qwen2":  # which ours puts into this form, and llama.cpp does not
+                text = unicodedata.normalize("NFC", text)
+            for allow_special in (False, True):
+                ids = ours.encode(text, allow_special=allow_special)
+                assert llamacpp.tokenize(text, allow_special=allow_special) == ids, (text, allow_special)
+
+
+def test_the_keys_of_a_student(prose: list[str]) -> None:
+    tokenizer = Tokenizer.train(prose, 300)
+    metadata = gguf_metadata(TextTokenizer.of_student(tokenizer), vocab_size=302)
+    lists = {key: metadata.pop(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges")}
+    assert metadata.pop("tokenizer.chat_template").startswith("{{- bos_token -}}")
+    assert metadata == {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    assert lists["tokens"][:3] == ["<|pad|>", "<|bos|>", "<|end|>"]
+    assert lists["tokens"][300:] == ["[PAD300]", "[PAD301]"]
+    assert lists["token_type"] == [3] * 10 + [1] * 290 + [5] * 2
+    assert len(lists["merges"]) == 300 - 266
+    assert all(merge.count(" ") == 1 for merge in lists["merges"])
+
+
+def test_several_tokens_end_an_answer(prose: list[str], tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3, 0]}')
+    ours = saved(KINDS["gpt-2"](prose), tmp_path)
+    metadata = gguf_metadata(ours, vocab_size=420)
+    assert [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [2, 3, 0]
+    assert TextTokenizer.from_gguf(metadata, where="").eos_ids == ours.eos_ids == (2, 3, 0)
+
+
+def test_a_place_that_is_unused_gets_a_token_that_no_other_has(prose: list[str], tmp_path: Path) -> None:
+    backend = KINDS["gpt-2"](prose)
+    backend.add_tokens([AddedToken("[PAD421]", normalized=False)])
+    tokens = gguf_metadata(saved(backend, tmp_path), vocab_size=423)["tokenizer.ggml.tokens"]
+    assert tokens[420:] == ["[PAD421]", "[[PAD421]]", "[PAD422]"]
+
+
+def refusal(tokenizer: TextTokenizer) -> TokenizerError:
+    with pytest.raises(TokenizerError) as caught:
+        gguf_metadata(tokenizer, vocab_size=1000)
+    return caught.value
+
+
+def changed(
+    change: Callable[[dict[str, Any]], None], prose: list[str], folder: Path, **settings: Any
+) -> TextTokenizer:
+    parts = json.loads(KINDS["gpt-2"](prose).to_str())
+    change(parts)
+    return saved(tokenizers.Tokenizer.from_str(json.dumps(parts)), folder, **settings)
+
+
+def put(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(parts: Any) -> None:
+        for key in keys[:-1]:
+            parts = parts[key]
+        parts[keys[-1]] = value
+
+    return change
+
+
+def prefixed(parts: dict[str, Any]) -> None:
+    """Without merges: the library ends in a panic over those that have no prefix."""
+    parts["model"] |= {"continuing_subword_prefix": "##", "merges": []}
+
+
+def steps(pre: Any) -> Any:
+    return json.loads(pre.__getstate__())
+
+
+NONE = "no name of llama.cpp's stands for the normalizer"
+BYTES = '[{"type":"ByteLevel","add_prefix_space":false,"use_regex":true}]'
+
+SPACED = BYTES.replace('prefix_space":false', 'prefix_space":true')
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (put("model", "byte_fallback", value=True), "BPE with byte_fallback True"),
+        (put("model", "dropout", value=0.5), "BPE with dropout 0.5"),
+        (prefixed, "BPE with continuing_subword_prefix '##'"),
+        (put("model", "end_of_word_suffix", value="</w>"), "BPE with end_of_word_suffix '</w>'"),
+        (put("model", "merges", value=[]), "BPE without merges"),
+        (put("decoder", value=None), "the decoder none"),
+        (put("added_tokens", 0, "lstrip", value=True), "the added token '<|pad|>' with lstrip"),
+        (put("added_tokens", 0, "single_word", value=True), "the added token '<|pad|>' with single_word"),
+        (
+            put("model", "ignore_merges", value=True),
+            f"{NONE} none, the pre-tokenizer {BYTES} and ignore_merges True",
+        ),
+        (
+            put("normalizer", value=steps(normalizers.NFKC())),
+            f'{NONE} [{{"type":"NFKC"}}], the pre-tokenizer {BYTES} and ignore_merges False',
+        ),
+        (
+            put("pre_tokenizer", value=steps(pre_tokenizers.Whitespace())),
+            f'{NONE} none, the pre-tokenizer [{{"type":"Whitespace"}}] and ignore_merges False',
+        ),
+        (
+            put("pre_tokenizer", value=steps(bytes_(add_prefix_space=True))),
+            f"{NONE} none, the pre-tokenizer {SPACED} and ignore_merges False",
+        ),
+        (
+            put("pre_tokenizer", value=steps(words(r"\p{L}+"))),
+            f'{NONE} none, the pre-tokenizer [{{"type":"Split","pattern":{{"Regex":"\\\\p{{L}}+"}},'
+            '"behavior":"Isolated","invert":false},{"type":"ByteLevel","add_prefix_space":false,"use_regex":false}]'
+            " and ignore_merges False",
+        ),
+    ],
+)
+def test_what_llama_cpp_has_not(prose: list[str], tmp_path: Path, change: Any, found: str) -> None:
+    error = refusal(changed(change, prose, tmp_path))
+    assert (error.found, error.expected) == (f"{tmp_path}/tokenizer.json: {found}", EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (models.WordPiece({"[UNK]": 0, "<|end|>": 1, "a": 2}, unk_token="[UNK]"), "WordPiece"),
+        (models.Unigram([("<|end|>", 0.0), ("a", -1.0)], 0, False), "Unigram"),
+        (models.WordLevel({"[UNK]": 0, "<|end|>": 1}, unk_token="[UNK]"), "WordLevel"),
+    ],
+)
+def test_other_models(tmp_path: Path, model: Any, kind: str) -> None:
+    backend = tokenizers.Tokenizer(model)
+    error = refusal(saved(backend, tmp_path, bos_token=None, pad_token=None))
+    assert error.found == f"{tmp_path}/tokenizer.json: a tokenizer of model {kind}"
+
+
+def test_a_byte_for_which_there_is_an_unknown_token(prose: list[str], tmp_path: Path) -> None:
+    def without(parts: dict[str, Any]) -> None:
+        vocab = parts["model"]["vocab"]
+        last = max(vocab, key=vocab.get)  # so that ids stay without a gap
+        parts["model"]["merges"] = [pair for pair in parts["model"]["merges"] if "".join(pair) != last]
+        vocab["<unk>"] = vocab.pop(last)
+        vocab["lost"] = vocab.pop("ÿ")
+        parts["model"]["unk_token"] = "<unk>"
+
+    found = f"{tmp_path}/tokenizer.json: BPE with unk_token '<unk>', for bytes such as 'ÿ'"
+    assert refusal(changed(without, prose, tmp_path)).found == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends", "found", "expected"),
+    [
+        ({"eos_token": None}, [], "no token ends an answer", "an end token: llama.cpp would take token 11 for it"),
+        ({}, [2, 3, 0, 1], "4 tokens end an answer", "at most 3, as llama.cpp has it"),
+    ],
+)
+def test_end_tokens(
+    prose: list[str], tmp_path: Path, settings: dict[str, Any], ends: list[int], found: str, expected: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    error = refusal(saved(KINDS["gpt-2"](prose), tmp_path, **settings))
+    assert (error.found, error.expected) == (f"{tmp_path}/tokenizer.json: {found}", expected)
+
+
+def test_more_tokens_than_the_embedding_has_rows(prose: list[str]) -> None:
+    with pytest.raises(VocabularyMismatchError) as caught:
+        gguf_metadata(TextTokenizer.of_student(Tokenizer.train(prose, 300)), vocab_size=299)
+    assert caught.value.found == "the student's tokenizer: 300 tokens, the embedding has 299 rows"

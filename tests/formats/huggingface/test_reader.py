@@ -1,0 +1,471 @@
+"""Hugging Face directories: logits are those of transformers for each option; broken ones are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from coremill.core.contract import TokenizerRef
+from coremill.core.errors import (
+    CheckpointContentError,
+    CheckpointUnreadableError,
+    CoremillError,
+    DocumentError,
+    UnsafeCheckpointError,
+    UnsupportedModelError,
+)
+from coremill.formats.huggingface.reader import FAMILIES, HuggingFaceWeights
+from coremill.formats.weights import open_weights
+from coremill.model.checkpoint import Checkpoint, build_student, load_checkpoint, save_checkpoint
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def a_model(architecture: str, **options: Any) -> transformers.PreTrainedModel:
+    """A random model of transformers, every parameter of which matters: no bias is 0, no norm is 1."""
+    model_type = architecture.removesuffix("ForCausalLM")
+    config = getattr(transformers, f"{model_type}Config")(**{**SIZES, **options})
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        model = getattr(transformers, architecture)(config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.3)
+                else:
+                    parameter.normal_(0.0, 0.15)
+    return model
+
+
+def through_a_checkpoint(folder: Path) -> tuple[HuggingFaceWeights, Checkpoint]:
+    """The directory, imported into a file and loaded from it."""
+    source = open_weights(folder)
+    assert isinstance(source, HuggingFaceWeights)
+    ckpt = Checkpoint(
+        model_type=source.model_type,
+        model_arch=source.config.arch,
+        config=source.config,
+        step=0,
+        tokenizer=TokenizerRef(vocab_size=source.config.vocab_size, digest="sha256:0"),
+        state_dict=dict(source.read()),
+    )
+    save_checkpoint(folder / "imported.ckpt", ckpt)
+    return source, load_checkpoint(folder / "imported.ckpt")
+
+
+def some_ids(length: int = 48) -> torch.Tensor:
+    return torch.randint(0, 96, (2, length), generator=torch.Generator().manual_seed(3))
+
+
+def check_same(model: transformers.PreTrainedModel, folder: Path) -> HuggingFaceWeights:
+    source, ckpt = through_a_checkpoint(folder)
+    ids = some_ids()
+    with torch.no_grad():
+        expected, (found,) = model(ids).logits, build_student(ckpt)(ids)
+    assert expected.std() > 0.4
+    assert (expected - found).abs().max() <= 1e-5
+    assert torch.equal(expected.argmax(-1), found.argmax(-1))
+    return source
+
+
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "attention-bias": ("LlamaForCausalLM", {"attention_bias": True}),
+    "mlp-bias": ("LlamaForCausalLM", {"mlp_bias": True}),
+    "head-size": ("LlamaForCausalLM", {"head_dim": 12}),
+    "no-groups": ("LlamaForCausalLM", {"num_key_value_heads": 4}),
+    "eps": ("LlamaForCausalLM", {"rms_norm_eps": 0.05}),
+    "theta": ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}),
+    "linear": ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),
+    "dynamic": (
+        "LlamaForCausalLM",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}},
+    ),
+    "llama3": ("LlamaForCausalLM", {"rope_parameters": {**LLAMA3, "rope_theta": 1e4}}),
+    "yarn": ("LlamaForCausalLM", {"rope_parameters": {**YARN, "rope_theta": 1e4}}),
+    "yarn-mscale": (
+        "LlamaForCausalLM",
+        {"rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 1.5, "mscale_all_dim": 0.5}},
+    ),
+    "yarn-all": (
+        "LlamaForCausalLM",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                **YARN,
+                "rope_theta": 500.0,
+                "beta_fast": 4.0,
+                "beta_slow": 0.5,
+                "attention_factor": 1.3,
+                "truncate": False,
+            },
+        },
+    ),
+    "mistral": ("MistralForCausalLM", {"sliding_window": None}),
+    "mistral-wide-window": ("MistralForCausalLM", {"sliding_window": 64, "head_dim": 16}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen2-tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen2-inactive-window": (
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+    ),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}),
+    "qwen3-bias-yarn": (
+        "Qwen3ForCausalLM",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**YARN, "rope_theta": 1e4},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_logits_are_those_of_transformers(tmp_path: Path, option: str) -> None:
+    architecture, options = OPTIONS[option]
+    model = a_model(architecture, **options)
+    model.save_pretrained(tmp_path)
+    source = check_same(model, tmp_path)
+    assert source.model_type == architecture.removesuffix("ForCausalLM").lower()
+    assert source.dtypes == ("F32",)
+
+
+@pytest.mark.parametrize(
+    "option", [option for option, (_, options) in OPTIONS.items() if "rope_parameters" in options]
+)
+def test_the_spelling_of_version_4_is_read_alike(tmp_path: Path, option: str) -> None:
+    architecture, options = OPTIONS[option]
+    model = a_model(architecture, **options)
+    model.save_pretrained(tmp_path)
+    new = open_weights(tmp_path).config
+
+    def respell(config: dict[str, Any]) -> None:
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope.pop("rope_theta")
+        kind = rope.pop("rope_type")
+        config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+
+    change_config(tmp_path, respell)
+    assert open_weights(tmp_path).config == new
+    # transformers' own reading of that spelling is the witness.
+    reread = getattr(transformers, architecture).from_pretrained(tmp_path).eval()
+    check_same(reread, tmp_path)
+
+
+def test_what_each_option_changes_is_in_the_config(tmp_path: Path) -> None:
+    """Were an option lost on both sides, logits would agree all the same: they differ between options."""
+    seen = []
+    for option in ("llama", "theta", "linear", "llama3", "yarn", "yarn-mscale", "eps"):
+        architecture, options = OPTIONS[option]
+        model = a_model(architecture, **options)
+        with torch.no_grad():
+            seen.append(model(some_ids()).logits)
+    for place, one in enumerate(seen):
+        for other in seen[place + 1 :]:
+            assert (one - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    a_model("Qwen3ForCausalLM", head_dim=16).to(dtype).save_pretrained(tmp_path)
+    reread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    source = check_same(reread, tmp_path)
+    assert source.dtypes == ({torch.bfloat16: "BF16", torch.float16: "F16"}[dtype],)
+    _, ckpt = through_a_checkpoint(tmp_path)
+    assert {tensor.dtype for tensor in ckpt.state_dict.values()} == {dtype}
+    assert source.size_bytes == 2 * sum(tensor.numel() for tensor in ckpt.state_dict.values())
+
+
+def test_shards_are_put_together(tmp_path: Path) -> None:
+    model = a_model("LlamaForCausalLM")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    source = check_same(model, tmp_path)
+    assert [path.name for path in source.files] == ["config.json", *shards]
+
+
+def test_dynamic_ntk_is_plain_within_the_context_and_says_so(tmp_path: Path) -> None:
+    architecture, options = OPTIONS["dynamic"]
+    a_model(architecture, **options).save_pretrained(tmp_path)
+    source = open_weights(tmp_path)
+    assert source.config.rope_scaling is None
+    assert source.config.max_seq_len == 64
+    assert source.notes == (
+        "dynamic NTK scaling is plain RoPE up to max_position_embeddings, 64, and the imported model's context "
+        "ends there",
+    )
+
+
+def test_a_tied_head_may_be_stored(tmp_path: Path) -> None:
+    model = a_model("LlamaForCausalLM", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    check_same(model, tmp_path)
+    tensors["lm_head.weight"][95, 31] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert refusal(tmp_path, CheckpointContentError) == (
+        f"{tmp_path}: config.json ties lm_head.weight to the embedding, and the two differ"
+    )
+
+
+def test_buffers_of_old_files_are_passed_over(tmp_path: Path) -> None:
+    model = a_model("LlamaForCausalLM")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    check_same(model, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_what_config_json_leaves_out_is_what_transformers_takes_it_for(tmp_path: Path, architecture: str) -> None:
+    heads = {"num_attention_heads": 32, "hidden_size": 64}
+    changes = {"LlamaForCausalLM": {}, "MistralForCausalLM": {"sliding_window": None}}.get(architecture, heads)
+    kept = {*SIZES, "architectures", "model_type", "sliding_window"} - {"num_key_value_heads"}
+    config = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
+    defaults = {key: value for key, value in SIZES.items() if key in kept} | changes
+    model = a_model(architecture, **changes, num_key_value_heads=config(**defaults).num_key_value_heads)
+    if architecture == "MistralForCausalLM":  # its default, 8, with as many heads
+        model = a_model(architecture, **changes, num_attention_heads=8, num_key_value_heads=8)
+    model.save_pretrained(tmp_path)
+    change_config(tmp_path, lambda config: [config.pop(key) for key in list(config) if key not in kept])
+    check_same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(), tmp_path)
+
+
+# --- what is refused --------------------------------------------------------------------------------
+
+
+def change_config(folder: Path, change: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def refusal(folder: Path, kind: type[CoremillError]) -> str:
+    with pytest.raises(CoremillError) as caught:
+        open_weights(folder)
+    assert type(caught.value) is kind
+    assert caught.value.expected
+    return caught.value.found
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    a_model("LlamaForCausalLM").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    a_model("LlamaForCausalLM").save_pretrained(tmp_path, max_shard_size="20KB")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"architectures": ["SmolLM3ForCausalLM"]}, "the architecture SmolLM3ForCausalLM"),
+        ({"architectures": ["MixtralForCausalLM"]}, "the architecture MixtralForCausalLM"),
+        ({"architectures": None}, "the architecture None"),
+        ({"hidden_act": "gelu"}, "the activation 'gelu'"),
+        ({"partial_rotary_factor": 0.5}, "RoPE on 0.5 of each head"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "RoPE on 0.5 of each head"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "RoPE scaling 'longrope'"),
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 2.0}}, "RoPE scaling 'mrope'"),
+        ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "RoPE that differs between layers"),
+        ({"num_local_experts": 8}, "a mixture of experts, `num_local_experts`"),
+        ({"final_logit_softcapping": 30.0}, "soft-capped logits, `final_logit_softcapping`"),
+        ({"no_rope_layers": [1, 0]}, "layers without RoPE, `no_rope_layers`"),
+        ({"quantization_config": {"bits": 4}}, "quantised weights, `quantization_config`"),
+        (
+            {"architectures": ["MistralForCausalLM"], "sliding_window": 32},
+            "a sliding window of 32 positions in a context of 64",
+        ),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 32}
+            | {"max_window_layers": 2},
+            "a sliding window of 32 positions in a context of 64",
+        ),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "sliding_window": 32}
+            | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "a sliding window of 32 positions in a context of 64",
+        ),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(saved: Path, change: dict[str, Any], found: str) -> None:
+    change_config(saved, lambda config: config.update(change))
+    assert refusal(saved, UnsupportedModelError) == f"{saved}/config.json: {found}"
+
+
+def test_an_unsupported_architecture_is_told_what_is_supported(saved: Path) -> None:
+    change_config(saved, lambda config: config.update(architectures=["GemmaForCausalLM"]))
+    with pytest.raises(UnsupportedModelError) as caught:
+        open_weights(saved)
+    assert str(caught.value) == (
+        f"{saved}/config.json: the architecture GemmaForCausalLM\n"
+        "  expected: one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (None, "cannot read F/config.json: No such file or directory"),
+        ("{", "F/config.json is not JSON: Input data was truncated"),
+        ("[]", "F/config.json: found list at `$`"),
+    ],
+)
+def test_an_unreadable_configuration(saved: Path, text: str | None, found: str) -> None:
+    (saved / "config.json").unlink()
+    if text is not None:
+        (saved / "config.json").write_text(text)
+    assert refusal(saved, DocumentError) == found.replace("F", str(saved), 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"hidden_size": None}, "`hidden_size` is missing"),
+        ({"hidden_size": "32"}, "`hidden_size` is '32'"),
+        ({"vocab_size": True}, "`vocab_size` is True"),
+        ({"tie_word_embeddings": "no"}, "`tie_word_embeddings` is 'no'"),
+        ({"rms_norm_eps": "small"}, "`rms_norm_eps` is 'small'"),
+        ({"num_key_value_heads": 3}, "d_model 32, n_heads 4 and n_kv_heads 3 must each divide by the next"),
+        ({"num_attention_heads": 0}, "`n_heads` must be positive, found 0"),
+        ({"rope_scaling": {"type": "linear"}}, "`factor` is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": -2}}, "`factor` must be positive, found -2.0"),
+    ],
+)
+def test_an_impossible_configuration(saved: Path, change: dict[str, Any], found: str) -> None:
+    change_config(saved, lambda config: config.update(change))
+    assert refusal(saved, DocumentError) == f"{saved}/config.json: {found}"
+
+
+def test_a_missing_shard(sharded: Path) -> None:
+    gone = sorted(sharded.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    assert refusal(sharded, CheckpointUnreadableError) == f"{sharded} lacks {gone.name}"
+
+
+def test_a_shard_outside_the_directory(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    value["weight_map"] = dict.fromkeys(value["weight_map"], "../elsewhere.safetensors")
+    index.write_text(json.dumps(value))
+    assert refusal(sharded, DocumentError) == f"{index}: the shard '../elsewhere.safetensors'"
+
+
+def test_an_index_that_its_shards_contradict(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    names = sorted(set(value["weight_map"].values()))
+    moved = next(name for name, shard in value["weight_map"].items() if shard == names[0])
+    value["weight_map"][moved] = names[1]
+    index.write_text(json.dumps(value))
+    assert refusal(sharded, CheckpointContentError) == f"{index}: {moved} is not in {names[1]}"
+
+
+def test_a_truncated_shard(sharded: Path) -> None:
+    shard = sorted(sharded.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert refusal(sharded, CheckpointUnreadableError).startswith(f"{shard} is not a whole safetensors file: ")
+
+
+def test_tensors_of_other_shapes(saved: Path) -> None:
+    change_config(saved, lambda config: config.update(intermediate_size=60))
+    assert refusal(saved, CheckpointContentError) == (
+        f"{saved}: layers.0.mlp.down_proj.weight has shape (32, 56), where the model that it describes has (32, 60)"
+    )
+
+
+def test_missing_and_unexpected_tensors(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, saved / "model.safetensors")
+    assert refusal(saved, CheckpointContentError) == f"{saved}: norm.weight is missing"
+    save_file({**tensors, "model.norm.weight": norm, "model.extra": norm.clone()}, saved / "model.safetensors")
+    assert refusal(saved, CheckpointContentError) == (
+        f"{saved}: model.extra is not part of the model that it describes"
+    )
+    change_config(saved, lambda config: config.update(num_hidden_layers=10**9))
+    assert refusal(saved, CheckpointContentError) == f"{saved}: 31 tensors, fewer than 1000000000 layers"
+
+
+def test_tensors_that_are_no_floats(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, saved / "model.safetensors")
+    assert refusal(saved, UnsupportedModelError) == (f"{saved}/model.safetensors: model.norm.weight is of type I8")
+
+
+class Payload:
+    """Unpickling this runs a command that leaves a file behind."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.witness}",)
+
+
+def test_a_pickle_alone_is_refused_and_not_executed(saved: Path, tmp_path: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    witness = tmp_path / "executed"
+    torch.save({"model.norm.weight": Payload(witness)}, saved / "pytorch_model.bin")
+    with pytest.raises(UnsafeCheckpointError) as caught:
+        open_weights(saved)
+    assert str(caught.value) == (
+        f"{saved} has its weights in pytorch_model.bin alone, pickles that may hold code\n"
+        "  expected: model.safetensors, or shards and model.safetensors.index.json; "
+        "nothing of the pickle was executed"
+    )
+    assert not witness.exists()
+    pickle.loads(pickle.dumps(Payload(witness)))  # the payload is a real one
+    assert witness.exists()
+
+
+def test_a_directory_without_weights(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    assert refusal(saved, CheckpointUnreadableError) == f"{saved} holds no weights"
+
+
+def test_code_that_comes_along_is_not_run(saved: Path, tmp_path: Path) -> None:
+    witness = tmp_path / "executed"
+    (saved / "modeling_own.py").write_text(f"open({str(witness)!r}, 'w')\n")
+    change_config(saved, lambda config: config.update(auto_map={"AutoModelForCausalLM": "modeling_own.Own"}))
+    source = open_weights(saved)
+    dict(source.read())
+    assert not witness.exists()
+    assert source.notes == ("config.json names code of its own (`auto_map`), which is neither read nor run",)

@@ -1,0 +1,261 @@
+"""llama.cpp itself, on a small model's GGUF file: torch's logits, its tokens; files that do not load."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tests.formats.toy_gguf import CONFIG, Toy, untrained_toy, write_toy
+
+from coremill.core.errors import GgufError
+from coremill.formats.llamacpp.process import LlamaCpp
+from coremill.model.checkpoint import build_student
+
+IDS = [1, 3, 100, 201, 302, 4, 54, 88]
+CONTEXT = 160
+REMAKE = "\n  run: python -m coremill.conversion.export_gguf --help"
+LOADS = "\n  expected: a whole GGUF file of a model that llama.cpp runs" + REMAKE
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    torch.set_num_threads(1)
+    return untrained_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def path(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy(tmp_path_factory.mktemp("gguf") / "toy.gguf", toy)
+
+
+@pytest.fixture(scope="module")
+def llamacpp(path: Path):
+    with LlamaCpp(path, context=CONTEXT) as opened:
+        yield opened
+
+
+def torch_logits(toy: Toy, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return build_student(toy.checkpoint)(torch.tensor([ids]))[0][0].numpy()
+
+
+def test_it_says_the_logits_after_every_token(llamacpp: LlamaCpp, toy: Toy) -> None:
+    found = llamacpp.logits(IDS)
+    assert found.shape == (8, 512)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, torch_logits(toy, IDS), atol=2e-5)
+
+
+def test_what_was_asked_before_is_forgotten(llamacpp: LlamaCpp) -> None:
+    first = llamacpp.logits(IDS)
+    llamacpp.logits([7, 7, 7])
+    llamacpp.generate(IDS, 5, ())
+    np.testing.assert_array_equal(llamacpp.logits(IDS), first)
+
+
+def test_the_whole_context_is_read(llamacpp: LlamaCpp, toy: Toy) -> None:
+    ids = IDS * 20
+    np.testing.assert_allclose(llamacpp.logits(ids), torch_logits(toy, ids), atol=5e-5)
+    with pytest.raises(ValueError, match=r"^161 tokens and 0 to come, the context has 160 positions$"):
+        llamacpp.logits([*ids, 1])
+
+
+def test_a_text_that_is_read_in_parts_is_one_text(
+    llamacpp: LlamaCpp, toy: Toy, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coremill.formats.llamacpp.process._BATCH", 3)
+    with LlamaCpp(path, context=CONTEXT) as by_three:
+        np.testing.assert_allclose(by_three.logits(IDS), torch_logits(toy, IDS), atol=2e-5)
+        assert by_three.generate(IDS, 9, ()) == llamacpp.generate(IDS, 9, ())
+
+
+def test_greedy_tokens_are_those_of_the_logits(llamacpp: LlamaCpp, toy: Toy) -> None:
+    ids = list(IDS)
+    for _ in range(12):
+        ids.append(int(torch_logits(toy, ids)[-1].argmax()))
+    said = ids[len(IDS) :]
+    assert llamacpp.generate(IDS, 12, ()) == said
+    assert llamacpp.generate(IDS, 12, {said[3]}) == said[: said.index(said[3]) + 1]
+    assert llamacpp.generate(IDS, 1, ()) == said[:1]
+
+
+def test_an_end_token_of_the_file_ends_nothing_by_itself(tmp_path: Path, toy: Toy, llamacpp: LlamaCpp) -> None:
+    said = llamacpp.generate(IDS, 6, ())
+    with LlamaCpp(write_toy(tmp_path / "ends.gguf", toy, end=said[0]), context=CONTEXT) as ends:
+        assert ends.generate(IDS, 6, ()) == said
+        assert ends.generate(IDS, 6, {said[0]}) == said[:1]
+
+
+def test_tokens_that_are_part_of_a_character_are_said(tmp_path: Path, toy: Toy) -> None:
+    byte = toy.tokenizer.encode("é")[0]
+    with LlamaCpp(write_toy(tmp_path / "byte.gguf", toy, always=byte), context=CONTEXT) as opened:
+        assert opened.generate(IDS, 5, ()) == [byte] * 5
+        assert opened.logits(IDS)[-1].argmax() == byte
+
+
+def test_the_whole_context_can_be_filled(llamacpp: LlamaCpp) -> None:
+    assert len(llamacpp.generate(IDS, CONTEXT - len(IDS), ())) == CONTEXT - len(IDS)
+    with pytest.raises(ValueError, match=r"^8 tokens and 153 to come, the context has 160 positions$"):
+        llamacpp.generate(IDS, CONTEXT - len(IDS) + 1, ())
+
+
+@pytest.mark.parametrize("text", ["Will it rain?", "  naïve 漢字\t🎱\x00 ", "", "<|end|>"])
+def test_it_tokenizes_as_we_do(llamacpp: LlamaCpp, toy: Toy, text: str) -> None:
+    assert llamacpp.tokenize(text, allow_special=False) == toy.tokenizer.encode(text)
+
+
+def test_a_special_token_that_a_text_spells_is_one_where_allowed(llamacpp: LlamaCpp, toy: Toy) -> None:
+    assert llamacpp.tokenize("<|end|>", allow_special=True) == [toy.tokenizer.end_id]
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda it: it.logits([]), "there are no tokens"),
+        (lambda it: it.logits([512]), "token id 512 is not in a vocabulary of 512"),
+        (lambda it: it.generate([-1], 2, ()), "token id -1 is not in a vocabulary of 512"),
+        (lambda it: it.generate(IDS, 0, ()), "max_new_tokens must be at least 1, found 0"),
+        (lambda it: it.tokenize("\ud800", allow_special=False), ".*surrogates not allowed"),
+        (lambda it: LlamaCpp(it.path, context=161), "context 161, the model of .* has 160 positions"),
+        (lambda it: LlamaCpp(it.path, context=0), "context 0, the model of .* has 160 positions"),
+    ],
+)
+def test_a_caller_s_mistake_is_a_value_error(llamacpp: LlamaCpp, call, problem: str) -> None:
+    with pytest.raises(ValueError, match=f"^{problem}$"):
+        call(llamacpp)
+
+
+def test_the_cache_in_float16_and_flash_attention_round_more(path: Path, toy: Toy) -> None:
+    expected = torch_logits(toy, IDS)
+    with LlamaCpp(path, context=64, flash_attention=True, cache_dtype="f16") as opened:
+        off = np.abs(opened.logits(IDS) - expected).max()
+    assert 2e-5 < off < 0.1
+
+
+def broken(data: bytes) -> dict[str, tuple[bytes, str]]:
+    return {
+        "cut": (data[:300_000], " is truncated: "),
+        "cut in its header": (data[:100], " is truncated: 100 bytes end within its header"),
+        "another format": (b"PK\x03\x04" + data[4:], r" is not a GGUF file: it begins with b'PK\\x03\\x04'"),
+        "empty": (b"", " is empty"),
+    }
+
+
+@pytest.mark.parametrize("what", broken(b""))
+def test_what_is_no_whole_file_is_refused(path: Path, tmp_path: Path, what: str) -> None:
+    data, problem = broken(path.read_bytes())[what]
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(data)
+    with pytest.raises(GgufError, match=rf"^{bad}{problem}") as caught:
+        LlamaCpp(bad, context=CONTEXT)
+    assert str(caught.value).endswith(LOADS)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GgufError) as caught:
+        LlamaCpp(tmp_path / "none.gguf", context=CONTEXT)
+    assert str(caught.value) == f"cannot read {tmp_path}/none.gguf: No such file or directory" + LOADS
+
+
+def test_a_whole_file_that_llama_cpp_does_not_load_is_refused_with_its_reason(tmp_path: Path, toy: Toy) -> None:
+    bad = write_toy(tmp_path / "no_norm.gguf", toy, without="output_norm.weight")
+    with pytest.raises(GgufError) as caught:
+        LlamaCpp(bad, context=CONTEXT)
+    reason = "llama_model_load: error loading model: check_tensor_dims: tensor 'output_norm.weight' not found"
+    assert str(caught.value) == f"llama.cpp does not load {bad}: {reason}" + LOADS
+
+
+def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    bad = tmp_path / "bare.gguf"
+    writer = gguf.GGUFWriter(bad, "llama")
+    writer.add_context_length(CONFIG.max_seq_len)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(GgufError) as caught:
+        LlamaCpp(bad, context=CONTEXT)
+    assert str(caught.value) == f"{bad} has no tokenizer in its metadata" + LOADS
+
+
+def test_nan_is_an_error(tmp_path: Path, toy: Toy) -> None:
+    with (
+        LlamaCpp(write_toy(tmp_path / "nan.gguf", toy, nan=True), context=CONTEXT) as opened,
+        pytest.raises(GgufError) as caught,
+    ):
+        opened.logits(IDS)
+    assert str(caught.value) == f"llama.cpp computes NaN or infinity after 1 tokens of {tmp_path}/nan.gguf" + LOADS
+
+
+def test_an_end_of_llama_cpp_is_an_error_and_no_end_of_ours(path: Path) -> None:
+    with LlamaCpp(path, context=CONTEXT) as opened:
+        opened._worker._process.kill()
+        opened._worker._process.wait()
+        with pytest.raises(GgufError) as caught:
+            opened.logits(IDS)
+    assert str(caught.value) == f"llama.cpp ended while it ran {path}: exit code -9" + LOADS
+
+
+def test_an_answer_that_was_not_read_to_its_end_is_the_last(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it would be taken for the next one."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with LlamaCpp(path, context=CONTEXT) as opened:
+        monkeypatch.setattr(opened._worker, "_read_into", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opened.logits(IDS)
+        with pytest.raises(ValueError, match=f"^llama.cpp with {path} is closed$"):
+            opened.logits(IDS)
+
+
+def test_several_threads_may_ask(llamacpp: LlamaCpp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coremill.formats.llamacpp.process._BATCH", 2)
+    expected = {length: llamacpp.logits(IDS[:length]) for length in range(1, 9)}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda length: (length, llamacpp.logits(IDS[:length])), [*expected] * 4))
+    for length, logits in found:
+        np.testing.assert_array_equal(logits, expected[length])
+
+
+def test_ids_of_numpy_are_ids(llamacpp: LlamaCpp) -> None:
+    np.testing.assert_array_equal(llamacpp.logits(np.array(IDS)), llamacpp.logits(IDS))
+
+
+def test_closing_ends_the_process(path: Path) -> None:
+    opened = LlamaCpp(path, context=CONTEXT)
+    process = opened._worker._process
+    opened.close()
+    opened.close()
+    assert process.returncode == -9
+    with pytest.raises(ValueError, match=f"^llama.cpp with {path} is closed$"):
+        opened.logits(IDS)
+
+
+def test_what_is_forgotten_is_closed(path: Path) -> None:
+    opened = LlamaCpp(path, context=CONTEXT)
+    process = opened._worker._process
+    del opened
+    gc.collect()
+    assert process.returncode == -9
+
+
+def test_an_interpreter_that_does_not_close_it_ends(path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from coremill.formats.llamacpp.process import LlamaCpp\n"
+        f"opened = LlamaCpp(Path({str(path)!r}), context=32); print(opened._worker._process.pid)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ended.stderr == ""
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(ended.stdout), 0)

