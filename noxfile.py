@@ -368,22 +368,19 @@ def conformance(session: nox.Session) -> None:
     session.run(python, "-m", "tests.conformance", *session.posargs, env=SESSION_ENV, external=True)
 
 
+PACKAGES, BENCHES = Path("src/coremill"), Path("benchmarks")
 TYPED = {
-    LINT.name: [
-        *("-p coremill.core -p coremill.pipeline -p coremill.infra -p coremill.report -p coremill.cli".split()),
-        *("-m", "noxfile"),
-    ],
+    LINT.name: [*(PACKAGES / name for name in ("core", "pipeline", "infra", "report", "cli")), Path("noxfile.py")],
     TRAIN.name: [
-        *("-p coremill.text -p coremill.data -p coremill.model -p coremill.formats -p coremill.training".split()),
-        *("-m coremill.conversion.export_gguf -m coremill.conversion.export_hf".split()),
-        *("-m training -m llamacpp -m huggingface_readers".split()),
+        *(PACKAGES / name for name in ("text", "data", "model", "formats", "training")),
+        *(BENCHES / f"{name}.py" for name in ("training", "llamacpp", "huggingface_readers")),
     ],
     CONVERT[PRIMARY_LANE].name: [
-        *("-p coremill.mil -p coremill.coreml -p coremill.verification -p coremill.conversion".split()),
-        *("-m mil -m conversion -m tutorial_decoder".split()),
+        *(PACKAGES / name for name in ("mil", "coreml", "verification", "conversion")),
+        *(BENCHES / f"{name}.py" for name in ("mil", "conversion", "tutorial_decoder")),
     ],
 }
-"""What mypy checks, by the environment whose packages it reads the types of; names without coremill are benchmarks."""
+"""What mypy checks, by the environment that has the libraries it imports."""
 
 
 @nox.session(
@@ -401,9 +398,9 @@ def types(session: nox.Session) -> None:
             # The lint environment stands for the lowest Python that the light packages support.
             python = "3.10" if environment is LINT else environment.python
             session.run(
-                mypy, "--python-executable", str(environments[environment.name].python), "--python-version", python,
-                "--cache-dir", f".mypy_cache/{environment.name}", *TYPED[environment.name],
-                env=SESSION_ENV, external=True,
+                mypy, "--python-executable", str(environments[environment.name].python),
+                "--python-version", python, "--cache-dir", f".mypy_cache/{environment.name}",
+                *map(str, TYPED[environment.name]), env=SESSION_ENV, external=True,
             )  # fmt: skip
 
 
