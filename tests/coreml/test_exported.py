@@ -81,7 +81,7 @@ def test_the_packages_of_both_agree(package, pristine, exported):
 def test_another_process_exports_the_same_bytes_without_a_path_of_this_machine(pristine, exported, tmp_path):
     script = (
         "import sys; from pathlib import Path; from types import SimpleNamespace as N\n"
-        "from coremill.conversion import export\n"
+        "from coremill.coreml import export\n"
         "from coremill.conversion.export_pytorch import load_export_prompts\n"
         "from coremill.core.config import ExportConfig; from coremill.core.contract import ShapeSet\n"
         "checkpoint, tokenizer, dataset, out = map(Path, sys.argv[1:])\n"
