@@ -1,21 +1,22 @@
-# The short commands; nox does the work, from a small environment of its own.
+# Short commands for nox, which runs from a small environment of its own.
 
-# The first Python from 3.10 up that runs and can make environments (a shim may exist and fail; Debian packs venv apart).
+# The first Python from 3.10 up that starts and has venv: a shim may exist and fail, and Debian packages venv separately.
 PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$python && break; done)
 NOX := .venv/bin/nox
-# Named after the lock's content: a checkout that touches the file installs nothing again.
+# Named after the lock's content, not its time: a checkout that only touches the file installs nothing.
 TOOLS := .venv/.lock-$(shell cksum < requirements/tools.txt | tr ' ' '-')
 
-.PHONY: help e2e smollm2 test matrix lint lock bench clean distclean
+.PHONY: help e2e smollm2 test matrix lint format lock bench clean distclean
 
 help:
 	@echo "make e2e      the whole build, from dataset to verified package (ARGS=\"--force\" for more)"
-	@echo "make smollm2  the same with a model that exists, SmolLM2-135M-Instruct: imported instead of trained"
-	@echo "make test     the tests of all rooms, each in its interpreter"
-	@echo "make matrix   export, convert and verify with every torch, compared"
-	@echo "make lint     style, types, the arrows between rooms"
-	@echo "make lock     remake the hashed locks"
+	@echo "make smollm2  the same for an existing model, SmolLM2-135M-Instruct, imported instead of trained"
+	@echo "make test     all tests, each package's in the environment that it runs in"
+	@echo "make matrix   export, convert and verify with every torch version, and compare them"
+	@echo "make lint     style, types, import contracts, workflows"
+	@echo "make format   apply the style"
+	@echo "make lock     compile the hashed locks again"
 	@echo "make bench    measurements (ARGS=\"training\" or \"conversion\")"
 	@echo "make clean    remove build/; distclean removes the environments too"
 
@@ -33,6 +34,9 @@ matrix: $(TOOLS)
 
 lint: $(TOOLS)
 	$(NOX) -s lint
+
+format: $(TOOLS)
+	$(NOX) -s format
 
 lock: $(TOOLS)
 	$(NOX) -s lock -- $(ARGS)

@@ -296,7 +296,10 @@ def matrix(session: nox.Session) -> None:
 # --- checks -----------------------------------------------------------------------------------------
 
 TESTS = {
-    "tests-light": ("tests-tools", ["core", "pipeline", "infra", "cli", "report", "test_noxfile.py"]),
+    "tests-light": (
+        "tests-tools",
+        ["core", "pipeline", "infra", "cli", "report", "test_noxfile.py", "test_architecture.py"],
+    ),
     "tests-train": (
         "tests-train",
         [
@@ -415,6 +418,14 @@ def lint(session: nox.Session) -> None:
         ["zizmor", "--offline", "--quiet", ".github/workflows"],
     ):
         session.run(str(tools / command[0]), *command[1:], env=SESSION_ENV, external=True)
+
+
+@nox.session(venv_backend="none", requires=[LINT.session], tags=["check"], default=False)
+def format(session: nox.Session) -> None:
+    """Apply the style (ruff)."""
+    ruff = str(installed(ROOT)[LINT.name].folder / "bin" / "ruff")
+    session.run(ruff, "check", "--fix", "--quiet", ".", env=SESSION_ENV, external=True)
+    session.run(ruff, "format", ".", env=SESSION_ENV, external=True)
 
 
 # --- upkeep -----------------------------------------------------------------------------------------
