@@ -7,12 +7,15 @@ NOX := .venv/bin/nox
 # Named after the lock's content, not its time: a checkout that only touches the file installs nothing.
 TOOLS := .venv/.lock-$(shell cksum < requirements/tools.txt | tr ' ' '-')
 
+# Test sessions that run side by side; two need about 6 GB of memory.
+JOBS := 2
+
 .PHONY: help e2e smollm2 test matrix lint format lock bench clean distclean
 
 help:
 	@echo "make e2e      the whole build, from dataset to verified package (ARGS=\"--force\" for more)"
 	@echo "make smollm2  the same for an existing model, SmolLM2-135M-Instruct, imported instead of trained"
-	@echo "make test     all tests, each package's in the environment that it runs in"
+	@echo "make test     all tests, each package's in the environment that it runs in (JOBS=1: one session at a time)"
 	@echo "make matrix   export, convert and verify with every torch version, and compare them"
 	@echo "make lint     style, types, import contracts, workflows"
 	@echo "make format   apply the style"
@@ -27,7 +30,7 @@ smollm2: $(TOOLS)
 	$(NOX) -s pipeline -- --config configs/smollm2-135m.toml $(ARGS)
 
 test: $(TOOLS)
-	$(NOX) -s tests -- $(ARGS)
+	$(NOX) -j $(JOBS) -s tests -- $(ARGS)
 
 matrix: $(TOOLS)
 	$(NOX) -s matrix -- $(ARGS)

@@ -116,7 +116,13 @@ def fill(session: nox.Session, environment: Environment) -> None:
 
 
 def register_environment(environment: Environment) -> None:
-    @nox.session(name=environment.session, python=environment.python, tags=["environment"], default=False)
+    @nox.session(
+        name=environment.session,
+        python=environment.python,
+        tags=["environment"],
+        default=False,
+        allow_parallel=True,
+    )
     def env(session: nox.Session) -> None:
         fill(session, environment)
 
@@ -296,9 +302,19 @@ def matrix(session: nox.Session) -> None:
 # --- checks -----------------------------------------------------------------------------------------
 
 TESTS = {
-    "tests-light": (
-        "tests-tools",
-        ["core", "pipeline", "infra", "cli", "report", "test_noxfile.py", "test_architecture.py"],
+    "tests-convert": (
+        f"tests-convert-torch-{PRIMARY_LANE}",
+        [
+            "data/test_prompts.py",
+            "model",
+            "mil",
+            "coreml",
+            "verification",
+            *(
+                f"conversion/test_{name}.py"
+                for name in ("export_pytorch", "convert_coreml", "verify_contract", "memory")
+            ),
+        ],
     ),
     "tests-train": (
         "tests-train",
@@ -312,24 +328,13 @@ TESTS = {
             *(f"conversion/test_export_{name}.py" for name in ("gguf", "hf")),
         ],
     ),
-    "tests-convert": (
-        f"tests-convert-torch-{PRIMARY_LANE}",
-        [
-            "core",
-            "data/test_prompts.py",
-            "model",
-            "mil",
-            "coreml",
-            "verification",
-            *(
-                f"conversion/test_{name}.py"
-                for name in ("export_pytorch", "convert_coreml", "verify_contract", "memory")
-            ),
-        ],
-    ),
     "tests-e2e": ("tests-tools", ["e2e"]),
+    "tests-light": (
+        "tests-tools",
+        ["core", "pipeline", "infra", "cli", "report", "test_noxfile.py", "test_architecture.py"],
+    ),
 }
-"""Each test session's environment, and its paths below tests/."""
+"""Each test session's environment, and its paths below tests/; the longest first, since two run side by side."""
 OTHER_LANE_TESTS = "tests-convert-other-lane"
 """For CI's matrix; `tests` leaves it out."""
 
@@ -337,7 +342,14 @@ OTHER_LANE_TESTS = "tests-convert-other-lane"
 def register_tests(name: str, environment_name: str, parts: list[str]) -> None:
     environment = next(each for each in ENVIRONMENTS if each.name == environment_name)
 
-    @nox.session(name=name, venv_backend="none", requires=[environment.session], tags=["check"], default=False)
+    @nox.session(
+        name=name,
+        venv_backend="none",
+        requires=[environment.session],
+        tags=["check"],
+        default=False,
+        allow_parallel=True,
+    )
     def tests(session: nox.Session) -> None:
         folders = [f"tests/{part}" for part in parts]
         flags = [each for each in session.posargs if not each.startswith("tests/")]

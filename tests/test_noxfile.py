@@ -106,7 +106,7 @@ def test_flags_for_pytest_are_not_taken_for_the_builds(tmp_path):
 
 
 def test_an_unknown_argument_behind_the_dashes_is_refused(tmp_path):
-    ended = nox("-s", "dataset", "--", "--build-dir", str(tmp_path), "--forced")
+    ended = nox("-s", "dataset", "--", "--build-dir", str(tmp_path), "--forced", "--dry-run")
     assert ended.returncode == 1
     assert "unrecognized arguments: --forced" in ended.stderr
     assert "the arguments behind `--` were not understood" in ended.stderr
@@ -116,7 +116,7 @@ def test_an_unknown_argument_behind_the_dashes_is_refused(tmp_path):
 def test_an_unknown_key_in_the_configuration_stops_the_build_at_once(tmp_path):
     config = tmp_path / "magic-8-ball.toml"
     config.write_text((ROOT / "configs/magic-8-ball.toml").read_text().replace("epochs =", "epoch ="))
-    ended = nox("-s", "dataset", "--", "--build-dir", str(tmp_path / "build"), "--config", str(config))
+    ended = nox("-s", "dataset", "--", "--build-dir", str(tmp_path / "build"), "--config", str(config), "--dry-run")
     assert ended.returncode == 1
     assert "unknown key `epoch` at `$.training`" in ended.stderr
     assert "expected: `epochs`?" in ended.stderr
