@@ -10,6 +10,8 @@ import sys
 import pytest
 from hypothesis import settings
 
+from coremill.infra.devices import cuda_device_count
+
 # Fixtures that several packages share. Each needs the environment that its packages' tests run in.
 pytest_plugins = [
     plugin
@@ -34,7 +36,7 @@ def _ollama_serves() -> bool:
 
 PLATFORMS = {
     "needs_macos": ("needs macOS", sys.platform == "darwin"),
-    "needs_cuda": ("needs a CUDA device", False),
+    "needs_cuda": ("needs a CUDA device", cuda_device_count() > 0),
     "needs_ollama": ("needs an Ollama server", _ollama_serves()),
 }
 _NOT_RUN = pytest.StashKey[dict[str, int]]()

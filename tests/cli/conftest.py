@@ -60,7 +60,14 @@ class Checkout:
 @pytest.fixture
 def linux() -> Machine:
     """One that has all that a build asks for."""
-    return Machine(system="Linux", architecture="x86_64", cores=2, memory_bytes=25 * GB, free_bytes=60 * GB)
+    return Machine(
+        system="Linux",
+        architecture="x86_64",
+        cores=2,
+        memory_bytes=25 * GB,
+        free_bytes=60 * GB,
+        cuda_devices=0,
+    )
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ ready  disk                 60.0 GB free; 2 environments to come: up to 9.4 GB,
 ready  coremltools          has a wheel for this platform
 note   Core ML              not_run here (needs macOS); coremill.mil runs the
                             package and checks its numbers
+note   CUDA                 no device; no stage needs one
 
        interpreters
 to do  python 3.13          not found on PATH, in pyenv, Homebrew or uv

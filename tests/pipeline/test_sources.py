@@ -1,7 +1,9 @@
-"""The source closure: what a stage imports counts, what it does not import does not."""
+"""The source closure: what a stage imports or starts by name counts, and nothing else."""
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +87,96 @@ def test_imports_inside_functions_and_data_files_count(tmp_path):
     other_data = run().stdout
     (tree / "text.txt").write_text("two")
     assert len({before, after, other_data, run().stdout}) == 4
+
+
+@pytest.mark.parametrize("worker", ["formats/llamacpp/worker.py", "formats/llamacpp/template.py"])
+def test_modules_that_a_stage_starts_in_a_new_process_count(worker):
+    assert worker in names("coremill.conversion.export_gguf")
+
+
+COMPUTED = None
+"""Stands for a module whose name is not a literal, so that reading the code does not show it."""
+BY_NAME = {"import_module", "__import__", "run_module"}
+OTHERWISE = {"run_path", "exec", "system", "popen"}
+PROCESS_LIBRARIES = {"subprocess", "os", "asyncio"}
+
+
+def literal(node):
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else COMPUTED
+
+
+def started_modules(code):
+    """Yield the name of each module that the code loads or runs by name, or COMPUTED."""
+    for node in ast.walk(ast.parse(code)):
+        is_call = isinstance(node, ast.Call)
+        elements = node.args if is_call else getattr(node, "elts", [])
+        for index, flag in enumerate(map(literal, elements), start=1):
+            if flag == "-m":
+                yield literal(elements[index]) if index < len(elements) else COMPUTED
+            elif flag == "-c":
+                yield COMPUTED
+        if is_call:
+            library, _, function = ast.unparse(node.func).rpartition(".")
+            if function in BY_NAME:
+                yield literal(elements[0]) if elements else COMPUTED
+            elif function in OTHERWISE or (
+                library in PROCESS_LIBRARIES and any(map(is_other_start, ast.walk(node)))
+            ):
+                yield COMPUTED
+
+
+def is_other_start(node):
+    """Whether an argument of a process starts coremill without `-m`: by its command, a script or a shell."""
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return bool(node.elts) and literal(node.elts[0]) == "coremill"
+    text = literal(node) or ""
+    return text.endswith(".py") or ("coremill" in text and not re.fullmatch(r"coremill(\.\w+)*", text))
+
+
+@pytest.mark.parametrize(
+    ("code", "modules"),
+    [
+        ("subprocess.run([sys.executable, '-m', 'coremill.mil.cli'])", ["coremill.mil.cli"]),
+        ("command = (python, '-m', 'coremill.data'); start(command)", ["coremill.data"]),
+        ("os.execl(python, python, '-m', 'coremill.data')", ["coremill.data"]),
+        ("importlib.import_module('coremill.data')", ["coremill.data"]),
+        ("runpy.run_module('coremill.data')", ["coremill.data"]),
+        ("command = [python, '-m', name]", [COMPUTED]),
+        ("command = [python, '-m', f'coremill.{name}']", [COMPUTED]),
+        ("command = [python, '-m', 'coremill.' + name]", [COMPUTED]),
+        ("command = [python, '-m', *rest]", [COMPUTED]),
+        ("command = [python, '-m'] + rest", [COMPUTED]),
+        ("import_module(name)", [COMPUTED]),
+        ("command = [python, '-c', 'import coremill.data']", [COMPUTED]),
+        ("subprocess.run([python, 'worker.py'])", [COMPUTED]),
+        ("subprocess.run([python, '-mcoremill.data'])", [COMPUTED]),
+        ("subprocess.run(f'{python} -m coremill.data', shell=True)", [COMPUTED]),
+        ("subprocess.run(['coremill', 'mil'])", [COMPUTED]),
+        ("os.system('coremill mil')", [COMPUTED]),
+        ("subprocess.run(['ollama', 'list']); run = 'python -m coremill.data'", []),
+    ],
+)
+def test_modules_started_by_name_are_found(code, modules):
+    assert list(started_modules(code)) == modules
+
+
+def test_the_closure_covers_every_module_started_by_name():
+    of_stages = set().union(*(source_files(stage.module) for stage in EVERY_STAGE))
+    started = 0
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        covered = source_files(".".join(parts).removesuffix(".__init__"))
+        for module in started_modules(path.read_text()):
+            if module is COMPUTED:
+                assert path not in of_stages, f"{path} starts a module whose name is not a literal"
+            elif module.partition(".")[0] == "coremill":
+                started += 1
+                file = ROOT.parent.joinpath(*module.split("."))
+                options = (file / "__main__.py", file / "__init__.py", file.with_suffix(".py"))
+                assert next(option for option in options if option.is_file()) in covered, (
+                    f"{path} starts {module}, which is not among its source files"
+                )
+    assert started >= 5  # the search itself works
 
 
 def test_equal_sources_give_equal_digests():

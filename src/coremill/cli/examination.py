@@ -26,6 +26,7 @@ from coremill.infra.compatibility import (
     installed_versions,
     read_compatibility,
 )
+from coremill.infra.devices import cuda_device_count
 from coremill.infra.interpreters import candidates, find_interpreter, probe_version
 from coremill.pipeline.environments import (
     BUILD_ENVIRONMENTS,
@@ -98,6 +99,7 @@ class Machine(Record):
     memory_bytes: int
     free_bytes: int
     """Free disk space where the checkout lies."""
+    cuda_devices: int
 
 
 class DoctorReport(Record):
@@ -123,6 +125,7 @@ def this_machine(root: Path) -> Machine:
         cores=_usable_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         free_bytes=shutil.disk_usage(root).free,
+        cuda_devices=cuda_device_count(),
     )
 
 
@@ -163,7 +166,7 @@ def examine(root: Path, machine: Machine, environ: Mapping[str, str]) -> DoctorR
         if name in lanes:
             bearing[name] += [coremltools, lanes[name]]
     return DoctorReport(
-        machine=(system, _size(machine), disk, coremltools, _prediction(machine)),
+        machine=(system, _size(machine), disk, coremltools, _prediction(machine), _cuda(machine)),
         interpreters=tuple(interpreters.values()),
         environments=tuple(environments.values()),
         lanes=tuple(lanes.values()),
@@ -234,6 +237,12 @@ def _prediction(machine: Machine) -> Finding:
         return Finding(subject="Core ML", standing=Standing.READY, found="can predict here")
     found = "not_run here (needs macOS); coremill.mil runs the package and checks its numbers"
     return Finding(subject="Core ML", standing=Standing.NOTE, found=found)
+
+
+def _cuda(machine: Machine) -> Finding:
+    if machine.cuda_devices:
+        return Finding(subject="CUDA", standing=Standing.READY, found=_count(machine.cuda_devices, "device"))
+    return Finding(subject="CUDA", standing=Standing.NOTE, found="no device; no stage needs one")
 
 
 def _interpreter(version: str, environ: Mapping[str, str], *, needed: bool) -> Finding:
