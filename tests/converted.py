@@ -138,8 +138,7 @@ class Build(msgspec.Struct, frozen=True):
     @property
     def stages(self) -> tuple[str, ...]:
         """Those that a verification reads."""
-        shared = ("texts", "import") if isinstance(self.config, ImportedRun) else ("dataset", "training")
-        return (*shared, "export", "convert")
+        return (self.config.prompts_stage, self.config.model_stage, "export", "convert")
 
     @property
     def dataset(self) -> Path:
@@ -156,7 +155,7 @@ class Build(msgspec.Struct, frozen=True):
 
     @property
     def tokenizer(self) -> Path:
-        return layout.tokenizer_file(self.model if isinstance(self.config, ImportedRun) else self.dataset)
+        return layout.tokenizer_file(self.root / self.config.tokenizer_stage)
 
     @property
     def heldout(self) -> Path:

@@ -12,7 +12,7 @@ import msgspec
 
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
-from coremill.core.config import ConvertConfig, read_config
+from coremill.core.config import ConvertConfig, RunConfig, read_config
 from coremill.core.contract import read_contract
 from coremill.core.digest import size_bytes
 from coremill.core.errors import GATES_FAILED
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 NEEDS = ("torch", "coremltools", "numpy")
 
 
-def run_stage(context: StageContext) -> Figures:
+def run_stage(context: StageContext[RunConfig]) -> Figures:
     """Convert the run's exported graph for one lane; of a conversion that fails, `context.out` holds the record."""
     config, exported = context.config, context.inputs["export"]
     _check_environment(toy=config.is_toy)

@@ -22,7 +22,7 @@ import msgspec
 import coremill
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
-from coremill.core.config import GgufConfig, GgufType
+from coremill.core.config import GgufConfig, GgufType, RunConfig
 from coremill.core.digest import file_digest
 from coremill.core.documents import read_json, write_json
 from coremill.core.errors import ConfigError, TokenizerError
@@ -89,7 +89,7 @@ class Exported:
         return {**sizes, **measured, "modelfile": modelfile}
 
 
-def run_stage(context: StageContext) -> Figures:
+def run_stage(context: StageContext[RunConfig]) -> Figures:
     """Write and prove the run's GGUF files in `context.out`."""
     exported = export_gguf(
         layout.checkpoint_file(context.model_dir, context.config.name),

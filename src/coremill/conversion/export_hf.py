@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import coremill
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
-from coremill.core.config import HuggingFaceConfig
+from coremill.core.config import HuggingFaceConfig, RunConfig
 from coremill.core.digest import file_digest
 from coremill.core.documents import read_json, write_json
 from coremill.core.errors import ParityError
@@ -47,7 +47,7 @@ _COPIES = 4
 """How often the weights are in memory: as read, as stored, in the checkpoint's model, in transformers'."""
 
 
-def run_stage(context: StageContext) -> Figures:
+def run_stage(context: StageContext[RunConfig]) -> Figures:
     """Write and prove the run's Hugging Face directory in `context.out`."""
     return export_hf(
         layout.checkpoint_file(context.model_dir, context.config.name),

@@ -17,7 +17,7 @@ import msgspec
 
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
-from coremill.core.config import ExportConfig, read_config
+from coremill.core.config import ExportConfig, RunConfig, read_config
 from coremill.core.contract import ShapeSet
 from coremill.core.errors import ConfigError
 from coremill.core.publish import check_apart
@@ -37,7 +37,7 @@ NEEDS = ("torch", "numpy", "tokenizers")
 _PROMPT_ROWS = 128
 
 
-def run_stage(context: StageContext) -> Figures:
+def run_stage(context: StageContext[RunConfig]) -> Figures:
     """Export the run's checkpoint for one lane."""
     config = context.config
     _check_environment(toy=config.is_toy)

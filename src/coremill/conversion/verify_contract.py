@@ -15,7 +15,7 @@ import msgspec
 
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
-from coremill.core.config import DistilledVerify, ImportedVerify, VerifyConfig, read_config
+from coremill.core.config import DistilledVerify, ImportedVerify, RunConfig, VerifyConfig, read_config
 from coremill.core.errors import GATES_FAILED, OK
 from coremill.core.gates import must_gates_ok
 from coremill.core.publish import check_apart
@@ -53,7 +53,7 @@ IMPORTED_DEFAULTS = ImportedVerify(
 """What it asks of the package of an imported model, which has texts to be run on."""
 
 
-def run_stage(context: StageContext) -> Figures:
+def run_stage(context: StageContext[RunConfig]) -> Figures:
     """Verify the run's package of one lane; the report is written whether or not the gates pass."""
     check_installed(*NEEDS)
     from coremill.verification.verify import Subject, figures, verify_to

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from coremill.core.contract import ComputePrecision, ModelArch, ShapeSet
 from coremill.core.documents import Document, Record, from_builtins, toml_value
@@ -381,6 +381,13 @@ class ImportedVerify(VerifyConfig):
 class BaseRun(Document):
     """What every kind of run has."""
 
+    model_stage: ClassVar[str]
+    """The stage that writes the checkpoint."""
+    tokenizer_stage: ClassVar[str]
+    """The stage that writes tokenizer.json."""
+    prompts_stage: ClassVar[str]
+    """The stage that writes what the model is run on."""
+
     name: str
     """The run's folder under build/."""
     model_type: str
@@ -405,6 +412,9 @@ class BaseRun(Document):
 
 class DistilledRun(BaseRun):
     """A run that makes a dataset and distils its model from a teacher: `configs/<name>.toml`, whole."""
+
+    model_stage = "training"
+    tokenizer_stage = prompts_stage = "dataset"
 
     dataset: DatasetConfig
     model: ModelConfig
@@ -433,7 +443,12 @@ class DistilledRun(BaseRun):
 
 
 class ImportedRun(BaseRun):
-    """A run that converts a model that exists: `configs/<name>.toml`, whole. How it is built, its weights say."""
+    """A run that converts a model that exists: `configs/<name>.toml`, whole. The architecture is read
+    from the weights.
+    """
+
+    model_stage = tokenizer_stage = "import"
+    prompts_stage = "texts"
 
     weights: WeightsConfig
     texts: TextsConfig = TextsConfig()

@@ -1,44 +1,47 @@
-"""What the pipeline gives a stage, and what a stage gives back."""
+"""The interface between the pipeline and a stage."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import msgspec
 
-from coremill.core.config import ImportedRun, RunConfig
+from coremill.core.config import BaseRun, RunConfig
 
 Figures = dict[str, float | int | str]
 """What a stage measured of its own work, for the manifest and the report."""
 
+AnyRun = TypeVar("AnyRun", bound=BaseRun, covariant=True)
 
-class StageContext(msgspec.Struct, frozen=True, kw_only=True):
+
+class StageContext(msgspec.Struct, Generic[AnyRun], frozen=True, kw_only=True):
     """One run of one stage.
 
-    `inputs` are the folders of the stages that this one reads, by stage name; the pipeline has checked
-    their digests. Whatever the stage leaves in `out` is published when it returns, and nothing if it raises.
+    The pipeline publishes the files in `out` when the stage returns, and none of them if it raises.
     """
 
-    config: RunConfig
+    config: AnyRun
     lane: str | None
     inputs: Mapping[str, Path]
+    """The directories of the stages that this one reads, by stage name; the pipeline has checked their digests."""
     out: Path
 
     @property
     def model_dir(self) -> Path:
-        """The folder of the run's checkpoint: it was trained, or imported."""
-        return self.inputs["import" if isinstance(self.config, ImportedRun) else "training"]
+        """The directory of the run's checkpoint, which was trained or imported."""
+        return self.inputs[self.config.model_stage]
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The folder of `tokenizer.json`: it was trained on the dataset, or imported."""
-        return self.inputs["import" if isinstance(self.config, ImportedRun) else "dataset"]
+        """The directory of `tokenizer.json`, which was trained on the dataset or imported."""
+        return self.inputs[self.config.tokenizer_stage]
 
     @property
     def prompts_dir(self) -> Path:
-        """The folder of what the model is run on: the dataset's held-out rows, or real texts and chat prompts."""
-        return self.inputs["texts" if isinstance(self.config, ImportedRun) else "dataset"]
+        """The directory of what the model is run on: the dataset's held-out rows, or texts and chat prompts."""
+        return self.inputs[self.config.prompts_stage]
 
 
-StageFunction = Callable[[StageContext], Figures]
+StageFunction = Callable[[StageContext[RunConfig]], Figures]

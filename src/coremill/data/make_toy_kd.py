@@ -101,14 +101,13 @@ def _train_tokenizer(sample: Iterable[Row], answers: Iterable[str], vocab_size: 
     return Tokenizer.train(texts(), vocab_size)
 
 
-def run_stage(context: StageContext) -> Figures:
+def run_stage(context: StageContext[DistilledRun]) -> Figures:
     """The dataset stage of a pipeline: writes the three files into `context.out`."""
     files = DatasetFiles(
         train=dataset_file(context.out),
         heldout=heldout_file(context.out),
         tokenizer=tokenizer_file(context.out),
     )
-    assert isinstance(context.config, DistilledRun)  # no other has this stage
     return make_dataset(context.config.dataset, files)
 
 

@@ -66,7 +66,7 @@ def run_stage(
     return manifest
 
 
-def _work(stage: Stage, context: StageContext, before: Fingerprint, layout: RunLayout) -> StageManifest:
+def _work(stage: Stage, context: StageContext[RunConfig], before: Fingerprint, layout: RunLayout) -> StageManifest:
     """Do the stage's work in `context.out`; what a failing stage leaves is kept beside its folder."""
     failed = layout.failed_stage(stage.name, context.lane)
     started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

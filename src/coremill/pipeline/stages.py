@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import msgspec
 
-from coremill.core.config import ImportedRun, NamesFiles, RunConfig
+from coremill.core.config import BaseRun, DistilledRun, ImportedRun, NamesFiles, RunConfig
 from coremill.core.errors import StageError
 from coremill.core.layout import RunLayout
 from coremill.core.stage import StageFunction
@@ -47,12 +47,9 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(path for part in parts if isinstance(part, NamesFiles) for path in part.paths)
 
 
-def _lane_stages(*model: str) -> tuple[Stage, ...]:
-    """The stages of a lane, which are the same for every kind of run.
-
-    Args:
-        model: the stages that the model, its tokenizer and what it is run on come from.
-    """
+def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
+    """The stages that every kind of run has: those of a lane, then the formats other than Core ML."""
+    model = tuple(dict.fromkeys((kind.prompts_stage, kind.tokenizer_stage, kind.model_stage)))
     return (
         Stage(
             name="export",
@@ -79,12 +76,6 @@ def _lane_stages(*model: str) -> tuple[Stage, ...]:
             per_lane=True,
             purpose="run the package and check it",
         ),
-    )
-
-
-def _format_stages(*model: str) -> tuple[Stage, ...]:
-    """The model's forms beside Core ML's, the same for every kind of run; `model` as in :func:`_lane_stages`."""
-    return (
         Stage(
             name="hf",
             module="coremill.conversion.export_hf",
@@ -124,8 +115,7 @@ DISTILLED = (
         purpose="distil the student",
         records=("metrics.jsonl",),
     ),
-    *_lane_stages("dataset", "training"),
-    *_format_stages("dataset", "training"),
+    *_shared_stages(DistilledRun),
 )
 IMPORTED = (
     Stage(
@@ -144,16 +134,16 @@ IMPORTED = (
         per_lane=False,
         purpose="bring the model's weights and its tokenizer in",
     ),
-    *_lane_stages("texts", "import"),
-    *_format_stages("texts", "import"),
+    *_shared_stages(ImportedRun),
 )
+_TABLES: dict[type[BaseRun], tuple[Stage, ...]] = {DistilledRun: DISTILLED, ImportedRun: IMPORTED}
 EVERY_STAGE = (*DISTILLED, *(stage for stage in IMPORTED if stage.name not in {each.name for each in DISTILLED}))
 """Each name once, for those that ask by name and know of no run."""
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
     """The stages of a run, in the order in which they run."""
-    return IMPORTED if isinstance(config, ImportedRun) else DISTILLED
+    return _TABLES[type(config)]
 
 
 def find_stage(name: str, stages: Sequence[Stage]) -> Stage:

@@ -24,7 +24,6 @@ from coremill.core.errors import (
     CheckpointUnreadableError,
     ConfigError,
     OutputError,
-    StageError,
     VocabularyMismatchError,
 )
 from coremill.core.layout import checkpoint_file, tokenizer_file
@@ -45,11 +44,9 @@ _MARGIN_BYTES = 300_000_000
 _LOG_LINES = 4
 
 
-def run_stage(context: StageContext) -> Figures:
+def run_stage(context: StageContext[ImportedRun]) -> Figures:
     """The import stage of a pipeline: writes the checkpoint and the tokenizer's files into `context.out`."""
     config = context.config
-    if not isinstance(config, ImportedRun):
-        raise StageError(f"the run {config.name} trains its model", expected="a configuration with [weights]")
     return import_model(config.weights, checkpoint_file(context.out, config.name), model_type=config.model_type)
 
 

@@ -174,10 +174,9 @@ def _check_writable(path: Path) -> None:
         raise OutputError(f"{path} is a folder", expected="the name of a file")
 
 
-def run_stage(context: StageContext) -> Figures:
+def run_stage(context: StageContext[DistilledRun]) -> Figures:
     """The training stage of a pipeline: reads the dataset stage's three files, writes into `context.out`."""
     config, dataset = context.config, context.inputs["dataset"]
-    assert isinstance(config, DistilledRun)  # no other has this stage
     files = TrainingFiles(
         train=dataset_file(dataset),
         heldout=heldout_file(dataset),

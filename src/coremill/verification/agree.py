@@ -116,7 +116,7 @@ def _running_torch() -> str:
     return Version(version("torch")).public
 
 
-def _context(options: argparse.Namespace, config: RunConfig, lane: str) -> StageContext:
+def _context(options: argparse.Namespace, config: RunConfig, lane: str) -> StageContext[RunConfig]:
     """The run's folders, as a stage of the lane would be given them."""
     run = layout.RunLayout(build=options.build_dir.resolve(), run=config.name)
     shared = {name: run.stage(name) for name in ("dataset", "training", "texts", "import", "hf", "gguf")}
@@ -124,7 +124,7 @@ def _context(options: argparse.Namespace, config: RunConfig, lane: str) -> Stage
     return StageContext(config=config, lane=lane, inputs={**shared, **of_lane}, out=run.root)
 
 
-def _artifacts(context: StageContext, chosen: tuple[str, ...]) -> Iterator[Path]:
+def _artifacts(context: StageContext[RunConfig], chosen: tuple[str, ...]) -> Iterator[Path]:
     """What is read, the first that is made first."""
     name, export = context.config.name, context.inputs["export"]
     yield layout.checkpoint_file(context.model_dir, name)
@@ -141,7 +141,7 @@ def _artifacts(context: StageContext, chosen: tuple[str, ...]) -> Iterator[Path]
             yield layout.gguf_file(context.inputs["gguf"], name, kind)
 
 
-def _check_there(context: StageContext, chosen: tuple[str, ...], config: Path) -> None:
+def _check_there(context: StageContext[RunConfig], chosen: tuple[str, ...], config: Path) -> None:
     for path in _artifacts(context, chosen):
         if not path.exists():
             raise StageError(

@@ -93,9 +93,8 @@ def chat_prompts() -> list[ChatPrompt]:
     return [ChatPrompt(id=f"chat-{number:02}", text=text) for number, text in enumerate(prompts, start=1)]
 
 
-def run_stage(context: StageContext) -> Figures:
+def run_stage(context: StageContext[ImportedRun]) -> Figures:
     """The texts stage of a pipeline: writes `texts.jsonl` and `chat_prompts.jsonl` into `context.out`."""
-    assert isinstance(context.config, ImportedRun)  # no other has this stage
     config = context.config.texts
     texts, prompts = own_texts(config) if config.files else bundled_texts(config), chat_prompts()
     write_texts(texts_file(context.out), texts)
