@@ -335,6 +335,8 @@ TESTS = {
     ),
 }
 """Each test session's environment, and its paths below tests/; the longest first, since two run side by side."""
+# A file that is listed by name belongs to that session alone.
+NAMED_FILES = {part for _, parts in TESTS.values() for part in parts if part.endswith(".py")}
 OTHER_LANE_TESTS = "tests-convert-other-lane"
 """For CI's matrix; `tests` leaves it out."""
 
@@ -351,14 +353,16 @@ def register_tests(name: str, environment_name: str, parts: list[str]) -> None:
         allow_parallel=True,
     )
     def tests(session: nox.Session) -> None:
-        folders = [f"tests/{part}" for part in parts]
+        own = [f"tests/{part}" for part in parts]
+        others = sorted(f"tests/{name}" for name in NAMED_FILES.difference(parts))
         flags = [each for each in session.posargs if not each.startswith("tests/")]
         asked = [each for each in session.posargs if each.startswith("tests/")]
-        paths = [each for each in asked if each.startswith(tuple(folders))] if asked else folders
-        if not paths:
+        paths = [each for each in asked if each.startswith(tuple(own)) and not each.startswith(tuple(others))]
+        if asked and not paths:
             session.skip("the requested tests belong to other sessions")
         python = str(installed(ROOT)[environment.name].python)
-        session.run(python, "-m", "pytest", *flags, *paths, env=SESSION_ENV, external=True)
+        flags += [f"--ignore={name}" for name in others]
+        session.run(python, "-m", "pytest", *flags, *(paths or own), env=SESSION_ENV, external=True)
 
     tests.__doc__ = f"Tests of {', '.join(parts)} in {environment.name} (Python {environment.python})."
 
