@@ -1,4 +1,4 @@
-"""Axes of tensors as programs give them: below 0 they count from the end."""
+"""Axis normalisation: a negative axis counts from the end."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from coremill.mil.ops.registry import Ints, OperationError
 
 
 def axis_of(rank: int, axis: int) -> int:
-    """The axis counted from the first.
+    """Return the axis as an index in [0, rank).
 
     Raises:
-        OperationError: it lies outside [-rank, rank).
+        OperationError: the axis is outside [-rank, rank).
     """
     if not -rank <= axis < rank:
         raise OperationError(f"axis {axis} of a tensor of rank {rank}, whose axes are {-rank} to {rank - 1}")
@@ -17,10 +17,10 @@ def axis_of(rank: int, axis: int) -> int:
 
 
 def axes_of(rank: int, axes: Ints) -> Ints:
-    """The axes counted from the first, in ascending order.
+    """Return the axes as indices in [0, rank), in ascending order.
 
     Raises:
-        OperationError: one lies outside [-rank, rank), or two are the same.
+        OperationError: an axis is outside [-rank, rank), or two are equal.
     """
     found = tuple(sorted(axis_of(rank, axis) for axis in axes))
     if len(set(found)) != len(found):

@@ -1,4 +1,4 @@
-"""Compressed weights: operations on constants, computed once when a program is lowered.
+"""Compressed weights: operations on constants, evaluated once when a program is lowered.
 
 Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS16.constexpr_ops` and `iOS18.compression`.
 """
@@ -31,14 +31,14 @@ def constexpr_cast(source_val: Tensor, *, output_dtype: ElementType) -> Tensor:
 
 
 _INDEX_TYPES = {1 << bits: BY_NAME[f"uint{bits}"] for bits in (1, 2, 4, 6, 8)}
-"""Type of an index of iOS16 by the number of entries of its table."""
+"""The type of an iOS16 index, by the number of entries in its table."""
 
 
 def _unpacked(packed: Tensor, element: ElementType, shape: Ints) -> Tensor:
-    """The elements of a tensor of `shape` from their bytes, in one axis.
+    """Unpack the elements of a tensor of `shape` from bytes, as a 1-D tensor.
 
     Raises:
-        OperationError: the shape has a negative size, or the bytes are too few or too many for it.
+        OperationError: the shape has a negative size, or the number of bytes does not match it.
     """
     if min(shape, default=0) < 0:
         raise OperationError(f"shape {list(shape)}, expected sizes of at least 0")
@@ -79,7 +79,7 @@ def sparse_to_dense(nonzero_data: Tensor, mask: Tensor) -> Tensor:
 
 
 def _spread(per_block: Tensor, shape: torch.Size) -> Tensor:
-    """One value a block as one an element: each axis repeated to the size in `shape`."""
+    """Expand one value per block to one per element: repeat each axis to its size in `shape`."""
     for axis, size in enumerate(shape):
         blocks = per_block.shape[axis]
         if size % blocks:
@@ -91,7 +91,7 @@ def _spread(per_block: Tensor, shape: torch.Size) -> Tensor:
 
 @op("constexpr_blockwise_shift_scale", since=18)
 def constexpr_blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """constexpr_blockwise_shift_scale: scale · (data - offset), one scale and offset a block."""
+    """constexpr_blockwise_shift_scale: scale · (data - offset), with one scale and one offset per block."""
     steps = data.to(scale.dtype)
     if offset is not None:
         steps = steps - _spread(offset.to(scale.dtype), data.shape)
@@ -100,7 +100,7 @@ def constexpr_blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor 
 
 @op("constexpr_lut_to_dense", since=18, native=True)
 def lut_to_dense(indices: Tensor, lut: Tensor, *, vector_axis: int | None = None) -> Tensor:
-    """constexpr_lut_to_dense of iOS18: a table a block of indices; entries may be vectors along vector_axis.
+    """constexpr_lut_to_dense of iOS18: one table per block of indices; entries may be vectors along vector_axis.
 
     indices (d0, …), lut (blocks of d0, …, entries, vector size).
     """
@@ -123,7 +123,7 @@ def constexpr_lut_to_sparse(
 ) -> Tensors:
     """constexpr_lut_to_sparse: lut_to_dense of the indices where the mask has a 1.
 
-    Returns the mask, along vector_axis as long as the entries' vectors make it, and the values (N,) at its ones.
+    Returns the mask, expanded along vector_axis to the length of the entries' vectors, and its values (N,).
     """
     values = lut_to_dense(sparse_to_dense(indices_nonzero_data, indices_mask), lut, vector_axis=vector_axis)
     mask = _spread(indices_mask, values.shape).expand(values.shape)
@@ -136,7 +136,7 @@ def constexpr_sparse_blockwise_shift_scale(
 ) -> Tensors:
     """constexpr_sparse_blockwise_shift_scale: blockwise_shift_scale of the data where the mask has a 1.
 
-    Returns the mask and the values (N,) at its ones.
+    Returns the mask and its values (N,).
     """
     values = constexpr_blockwise_shift_scale(sparse_to_dense(nonzero_data, data_mask), scale, offset)
     return data_mask, values[data_mask != 0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from coremill.mil.ops.registry import op
 
 Block = Callable[..., tuple[Any, ...]]
-"""A nested block of a program: values of its own inputs in, values of its outputs out."""
+"""A nested block of a program: maps the values of its inputs to the values of its outputs."""
 
 
 @op("select", native=True)
@@ -24,12 +24,12 @@ def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def run_cond(pred: Tensor, *, if_true: Block, if_false: Block) -> tuple[Any, ...]:
-    """cond: the outputs of one of two blocks; the other is not run."""
+    """cond: the outputs of one of two blocks; the other block does not run."""
     return if_true() if bool(pred) else if_false()
 
 
 def run_while_loop(loop_vars: tuple[Any, ...], *, condition: Block, body: Block) -> tuple[Any, ...]:
-    """while_loop: the body's outputs become its inputs for as long as the condition holds."""
+    """while_loop: run the body on its own outputs while the condition holds."""
     while bool(condition(*loop_vars)[0]):
         loop_vars = body(*loop_vars)
     return loop_vars

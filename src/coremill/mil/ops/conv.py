@@ -24,7 +24,7 @@ def spatial_rank(x: Tensor) -> int:
     """Number of spatial dimensions of x (N, C, *D).
 
     Raises:
-        OperationError: there are not one to three.
+        OperationError: there are fewer than one or more than three.
     """
     rank: int = x.dim() - 2
     if not 1 <= rank <= 3:
@@ -33,10 +33,10 @@ def spatial_rank(x: Tensor) -> int:
 
 
 def each_dimension(name: str, values: Ints | None, count: int, default: int) -> Ints:
-    """One value for each of `count` dimensions, `default` where none are given.
+    """Return one value per dimension; `default` for each if `values` is None.
 
     Raises:
-        OperationError: the given values are not as many.
+        OperationError: the number of values is not `count`.
     """
     if values is None:
         return (default,) * count
@@ -48,15 +48,15 @@ def each_dimension(name: str, values: Ints | None, count: int, default: int) -> 
 def window_padding(
     pad_type: str, pad: Ints | None, sizes: Sequence[int], windows: Sequence[int], strides: Sequence[int]
 ) -> Padding:
-    """What a pad type means where windows slide over spatial dimensions.
+    """Return the padding that a pad type gives for windows that slide over spatial dimensions.
 
     Args:
-        pad: before and after each dimension; read for `custom` alone.
+        pad: before and after each dimension; only used by `custom`.
         sizes: of the spatial dimensions of x.
         windows: sizes of the window, dilation included.
 
     Raises:
-        OperationError: an unknown pad type, or a `pad` that has not two values a dimension.
+        OperationError: an unknown pad type, or a `pad` without two values per dimension.
     """
     kind = pad_type.lower()
     if kind == "custom":
@@ -75,7 +75,7 @@ def window_padding(
 
 
 def pad_spatial(x: Tensor, padding: Padding, value: float) -> Tensor:
-    """x with `value` around its spatial dimensions; a negative padding takes elements away."""
+    """Pad the spatial dimensions of x with `value`; negative padding crops them."""
     if not any(any(each) for each in padding):
         return x
     # torch counts from the last dimension.
@@ -96,7 +96,7 @@ def conv(
 ) -> Tensor:
     """conv: x (N, C_in, *D) correlated with weight (C_out, C_in / groups, *K), + bias (C_out,).
 
-    `pad` counts for the pad type `custom` alone. `same` makes ceil(D / stride) windows and puts an odd element of
+    `pad` only applies to the pad type `custom`. `same` makes ceil(D / stride) windows and puts an odd element of
     padding after x, `same_lower` before it.
     """
     rank = spatial_rank(x)
@@ -106,7 +106,7 @@ def conv(
     padding = window_padding(pad_type, pad, x.shape[2:], windows, strides)
     symmetric: tuple[int, ...] = (0,) * rank
     if all(before == after >= 0 for before, after in padding):
-        symmetric = tuple(before for before, _ in padding)  # torch pads so without a copy of x.
+        symmetric = tuple(before for before, _ in padding)  # torch applies symmetric padding without a copy of x.
     else:
         x = pad_spatial(x, padding, 0)
     return _CONVOLVE[rank](x, weight, bias, strides, symmetric, dilations, groups)
@@ -127,9 +127,9 @@ def conv_transpose(
 ) -> Tensor:
     """conv_transpose: the transpose of the conv that would map the result to x; weight (C_in, C_out / groups, *K).
 
-    Without padding a dimension of x of size D gives (D - 1) · stride + (K - 1) · dilation + 1. `custom` takes `pad`
-    away from that, `same` what leaves D · stride. An `output_shape` keeps the padding before and moves the end:
-    what lies beyond any product is 0 (+ bias).
+    Without padding a dimension of x of size D gives (D - 1) · stride + (K - 1) · dilation + 1. `custom` crops that
+    by `pad`, `same` crops it to D · stride. An `output_shape` keeps the padding before and moves the end:
+    elements that no product reaches are 0 (+ bias).
     """
     rank = spatial_rank(x)
     strides = each_dimension("strides", strides, rank, 1)
@@ -167,7 +167,7 @@ def conv_quantized(
     dilations: Ints | None = None,
     groups: int = 1,
 ) -> Tensor:
-    """conv_quantized: conv with the weight quant_scale · weight + quant_bias, one number or one a channel (C_out,).
+    """conv_quantized: conv with weight quant_scale · weight + quant_bias; each a scalar or (C_out,).
 
     weight holds one uint8 an element whatever `nbits`. bias, of uint8 too, is added as the number it is, which is
     what the older neural network format makes of it. A look-up table has no input to come in by: refused.

@@ -73,7 +73,7 @@ def maximum(x: Tensor, y: Tensor) -> Tensor:
 
 @op("minimum", native=True)
 def minimum(x: Tensor, y: Tensor) -> Tensor:
-    """minimum: the smaller one, NaN where either is NaN."""
+    """minimum: the smaller value, NaN where either is NaN."""
     return torch.minimum(x, y)
 
 
@@ -115,17 +115,17 @@ def less_equal(x: Tensor, y: Tensor) -> Tensor:
 
 @op("logical_and", native=True)
 def logical_and(x: Tensor, y: Tensor) -> Tensor:
-    """logical_and: both."""
+    """logical_and: whether both are true."""
     return torch.logical_and(x, y)
 
 
 @op("logical_or", native=True)
 def logical_or(x: Tensor, y: Tensor) -> Tensor:
-    """logical_or: either."""
+    """logical_or: whether either is true."""
     return torch.logical_or(x, y)
 
 
 @op("logical_xor", native=True)
 def logical_xor(x: Tensor, y: Tensor) -> Tensor:
-    """logical_xor: exactly one."""
+    """logical_xor: whether exactly one is true."""
     return torch.logical_xor(x, y)

@@ -1,7 +1,7 @@
 """Elementwise operations of one input.
 
 Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.elementwise_unary`, and `iOS17` of the same
-name for more integer types and what `clip` admits.
+name for more integer types and the stricter `clip`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def ceil(x: Tensor) -> Tensor:
 @op("clip", native=True, fixed={"is_strict": False})
 @op("clip", since=17, native=True, fixed={"is_strict": True})
 def clip(x: Tensor, *, alpha: float, beta: float, is_strict: bool) -> Tensor:
-    """clip: x held within [alpha, beta]; NaN stays NaN. From iOS17 on, alpha must be below beta."""
+    """clip: x clamped to [alpha, beta]; NaN stays NaN. From iOS17 on, alpha must be below beta."""
     if is_strict and not alpha < beta:
         raise OperationError(f"alpha {alpha} and beta {beta}; alpha must be below beta")
     return torch.clamp(x, alpha, beta)
@@ -84,7 +84,7 @@ def exp(x: Tensor) -> Tensor:
 
 @op("exp2")
 def exp2(x: Tensor) -> Tensor:
-    """exp2: 2^x, of x's own type."""
+    """exp2: 2^x, in the dtype of x."""
     return torch.exp2(x).to(x.dtype)
 
 
@@ -168,18 +168,18 @@ def tanh(x: Tensor) -> Tensor:
 
 @op("threshold", native=True)
 def threshold(x: Tensor, alpha: Tensor) -> Tensor:
-    """threshold: x where it is at least alpha, else alpha."""
+    """threshold: the larger of x and alpha."""
     return torch.maximum(x, alpha)
 
 
 @op("cast", native=True)
 def cast(x: Tensor, *, dtype: ElementType) -> Tensor:
-    """cast: x as another type.
+    """cast: convert x to another type.
 
-    Where the documentation is silent: a fraction is cut off; a number beyond an integer type's range becomes the
-    nearest end of it and NaN becomes 0, as the ARM processors that Core ML runs on convert. An integer that a
-    narrower integer type cannot hold is an error: converters narrow token ids so (int32 to uint16 before a
-    `gather`), and a wrapped id would select another token.
+    What the documentation leaves open: fractions are truncated; a number outside an integer type's range saturates
+    and NaN becomes 0, as on the ARM processors that Core ML runs on. An integer that does not fit a narrower
+    integer type is an error: converters narrow token ids this way (int32 to uint16 before a `gather`), and a
+    wrapped id would select another token.
     """
     if x.dtype == dtype.storage and not dtype.is_integer:
         return x

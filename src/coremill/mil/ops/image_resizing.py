@@ -60,14 +60,14 @@ def _grid(mode: str, extent: Tensor, count: int) -> Tensor:
 
 
 def _linear(x: Tensor, axis: int, mode: str, count: int) -> Tensor:
-    """x interpolated to `count` elements along an axis."""
+    """Interpolate x to `count` elements along an axis."""
     size = x.shape[axis]
-    # In fp64, as the positions depend on nothing but sizes: their own rounding must not show in any x.
+    # In fp64: the positions depend only on sizes, and their rounding must not affect the result.
     points = _grid(mode, torch.tensor(size, dtype=torch.float64), count)
     low = points.floor()
     weight = points - low
     if count == size and not weight.any():
-        return x.clone()  # The products below would make NaN of an infinity.
+        return x.clone()  # The products below would turn an infinity into NaN.
     before = low.long()
     after = (before + 1).clamp(max=size - 1)
     position = axis_of(x.dim(), axis)
@@ -81,7 +81,7 @@ def _bilinear(x: Tensor, mode: str, height: int, width: int) -> Tensor:
 
 
 def _scaled(size: int, factor: float) -> int:
-    """floor(size · factor), the product rounded to fp32: as coremltools infers a shape from an fp32 factor."""
+    """floor(size · factor) with the product rounded to fp32, as coremltools infers a shape from an fp32 factor."""
     return int((torch.tensor(factor, dtype=torch.float32) * size).floor())
 
 
@@ -89,7 +89,7 @@ def _scaled(size: int, factor: float) -> int:
 def upsample_nearest_neighbor(
     x: Tensor, *, scale_factor_height: float = 1, scale_factor_width: float = 1
 ) -> Tensor:
-    """upsample_nearest_neighbor: element floor(i · size / new size), the new size being floor(size · factor)."""
+    """upsample_nearest_neighbor: element floor(i · size / new size), where the new size is floor(size · factor)."""
     for axis, factor in ((-2, scale_factor_height), (-1, scale_factor_width)):
         size, count = x.shape[axis], _scaled(x.shape[axis], factor)
         x = x.index_select(axis, torch.arange(count) * size // max(count, 1))
@@ -97,7 +97,7 @@ def upsample_nearest_neighbor(
 
 
 def _nearest(x: Tensor, axis: int, count: int) -> Tensor:
-    """x resized along an axis by the element in which the centre of the new one lies."""
+    """Resize x along an axis: take the element that contains the centre of each new element."""
     size = x.shape[axis]
     return x.index_select(axis, (2 * torch.arange(count) + 1) * size // (2 * count))
 
@@ -122,7 +122,7 @@ def upsample_bilinear(
     align_corners: bool = True,
     half_pixel_centers: bool | None = None,
 ) -> Tensor:
-    """upsample_bilinear: to floor(size · factor), interpolated as that new size asks, not as the factor would.
+    """upsample_bilinear: to floor(size · factor), interpolated for that new size, not for the factor.
 
     Corners or half-pixel centres are aligned, by default the latter unless the former, or neither (DEFAULT).
     """
@@ -139,7 +139,7 @@ def upsample_bilinear(
 def resize_bilinear(
     x: Tensor, *, target_size_height: int = 1, target_size_width: int = 1, sampling_mode: str = "DEFAULT"
 ) -> Tensor:
-    """resize_bilinear: interpolated at the positions of the sampling mode."""
+    """resize_bilinear: interpolate at the positions that the sampling mode gives."""
     return _bilinear(x, sampling_mode, target_size_height, target_size_width)
 
 
@@ -152,7 +152,7 @@ def resize(
     interpolation_mode: str = "LINEAR",
     sampling_mode: str = "DEFAULT",
 ) -> Tensor:
-    """resize: the last `resized_dims` dimensions to the last sizes of `shape`, in which 0 keeps x's.
+    """resize: resize the last `resized_dims` dimensions to the last sizes of `shape`; 0 keeps the size of x.
 
     NEAREST_NEIGHBOR with DEFAULT is as resize_nearest_neighbor: coremltools' tests expect so (2 elements to 3, and
     20 to 60 by its TensorFlow converter); with another mode the element nearest to its position, the upper one of
@@ -177,7 +177,7 @@ def resize(
 
 @op("crop", native=True)
 def crop(x: Tensor, *, crop_height: Ints, crop_width: Ints) -> Tensor:
-    """crop: without the given numbers of rows at the top and bottom, of columns at the left and right."""
+    """crop: remove the given numbers of rows at the top and bottom and of columns at the left and right."""
     for axis, name, amounts in ((-2, "crop_height", crop_height), (-1, "crop_width", crop_width)):
         size = x.shape[axis]
         if len(amounts) != 2 or min(amounts) < 0 or sum(amounts) > size:
@@ -187,7 +187,7 @@ def crop(x: Tensor, *, crop_height: Ints, crop_width: Ints) -> Tensor:
 
 
 def _gather(x: Tensor, image: Tensor, row: Tensor, column: Tensor, fill: float | None) -> Tensor:
-    """Elements x[image, :, row, column]; outside of x `fill`, or without it the nearest element.
+    """Gather the elements x[image, :, row, column]; outside of x use `fill`, or the nearest element if it is None.
 
     Args:
         x: (B, C, H, W).
@@ -199,7 +199,7 @@ def _gather(x: Tensor, image: Tensor, row: Tensor, column: Tensor, fill: float |
         (N, C, h, w).
     """
     height, width = x.shape[-2:]
-    # A NaN has no place; it becomes some element here, and NaN by its weight.
+    # A NaN has no position; it selects any element here, and its weight makes the result NaN.
     row_inside = row.clamp(0, height - 1)
     column_inside = column.clamp(0, width - 1)
     at = tuple(each.nan_to_num(0).long() for each in (row_inside, column_inside))
@@ -211,7 +211,7 @@ def _gather(x: Tensor, image: Tensor, row: Tensor, column: Tensor, fill: float |
 
 
 def _sample(x: Tensor, image: Tensor, row: Tensor, column: Tensor, fill: float | None) -> Tensor:
-    """x interpolated at positions with fractions; as _gather otherwise."""
+    """Interpolate x at fractional positions; otherwise like _gather."""
     top, left = row.floor(), column.floor()
     below, right = (row - top).unsqueeze(1), (column - left).unsqueeze(1)  # (N, 1, h, w) weights
     upper = _gather(x, image, top, left, fill) * (1 - right) + _gather(x, image, top, left + 1, fill) * right
@@ -222,7 +222,7 @@ def _sample(x: Tensor, image: Tensor, row: Tensor, column: Tensor, fill: float |
 
 
 def _mirrored(points: Tensor, first: float, last: float) -> Tensor:
-    """Positions outside first … last mirrored at both ends until they are inside."""
+    """Reflect positions outside first … last at both ends until they are inside."""
     if last <= first:
         return torch.full_like(points, first)
     span = last - first
@@ -254,7 +254,7 @@ def _crops(
     sampling_mode: str,
     pad_value: float,
 ) -> Tensor:
-    """Of each box (N, 4) on the image (N,) that it names, a crop (N, C, target_height, target_width).
+    """Crop each box (N, 4) from its image (N,) to (N, C, target_height, target_width).
 
     A sampling mode places its grid between a box's corners, which may come in either order. A point outside of the
     image is `pad_value`, as of TensorFlow's `CropAndResize`; with UNALIGN_CORNERS it is mirrored at the border,
@@ -271,7 +271,7 @@ def _crops(
         start, end = first[:, axis, None], last[:, axis, None]  # (N, 1)
         grid = _grid(sampling_mode, (end - start).abs().squeeze(1) + 1, count)  # (N, count)
         point = torch.where(end < start, start - grid, start + grid)
-        # The sum's rounding must not take a point out of the box, nor so out of the image.
+        # Rounding of the sum must not move a point out of the box, and so out of the image.
         point = torch.minimum(torch.maximum(point, torch.minimum(start, end)), torch.maximum(start, end))
         points.append(_mirrored(point, 0, sizes[axis] - 1) if sampling_mode == "UNALIGN_CORNERS" else point)
     row = points[0][:, :, None].expand(-1, -1, target_width)
@@ -295,7 +295,7 @@ def crop_resize(
     sampling_mode: str = "DEFAULT",
     pad_value: float = 0.0,
 ) -> Tensor:
-    """crop_resize until iOS16: boxes `roi` of x (B, C, H, W), resized.
+    """crop_resize up to iOS16: crop the boxes `roi` of x (B, C, H, W) and resize them.
 
     (N, 1, 4, 1, 1) takes every box of every image and gives (N, B, C, h, w); in (N, 1, 5, 1, 1) an image's number
     comes before the coordinates, and (N, 1, C, h, w) come out.
@@ -356,7 +356,7 @@ def crop_resize_boxes(
 
 
 def _in_elements(coordinates: Tensor, mode: str, size: int, align_corners: bool) -> Tensor:
-    """Coordinates of a coordinates mode as positions."""
+    """Convert coordinates of a coordinates mode to positions."""
     if mode == "unnormalized":
         return coordinates
     unit = (coordinates + 1) / 2 if mode == "normalized_minus_one_to_one" else coordinates
@@ -364,7 +364,7 @@ def _in_elements(coordinates: Tensor, mode: str, size: int, align_corners: bool)
 
 
 def _padded(points: Tensor, mode: str, size: int) -> Tensor:
-    """Positions outside of an image where a padding mode finds them inside."""
+    """Map positions outside of an image to the positions inside that the padding mode selects."""
     if mode == "reflection":
         points = _mirrored(points, 0, size - 1)
     elif mode == "symmetric":
@@ -424,7 +424,7 @@ def affine(
     coordinates_mode: str,
     align_corners: bool,
 ) -> Tensor:
-    """affine: x at the coordinates that (B or 1, 6) matrices [[a0, a1, a2], [b0, b1, b2]] make of the output's.
+    """affine: x at the output coordinates transformed by (B or 1, 6) matrices [[a0, a1, a2], [b0, b1, b2]].
 
     Both in -1 … 1; a dimension of one pixel has its coordinate 0. Other modes than those below are not documented.
     """

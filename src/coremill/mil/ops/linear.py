@@ -1,7 +1,7 @@
 """Matrix products, accumulated in fp32.
 
 Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.linear`, and `iOS17.linear` for inputs of
-different types, where a constant is taken for the type of the other.
+different types, where a constant is converted to the type of the other input.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch import Tensor
 from coremill.mil.ops.registry import Tensors, op
 
 _PIECE_ELEMENTS = 1 << 21
-"""Of a weight that is widened at once: 8 MiB of fp32. Smaller pieces are slower, larger ones take more memory."""
+"""Elements of a weight that are widened at a time: 8 MiB of fp32. Smaller is slower, larger needs more memory."""
 
 _BLOCK_ROWS = 512
-"""Rows of x that are widened and multiplied at once."""
+"""Rows of x that are widened and multiplied at a time."""
 
 _FEW_ROWS = 4
-"""Up to so many rows, reading the weight is most of the work, and fp16 is half of what fp32 is."""
+"""Up to this many rows, reading the weight dominates, and fp16 is half the size of fp32."""
 
 _onednn_linear = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 )
-"""The product of oneDNN, which torch's compiler uses: on some processors a fifth faster than F.linear's in fp32."""
+"""oneDNN's linear layer, which torch's compiler uses: on some processors a fifth faster than F.linear in fp32."""
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -54,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (M, D_in), weight (D_out, D_in), bias (D_out,), all fp16: (M, D_out) fp16, summed in fp32 and rounded once.
 
-    No fp32 copy of the weight is ever whole: it would be twice the size of the package's.
+    The weight is never widened to fp32 as a whole: that would take twice its size.
     """
     if 0 < len(x) <= _FEW_ROWS and bias is None and x.device.type == "cpu":
         # torch's product of an fp16 matrix and one vector sums in fp32; its products of two matrices are slow here.
@@ -83,5 +83,5 @@ def matmul(x: Tensor, y: Tensor, *, transpose_x: bool = False, transpose_y: bool
 
 @op("einsum")
 def einsum(values: Tensors, *, equation: str) -> Tensor:
-    """einsum: the sum of products that the equation spells; sizes of 1 broadcast."""
+    """einsum: the sum of products that the equation specifies; sizes of 1 broadcast."""
     return torch.einsum(equation, *values)

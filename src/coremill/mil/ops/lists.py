@@ -1,9 +1,9 @@
 """Lists of tensors of one shape.
 
-Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.control_flow`; that an element which nothing
-wrote is 0, from coremltools' own test of lists.
+Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.control_flow`; coremltools' own
+test of lists shows that an unwritten element is 0.
 
-An index below 0 or past the end is an error here, but for a write to a list of dynamic length, which grows.
+A negative index or one past the end is an error, except that a write past the end grows a list of dynamic length.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from coremill.mil.values import FP32, INT32, ElementType, TensorList
 def make_list(
     *, init_length: int = 1, dynamic_length: bool = True, elem_shape: Symbols = (), dtype: ElementType = FP32
 ) -> TensorList:
-    """make_list: a list of zeros. A size that is a name becomes known with the first write."""
+    """make_list: a list of zeros. A symbolic size becomes known with the first write."""
     if init_length < 0:
         raise OperationError(f"a list of length {init_length}")
     shape = tuple(None if isinstance(size, str) else size for size in elem_shape)
@@ -31,7 +31,7 @@ def make_list(
 
 @op("list_length", native=True)
 def list_length(ls: TensorList) -> Tensor:
-    """list_length: how many elements the list has."""
+    """list_length: the number of elements."""
     return torch.tensor(ls.length, dtype=INT32.storage)
 
 
@@ -51,13 +51,13 @@ def list_gather(ls: TensorList, *, indices: Ints) -> Tensor:
 
 @op("list_write", native=True)
 def list_write(ls: TensorList, value: Tensor, *, index: int) -> TensorList:
-    """list_write: the list with `value` at the index."""
+    """list_write: a copy of the list with `value` at the index."""
     return _with_elements(ls, [(index, value)])
 
 
 @op("list_scatter", native=True)
 def list_scatter(ls: TensorList, value: Tensor, *, indices: Ints) -> TensorList:
-    """list_scatter: the list with the slices of `value` along its first axis at the indices."""
+    """list_scatter: a copy of the list with the slices of `value` along its first axis at the indices."""
     if value.shape[0] != len(indices):
         raise OperationError(f"{value.shape[0]} values for {len(indices)} indices")
     return _with_elements(ls, zip(indices, value.unbind(0), strict=True))

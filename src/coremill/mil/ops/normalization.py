@@ -48,7 +48,7 @@ def batch_norm(
 def instance_norm(
     x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, *, epsilon: float = 1e-5
 ) -> Tensor:
-    """instance_norm: each channel of each sample by its own mean and variance over the spatial axes."""
+    """instance_norm: normalise each channel of each sample by its own mean and variance over the spatial axes."""
     rank = x.dim()
     axes = tuple(range(2, rank))
     mean = x.mean(axes, keepdim=True)
@@ -69,10 +69,10 @@ def layer_norm(
     axes: Ints | None = None,
     epsilon: float = 1e-5,
 ) -> Tensor:
-    """layer_norm: over `axes` (all by default), then gamma and beta, whose shape is that of x at those axes."""
+    """layer_norm: normalise over `axes` (by default all); gamma and beta have the shape of x at those axes."""
     rank = x.dim()
     over = tuple(range(rank)) if axes is None else axes_of(rank, axes)
-    # Where gamma's axes are not adjacent in x, sizes of 1 stand for those between.
+    # If gamma's axes are not adjacent in x, insert dimensions of 1 between them.
     affine_shape = tuple(size if axis in over else 1 for axis, size in enumerate(x.shape))
     mean = x.mean(over, keepdim=True)
     centered = x - mean

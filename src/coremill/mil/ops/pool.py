@@ -20,7 +20,7 @@ from coremill.mil.ops.registry import Ints, OperationError, op
 
 @dataclass(frozen=True, slots=True)
 class _Windows:
-    """Where a pooling's windows lie, for each spatial dimension."""
+    """The positions of pooling windows, for each spatial dimension."""
 
     sizes: Ints
     strides: Ints
@@ -29,21 +29,21 @@ class _Windows:
     """Number of windows."""
 
     def pool(self, x: Tensor, pad_value: float, torch_pool: dict[int, Callable[..., Tensor]]) -> Tensor:
-        """x (N, C, *D) pooled to (N, C, *counts)."""
+        """Pool x (N, C, *D) to (N, C, *counts)."""
         around = []
         for size, (before, after), stride, window, count in zip(
             x.shape[2:], self.padding, self.strides, self.sizes, self.counts, strict=True
         ):
-            # With ceil_mode the last window may reach beyond the padding.
+            # With ceil_mode the last window may extend past the padding.
             end = max(after, (count - 1) * stride + window - before - size)
             around.append((before, end))
         padded = pad_spatial(x, tuple(around), pad_value)
-        if len(self.sizes) == 1:  # torch's sum of a window is for planes and volumes.
+        if len(self.sizes) == 1:  # torch sums windows only in two and three dimensions.
             return torch_pool[2](padded.unsqueeze(2), (1, *self.sizes), (1, *self.strides)).squeeze(2)
         return torch_pool[len(self.sizes)](padded, self.sizes, self.strides)
 
     def elements(self, x: Tensor, *, with_padding: bool) -> Tensor:
-        """How many elements each window holds, (*counts,): those of x, or those of x and its padding."""
+        """The number of elements in each window, (*counts,): of x, or of x and its padding."""
         total = torch.ones((), dtype=x.dtype)
         for size, (before, after), stride, window, count in zip(
             x.shape[2:], self.padding, self.strides, self.sizes, self.counts, strict=True
@@ -77,7 +77,7 @@ def _count(size: int, padding: tuple[int, int], window: int, stride: int, ceil_m
     """
     room = size + sum(padding) - window
     count = (-(-room // stride) if ceil_mode else room // stride) + 1
-    # A window that begins after x sees nothing of it. Without padding the documentation keeps it, unlike torch.
+    # A window that begins after x contains none of it. Without padding the documentation keeps it, unlike torch.
     if ceil_mode and any(padding) and (count - 1) * stride >= size + padding[0]:
         count -= 1
     if count <= 0:
@@ -106,7 +106,7 @@ def max_pool(
     pad: Ints | None = None,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """max_pool: the greatest element of each window; padding never is."""
+    """max_pool: the greatest element of each window; padding is ignored."""
     return _windows(x, kernel_sizes, strides, pad_type, pad, ceil_mode).pool(x, -math.inf, _MAXIMA)
 
 
@@ -121,7 +121,7 @@ def avg_pool(
     exclude_padding_from_average: bool = False,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """avg_pool: the mean of each window, in which padding is zeros or, if excluded, does not count.
+    """avg_pool: the mean of each window; padding counts as zeros or, if excluded, not at all.
 
     What a window reaches beyond the padding in `ceil_mode` never counts, as in torch.nn.AvgPool2d.
     """

@@ -14,7 +14,7 @@ from coremill.mil.values import ElementType
 
 
 def along_axis(values: Tensor, rank: int, axis: int | None) -> Tensor:
-    """A number as it is, a list (N,) as (1, …, N, …, 1) of the given rank."""
+    """Return a scalar unchanged, and a vector (N,) as (1, …, N, …, 1) of the given rank."""
     if values.dim() == 0 or axis is None:
         return values
     position = axis_of(rank, axis)
@@ -30,7 +30,7 @@ def quantize(
     output_dtype: ElementType,
     axis: int | None = None,
 ) -> Tensor:
-    """quantize: round(input / scale) + zero_point, held within the output type's range."""
+    """quantize: round(input / scale) + zero_point, clamped to the output type's range."""
     steps = torch.round(input / along_axis(scale, input.dim(), axis))
     if zero_point is not None:
         steps = steps + along_axis(zero_point, input.dim(), axis)

@@ -1,4 +1,4 @@
-"""Random tensors: the documented distributions, not the draws of any device.
+"""Random tensors: draws from the documented distributions, which differ from any device's draws.
 
 A seed other than -1 starts a generator of its own in each run of the operation: a run repeats itself, in any mode
 (up to the rounding of the results) and on any device, and two operations of one seed and shape draw the same. With
@@ -70,7 +70,7 @@ def random_uniform(
         raise OperationError(f"low {low.item()} and high {high.item()}; low must not be above high")
     width = high.double() - low.double()
     draws = (low.double() + width * _uniform(shape, seed)).to(low.dtype)
-    # Rounding to a narrower type must not reach the bound that the interval leaves out.
+    # Rounding to a narrower type must not reach the excluded upper bound.
     return torch.minimum(draws, torch.maximum(low, torch.nextafter(high, low)))
 
 
@@ -81,16 +81,16 @@ def random_categorical(x: Tensor, *, mode: str = "logits", size: int = 1, seed: 
     x (…, K) holds logits or, in mode "probs", probabilities, which need not sum to 1. Returns (…, size).
     """
     if mode not in ("logits", "probs"):
-        raise OperationError(f"mode {mode!r}; logits and probs are the modes")
+        raise OperationError(f"mode {mode!r}, expected logits or probs")
     if size < 1:
         raise OperationError(f"size {size}; it must be above 0")
     weights = torch.softmax(x.double(), -1) if mode == "logits" else x.double()
     cumulative = torch.cumsum(weights, -1)  # (…, K)
     total = cumulative[..., -1:]
     if not (bool((weights >= 0).all()) and bool(((total > 0) & torch.isfinite(total)).all())):
-        raise OperationError(f"{mode} that give no distribution: each must have a finite sum above 0")
+        raise OperationError(f"{mode} do not give a distribution: each must have a finite sum above 0")
     draws = _uniform((*x.shape[:-1], size), seed) * total
-    # The product may round to the total, which is beyond the last entry that is possible.
+    # The product may round up to the total, which is past the last possible entry.
     draws = torch.minimum(draws, torch.nextafter(total, torch.zeros_like(total)))
-    # The number of entries that a draw has passed is the index of the one that it falls in.
+    # The number of entries below a draw is the index of the entry that contains it.
     return torch.searchsorted(cumulative, draws, right=True).to(x.dtype)

@@ -22,32 +22,32 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hard_sigmoid": lambda x: torch.clamp(0.2 * x + 0.5, 0, 1),
     "linear": lambda x: x,
     "relu": torch.relu,
-    # With its constants of 1, the only ones that a recurrent layer can give it.
+    # With constants of 1: a recurrent layer cannot set others.
     "scaled_tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
 _SYNONYMS = {"sigmoid_hard": "hard_sigmoid"}
-"""`rnn` and `lstm` document one activation under two names."""
+"""`rnn` and `lstm` document the same activation under two names."""
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
-    key = name.lower()  # The definitions admit any case.
+    key = name.lower()  # The definitions accept any case.
     key = _SYNONYMS.get(key, key)
     if key not in _ACTIVATIONS:
-        raise OperationError(f"activation {name!r}; {', '.join(_ACTIVATIONS)} are the activations")
+        raise OperationError(f"activation {name!r}, expected one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[key]
 
 
 def _in_order(x: Tensor, direction: str) -> Tensor:
-    """The steps in the order in which they are processed; a reversed layer's outputs stay in that order."""
+    """Return the steps in processing order; a reversed layer's outputs keep that order."""
     if direction not in ("forward", "reverse"):
-        raise OperationError(f"direction {direction!r}; forward and reverse are the directions")
+        raise OperationError(f"direction {direction!r}, expected forward or reverse")
     return x.flip(0) if direction == "reverse" else x
 
 
 def _sequence(states: list[Tensor], initial: Tensor, *, all_steps: bool) -> Tensor:
-    """(S, B, H) of all steps, or (1, B, H) of the last; the initial state's where there is no step."""
+    """Return (S, B, H) of all steps, or (1, B, H) of the last one; the initial state if there is no step."""
     if not all_steps:
         return (states[-1] if states else initial).unsqueeze(0)
     return torch.stack(states) if states else initial.new_empty((0, *initial.shape))
@@ -95,7 +95,7 @@ def gru(
     activation: str = "tanh",
     reset_after: bool = False,
 ) -> Tensors:
-    """gru: h = (1 - z) · o + z · h step by step, of a reset gate r, an output gate o and an update gate z.
+    """gru: h = (1 - z) · o + z · h step by step, with a reset gate r, an output gate o and an update gate z.
 
     The weights hold r, o, z in this order. o is of W · x + W_ho · (r · h) + b or, reset after the product, of
     W · x + r · (W_ho · h + b), b being `bias`; `input_bias` is added to each gate's W · x.
@@ -147,7 +147,7 @@ def lstm(
     activation: str = "tanh",
     clip: float | None = None,
 ) -> Tensors:
-    """lstm: c = f · c + i · z and h = o · activation(c) step by step, of gates i, f, o and a cell gate z.
+    """lstm: c = f · c + i · z and h = o · activation(c) step by step, with gates i, f, o and a cell gate z.
 
     The weights hold i, f, o, z in this order. A peephole adds its part of c to i and f, and of the new c to o.
     With `clip`, c is held within [-clip, clip].

@@ -1,4 +1,4 @@
-"""Reductions; no `axes` means all of them.
+"""Reductions; without `axes`, over all of them.
 
 Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.reduction`, and `iOS17` of the same name for
 `output_dtype`. Of integers, a result that is declared an integer loses its fraction, as value inference does.
@@ -49,7 +49,7 @@ def reduce_min(x: Tensor, *, axes: Ints | None = None, keep_dims: bool = False) 
 @op("reduce_prod")
 def reduce_prod(x: Tensor, *, axes: Ints | None = None, keep_dims: bool = False) -> Tensor:
     """reduce_prod: the product."""
-    # From the last axis to the first, so that a removed one leaves the numbers of the others as they were.
+    # From the last axis to the first, so that removing one does not renumber the others.
     for axis in reversed(_axes(x, axes)):
         x = torch.prod(x, axis, keep_dims, dtype=x.dtype)
     return x
@@ -81,7 +81,7 @@ def reduce_log_sum(x: Tensor, *, axes: Ints | None = None, keep_dims: bool = Fal
 
 @op("reduce_log_sum_exp")
 def reduce_log_sum_exp(x: Tensor, *, axes: Ints | None = None, keep_dims: bool = False) -> Tensor:
-    """reduce_log_sum_exp: log(sum(exp(x))), shifted by the largest so that nothing overflows."""
+    """reduce_log_sum_exp: log(sum(exp(x))), shifted by the largest value to avoid overflow."""
     return torch.logsumexp(_float(x), _axes(x, axes), keep_dims).to(x.dtype)
 
 
@@ -90,7 +90,7 @@ def reduce_log_sum_exp(x: Tensor, *, axes: Ints | None = None, keep_dims: bool =
 def reduce_argmax(
     x: Tensor, *, axis: int = -1, keep_dims: bool = False, output_dtype: ElementType = INT32
 ) -> Tensor:
-    """reduce_argmax: index of the largest; of equals the first, which the documentation leaves open."""
+    """reduce_argmax: index of the largest; the first one in a tie, which the documentation leaves open."""
     return torch.argmax(x, axis, keep_dims).to(output_dtype.storage)
 
 
@@ -99,5 +99,5 @@ def reduce_argmax(
 def reduce_argmin(
     x: Tensor, *, axis: int = -1, keep_dims: bool = False, output_dtype: ElementType = INT32
 ) -> Tensor:
-    """reduce_argmin: index of the smallest; of equals the first, which the documentation leaves open."""
+    """reduce_argmin: index of the smallest; the first one in a tie, which the documentation leaves open."""
     return torch.argmin(x, axis, keep_dims).to(output_dtype.storage)

@@ -17,13 +17,13 @@ from coremill.mil.ops.axes import axis_of
 from coremill.mil.ops.registry import OperationError, op
 
 EITHER_END = {"negative": True, "validate_indices": False}
-"""Before iOS17: an index below 0 counts from the end."""
+"""Before iOS17 a negative index counts from the end."""
 
 FROM_ZERO = {"negative": False}
 
 
 def _in_bounds(indices: Tensor, size: int, axis: int, *, negative: bool) -> Tensor:
-    """The indices as int64 of at least 0.
+    """Return the indices as non-negative int64.
 
     Raises:
         OperationError: one lies outside [0, size), or [-size, size) where negative ones count from the end.
@@ -42,7 +42,7 @@ def _in_bounds(indices: Tensor, size: int, axis: int, *, negative: bool) -> Tens
 
 
 def _check_batch(x: Tensor, indices: Tensor, batch_dims: int, limit: int) -> None:
-    """Both begin with the batch, whose dimensions are at most `limit`."""
+    """Check that both shapes begin with the batch dimensions, at most `limit` of them."""
     if not 0 <= batch_dims <= min(limit, indices.dim()):
         raise OperationError(f"batch_dims {batch_dims}, expected 0 to {min(limit, indices.dim())}")
     if x.shape[:batch_dims] != indices.shape[:batch_dims]:
@@ -53,7 +53,7 @@ def _check_batch(x: Tensor, indices: Tensor, batch_dims: int, limit: int) -> Non
 
 
 def _check_along_axis(data: Tensor, indices: Tensor, axis: int) -> None:
-    """torch leaves out what indices of smaller sizes do not reach."""
+    """Check the shapes: torch silently ignores elements that smaller indices do not reach."""
     expected = (*data.shape[:axis], -1, *data.shape[axis + 1 :])
     if (*indices.shape[:axis], -1, *indices.shape[axis + 1 :]) != expected or indices.dim() != data.dim():
         raise OperationError(
@@ -97,7 +97,7 @@ def gather(
     validate_indices: bool = False,
     negative: bool,
 ) -> Tensor:
-    """gather: slices of x along the axis, in the place of the axis the shape of `indices`."""
+    """gather: slices of x along the axis, which the shape of `indices` replaces."""
     return _gather(x, indices, axis, batch_dims, negative=negative)
 
 
@@ -106,7 +106,7 @@ def gather(
 def gather_along_axis(
     x: Tensor, indices: Tensor, *, axis: int = 0, validate_indices: bool = False, negative: bool
 ) -> Tensor:
-    """gather_along_axis: at each position the element of x whose index along the axis is given there."""
+    """gather_along_axis: at each position, the element of x at the index that `indices` holds along the axis."""
     axis = axis_of(x.dim(), axis)
     _check_along_axis(x, indices, axis)
     return torch.gather(x, axis, _in_bounds(indices, x.shape[axis], axis, negative=negative))
@@ -140,7 +140,7 @@ def _gather_nd(x: Tensor, indices: Tensor, batch_dims: int, *, negative: bool) -
 def gather_nd(
     x: Tensor, indices: Tensor, *, batch_dims: int = 0, validate_indices: bool = False, negative: bool
 ) -> Tensor:
-    """gather_nd: slices of x at the positions that the last axis of `indices` spells."""
+    """gather_nd: slices of x at the positions that the last axis of `indices` holds."""
     return _gather_nd(x, indices, batch_dims, negative=negative)
 
 
@@ -148,7 +148,7 @@ _REDUCTIONS = {"mul": "prod", "max": "amax", "min": "amin"}
 
 
 def _combine(data: Tensor, axis: int, index: Tensor, updates: Tensor, mode: str) -> Tensor:
-    """`updates` put into a copy of `data` at `index` along the axis; all three of one rank, index as updates."""
+    """Combine `updates` into a copy of `data` at `index`, of the same shape, along the axis."""
     if mode == "update":
         return data.scatter(axis, index, updates)
     if mode in ("add", "sub"):
@@ -158,7 +158,7 @@ def _combine(data: Tensor, axis: int, index: Tensor, updates: Tensor, mode: str)
     if mode == "div":
         divisors = torch.ones_like(data).scatter_reduce(axis, index, updates, "prod")
         return data / divisors if data.is_floating_point() else torch.div(data, divisors, rounding_mode="trunc")
-    raise OperationError(f"mode {mode!r}; update, add, sub, mul, div, max and min are the modes")
+    raise OperationError(f"mode {mode!r}, expected one of update, add, sub, mul, div, max, min")
 
 
 @op("scatter", fixed=EITHER_END)
@@ -173,7 +173,7 @@ def scatter(
     validate_indices: bool = False,
     negative: bool,
 ) -> Tensor:
-    """scatter: slices of `updates` combined into a copy of `data` at `indices` along the axis."""
+    """scatter: combine slices of `updates` into a copy of `data` at `indices` along the axis."""
     axis = axis_of(data.dim(), axis)
     flat = _in_bounds(indices, data.shape[axis], axis, negative=negative)
     expected = data.shape[:axis] + indices.shape + data.shape[axis + 1 :]
@@ -196,7 +196,7 @@ def scatter_along_axis(
     validate_indices: bool = False,
     negative: bool,
 ) -> Tensor:
-    """scatter_along_axis: each update combined into a copy of `data` at the index along the axis given there."""
+    """scatter_along_axis: combine each update into a copy of `data` at its index along the axis."""
     axis = axis_of(data.dim(), axis)
     _check_along_axis(data, indices, axis)
     _check_updates(updates, indices.shape)
@@ -214,7 +214,7 @@ def scatter_nd(
     validate_indices: bool = False,
     negative: bool,
 ) -> Tensor:
-    """scatter_nd: slices of `updates` combined into a copy of `data` where the last axis of `indices` points."""
+    """scatter_nd: combine slices of `updates` into a copy of `data` where the last axis of `indices` points."""
     columns = _nd_index(indices, data.shape, negative=negative)
     depth = indices.shape[-1]
     slice_shape = data.shape[depth:]

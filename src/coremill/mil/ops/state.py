@@ -1,4 +1,4 @@
-"""States: tensors that outlive a prediction.
+"""States: tensors that persist between predictions.
 
 Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS18.states`, and `coreml_dialect`, which says
 that `coreml_update_state` is saved as a `write_state` and, where its result is used, a `read_state`.
@@ -25,7 +25,7 @@ def read_state(input: StateCell) -> Tensor:
 
 @op("write_state", since=18, native=True, pure=False)
 def write_state(input: StateCell, data: Tensor) -> tuple[()]:
-    """write_state: makes `data`, which must be of the state's shape and type, its content."""
+    """write_state: replace the state's content with `data`, which must have its shape and type."""
     found, expected = ((tensor.shape, tensor.dtype) for tensor in (data, input.tensor))
     if found != expected:
         raise OperationError(f"a tensor of {_text(*found)} for a state, expected {_text(*expected)}")

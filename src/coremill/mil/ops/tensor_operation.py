@@ -18,7 +18,7 @@ from coremill.mil.values import INT32, ElementType
 
 @op("identity", native=True)
 def identity(x: Tensor) -> Tensor:
-    """identity: x."""
+    """identity: return x."""
     return x
 
 
@@ -30,17 +30,17 @@ def shape(x: Tensor) -> Tensor:
 
 @op("concat", native=True)
 def concat(values: Tensors, *, axis: int, interleave: bool = False) -> Tensor:
-    """concat: the values joined along the axis; interleaved, one element of each in turn."""
+    """concat: concatenate the values along the axis; with interleave, one element of each in turn."""
     if interleave:
         position = axis_of(values[0].dim(), axis)
         return torch.stack(values, position + 1).flatten(position, position + 1)
-    # Numbers of rank 0 are joined like lists of one.
+    # Scalars are concatenated as tensors of one element.
     return torch.cat([value.reshape(1) if value.dim() == 0 else value for value in values], axis)
 
 
 @op("stack", native=True)
 def stack(values: Tensors, *, axis: int) -> Tensor:
-    """stack: the values along a new axis."""
+    """stack: stack the values along a new axis."""
     return torch.stack(values, axis)
 
 
@@ -81,7 +81,7 @@ def range_1d(start: Tensor, end: Tensor, step: Tensor) -> Tensor:
 
 @op("band_part", native=True)
 def band_part(x: Tensor, *, lower: int = -1, upper: int = -1) -> Tensor:
-    """band_part: 0 outside `lower` diagonals below and `upper` above the main one; negative keeps all there."""
+    """band_part: zero outside `lower` diagonals below and `upper` above the main one; negative keeps all."""
     rows = torch.arange(x.shape[-2])[:, None]
     columns = torch.arange(x.shape[-1])[None, :]
     inside = torch.ones(x.shape[-2:], dtype=torch.bool)
@@ -119,9 +119,9 @@ def one_hot(
     one_hot_vector_size: int,
     axis: int = -1,
 ) -> Tensor:
-    """one_hot: on_value at each index along a new axis, off_value elsewhere; an index outside it gives none.
+    """one_hot: on_value at each index along a new axis, off_value elsewhere; all off_value if out of range.
 
-    By default 1 and 0 of int32.
+    The defaults are int32 1 and 0.
     """
     on = torch.ones((), dtype=torch.int32) if on_value is None else on_value
     off = torch.zeros((), dtype=on.dtype) if off_value is None else off_value
@@ -139,14 +139,14 @@ def pad(x: Tensor, constant_val: Tensor | None = None, *, pad: Ints, mode: str =
         value = 0 if constant_val is None else constant_val.item()
         return F.pad(x, widths, value=value)
     if mode not in ("reflect", "replicate"):
-        raise OperationError(f"mode {mode!r}; constant, reflect and replicate are the modes")
+        raise OperationError(f"mode {mode!r}, expected one of constant, reflect, replicate")
     for back, (before, after) in enumerate(reversed(pairs), start=1):
         x = _pad_axis(x, x.dim() - back, before, after, reflect=mode == "reflect")
     return x
 
 
 def _pad_axis(x: Tensor, axis: int, before: int, after: int, *, reflect: bool) -> Tensor:
-    """Mirror or repeat an axis's ends: torch's own modes leave the leading axes out."""
+    """Reflect or repeat the ends of an axis: torch's own modes do not support the leading axes."""
     size = x.shape[axis]
     position = torch.arange(-before, size + after)
     if reflect:
@@ -159,7 +159,7 @@ def _pad_axis(x: Tensor, axis: int, before: int, after: int, *, reflect: bool) -
 
 @op("argsort", native=True)
 def argsort(x: Tensor, *, axis: int = -1, ascending: bool = False) -> Tensor:
-    """argsort: indices that sort x along the axis, descending by default; int32. Equals keep their order."""
+    """argsort: indices that sort x along the axis, descending by default; int32. The sort is stable."""
     return torch.sort(x, dim=axis, descending=not ascending, stable=True).indices.to(torch.int32)
 
 
@@ -178,7 +178,7 @@ def topk(
 ) -> Tensor | Tensors:
     """topk: the k largest (with `ascending` the smallest) along the axis, and their indices; k of -1 takes all.
 
-    Sorted in either case, equals in their order: the documentation promises no order without `sort`.
+    The result is always sorted, equal elements in their order; the documentation promises no order without `sort`.
     """
     order = torch.sort(x, dim=axis, descending=not ascending, stable=True)
     count = x.shape[axis] if k == -1 else k
@@ -200,9 +200,9 @@ def non_maximum_suppression(
     max_boxes: int,
     per_class_suppression: bool = False,
 ) -> Tensors:
-    """non_maximum_suppression: the boxes by falling score, without those that overlap an earlier one too much.
+    """non_maximum_suppression: boxes by descending score, less those that overlap an earlier one.
 
-    A box's score is its highest, and its class the one with that score; per class, boxes of other classes are not
+    A box's score is its highest one, and its class that score's class; per class, boxes of other classes are not
     suppressed. Boxes below the score threshold are left out, but where none passes, the best one stays.
 
     Args:
@@ -258,13 +258,13 @@ def suppress_boxes_last(
 def _chosen_boxes(
     boxes: Tensor, scores: Tensor, passing: Tensor, groups: Tensor, iou_threshold: float, max_boxes: int
 ) -> Tensor:
-    """Indices of the boxes to keep, by falling score, -1 after them: (max_boxes,).
+    """The indices of the boxes to keep, by descending score, then -1: (max_boxes,).
 
     boxes (B, 4), scores, passing and groups (B,); boxes suppress those of their group.
     """
     order = torch.sort(scores, descending=True, stable=True).indices
     left = order[passing[order]]
-    # In fp16 the areas of boxes of some hundred pixels would not be finite.
+    # In fp16 the areas of boxes of a few hundred pixels would overflow.
     centre, extent = boxes.to(torch.promote_types(boxes.dtype, torch.float32)).split(2, -1)
     low, high, area = centre - extent / 2, centre + extent / 2, extent.prod(-1)
     chosen = torch.full((max_boxes,), -1)
@@ -275,7 +275,7 @@ def _chosen_boxes(
         chosen[position] = first
         sides = torch.minimum(high[first], high[left]) - torch.maximum(low[first], low[left])
         shared = sides.clamp(min=0).prod(-1)
-        # A ratio without area is NaN, which is no overlap.
+        # Boxes without area give NaN, which counts as no overlap.
         overlap = shared / (area[first] + area[left] - shared)
         left = left[~((overlap > iou_threshold) & (groups[left] == groups[first]))]
     return chosen

@@ -1,4 +1,4 @@
-"""Operations that change a tensor's shape or pick a part of it; values stay as they are.
+"""Operations that change a tensor's shape or select a part of it; values do not change.
 
 Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.tensor_transformation`, and of the same name
 `iOS16` (`reshape_like`, `pixel_unshuffle`), `iOS17` (more types, a 0 in `reshape`'s shape) and `iOS18`
@@ -19,7 +19,7 @@ from coremill.mil.ops.registry import Bools, IntPairs, Ints, OperationError, Ove
 
 @op("expand_dims", native=True)
 def expand_dims(x: Tensor, *, axes: Ints) -> Tensor:
-    """expand_dims: a dimension of 1 at each of `axes`, which count in the result."""
+    """expand_dims: insert a dimension of 1 at each of `axes` of the result."""
     for axis in axes_of(x.dim() + len(axes), axes):
         x = x.unsqueeze(axis)
     return x
@@ -27,16 +27,16 @@ def expand_dims(x: Tensor, *, axes: Ints) -> Tensor:
 
 @op("squeeze", native=True)
 def squeeze(x: Tensor, *, axes: Ints | None = None) -> Tensor:
-    """squeeze: without the dimensions of 1 among `axes` (of all, by default); others stay."""
+    """squeeze: remove the dimensions of 1 among `axes` (by default all); others stay."""
     return torch.squeeze(x) if axes is None else torch.squeeze(x, axes)
 
 
 @op("reshape", native=True, fixed={"any_rank": False})
 @op("reshape", since=17, native=True, fixed={"any_rank": True})
 def reshape(x: Tensor, *, shape: Ints, any_rank: bool) -> Tensor:
-    """reshape: to `shape`, in which -1 is what remains, and 0 keeps x's size there if the ranks are equal.
+    """reshape: to `shape`, where -1 is inferred, and 0 keeps the size of x if the ranks are equal.
 
-    From iOS17 on the ranks may differ: sizes are compared from the last on, and a 0 before x's first is a 1.
+    From iOS17 on the ranks may differ: sizes are matched from the last one; a 0 before the first size of x is a 1.
     """
     if 0 in shape and x.numel():
         if len(shape) != x.dim() and not any_rank:
@@ -48,7 +48,7 @@ def reshape(x: Tensor, *, shape: Ints, any_rank: bool) -> Tensor:
 
 @op("reshape_like", since=16, native=True)
 def reshape_like(x: Tensor, ref_tensors: Tensors, *, begins: Ints, ends: Ints, end_masks: Bools) -> Tensor:
-    """reshape_like: to the dimensions begin to end of each reference tensor's shape, one after the other."""
+    """reshape_like: to the dimensions begin to end of each reference tensor's shape, concatenated."""
     shape: list[int] = []
     for reference, begin, end, to_end in zip(ref_tensors, begins, ends, end_masks, strict=True):
         shape += reference.shape[begin:] if to_end else reference.shape[begin:end]
@@ -63,7 +63,7 @@ def transpose(x: Tensor, *, perm: Ints) -> Tensor:
 
 @op("reverse", native=True)
 def reverse(x: Tensor, *, axes: Ints | None = None) -> Tensor:
-    """reverse: the order along `axes` (along all, by default)."""
+    """reverse: reverse the order along `axes` (by default all)."""
     return torch.flip(x, tuple(range(x.dim())) if axes is None else axes)
 
 
@@ -87,7 +87,7 @@ def _slices(
     end_mask: Bools | None,
     squeeze_mask: Bools | None,
 ) -> list[slice | int]:
-    """What numpy would index by: a slice for each axis, an index where squeeze_mask says so."""
+    """The numpy index: a slice for each axis, or an integer where squeeze_mask is set."""
     rank = len(sizes)
     if len(begin) != rank or len(end) != rank:
         raise OperationError(f"begin {list(begin)} and end {list(end)} for a tensor of rank {rank}")
@@ -96,7 +96,7 @@ def _slices(
         step = 1 if stride is None else stride[axis]
         start = None if begin_mask is not None and begin_mask[axis] else begin[axis]
         if squeeze_mask is not None and squeeze_mask[axis]:
-            # A begin that is masked means position 0, whatever the stride.
+            # A masked begin means index 0, whatever the stride.
             position = 0 if start is None else start
             if not -size <= position < size:
                 raise OperationError(f"index {position} of axis {axis}, which has {size} elements")
@@ -126,7 +126,7 @@ def slice_by_index(
     index = _slices(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask)
     for axis, each in enumerate(index):
         if isinstance(each, slice) and each.step < 0:
-            # torch has no negative strides: pick the same elements in ascending order, then turn them round.
+            # torch has no negative strides: select the same elements in ascending order, then reverse them.
             picked = range(*each.indices(x.shape[axis]))
             rising = slice(picked[-1], picked[0] + 1, -each.step) if len(picked) else slice(0, 0, 1)
             x = x[(slice(None),) * axis + (rising,)].flip(axis)
@@ -160,7 +160,7 @@ def _overwrite_slice(
     end_mask: Bools | None = None,
     squeeze_mask: Bools | None = None,
 ) -> Overwritten:
-    """`update` in the place of the part of x that slice_by_index would give."""
+    """Write `update` to the part of x that slice_by_index would return."""
     index = _slices(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask)
     for axis, each in enumerate(index):
         if isinstance(each, slice):
@@ -190,7 +190,7 @@ def slice_update(
     end_mask: Bools | None = None,
     squeeze_mask: Bools | None = None,
 ) -> Tensor:
-    """slice_update: a copy of x in which the part that slice_by_index would give is `update`."""
+    """slice_update: a copy of x in which the part that slice_by_index would return is `update`."""
     return _overwrite_slice(
         x.clone(),
         update,
@@ -205,9 +205,9 @@ def slice_update(
 
 @op("depth_to_space", native=True)
 def depth_to_space(x: Tensor, *, block_size: int) -> Tensor:
-    """depth_to_space: (N, C, H, W) to (N, C / b², H · b, W · b), the block's position outermost in depth.
+    """depth_to_space: (N, C, H, W) to (N, C / b², H · b, W · b), with the position in the block outermost in depth.
 
-    As TensorFlow's operation of the name, which it converts; `pixel_shuffle` has it innermost.
+    Like TensorFlow's operation of the same name, which it converts; in `pixel_shuffle` it is innermost.
     """
     n, c, h, w = x.shape
     split = x.reshape(n, block_size, block_size, c // block_size**2, h, w)
@@ -226,7 +226,7 @@ def space_to_depth(x: Tensor, *, block_size: int) -> Tensor:
 def space_to_batch(x: Tensor, *, block_shape: Ints, paddings: IntPairs) -> Tensor:
     """space_to_batch: (N, C, H, W), padded with zeros, to (N · bh · bw, C, H / bh, W / bw).
 
-    As TensorFlow's operation of the name, which it converts: a sample's place in its block is outermost in N.
+    Like TensorFlow's operation of the same name, which it converts: the position in the block is outermost in N.
 
     Args:
         paddings: before and after H, before and after W.
@@ -244,7 +244,7 @@ def space_to_batch(x: Tensor, *, block_shape: Ints, paddings: IntPairs) -> Tenso
 
 @op("batch_to_space", native=True)
 def batch_to_space(x: Tensor, *, block_shape: Ints, crops: IntPairs) -> Tensor:
-    """batch_to_space: the inverse of space_to_batch; `crops` are cut off where it pads."""
+    """batch_to_space: the inverse of space_to_batch; `crops` are removed where that operation pads."""
     _check_blocks(x, block_shape, crops, "crops")
     n, c, h, w = x.shape
     block_h, block_w = block_shape

@@ -16,10 +16,10 @@ from torch import Tensor
 from coremill.mil.ops.registry import op
 
 _LEAST_CAUSAL = 1024
-"""Queries from which on looking at the mask costs less than what a causal one saves: half of the work."""
+"""Number of queries from which inspecting the mask costs less than a causal kernel saves (half of the work)."""
 
 _BLOCK_ROWS = 256
-"""Rows of a mask that are looked at together."""
+"""Rows of a mask that are inspected at a time."""
 
 
 @op("scaled_dot_product_attention", since=18)
@@ -37,9 +37,9 @@ def scaled_dot_product_attention(
 
 
 def _is_causal(query: Tensor, key: Tensor, mask: Tensor) -> bool:
-    """Whether `mask` does what a causal mask does: not about, but for these queries and keys exactly.
+    """Whether `mask` has exactly the effect of a causal mask for these queries and keys.
 
-    It must leave the scores up to the diagonal as they are, and take so much from the others that their weights are
+    It must not change the scores up to the diagonal, and must lower the others so far that their weights are
     0. A weight is exp(score − the row's largest score); no score is beyond the longest query times the longest key,
     and the diagonal's is among those that are seen.
     """
@@ -58,9 +58,9 @@ def _is_causal(query: Tensor, key: Tensor, mask: Tensor) -> bool:
 
 
 def _largest_hidden(mask: Tensor) -> float | None:
-    """The largest value that `mask` (L, L) adds beyond the diagonal; None where it changes anything up to it.
+    """The largest value that `mask` (L, L) adds after the diagonal; None if it changes a score up to the diagonal.
 
-    By rows, because a copy of the mask may be larger than what attention itself needs.
+    By rows, because a copy of the mask may need more memory than the attention itself.
     """
     largest = -math.inf
     for start in range(0, len(mask), _BLOCK_ROWS):
