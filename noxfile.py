@@ -310,6 +310,7 @@ TESTS = {
             "mil",
             "coreml",
             "verification",
+            "test_help.py",
             *(
                 f"conversion/test_{name}.py"
                 for name in ("export_pytorch", "convert_coreml", "verify_contract", "memory")

@@ -12,7 +12,6 @@ from rich.console import Console
 from coremill.cli import doctor
 from coremill.cli.examination import DoctorReport, Machine, examine
 from coremill.core.command import exit_on_error
-from coremill.core.errors import exit_code_table
 from coremill.pipeline.environments import CONVERT, TRAIN
 
 ONE_LANE_IN_PLACE = """\
@@ -130,10 +129,3 @@ def test_everything_in_place(checkout, linux) -> None:
 def test_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert exit_on_error(lambda: doctor.main([])) == 32
-
-
-def test_the_help_lists_the_exit_codes(capsys) -> None:
-    with pytest.raises(SystemExit) as stop:
-        doctor.main(["--help"])
-    assert stop.value.code == 0
-    assert capsys.readouterr().out.endswith(f"exit codes:\n{exit_code_table()}\n")

@@ -176,7 +176,7 @@ def test_the_closure_covers_every_module_started_by_name():
                 assert next(option for option in options if option.is_file()) in covered, (
                     f"{path} starts {module}, which is not among its source files"
                 )
-    assert started >= 5  # the search itself works
+    assert started >= 3  # the search itself works
 
 
 def test_equal_sources_give_equal_digests():

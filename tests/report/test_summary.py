@@ -15,7 +15,7 @@ from coremill.core.command import exit_on_error
 from coremill.core.config import ExportConfig
 from coremill.core.digest import digest
 from coremill.core.documents import json_schemas, read_json
-from coremill.core.errors import DigestError, StageError, exit_code_table
+from coremill.core.errors import DigestError, StageError
 from coremill.core.gates import Outcome, Severity
 from coremill.core.layout import (
     checkpoint_file,
@@ -374,10 +374,3 @@ def test_an_input_that_its_producer_no_longer_has_is_refused(finished) -> None:
     with pytest.raises(StageError) as failure:
         summarise(finished.layout, finished.config, ["2.9.1"])
     assert failure.value.expected == "nothing, as stage export has it now"
-
-
-def test_the_help_lists_the_exit_codes(capsys) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    assert stop.value.code == 0
-    assert capsys.readouterr().out.endswith(f"exit codes:\n{exit_code_table()}\n")

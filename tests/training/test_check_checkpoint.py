@@ -148,10 +148,3 @@ def test_a_truncated_checkpoint(saved: Path, capsys: pytest.CaptureFixture[str])
         [],
         f"unreadable checkpoint error: {saved} is truncated: 100000 bytes",
     )
-
-
-def test_help_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    assert "23  unsafe checkpoint" in capsys.readouterr().out

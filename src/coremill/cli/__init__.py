@@ -1,1 +1,1 @@
-"""The `coremill` command, its subcommands, and how a subcommand restarts in an environment that can run it."""
+"""The `coremill` command: the table of its subcommands, and their restart in an environment that can run them."""

@@ -74,7 +74,7 @@ def verdict(report: DoctorReport) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("coremill doctor", __doc__)
+    parser = command_parser("doctor", __doc__, example="")
     parser.parse_args(argv)
     root = project_root()
     report = examine(root, this_machine(root), os.environ)

@@ -1,66 +1,129 @@
-"""`coremill <command>`: a command's module is imported when it is called, and not before."""
+"""`coremill <command>`: finds the command and imports its module only then."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import logging
 import sys
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from types import ModuleType
 
 from coremill import __version__
+from coremill.cli.commands import COMMANDS, GROUPS, Command
+from coremill.cli.restart import restart_where_installed
 from coremill.core.command import exit_on_error
-from coremill.core.errors import USAGE, exit_code_table
+from coremill.core.errors import OK, USAGE, exit_code_table
 
-
-class Command(NamedTuple):
-    module: str
-    """Its `main(argv)` runs the command and returns the exit code."""
-    purpose: str
-
-
-COMMANDS = {
-    "status": Command("coremill.pipeline.status", "which stages of a run are stale, and why"),
-    "doctor": Command("coremill.cli.doctor", "what this machine has and lacks for each stage"),
-    "report": Command("coremill.report.summary", "stages, shapes, gates and answers of a finished run"),
-    "stage": Command("coremill.pipeline.runner", "run one stage of a run in this interpreter"),
-    "dataset": Command("coremill.data.make_toy_kd", "write a dataset, its held-out set and its tokenizer"),
-    "import": Command("coremill.cli.importer", "bring the weights and the tokenizer of a model that exists in"),
-    "train": Command("coremill.training.run_toy_distill", "distil a student from a dataset"),
-    "check-checkpoint": Command("coremill.training.check_checkpoint", "validate a checkpoint"),
-    "export": Command("coremill.conversion.export_pytorch", "write TorchScript and its contract"),
-    "convert": Command("coremill.conversion.convert_coreml", "write the Core ML package"),
-    "verify": Command("coremill.conversion.verify_contract", "run the package and check it against its contract"),
-    "agree": Command(
-        "coremill.cli.agree", "compare every format of a run's model with its checkpoint, in one table"
-    ),
-    "mil": Command("coremill.cli.mil", "run, compare and examine any Core ML package: inspect, run, compare, …"),
-}
+_HELP = ("-h", "--help")
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help"):
+    return exit_on_error(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in _HELP:
         print(help_text())
-        return 0 if arguments else USAGE
-    if arguments[0] == "--version":
+        return OK if arguments else USAGE
+    first, *rest = arguments
+    if first == "--version":
         print(f"coremill {__version__}")
-        return 0
-    command = COMMANDS.get(arguments[0])
-    if command is None:
-        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "run `coremill --help`"
-        print(f"coremill: there is no command {arguments[0]!r}; {hint}", file=sys.stderr)
-        return USAGE
-    return exit_on_error(lambda: int(importlib.import_module(command.module).main(arguments[1:])))
+        return OK
+    if first == "help":
+        if rest == ["exit-codes"]:
+            print(exit_code_table())
+            return OK
+        return _run([*rest, "--help"])
+    if first in GROUPS:
+        return _run_group(first, rest)
+    if first not in COMMANDS:
+        return _unknown("coremill", first, [*COMMANDS, *GROUPS, "help"])
+    return _run_command(first, rest)
+
+
+def _run_group(group: str, arguments: list[str]) -> int:
+    if not arguments or arguments[0] in _HELP:
+        print(group_help(group))
+        return OK if arguments else USAGE
+    first, *rest = arguments
+    name = f"{group} {first}"
+    if name not in COMMANDS:
+        return _unknown(f"coremill {group}", first, [each.removeprefix(f"{group} ") for each in COMMANDS])
+    return _run_command(name, rest)
+
+
+def _unknown(typed: str, word: str, known: Iterable[str]) -> int:
+    near = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"run `{typed} --help`"
+    print(f"{typed}: there is no command {word!r}; {hint}", file=sys.stderr)
+    return USAGE
+
+
+def _run_command(name: str, arguments: list[str]) -> int:
+    command = COMMANDS[name]
+    with _only_errors(command.quiet):
+        module = _import_for_help(command) if {*_HELP} & {*arguments} else None
+        if module is None:
+            restart_where_installed(name, command, arguments)
+            module = importlib.import_module(command.module)
+        return int(module.main(arguments))
+
+
+@contextlib.contextmanager
+def _only_errors(loggers: Iterable[str]) -> Iterator[None]:
+    """Show only errors of `loggers`. Their levels are restored: another command may depend on the warnings."""
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in loggers}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+def _import_for_help(command: Command) -> ModuleType | None:
+    """Import the command's module if its own imports are installed: its help needs no more, such as torch."""
+    try:
+        return importlib.import_module(command.module)
+    except ModuleNotFoundError as absent:
+        if absent.name in command.needs:
+            return None
+        raise
 
 
 def help_text() -> str:
-    width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:<{width}}  {command.purpose}" for name, command in COMMANDS.items())
+    commands = {name: each.purpose for name, each in COMMANDS.items() if " " not in name} | GROUPS
     return (
-        "usage: coremill <command> [options]      (coremill <command> --help tells more)\n\n"
-        f"commands:\n{commands}\n\nexit codes:\n{exit_code_table()}"
+        "usage: coremill <command> [options]\n\n"
+        f"commands:\n{_listed(commands)}\n\n"
+        "coremill help <command>    print a command's options and an example\n"
+        "coremill help exit-codes   list the exit codes\n"
+        "coremill --version         print the version\n\n"
+        "example:\n  coremill mil inspect model.mlpackage"
     )
+
+
+def group_help(group: str) -> str:
+    commands = {
+        name.removeprefix(f"{group} "): each.purpose
+        for name, each in COMMANDS.items()
+        if name.startswith(f"{group} ")
+    }
+    return (
+        f"usage: coremill {group} <command> [options]\n\n"
+        f"commands:\n{_listed(commands)}\n\n"
+        f"coremill help {group} <command> prints a command's options and an example.\n\n"
+        f"example:\n  coremill {group} {next(iter(commands))} model.mlpackage"
+    )
+
+
+def _listed(commands: dict[str, str]) -> str:
+    width = max(map(len, commands))
+    return "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in commands.items())
 
 
 if __name__ == "__main__":

@@ -51,13 +51,26 @@ def _check_environment(*, toy: bool) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("python -m coremill.conversion.convert_coreml", __doc__)
+    parser = command_parser(
+        "convert",
+        __doc__,
+        example="--graph export/magic_8_ball.pt --contract export/magic_8_ball_contract.json "
+        "--out convert/magic_8_ball.mlpackage",
+    )
     parser.add_argument("--graph", type=Path, required=True, help="the TorchScript program, *.pt")
     parser.add_argument("--contract", type=Path, required=True, help="its *_contract.json")
     parser.add_argument("--out", type=Path, required=True, help="the package to make, DIR/NAME.mlpackage")
-    parser.add_argument("--config", type=Path, help="a run's configuration; its [convert] part counts")
-    parser.add_argument("--deployment-target", choices=get_args(get_type_hints(ConvertConfig)["deployment_target"]))
-    parser.add_argument("--compute-precision", choices=get_args(get_type_hints(ConvertConfig)["compute_precision"]))
+    parser.add_argument("--config", type=Path, help="a run's configuration; its [convert] is used")
+    defaults = ConvertConfig()
+    for name, purpose in (
+        ("deployment_target", "the oldest system that runs the package"),
+        ("compute_precision", "the type that the package computes in"),
+    ):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            choices=get_args(get_type_hints(ConvertConfig)[name]),
+            help=f"{purpose} (default: that of --config, else {getattr(defaults, name)})",
+        )
     parser.add_argument("--toy", action="store_true", help="admit Python 3.13, for a toy's contract only")
     parser.add_argument(
         "--allow-placeholder",

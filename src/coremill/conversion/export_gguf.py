@@ -1,7 +1,5 @@
 """Export to GGUF: a file for each type of weights, for llama.cpp and what is built on it, such as Ollama.
 
-    python -m coremill.conversion.export_gguf --checkpoint ball.ckpt --out ball-gguf --types f16,q8_0
-
 Matrices are stored as the type says, norms and biases in float32, the tokenizer and the chat template as metadata.
 A halt head, which llama.cpp has no place for, goes into a file of its own. What was written is run with llama.cpp
 and compared with the checkpoint, and read back; parity.json says how that came out.
@@ -257,22 +255,24 @@ def parse_types(text: str) -> tuple[GgufType, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("python -m coremill.conversion.export_gguf", __doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.json beside the checkpoint")
+    parser = command_parser("gguf", __doc__, example="--checkpoint ball.ckpt --out ball-gguf --types f16,q8_0")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint, *.ckpt")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="the tokenizer (default: tokenizer.json next to the checkpoint)"
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
-        help="a held-out set, or a folder that has one or texts.jsonl; default: the folder of the tokenizer",
+        help="a held-out set, or a directory with one or with texts.jsonl (default: the tokenizer's directory)",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="the folder; one that was written so is replaced, whole"
+        "--out", type=Path, required=True, help="the directory; an earlier export there is replaced"
     )
-    parser.add_argument("--name", help="of the model; default: the checkpoint's")
+    parser.add_argument("--name", help="name of the model (default: the checkpoint's)")
     parser.add_argument(
         "--types",
         default=",".join(GgufConfig().types),
-        help=f"of {','.join(get_args(GgufType))}; default: %(default)s",
+        help=f"some of {','.join(get_args(GgufType))} (default: %(default)s)",
     )
     return parser
 

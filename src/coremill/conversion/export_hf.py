@@ -228,19 +228,26 @@ def _own_files(report: Path) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("python -m coremill.conversion.export_hf", __doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.json beside the checkpoint")
+    parser = command_parser("hf", __doc__, example="--checkpoint ball.ckpt --out ball-hf")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint, *.ckpt")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="the tokenizer (default: tokenizer.json next to the checkpoint)"
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
-        help="a held-out set, or a folder that has one or texts.jsonl; default: the folder of the tokenizer",
+        help="a held-out set, or a directory with one or with texts.jsonl (default: the tokenizer's directory)",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="the directory; one that was written so is replaced"
+        "--out", type=Path, required=True, help="the directory; an earlier export there is replaced"
     )
-    parser.add_argument("--name", help="of the model; default: the checkpoint's")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--name", help="name of the model (default: the checkpoint's)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="type of the weights (default: %(default)s)",
+    )
     parser.add_argument("--license", help="SPDX identifier for the model card")
     return parser
 

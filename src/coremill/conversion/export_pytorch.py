@@ -86,19 +86,23 @@ def _check_environment(*, toy: bool) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("python -m coremill.conversion.export_pytorch", __doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the program and its contract")
-    parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.json beside the checkpoint")
+    parser = command_parser("export", __doc__, example="--checkpoint magic_8_ball.ckpt --out export")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint, *.ckpt")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the program and its contract")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="the tokenizer (default: tokenizer.json next to the checkpoint)"
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
-        help="a held-out set, or a folder that has one or texts.jsonl; default: the folder of the tokenizer",
+        help="a held-out set, or a directory with one or with texts.jsonl (default: the tokenizer's directory)",
     )
-    parser.add_argument("--config", type=Path, help="a run's configuration; its [shapes] and [export] count")
-    parser.add_argument("--shapes", help="sequence lengths; the default is the toy's, 64,128,256")
-    parser.add_argument("--primary", type=int, help="the length that must work; the toy's is 128")
-    parser.add_argument("--stateful", action="store_true", help="prefill and decode with a key/value cache as well")
+    parser.add_argument("--config", type=Path, help="a run's configuration; its [shapes] and [export] are used")
+    parser.add_argument(
+        "--shapes", help="sequence lengths (default: those of --config, else the toy's: 64,128,256)"
+    )
+    parser.add_argument("--primary", type=int, help="the length that must work (default: as for --shapes; 128)")
+    parser.add_argument("--stateful", action="store_true", help="add prefill and decode with a key/value cache")
     parser.add_argument("--toy", action="store_true", help="admit Python 3.13, for a toy's checkpoint only")
     return parser
 

@@ -72,19 +72,24 @@ def run_stage(context: StageContext[RunConfig]) -> Figures:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("python -m coremill.conversion.verify_contract", __doc__)
-    parser.add_argument("--package", type=Path, required=True)
-    parser.add_argument("--contract", type=Path, required=True)
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser = command_parser(
+        "verify",
+        __doc__,
+        example="--package convert/magic_8_ball.mlpackage --contract export/magic_8_ball_contract.json "
+        "--checkpoint magic_8_ball.ckpt --dataset-dir dataset --out verification_report.json",
+    )
+    parser.add_argument("--package", type=Path, required=True, help="the package, *.mlpackage")
+    parser.add_argument("--contract", type=Path, required=True, help="its *_contract.json")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint, *.ckpt")
     parser.add_argument(
         "--dataset-dir",
         type=Path,
         required=True,
-        help="holds the held-out set, or texts.jsonl and chat_prompts.jsonl",
+        help="contains the held-out set, or texts.jsonl and chat_prompts.jsonl",
     )
-    parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.json in the folder of the dataset")
+    parser.add_argument("--tokenizer", type=Path, help="the tokenizer (default: tokenizer.json in --dataset-dir)")
     parser.add_argument("--out", type=Path, required=True, help="the report to write, verification_report.json")
-    parser.add_argument("--config", type=Path, help="a run's configuration; its [verify] and [export] count")
+    parser.add_argument("--config", type=Path, help="a run's configuration; its [verify] and [export] are used")
     parser.add_argument("--heldout", type=int, metavar="N", help="answer N held-out questions")
     return parser
 

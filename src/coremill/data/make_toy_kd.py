@@ -1,7 +1,5 @@
 """Write a toy distillation dataset: training rows, held-out rows and the tokenizer that fits them.
 
-    python -m coremill.data.make_toy_kd --out magic_8_ball.jsonl --n 128 --magic-8-ball
-
 One JSON object a line; the fields are those of `coremill.data.rows.Row`.
 """
 
@@ -125,8 +123,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse_args(argv: list[str] | None) -> tuple[DatasetConfig, DatasetFiles]:
     parser = command_parser(
-        "python -m coremill.data.make_toy_kd",
+        "dataset",
         "Write a toy distillation dataset, its held-out rows and its tokenizer.",
+        example="--out magic_8_ball.jsonl --n 128 --magic-8-ball",
     )
     parser.add_argument("--out", type=Path, required=True, help="the training rows, one JSON object a line")
     parser.add_argument("--n", type=int, required=True, help="number of training rows")
@@ -137,9 +136,11 @@ def _parse_args(argv: list[str] | None) -> tuple[DatasetConfig, DatasetFiles]:
     parser.add_argument(
         "--heldout-n", type=int, help="number of held-out rows (default: a tenth of --n, at least 64)"
     )
-    parser.add_argument("--tokenizer-out", type=Path, help="the tokenizer (default: tokenizer.json beside --out)")
+    parser.add_argument("--tokenizer-out", type=Path, help="the tokenizer (default: tokenizer.json next to --out)")
     parser.add_argument("--seed", type=int, default=8, help="same seed, same bytes (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=512, help="of the tokenizer (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=512, help="size of the tokenizer's vocabulary (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     files = DatasetFiles(
         train=args.out,

@@ -112,8 +112,8 @@ def _relative(path: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("coremill stage", __doc__)
-    parser.add_argument("name", choices=[stage.name for stage in EVERY_STAGE])
+    parser = command_parser("stage", __doc__, example="export --torch 2.9.1")
+    parser.add_argument("name", choices=[stage.name for stage in EVERY_STAGE], help="the stage")
     parser.add_argument("--torch", choices=LANES, help="the lane, for a stage that runs once a lane")
     parser.add_argument("--force", action="store_true", help="run it even if it is fresh")
     add_run_options(parser)

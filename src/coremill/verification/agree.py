@@ -54,10 +54,12 @@ _COLUMNS = {
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, FORMATS))
     formats = "\n".join(f"  {name:<{width}}  {form.purpose}" for name, form in FORMATS.items())
-    parser = command_parser("coremill agree", f"{__doc__}\nformats:\n{formats}")
+    parser = command_parser("agree", f"{__doc__}\nformats:\n{formats}", example="--run magic-8-ball")
     parser.add_argument("--run", required=True, metavar="NAME", help="a finished run: build/NAME")
     parser.add_argument("--config", type=Path, help="its configuration (default: configs/NAME.toml)")
-    parser.add_argument("--build-dir", type=Path, default=Path("build"), help="default: %(default)s")
+    parser.add_argument(
+        "--build-dir", type=Path, default=Path("build"), help="where runs are built (default: %(default)s)"
+    )
     parser.add_argument("--torch", metavar="LANE", help="the lane (default: that of the torch that runs this)")
     parser.add_argument("--shape", type=int, metavar="T", help="the sequence length (default: the primary shape)")
     parser.add_argument("--formats", metavar="NAME,…", help="run these alone (default: all)")

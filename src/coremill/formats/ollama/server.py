@@ -254,8 +254,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("python -m coremill.formats.ollama.server", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = command_parser("ollama", __doc__, example="check Modelfile")
+    commands = parser.add_subparsers(dest="command", required=True, help="what to do")
     check = commands.add_parser("check", help="read a Modelfile as Ollama does")
     check.add_argument("modelfile", type=Path, metavar="MODELFILE")
     return parser

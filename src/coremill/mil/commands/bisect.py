@@ -332,17 +332,19 @@ def _overflow_table(overflows: Sequence[Deviation]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("coremill mil bisect", __doc__)
+    parser = command_parser("mil bisect", __doc__, example="model.mlpackage --bound 0.01")
     parser.add_argument("package", type=Path, help="an .mlpackage")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--input", type=Path, metavar="X.npz", help="an array for each input")
-    given.add_argument("--seed", type=int, default=0, help="of inputs drawn from the description (default: 0)")
+    given.add_argument(
+        "--seed", type=int, default=0, help="seed of the inputs drawn from the description (default: %(default)s)"
+    )
     parser.add_argument("--function", help="the function to run (default: the package's own)")
     parser.add_argument(
         "--bound",
         type=float,
         default=BOUND,
-        help="relative error from which on an operation is named (%(default)s)",
+        help="relative error from which on an operation is named (default: %(default)s)",
     )
     options = parser.parse_args(argv)
     if not options.bound > 0:

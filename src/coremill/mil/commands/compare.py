@@ -201,14 +201,18 @@ def _plain_name(value: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("coremill mil compare", __doc__)
+    parser = command_parser("mil compare", __doc__, example="model.pt model.mlpackage --min-sqnr 40")
     parser.add_argument("reference", type=Path, help="an .mlpackage or a TorchScript file")
     parser.add_argument("measured", type=Path, help="the one that is measured against it")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--input", type=Path, metavar="X.npz", help="an array for each input")
-    given.add_argument("--seed", type=int, default=0, help="of inputs drawn from the description (default: 0)")
+    given.add_argument(
+        "--seed", type=int, default=0, help="seed of the inputs drawn from the description (default: %(default)s)"
+    )
     parser.add_argument("--function", help="the function of each package (default: its own)")
-    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="of packages (default: %(default)s)")
+    parser.add_argument(
+        "--mode", choices=MODES, default=MODES[0], help="how packages hold values (default: %(default)s)"
+    )
     parser.add_argument("--kl", action="append", default=[], metavar="OUTPUT", help="compare it as logits")
     parser.add_argument("--max-abs", type=float, metavar="X", help="fail above this difference of any output")
     parser.add_argument("--min-sqnr", type=float, metavar="DB", help="fail below this ratio of any output")

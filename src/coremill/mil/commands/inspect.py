@@ -245,7 +245,7 @@ def as_document(summary: PackageSummary) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("coremill mil inspect", __doc__)
+    parser = command_parser("mil inspect", __doc__, example="model.mlpackage")
     parser.add_argument("package", type=Path, help="an .mlpackage")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     options = parser.parse_args(argv)

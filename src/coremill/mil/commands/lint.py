@@ -415,7 +415,7 @@ def render(findings: Sequence[Finding], to: Console, shown: int | None = SHOWN) 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("coremill mil lint", __doc__)
+    parser = command_parser("mil lint", __doc__, example="model.mlpackage --strict")
     parser.add_argument("package", type=Path, help="an .mlpackage")
     parser.add_argument("--function", help="the function to look at (default: the package's own)")
     parser.add_argument("--all", action="store_true", help=f"list every place, not {SHOWN} a finding")

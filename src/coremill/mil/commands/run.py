@@ -47,7 +47,7 @@ def describe(name: str, array: Array) -> tuple[str, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("coremill mil run", __doc__)
+    parser = command_parser("mil run", __doc__, example="model.mlpackage --input x.npz --out y.npz")
     parser.add_argument("package", type=Path, help="an .mlpackage")
     parser.add_argument("--input", type=Path, required=True, metavar="X.npz", help="an array for each input")
     parser.add_argument("--function", help="the function to run (default: the package's own)")

@@ -277,10 +277,14 @@ def write_bundle(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("coremill mil selftest", __doc__)
+    parser = command_parser("mil selftest", __doc__, example="--write bundle")
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("bundle", type=Path, nargs="?", default=BUNDLE, help="run this one instead of the own")
-    chosen.add_argument("--write", type=Path, metavar="DIR", help="write the own bundle there, and run nothing")
+    chosen.add_argument(
+        "bundle", type=Path, nargs="?", default=BUNDLE, help="the bundle to run (default: the one in coremill)"
+    )
+    chosen.add_argument(
+        "--write", type=Path, metavar="DIR", help="write coremill's own bundle there, and run nothing"
+    )
     parser.add_argument("--strict", action="store_true", help="fail as well where Core ML fails or is far off")
     options = parser.parse_args(argv)
     if options.write is not None:
