@@ -25,7 +25,7 @@ import torch
 from coremill.core import layout
 from coremill.core.parity import MAX_RELATIVE_ERR
 from coremill.data.prompts import load_prompts
-from coremill.formats.gguf.container import GgufFile
+from coremill.formats.gguf_file import GgufFile
 from coremill.formats.huggingface.parity import load_model
 from coremill.formats.parity import sequences
 

@@ -38,8 +38,8 @@ from coremill.core.stage import StageContext
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.rows import read_rows
 from coremill.data.texts import ChatPrompt, Text, write_chat_prompts, write_texts
-from coremill.formats.gguf.container import GgufFile
 from coremill.formats.gguf.writer import size_bytes
+from coremill.formats.gguf_file import GgufFile
 from coremill.formats.llamacpp.process import LlamaCpp
 from coremill.formats.weights import open_weights
 from coremill.model.checkpoint import IMPORTED_FROM, Checkpoint, build_student, checkpoint_of, save_checkpoint
@@ -242,7 +242,7 @@ def test_a_chat_format_that_is_not_known_leaves_the_modelfile_out(
         "parity.json",
         "tiny_ball-f16.gguf",
     }
-    assert "no Modelfile: the chat template writes conversations in a format that has no template" in caplog.text
+    assert "no Modelfile: the chat template writes none of the known chat formats" in caplog.text
 
 
 # --- what is refused, and that nothing is written then ----------------------------------------------

@@ -204,7 +204,7 @@ class StageError(CoremillError):
 
 
 class ModelfileError(CoremillError):
-    """A Modelfile that Ollama would refuse; names the line."""
+    """A Modelfile that is missing, that cannot be written, or that Ollama rejects."""
 
     exit_code, kind = 53, "Modelfile"
 

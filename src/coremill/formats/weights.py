@@ -2,7 +2,7 @@
 
 - :mod:`coremill.formats.source`: what the formats share, and the tensors' names in each;
 - :mod:`coremill.formats.huggingface.reader`: directories with a config.json and safetensors;
-- :mod:`coremill.formats.gguf.reader`: GGUF files, on the container of :mod:`coremill.formats.gguf.container`.
+- :mod:`coremill.formats.gguf.reader`: GGUF files, with the header reader of :mod:`coremill.formats.gguf_file`.
 
 A source is opened first, which reads its headers alone: configuration, names, shapes. What can be refused is
 refused then; :meth:`WeightsSource.read` reads the tensors.

@@ -519,16 +519,15 @@ def test_a_report_does_not_contradict_its_figures(right: GgufParity) -> None:
         msgspec.structs.replace(right, files={})
 
 
-def test_a_failure_is_said_with_its_bound(right: GgufParity) -> None:
+def test_a_failure_is_reported_with_its_bound(right: GgufParity) -> None:
     bad = a_figure(measured=3.0, outcome="failed")
     file = msgspec.structs.replace(right.files["f32"], figures=(bad,))
     report = msgspec.structs.replace(right, files={"f32": file}, passed=False)
     with pytest.raises(ParityError) as caught:
-        require_parity(report, run="this")
+        require_parity(report)
     assert str(caught.value) == (
         "f32: kl_nats is 3, at most 2 is allowed\n"
-        "  expected: llama.cpp to compute what the checkpoint computes, within the bounds of "
-        "coremill.formats.gguf.parity\n  run: this"
+        "  expected: outputs and metadata that match the checkpoint within the bounds"
     )
 
 

@@ -21,8 +21,8 @@ from coremill.core.errors import (
     CoremillError,
     UnsupportedModelError,
 )
-from coremill.formats.gguf.container import GgufFile
 from coremill.formats.gguf.reader import from_interleaved
+from coremill.formats.gguf_file import GgufFile
 from coremill.formats.weights import GgufWeights, open_weights
 from coremill.model.student import Student
 

@@ -22,9 +22,9 @@ from coremill.core.config import (
 )
 from coremill.core.contract import ModelArch, TokenizerRef
 from coremill.core.errors import GgufError, OutputError, UnsupportedModelError, VocabularyMismatchError
-from coremill.formats.gguf.container import GgufFile
 from coremill.formats.gguf.tokenizer import gguf_metadata
 from coremill.formats.gguf.writer import architecture_of, check_kind, check_writable, size_bytes, write_gguf
+from coremill.formats.gguf_file import GgufFile
 from coremill.formats.llamacpp.process import LlamaCpp
 from coremill.formats.weights import open_weights
 from coremill.model.checkpoint import Checkpoint, checkpoint_of

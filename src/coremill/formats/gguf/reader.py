@@ -17,7 +17,7 @@ from torch import Tensor
 from coremill.core.config import FrequencyFactors, LinearScaling, ModelConfig, RopeScaling, YarnScaling
 from coremill.core.contract import ModelArch
 from coremill.core.errors import CheckpointContentError, UnsupportedModelError
-from coremill.formats.gguf.container import GgufFile
+from coremill.formats.gguf_file import GgufFile
 from coremill.formats.source import WeightsSource, by_elements, check_shapes, elements, gguf_name
 from coremill.model.rope import yarn_attention_factor
 from coremill.model.student import parameter_shapes

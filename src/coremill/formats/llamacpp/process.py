@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from coremill.core.errors import CheckpointUnreadableError, GgufError, MachineError
-from coremill.formats.gguf.container import GgufFile
+from coremill.formats.gguf_file import GgufFile
 from coremill.formats.llamacpp.library import library_path
 
 CacheType = Literal["f32", "f16"]

@@ -1,6 +1,6 @@
-"""Ollama: the Modelfile beside a GGUF file, its check, and one answer where Ollama is installed.
+"""Ollama: create a model from a directory of GGUF files, and ask it one question.
 
-python -m coremill.formats.ollama.server check Modelfile
+The model gets a temporary name, and is removed again. Without Ollama the command fails: nothing was checked.
 """
 
 from __future__ import annotations
@@ -14,40 +14,28 @@ import sys
 import unicodedata
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.documents import Record
-from coremill.core.errors import GgufError, ModelfileError, TokenizerError
+from coremill.core.errors import GgufError, MachineError, ModelfileError
 from coremill.core.layout import modelfile
-from coremill.core.publish import write_atomic
-from coremill.formats.ollama.modelfile import (
-    Modelfile,
-    Parameter,
-    decode_modelfile,
-    parse_modelfile,
-    write,
-)
-
-if TYPE_CHECKING:  # heavy, and not needed to check a file
-    from coremill.text.model_tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
 
 COMMAND = "ollama"
-_ASK_S = 15
-"""For it to say that it is there, or to forget a model, in seconds."""
+_QUERY_S = 15
+"""Time limit for Ollama to report its version or to remove a model, in seconds."""
 _WORK_S = 600
-"""For it to take a model in, or to answer, in seconds."""
+"""Time limit for Ollama to create a model or to answer, in seconds."""
 
 
 class OllamaAnswered(Record):
-    """What a model said when Ollama ran it."""
+    """The answer of a model that Ollama ran."""
 
     version: str
-    """What `ollama --version` says."""
+    """The output of `ollama --version`."""
     question: str
     answer: str
 
@@ -61,116 +49,56 @@ class OllamaNotRun(Record):
 OllamaRun = OllamaAnswered | OllamaNotRun
 
 
-def write_modelfile(folder: Path, gguf: str, tokenizer: TextTokenizer, *, context: int) -> Modelfile:
-    """Write the Modelfile of the GGUF file `gguf` into `folder`, where that file lies.
+def run_with_ollama(directory: Path, question: str) -> OllamaRun:
+    """Have Ollama create the model in `directory`, answer `question`, and remove the model again.
 
-    The template is the tokenizer's own chat format; a model without one gets its prompt as it is. The default
-    system prompt becomes SYSTEM, and what an answer does not go beyond becomes stops. First, however,
-    the text is read as Ollama reads it, and its template renders conversations beside the tokenizer's own.
-
-    Args:
-        gguf: the file's name in `folder`.
-        context: `num_ctx`, in tokens.
-
-    Raises:
-        TokenizerError: a chat template that writes none of the known formats.
-        ModelfileError: a `context` that Ollama does not take, no such GGUF file, or a template that writes one
-            character otherwise than the tokenizer's own.
-        OutputError: it cannot be written.
-    """
-    from coremill.formats.ollama.chat_formats import FORMATS, find_chat_format, go_fault
-
-    found = find_chat_format(tokenizer)
-    if found is None and tokenizer.chat_template is not None:
-        raise TokenizerError(
-            "the chat template writes conversations in a format that has no template for Ollama here",
-            expected=f"the format of {', '.join(each.name for each in FORMATS)}",
-        )
-    stops = () if found is None else found.stops
-    path = modelfile(folder)
-    try:
-        made = Modelfile(
-            model=f"./{gguf}",
-            template="{{ .Prompt }}" if found is None else found.go_template(begin=not tokenizer.add_bos),
-            parameters=(
-                Parameter(name="num_ctx", value=context),
-                *(Parameter(name="stop", value=stop) for stop in stops),
-            ),
-            system=None if found is None else found.default_system,
-        )
-    except ValueError as failure:
-        raise ModelfileError(f"{path}: {failure}", expected="what Ollama takes") from failure
-    text = write(made)
-    read = parse_modelfile(text, where=str(path), folder=folder)
-    if found is not None and read.template is not None:
-        known = replace(found, default_system=read.system)
-        if fault := go_fault(read.template, known, tokenizer):
-            raise ModelfileError(
-                f"{path}: TEMPLATE: {fault}", expected="the texts of the model's own chat template"
-            )
-    write_atomic(path, text.encode("utf-8"))
-    return made
-
-
-def check_modelfile(path: Path) -> Modelfile:
-    """Read the Modelfile at `path`, and look for the files that it names.
-
-    Raises:
-        ModelfileError: it is unreadable, or Ollama would not take it as it is meant; names the line and the reason.
-    """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as failure:
-        raise ModelfileError(f"cannot read {path}: {failure.strerror}", expected="a Modelfile") from failure
-    return parse_modelfile(decode_modelfile(data, where=str(path)), where=str(path), folder=path.parent)
-
-
-def run_with_ollama(folder: Path, name: str, question: str) -> OllamaRun:
-    """Have Ollama take in the model in `folder`, answer `question`, and forget the model again.
-
-    Where the command is missing or does not start, or no server answers it, Ollama is not run, and the reason is
-    told. What fails after that is an error. The answer is sampled as the Modelfile says: `ollama run` has no option
-    for a temperature.
+    If the command is missing or does not start, or no server answers it, Ollama is not run, and the reason is
+    returned. Any later failure is an error. The answer is sampled as the Modelfile specifies: `ollama run` has no
+    option for a temperature.
 
     Args:
-        folder: holds the Modelfile and the GGUF file.
-        name: of the model; a part of the temporary name that it gets.
+        directory: holds the Modelfile and the GGUF file.
 
     Raises:
-        ModelfileError: the Modelfile is wrong, or Ollama refuses it.
-        GgufError: Ollama does not run the model, or prints no answer: nothing, no UTF-8, or control sequences.
+        ModelfileError: there is no Modelfile, or Ollama rejects it.
+        GgufError: Ollama does not run the model, or prints no answer: nothing, invalid UTF-8, or control sequences.
     """
-    path = modelfile(folder)
-    check_modelfile(path)
+    path = modelfile(directory)
+    if not path.is_file():
+        raise ModelfileError(
+            f"there is no {path}",
+            expected="a directory that the GGUF export wrote, for a model of a known chat format",
+        )
     version = _version()
     if isinstance(version, OllamaNotRun):
         return version
-    temporary = f"coremill-{name.lower()}-{uuid.uuid4().hex[:8]}"
-    made = _ollama(["create", temporary, "-f", path.name], limit_s=_WORK_S, folder=folder)
-    if made.fault is not None:
+    temporary = f"coremill-{uuid.uuid4().hex}"
+    create = f"ollama create NAME -f {path}"
+    created = _ollama(["create", temporary, "-f", path.name], limit_s=_WORK_S, directory=directory)
+    if created.fault is not None:
         raise ModelfileError(
-            f"{path}: ollama create failed: {made.fault}",
-            expected="a Modelfile and a GGUF file that Ollama takes",
-            run=f"ollama create {name} -f {path}",
+            f"{path}: ollama create failed: {created.fault}",
+            expected="a Modelfile and a GGUF file that Ollama accepts",
+            run=create,
         )
     try:
         answered = _ollama(["run", temporary, question], limit_s=_WORK_S)
     finally:
-        removed = _ollama(["rm", temporary], limit_s=_ASK_S)
+        removed = _ollama(["rm", temporary], limit_s=_QUERY_S)
         if removed.fault is not None:
             log.warning("the model %s could not be removed from Ollama: %s", temporary, removed.fault)
-    again = f"ollama create {name} -f {path} && ollama run {name}"
     if answered.fault is not None:
         raise GgufError(
-            f"{path}: ollama run failed: {answered.fault}", expected="a GGUF file that Ollama runs", run=again
+            f"{path}: ollama run failed: {answered.fault}",
+            expected="a GGUF file that Ollama runs",
+            run=f"{create} && ollama run NAME",
         )
     answer = _plain_text(answered.stdout)
     if answer is None:
         raise GgufError(
             f"{path}: ollama run printed {_shown(answered.stdout)}",
             expected="an answer: text in UTF-8 without control sequences",
-            run=again,
+            run=f"{create} && ollama run NAME",
         )
     return OllamaAnswered(version=version, question=question, answer=answer)
 
@@ -179,13 +107,15 @@ def _version() -> str | OllamaNotRun:
     """The version of the Ollama whose server answers."""
     if shutil.which(COMMAND) is None:
         return OllamaNotRun(reason=f"there is no `{COMMAND}` on PATH")
-    asked = _ollama(["--version"], limit_s=_ASK_S)
-    if asked.fault is not None:
-        return OllamaNotRun(reason=f"`{COMMAND} --version` failed: {asked.fault}")
-    version = _plain_text(asked.stdout)
+    reported = _ollama(["--version"], limit_s=_QUERY_S)
+    if reported.fault is not None:
+        return OllamaNotRun(reason=f"`{COMMAND} --version` failed: {reported.fault}")
+    version = _plain_text(reported.stdout)
     if version is None:
-        return OllamaNotRun(reason=f"`{COMMAND} --version` printed {_shown(asked.stdout)}, which is no version")
-    listed = _ollama(["list"], limit_s=_ASK_S)
+        return OllamaNotRun(
+            reason=f"`{COMMAND} --version` printed {_shown(reported.stdout)}, which is not a version"
+        )
+    listed = _ollama(["list"], limit_s=_QUERY_S)
     if listed.fault is not None:
         return OllamaNotRun(reason=f"Ollama's server does not answer: {listed.fault}")
     return version
@@ -193,19 +123,19 @@ def _version() -> str | OllamaNotRun:
 
 @dataclass(frozen=True)
 class _Run:
-    """What came of a command."""
+    """The result of a command."""
 
     stdout: bytes = b""
     fault: str | None = None
-    """Why it did not succeed."""
+    """Why it failed, or None."""
 
 
-def _ollama(arguments: Sequence[str], *, limit_s: float, folder: Path | None = None) -> _Run:
+def _ollama(arguments: Sequence[str], *, limit_s: float, directory: Path | None = None) -> _Run:
     try:
         done = subprocess.run(
             [COMMAND, *arguments],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,  # `ollama run` puts what it reads there before the question
+            cwd=directory,
+            stdin=subprocess.DEVNULL,  # `ollama run` prepends its standard input to the question
             capture_output=True,
             timeout=limit_s,
             check=False,
@@ -220,7 +150,7 @@ def _ollama(arguments: Sequence[str], *, limit_s: float, folder: Path | None = N
 
 
 def _plain_text(printed: bytes) -> str | None:
-    """What was printed, without the line ends around it; None if that is no text, or has control sequences."""
+    """The output without the line ends around it; None if it is blank, not UTF-8, or has control sequences."""
     try:
         text = printed.decode("utf-8").strip("\r\n")
     except UnicodeDecodeError:
@@ -234,30 +164,38 @@ def _shown(printed: bytes) -> str:
 
 
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control sequences (ECMA-48, 5.4) and characters: Ollama draws a spinner where its messages go."""
+"""Control sequences (ECMA-48, 5.4) and characters: Ollama draws a spinner among its messages."""
 
 
 def _last_line(printed: bytes) -> str:
     text = _CONTROL.sub("", printed.decode("utf-8", errors="replace").replace("\r", "\n"))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it says nothing"
+    return lines[-1] if lines else "it printed no message"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: checks a Modelfile, and prints what it holds."""
-    args = _parser().parse_args(argv)
-    found = check_modelfile(args.modelfile)
-    parts = [name for name in ("template", "system", "adapter") if getattr(found, name) is not None]
-    counts = f"{len(found.parameters)} parameters, {len(found.messages)} messages"
-    sys.stdout.write(f"{args.modelfile}: FROM {found.model}, {', '.join([*parts, counts])}\n")
+    """The command: prints the model's answer.
+
+    Raises:
+        MachineError: Ollama is not installed, or its server does not answer.
+        ModelfileError, GgufError: as :func:`run_with_ollama`.
+    """
+    options = _parser().parse_args(argv)
+    found = run_with_ollama(options.directory, options.question)
+    if isinstance(found, OllamaNotRun):
+        raise MachineError(
+            f"not_run: {found.reason}",
+            expected="Ollama (https://ollama.com) on PATH, and its server running",
+        )
+    log.info("Ollama %s answers %r", found.version, found.question)
+    sys.stdout.write(f"{found.answer}\n")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("ollama", __doc__, example="check Modelfile")
-    commands = parser.add_subparsers(dest="command", required=True, help="what to do")
-    check = commands.add_parser("check", help="read a Modelfile as Ollama does")
-    check.add_argument("modelfile", type=Path, metavar="MODELFILE")
+    parser = command_parser("ollama", __doc__, example='build/magic-8-ball/gguf --question "Will it rain?"')
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="holds the Modelfile and the GGUF file")
+    parser.add_argument("--question", default="Will it rain tomorrow?", help="the question (default: %(default)s)")
     return parser
 
 
