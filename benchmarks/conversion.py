@@ -35,9 +35,9 @@ from coremill.core.config import ConvertConfig
 from coremill.core.contract import Contract, ShapeSet, read_contract, shape_key
 from coremill.core.digest import size_bytes
 from coremill.core.errors import VocabularyMismatchError
-from coremill.coreml.converter import convert_function, ct, package_functions, prepared
+from coremill.coreml.converter import convert_function, ct, prepared
 from coremill.coreml.diagnostics import Recorder, recording
-from coremill.coreml.graph import as_input, load_program
+from coremill.coreml.graph import Program, as_input, load_program
 from coremill.coreml.package import check_package, write_package
 from coremill.data.prompts import load_prompts, read_some
 from coremill.mil import MLModel
@@ -164,16 +164,16 @@ def shapes(build: Build, options: argparse.Namespace) -> None:
         print(f"less wall time       {wall:.2f} times (at least 2)")
 
 
-def _convert_main(contract: Contract, program: object, out: Path) -> None:
+def _convert_main(contract: Contract, program: Program, out: Path) -> None:
     """What the convert stage does for `main`."""
-    main = package_functions(contract)[0]
+    main = contract.package_functions[0]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     ready = prepared(program, SETTINGS)
     write_package([(main.name, convert_function(ready, main, SETTINGS))], out, contract_digest="sha256:0")
 
 
-def _convert_bare(program: object, lengths: tuple[int, ...], out: Path) -> None:
+def _convert_bare(program: torch.jit.ScriptModule, lengths: tuple[int, ...], out: Path) -> None:
     listed = [(1, length) for length in lengths]
     ct.convert(
         program,

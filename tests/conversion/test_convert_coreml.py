@@ -80,7 +80,7 @@ def test_settings_come_from_the_command_line_over_the_configuration(build):
         ("contract with another name", 42, "contract mismatch error: the contract's outputs are tokens float32"),
         ("output is a file", 52, "output error: {package} is a file"),
         ("folder is a file", 52, "output error: cannot write to {package}"),
-        ("output is no package", 52, "output error: {package}.zip is no name for a package"),
+        ("output is no package", 52, "output error: {package}.zip does not end in .mlpackage"),
     ],
 )
 def test_bad_input_has_its_own_exit_code_and_leaves_what_was_there(build, capsys, break_it, code, message):
@@ -176,7 +176,7 @@ def test_a_placeholder_is_a_labelled_record_and_no_package(unconvertible, caplog
     assert "special_bessel_j0" in record.traceback_tail[-1]
     assert record.toolchain.packages["coremltools"] == "9.0"
     assert NoticeKind.ERROR in {notice.kind for notice in record.notices}
-    assert "no package was made; the failure is recorded in" in caplog.text
+    assert "no package was written; the failure is recorded in" in caplog.text
 
 
 def test_a_stage_that_fails_leaves_the_record_and_the_log_for_people_to_read(unconvertible):
@@ -213,8 +213,8 @@ def test_a_folder_that_holds_something_else_is_not_replaced(build, capsys):
     code = exit_on_error(lambda: main([*arguments(build), "--out", str(notes)]))
     assert (code, capsys.readouterr().err) == (
         52,
-        f"output error: {notes} is a folder that holds something other than a package\n"
-        "  expected: a package to replace, or nothing\n"
+        f"output error: {notes} is a directory that is not a package\n"
+        "  expected: a package to replace, or a new path\n"
         f"  run: ls -la {notes}\n",
     )
     assert [path.name for path in notes.iterdir()] == ["todo.txt"]
@@ -239,5 +239,5 @@ def test_every_setting_that_the_configuration_admits_is_a_choice(capsys):
     text = capsys.readouterr().out
     assert "{iOS18,macOS15}" in text
     assert "{float16,float32}" in text
-    assert "and exit with 3: there is no package" in " ".join(text.split())
+    assert "instead of a package, and exit with 3" in " ".join(text.split())
     assert ConvertConfig() == ConvertConfig(deployment_target="iOS18", compute_precision="float16")

@@ -77,7 +77,7 @@ def test_a_secondary_shape_that_fails_is_recorded_and_does_not_block(build, capl
         "T96": build.read_contract().shape_validation["T96"],
         "T129": ShapeFailed(error="beyond the model's context of 128 tokens"),
     }
-    assert "T129 failed, which does not block the export: beyond the model's context" in caplog.text
+    assert "T129 failed, which does not stop the export: beyond the model's context" in caplog.text
     assert [spec.shape for spec in contract.outputs] == [(1, 96, 512), (1, 96, 2)]
 
 
@@ -86,7 +86,7 @@ def test_a_primary_shape_beyond_the_context_is_an_error_and_nothing_is_written(b
     assert capsys.readouterr().err == (
         "export error: the primary shape T129 is beyond the model's context of 128 tokens\n"
         "  expected: at most 128\n"
-        "  run: edit [shapes] and [export] of the run's configuration, or choose other --shapes\n"
+        "  run: edit [shapes] and [export] in the run's configuration, or choose other --shapes\n"
     )
     assert not (build.root / "new").exists()
 

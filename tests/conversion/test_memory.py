@@ -43,7 +43,7 @@ def test_a_conversion_asks_for_memory_and_for_disk(build, monkeypatch, capsys):
 
     monkeypatch.setattr("coremill.core.machine.shutil.disk_usage", lambda _: Full)
     assert convert_here(build) == OutputError.exit_code
-    assert "expected: 69 MB, for the package and the copies that a conversion makes" in capsys.readouterr().err
+    assert "expected: 69 MB, for the package and the temporary copies of a conversion" in capsys.readouterr().err
     assert not list((build.root / "new").glob("*.mlpackage"))
 
 

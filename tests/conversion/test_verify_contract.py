@@ -164,7 +164,7 @@ def test_a_dropped_length_is_caught(build, surgery):
     report = verified(build)
     assert bad_gates(report) == {
         "Inputs, outputs and shapes are the contract's": (
-            "lengths: the contract says [80, 96, 128]; the package admits [96, 128]"
+            "lengths: the contract has [80, 96, 128]; the package has [96, 128]"
         ),
         "Nothing but rounding sets it apart": "in float32 arithmetic: input 'input_ids' is of shape [1, 80]",
     }
@@ -427,7 +427,7 @@ def _flip(path, place):
     [
         ("altered weight", 13, "digest error: {package}/Data/com.apple.CoreML/weights/weight.bin: found sha256:"),
         ("missing weight", 44, "package error: {package} lacks Data/com.apple.CoreML/weights/weight.bin"),
-        ("altered model", 13, "digest error: {package}/Data/com.apple.CoreML/model.mlmodel is not what "),
+        ("altered model", 13, "digest error: {package}/Data/com.apple.CoreML/model.mlmodel does not match "),
         ("missing package", 44, "package error: {package} does not exist"),
         ("contract is text", 11, "document error: {contract} is not JSON: "),
         ("contract of version 2", 12, "format version error: {contract}: schema_version '2.0'"),

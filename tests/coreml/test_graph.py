@@ -194,7 +194,7 @@ def test_a_missing_a_truncated_and_a_damaged_program(build):
         ),
         (
             {"inputs": (TensorSpec(name="input_ids", dtype=DType.INT32, shape=("B", "T")),)},
-            r"^the contract has the dimensions B, `main` has T alone",
+            r"^the contract has the dimensions B, `main` has only T",
         ),
         (
             {"model_arch": ModelArch(use_halt_head=False, tie_embeddings=True)},

@@ -15,7 +15,7 @@ def test_the_saved_specification_has_the_contracts_interface(pristine):
     assert describe(found.inputs) == "input_ids int32 (1, T)"
     assert describe(found.outputs) == "logits float32 (1, T, 512), halt_logits float32 (1, T, 2)"
     assert (found.lengths, found.default) == ((80, 96, 128), 96)
-    assert differences(pristine.read_contract(), (found,)) == ()
+    assert differences(pristine.read_contract().package_functions, (found,)) == ()
 
 
 def test_the_lengths_are_truly_enumerated(pristine):
@@ -38,30 +38,30 @@ def _other_default(surgery, spec):
     [
         (
             lambda surgery, spec: surgery.rename_output(spec, "logits", "var_292"),
-            "outputs: the contract says logits float32 (1, T, 512), halt_logits float32 (1, T, 2); "
+            "outputs: the contract has logits float32 (1, T, 512), halt_logits float32 (1, T, 2); "
             "the package has var_292 float32 (1, T, 512), halt_logits float32 (1, T, 2)",
         ),
         (
             lambda surgery, spec: surgery.swap_outputs(spec),
-            "outputs: the contract says logits float32 (1, T, 512), halt_logits float32 (1, T, 2); "
+            "outputs: the contract has logits float32 (1, T, 512), halt_logits float32 (1, T, 2); "
             "the package has halt_logits float32 (1, T, 512), logits float32 (1, T, 2)",
         ),
         (
             _float16_logits,
-            "outputs: the contract says logits float32 (1, T, 512), halt_logits float32 (1, T, 2); "
+            "outputs: the contract has logits float32 (1, T, 512), halt_logits float32 (1, T, 2); "
             "the package has logits float16 (1, T, 512), halt_logits float32 (1, T, 2)",
         ),
         (
             lambda surgery, spec: surgery.drop_length(spec, 80),
-            "lengths: the contract says [80, 96, 128]; the package admits [96, 128]",
+            "lengths: the contract has [80, 96, 128]; the package has [96, 128]",
         ),
-        (_other_default, "default length: the contract says 96; the package has 128"),
+        (_other_default, "default length: the contract has 96; the package has 128"),
     ],
 )
 def test_each_difference_is_named(pristine, surgery, change, difference):
     spec = read_spec(pristine.package)
     change(surgery, spec)
-    assert differences(pristine.read_contract(), package_interfaces(spec)) == (difference,)
+    assert differences(pristine.read_contract().package_functions, package_interfaces(spec)) == (difference,)
 
 
 def test_a_fixed_shape_is_one_length(pristine):
@@ -76,8 +76,8 @@ def test_what_is_no_ml_program_or_admits_a_range_is_refused(pristine):
     ranges = spec.description.input[0].type.multiArrayType.shapeRange.sizeRanges
     ranges.add(lowerBound=1, upperBound=1)
     ranges.add(lowerBound=1, upperBound=128)
-    with pytest.raises(PackageError, match=r"^input `input_ids` admits a range of shapes"):
+    with pytest.raises(PackageError, match=r"^input `input_ids` accepts a range of shapes"):
         package_interfaces(spec)
     spec.neuralNetwork.SetInParent()
-    with pytest.raises(PackageError, match=r"^the model is no ML Program with a function `main`"):
+    with pytest.raises(PackageError, match=r"^the model is not an ML Program with a function `main`"):
         package_interfaces(spec)

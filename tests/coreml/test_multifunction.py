@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from coremill.conversion import convert_coreml, export_pytorch
-from coremill.core import layout
 from coremill.core.config import ConvertConfig
 from coremill.core.contract import Contract, read_contract
 from coremill.core.digest import digest, file_digest
 from coremill.core.errors import ContractMismatchError, ExportError, PackageError, PredictionInputError
-from coremill.coreml.converter import convert_function, ct, decoder_passes, package_functions, prepared
+from coremill.coreml.converter import convert_function, ct, decoder_passes, prepared
 from coremill.coreml.graph import as_input, check_contract, describe, load_program
 from coremill.coreml.interface import differences, package_interfaces
 from coremill.coreml.package import WEIGHT_FILE, check_package, read_spec
@@ -102,7 +101,7 @@ def test_the_contract_describes_all_functions(cached):
 def test_the_package_has_the_contracts_functions(cached):
     interfaces = package_interfaces(read_spec(cached.package))
     assert [each.name for each in interfaces] == ["main", "prefill_T80", "prefill_T96", "prefill_T128", "decode"]
-    assert differences(cached.contract, interfaces) == ()
+    assert differences(cached.contract.package_functions, interfaces) == ()
     assert describe(interfaces[1].inputs) == "input_ids int32 (1, 80), length int32 (1)"
     check_package(cached.package)
 
@@ -176,7 +175,7 @@ def test_the_passes_that_are_left_out_find_nothing_in_these_graphs(cached, talk,
     """coremltools' whole pipeline makes the same operations, and the same numbers."""
     contract, settings = cached.contract, ConvertConfig()
     ready = prepared(load_program(cached.graph), settings)
-    for function in package_functions(contract):
+    for function in contract.package_functions:
         chosen = convert_function(ready, function, settings)
         with monkeypatch.context() as patched:
             patched.setattr("coremill.coreml.converter.decoder_passes", lambda: ct.PassPipeline.DEFAULT)
@@ -241,12 +240,12 @@ def test_a_contract_with_other_functions_than_the_program(cached, pristine):
         ),
         (
             lambda spec: setattr(spec.description.functions[4].input[1].type.multiArrayType, "dataType", 65568),
-            "decode: inputs: the contract says input_ids int32 (1, 1), position int32 (1); "
+            "decode: inputs: the contract has input_ids int32 (1, 1), position int32 (1); "
             "the package has input_ids int32 (1, 1), position float32 (1)",
         ),
         (
             lambda spec: spec.description.functions[1].ClearField("state"),
-            "prefill_T80: states: the contract says key_cache float16 (2, 1, 2, 128, 16), value_cache float16 "
+            "prefill_T80: states: the contract has key_cache float16 (2, 1, 2, 128, 16), value_cache float16 "
             "(2, 1, 2, 128, 16); the package has none",
         ),
     ],
@@ -260,13 +259,13 @@ def test_each_difference_of_a_function_is_named(cached, change, difference):
         ):
             package_interfaces(spec)
         return
-    assert differences(cached.contract, package_interfaces(spec)) == (difference,)
+    assert differences(cached.contract.package_functions, package_interfaces(spec)) == (difference,)
 
 
 def test_a_package_without_one_of_the_functions(cached):
     interfaces = package_interfaces(read_spec(cached.package))
-    assert differences(cached.contract, interfaces[:4]) == (
-        "functions: the contract says main, prefill_T80, prefill_T96, prefill_T128, decode; "
+    assert differences(cached.contract.package_functions, interfaces[:4]) == (
+        "functions: the contract has main, prefill_T80, prefill_T96, prefill_T128, decode; "
         "the package has main, prefill_T80, prefill_T96, prefill_T128",
     )
 
@@ -277,12 +276,9 @@ def test_a_cache_beyond_the_models_context_is_refused_before_any_work(pristine, 
     from coremill.coreml import export
 
     source = export.Source(
-        checkpoint=pristine.checkpoint,
-        prompts=export_pytorch.load_export_prompts(layout.tokenizer_file(pristine.dataset), pristine.dataset),
-        toy=True,
+        checkpoint=pristine.checkpoint, tokenizer=pristine.tokenizer, prompts=pristine.dataset, toy=True
     )
+    shapes, settings = ShapeSet(primary=96, all=(96,)), ExportConfig(stateful=True, context=129)
     with pytest.raises(ExportError) as caught:
-        export.export(
-            source, ShapeSet(primary=96, all=(96,)), ExportConfig(stateful=True, context=129), graph_name="x.pt"
-        )
+        export.export(source, shapes, settings, program=tmp_path / "x.pt", contract=tmp_path / "x_contract.json")
     assert caught.value.found == "a key/value cache of 129 positions is beyond the model's context of 128 tokens"

@@ -52,7 +52,7 @@ def test_another_process_makes_the_same_bytes_and_shows_none_of_the_converters_c
     done = subprocess.run(convert, check=True, env=OTHER_HASHES, capture_output=True, text=True)
     assert done.stdout == ""
     assert re.fullmatch(
-        r"INFO coremill.coreml.convert: the converter said: \d+ harmless, 1 compatibility, 0 warning, 0 error\n"
+        r"INFO coremill.coreml.convert: notices of coremltools: \d+ harmless, 1 compatibility, 0 warning, 0 error\n"
         r"INFO __main__: wrote .*/convert/tiny_ball\.mlpackage\n",
         done.stderr,
     )
@@ -108,7 +108,7 @@ def test_an_altered_weight_is_named_with_both_digests(build):
         check_package(build.package)
     assert str(caught.value) == (
         f"{weights}: found {file_digest(weights)}\n"
-        f"  expected: {recorded}, as the package recorded of its weights when it was saved\n"
+        f"  expected: {recorded}, which the package recorded when it was saved\n"
         "  run: python -m coremill.conversion.convert_coreml --help"
     )
 

@@ -21,13 +21,13 @@ from coremill.conversion import convert_coreml, export_pytorch
 from coremill.conversion.verify_contract import run_stage
 from coremill.core import layout
 from coremill.core.config import ExportConfig
-from coremill.core.contract import ShapeFailed, ShapeOk
+from coremill.core.contract import PackageFunction, ShapeFailed, ShapeOk
 from coremill.core.documents import read_json
 from coremill.core.errors import ContractMismatchError, DigestError, ExportError
 from coremill.core.gates import Outcome, Severity, must_gates_ok
 from coremill.core.reports import Backend, StatefulMeasured, VerificationReport
 from coremill.coreml import convert, decoder, export
-from coremill.coreml.converter import PackageFunction, convert_function, package_functions
+from coremill.coreml.converter import convert_function
 from coremill.coreml.decoder import Decode, Decoder, Main, Prefill
 from coremill.coreml.package import WEIGHT_FILE
 from coremill.mil import MLModel
@@ -404,7 +404,7 @@ def cached_rounding_aside(build) -> StatefulMeasured:
     main = MainRows(ids, wide_runner(build.package, contract).run(ids), (16, 24, 40), decoded=20)
     models = {
         function.name: MLModel(build.package, function_name=function.name, mode="oracle")
-        for function in package_functions(contract)
+        for function in contract.package_functions
         if function.states
     }
     return measure_stateful(StatefulRunner(models, Backend.MIL_REFERENCE, contract, pad_id=prompts.pad_id), main)
@@ -466,25 +466,28 @@ def _renamed_outputs(functions: tuple[PackageFunction, ...]) -> list[PackageFunc
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        (_without_t16, "lengths: the contract says [16, 24, 40]; the package admits [24, 40]"),
+        (_without_t16, "lengths: the contract has [16, 24, 40]; the package has [24, 40]"),
         (
             _without_prefill_t16,
-            "functions: the contract says main, prefill_T16, prefill_T24, prefill_T40, decode; "
+            "functions: the contract has main, prefill_T16, prefill_T24, prefill_T40, decode; "
             "the package has main, prefill_T24, prefill_T40, decode",
         ),
         (
             _renamed_outputs,
-            "outputs: the contract says logits float32 (1, T, 300), halt_logits float32 (1, T, 2); "
+            "outputs: the contract has logits float32 (1, T, 300), halt_logits float32 (1, T, 2); "
             "the package has halt_logits float32 (1, T, 300), logits float32 (1, T, 2)",
         ),
     ],
 )
 def test_the_conversion_refuses_what_is_not_the_contracts(build, models, monkeypatch, change, difference):
-    monkeypatch.setattr(convert, "package_functions", lambda contract: change(package_functions(contract)))
+    honestly = convert._converted
+    monkeypatch.setattr(
+        convert, "_converted", lambda program, functions, settings: honestly(program, change(functions), settings)
+    )
     monkeypatch.setattr(convert, "convert_function", _reusing(models, but="main"))
     with pytest.raises(ContractMismatchError) as caught:
         converted(build)
-    assert caught.value.found == f"the converted package is not what {build.contract} says: {difference}"
+    assert caught.value.found == f"the converted package differs from {build.contract}: {difference}"
 
 
 def _drop_length(spec) -> None:
@@ -504,7 +507,7 @@ def test_verification_alone_catches_a_dropped_length(build):
     build.edit_spec(_drop_length)
     report = verified(build)
     assert bad_gates(report) == {
-        INTERFACE: "lengths: the contract says [16, 24, 40]; the package admits [24, 40]",
+        INTERFACE: "lengths: the contract has [16, 24, 40]; the package has [24, 40]",
         ROUNDING: "in float32 arithmetic: input 'input_ids' is of shape [1, 16]",
     }
     assert bad_gates(report, Severity.SHOULD)["Secondary shapes validate"].startswith("T16: ")
@@ -514,7 +517,7 @@ def test_verification_alone_catches_a_dropped_function(build):
     build.edit_spec(_drop_function)
     report = verified(build)
     bad = bad_gates(report)
-    assert bad.pop(INTERFACE).startswith("functions: the contract says main, prefill_T16, ")
+    assert bad.pop(INTERFACE).startswith("functions: the contract has main, prefill_T16, ")
     assert bad.keys() >= {PREFILL, DECODE, CONTINUED, PROMPT_PADDING, MATTERS}
     assert "no function 'prefill_T16'" in bad.pop(ROUNDING)
     assert set(bad.values()) == {report.stateful.error}

@@ -1,4 +1,4 @@
-"""Conversion: a TorchScript program and its contract to one .mlpackage, and what the converter said of it."""
+"""Convert an exported program and its contract to one .mlpackage, and record the converter's messages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import msgspec
 from coremill.core import layout
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import ConvertConfig, RunConfig, read_config
-from coremill.core.contract import read_contract
 from coremill.core.digest import size_bytes
 from coremill.core.errors import GATES_FAILED
 from coremill.core.publish import check_apart
 from coremill.core.stage import Figures, StageContext
 from coremill.infra.version_gate import check_installed, check_python
 
-# This module imports nothing heavy: in the wrong Python the version gate speaks before an import fails.
+# Heavy modules are imported in functions, so that in the wrong Python the version gate reports before an import
+# fails.
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +28,13 @@ NEEDS = ("torch", "coremltools", "numpy")
 
 
 def run_stage(context: StageContext[RunConfig]) -> Figures:
-    """Convert the run's exported graph for one lane; of a conversion that fails, `context.out` holds the record."""
+    """Convert the run's exported graph for one lane; if that fails, leave a record of it in `context.out`."""
     config, exported = context.config, context.inputs["export"]
     _check_environment(toy=config.is_toy)
     from coremill.coreml.convert import FailedConversionError, convert, record_failure
 
     contract = layout.contract_file(exported, config.name)
-    graph = exported / read_contract(contract).graph
+    graph = layout.program_file(exported, config.name, config.export.frontend)
     package = layout.package_dir(context.out, config.name)
     try:
         diagnostics = convert(graph, contract, package, config.convert, toy=config.is_toy)
@@ -57,9 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         example="--graph export/magic_8_ball.pt --contract export/magic_8_ball_contract.json "
         "--out convert/magic_8_ball.mlpackage",
     )
-    parser.add_argument("--graph", type=Path, required=True, help="the TorchScript program, *.pt")
+    parser.add_argument("--graph", type=Path, required=True, help="the exported program, *.pt or *.pt2")
     parser.add_argument("--contract", type=Path, required=True, help="its *_contract.json")
-    parser.add_argument("--out", type=Path, required=True, help="the package to make, DIR/NAME.mlpackage")
+    parser.add_argument("--out", type=Path, required=True, help="the package to write, DIR/NAME.mlpackage")
     parser.add_argument("--config", type=Path, help="a run's configuration; its [convert] is used")
     defaults = ConvertConfig()
     for name, purpose in (
@@ -71,12 +71,12 @@ def _parser() -> argparse.ArgumentParser:
             choices=get_args(get_type_hints(ConvertConfig)[name]),
             help=f"{purpose} (default: that of --config, else {getattr(defaults, name)})",
         )
-    parser.add_argument("--toy", action="store_true", help="admit Python 3.13, for a toy's contract only")
+    parser.add_argument("--toy", action="store_true", help="accept Python 3.13, for a toy's contract only")
     parser.add_argument(
         "--allow-placeholder",
         action="store_true",
-        help="after a failed conversion, write the labelled record conversion_failed.json, on which every gate "
-        f"fails, and exit with {GATES_FAILED}: there is no package",
+        help="if the conversion fails, write the record conversion_failed.json, with which every gate fails, "
+        f"instead of a package, and exit with {GATES_FAILED}",
     )
     return parser
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         if not options.allow_placeholder:
             raise
         record = record_failure(failure, options.graph, options.contract, options.out)
-        log.error("%s\nno package was made; the failure is recorded in %s", failure.found, record)
+        log.error("%s\nno package was written; the failure is recorded in %s", failure.found, record)
         return GATES_FAILED
     log.info("wrote %s", options.out)
     return 0

@@ -1,8 +1,8 @@
-"""Export: a checkpoint's graphs as one program, and the contract that describes it.
+"""Export a checkpoint's graphs as one program, with a contract that describes it.
 
-`main` scores whole sequences; `prefill` and `decode`, which share a key/value cache, come with [export] stateful.
-Each is traced once. What was saved is then loaded again and run at every listed shape against the checkpoint's own
-model, on real token ids.
+The graph `main` scores whole sequences. With [export] stateful, there are also `prefill` and `decode`, which share
+a key/value cache. The saved program is loaded again, and compared with the checkpoint's model on real token ids at
+every listed shape.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -24,17 +23,13 @@ from coremill.core.publish import check_apart
 from coremill.core.stage import Figures, StageContext
 from coremill.infra.version_gate import check_installed, check_python
 
-if TYPE_CHECKING:
-    from coremill.data.prompts import Prompts
-
-# This module imports nothing heavy: in the wrong Python the version gate speaks before an import fails.
+# Heavy modules are imported in functions, so that in the wrong Python the version gate reports before an import
+# fails.
 
 log = logging.getLogger(__name__)
 
 TOY_SHAPES = ShapeSet(primary=128, all=(64, 128, 256))
 NEEDS = ("torch", "numpy", "tokenizers")
-
-_PROMPT_ROWS = 128
 
 
 def run_stage(context: StageContext[RunConfig]) -> Figures:
@@ -43,12 +38,14 @@ def run_stage(context: StageContext[RunConfig]) -> Figures:
     _check_environment(toy=config.is_toy)
     from coremill.coreml import export
 
-    contract = export.export_to(
-        export.Source(
-            checkpoint=layout.checkpoint_file(context.model_dir, config.name),
-            prompts=load_export_prompts(layout.tokenizer_file(context.tokenizer_dir), context.prompts_dir),
-            toy=config.is_toy,
-        ),
+    source = export.Source(
+        checkpoint=layout.checkpoint_file(context.model_dir, config.name),
+        tokenizer=layout.tokenizer_file(context.tokenizer_dir),
+        prompts=context.prompts_dir,
+        toy=config.is_toy,
+    )
+    contract = export.export(
+        source,
         config.shapes,
         config.export,
         program=layout.program_file(context.out, config.name, config.export.frontend),
@@ -57,25 +54,18 @@ def run_stage(context: StageContext[RunConfig]) -> Figures:
     return export.figures(contract)
 
 
-def load_export_prompts(tokenizer: Path, source: Path) -> Prompts:
-    """What an export is checked on; raises as `load_prompts` does."""
-    from coremill.data.prompts import load_prompts
-
-    return load_prompts(tokenizer, source, rows=_PROMPT_ROWS)
-
-
 def parse_shapes(text: str, primary: int | None) -> ShapeSet:
-    """`64,128,256` and the primary among them, which is the only one where there is one.
+    """Parse `64,128,256`; a single length is the primary one unless `primary` is given.
 
     Raises:
-        ConfigError: not a list of distinct positive lengths, or the primary is not among them.
+        ConfigError: the text is not a list of distinct positive lengths, or `primary` is not one of them.
     """
     expected = "lengths such as 64,128,256, and --primary one of them"
     if primary is None and "," in text:
         raise ConfigError(f"--shapes {text} without --primary", expected=expected)
     try:
         lengths = tuple(int(part) for part in text.split(","))
-        return ShapeSet(primary=lengths[0] if primary is None and len(lengths) == 1 else primary or 0, all=lengths)
+        return ShapeSet(primary=lengths[0] if primary is None else primary, all=lengths)
     except ValueError as failure:
         raise ConfigError(f"--shapes {text} --primary {primary}: {failure}", expected=expected) from failure
 
@@ -103,12 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--primary", type=int, help="the length that must work (default: as for --shapes; 128)")
     parser.add_argument("--stateful", action="store_true", help="add prefill and decode with a key/value cache")
-    parser.add_argument("--toy", action="store_true", help="admit Python 3.13, for a toy's checkpoint only")
+    parser.add_argument("--toy", action="store_true", help="accept Python 3.13, for a toy's checkpoint only")
     return parser
 
 
 def _chosen(options: argparse.Namespace) -> tuple[ShapeSet, ExportConfig]:
-    """The shapes and the settings that the options and the configuration come to."""
+    """The shapes and settings given by the options and the configuration."""
     config = read_config(options.config) if options.config else None
     shapes = config.shapes if config else TOY_SHAPES
     if options.shapes is not None:
@@ -132,9 +122,10 @@ def main(argv: list[str] | None = None) -> int:
     _check_environment(toy=options.toy)
     from coremill.coreml import export
 
-    prompts = load_export_prompts(tokenizer, options.prompts or tokenizer.parent)
-    source = export.Source(checkpoint=checkpoint, prompts=prompts, toy=options.toy)
-    export.export_to(source, shapes, settings, program=program, contract=contract)
+    source = export.Source(
+        checkpoint=checkpoint, tokenizer=tokenizer, prompts=options.prompts or tokenizer.parent, toy=options.toy
+    )
+    export.export(source, shapes, settings, program=program, contract=contract)
     log.info("wrote %s and %s", program, contract)
     return 0
 

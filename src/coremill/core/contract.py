@@ -13,6 +13,9 @@ ComputePrecision = Literal["float16", "float32"]
 
 Frontend = Literal["torchscript", "torch-export"]
 
+MAIN = "main"
+"""The function that scores whole sequences; every package has it."""
+
 Dim = int | str
 """A size, or the name of a symbolic dimension such as `T`."""
 
@@ -105,6 +108,21 @@ class StatefulFunction(Record):
     """Largest difference of logits from the checkpoint's model, on real token ids."""
 
 
+class PackageFunction(Record):
+    """A function of the package that a contract's program becomes."""
+
+    name: str
+    graph: str
+    """The graph of the program that it is converted from."""
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[TensorSpec, ...] = ()
+    lengths: tuple[int, ...]
+    """The values of T that it accepts; () if its inputs have no T."""
+    default: int | None
+    """The value of T if the caller does not choose one."""
+
+
 class Contract(Document):
     """What `export_pytorch` promises of the graphs it saved; nothing in it that they lack.
 
@@ -148,6 +166,46 @@ class Contract(Document):
             names = [spec.name for spec in (*inputs, *outputs, *self.states)]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"more than one tensor is called {', '.join(twice)}")
+
+    @property
+    def working_lengths(self) -> tuple[int, ...]:
+        """The sequence lengths at which the exported graph matches the model."""
+        validation = self.shape_validation
+        return tuple(seq_len for seq_len in self.shapes.all if isinstance(validation[shape_key(seq_len)], ShapeOk))
+
+    @property
+    def package_functions(self) -> tuple[PackageFunction, ...]:
+        """The functions of the package that the program becomes, `main` first.
+
+        `main` accepts every working length. `prefill` becomes one function per length, `prefill_T512`: coremltools
+        converts a program with a state and an input of flexible length, but Core ML cannot load the package
+        (apple/coremltools issues 2500 and 2548).
+        """
+        found = [
+            PackageFunction(
+                name=MAIN,
+                graph=MAIN,
+                inputs=self.inputs,
+                outputs=self.outputs,
+                lengths=self.working_lengths,
+                default=self.shapes.primary,
+            )
+        ]
+        for function in self.functions:
+            has_t = any(isinstance(dim, str) for spec in function.inputs for dim in spec.shape)
+            for seq_len in self.working_lengths if has_t else (None,):
+                found.append(
+                    PackageFunction(
+                        name=function.name if seq_len is None else f"{function.name}_{shape_key(seq_len)}",
+                        graph=function.name,
+                        inputs=function.inputs,
+                        outputs=function.outputs,
+                        states=self.states,
+                        lengths=() if seq_len is None else (seq_len,),
+                        default=seq_len,
+                    )
+                )
+        return tuple(found)
 
     @property
     def cache_positions(self) -> int:

@@ -1,4 +1,4 @@
-"""The conversion of a graph, with the checks before and after it; see `convert_coreml.py`."""
+"""Convert a graph, with checks before and after the conversion; the work of the command `convert_coreml`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from coremill.core import layout
 from coremill.core.config import ConvertConfig
-from coremill.core.contract import Contract, read_contract
+from coremill.core.contract import Contract, PackageFunction, read_contract
 from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure, Notice, NoticeKind, count_notices
 from coremill.core.digest import digest, file_digest
 from coremill.core.documents import write_json
@@ -19,14 +19,7 @@ from coremill.core.machine import check_disk, check_memory
 from coremill.core.outputs import check_writable
 from coremill.core.publish import publishing, write_atomic
 from coremill.core.toolchain import current_toolchain
-from coremill.coreml.converter import (
-    IMPORT_MESSAGES,
-    MLModel,
-    convert_function,
-    package_functions,
-    prepared,
-    working_lengths,
-)
+from coremill.coreml.converter import IMPORT_MESSAGES, MLModel, convert_function, prepared
 from coremill.coreml.diagnostics import Message, Recorder, as_log, recording, sort_messages
 from coremill.coreml.graph import Program, check_contract, interface_lengths, load_program
 from coremill.coreml.interface import differences, package_interfaces
@@ -37,14 +30,14 @@ log = logging.getLogger(__name__)
 
 _SPARE_BYTES = 64 << 20
 _COPIES = 4
-"""Of the graph's bytes: coremltools' own temporary package, the one being saved, the one published, one spare."""
+"""Disk space per byte of the graph: coremltools' temporary package, the new package, the published one, a spare."""
 _MEMORY_COPIES = 4
-"""Of the graph's bytes: the program, its float16 weights, coremltools' own, and those being written."""
+"""Memory per byte of the graph: the program, its float16 weights, coremltools' copy, the copy being written."""
 _TRACEBACK_LINES = 12
 
 
 class FailedConversionError(ConversionError):
-    """A conversion that failed, with what a record of it needs."""
+    """A conversion that failed, with the data for a record of it."""
 
     def __init__(self, failure: Exception, messages: tuple[Message, ...]) -> None:
         cause = (str(failure).strip().splitlines() or [""])[0]
@@ -63,26 +56,27 @@ class FailedConversionError(ConversionError):
 
 
 def convert(graph: Path, contract: Path, out: Path, settings: ConvertConfig, *, toy: bool) -> ConversionDiagnostics:
-    """Convert the program at `graph` to the package `out`; `conversion.log` and `diagnostics.json` go beside it.
+    """Convert the program at `graph` to the package `out`.
 
-    The log is written however the conversion ends.
+    Writes `conversion.log` and `diagnostics.json` next to it. The log is written even if the conversion fails.
 
     Raises:
         TorchScriptError: `graph` is not a program.
         DocumentError, SchemaVersionError: `contract` is not a contract.
-        ContractMismatchError: it describes another graph, or the saved package is not what it says.
-        OutputError: `out` cannot be written, or there is no room for it.
+        ContractMismatchError: the contract describes another graph, or the saved package differs from it.
+        OutputError: `out` cannot be written, or the disk has too little space.
+        MachineError: there is too little memory.
         FailedConversionError: coremltools failed.
     """
     program, promised = _checked(graph, contract, out, toy=toy)
     with publishing(out) as fresh:
         messages = _convert_to(
-            fresh, program, promised, settings, contract_digest=file_digest(contract), log_to=out
+            fresh, program, promised.package_functions, settings, contract_digest=file_digest(contract), log_to=out
         )
-        # What was saved is what is checked: edits to an MLModel's specification in memory can be lost.
-        if wrong := differences(promised, package_interfaces(read_spec(fresh))):
+        # Check the saved package: changes to an MLModel's specification in memory can be lost when it is saved.
+        if wrong := differences(promised.package_functions, package_interfaces(read_spec(fresh))):
             raise ContractMismatchError(
-                f"the converted package is not what {contract} says: " + "; ".join(wrong),
+                f"the converted package differs from {contract}: " + "; ".join(wrong),
                 expected="the contract's names, dtypes, shapes and lengths",
                 run="python -m coremill.conversion.export_pytorch --help",
             )
@@ -97,14 +91,14 @@ def convert(graph: Path, contract: Path, out: Path, settings: ConvertConfig, *, 
         counts=count_notices(notices),
     )
     write_json(layout.diagnostics_file(out.parent), diagnostics)
-    # A record of an earlier failure would fail every gate of this package.
+    # The record of an earlier failure would fail every gate of the new package.
     layout.placeholder_file(out.parent).unlink(missing_ok=True)
     _report(notices)
     return diagnostics
 
 
 def record_failure(failure: FailedConversionError, graph: Path, contract: Path, out: Path) -> Path:
-    """Write the labelled record of a conversion that made no package; verification fails every gate on it."""
+    """Write the record of a failed conversion; verification then fails every gate."""
     record = ConversionFailure(
         package=out.name,
         graph_digest=file_digest(graph),
@@ -120,30 +114,32 @@ def record_failure(failure: FailedConversionError, graph: Path, contract: Path, 
 
 
 def _checked(graph: Path, contract: Path, out: Path, *, toy: bool) -> tuple[Program, Contract]:
-    """The program and its contract, after everything that can be checked before the conversion."""
+    """Return the program and its contract, after all checks that need no conversion."""
     promised = read_contract(contract)
     program = load_program(graph, promised.frontend)
     check_export_versions(toy=toy, model_type=promised.model_type)
-    # Two lengths show which dimensions follow T; ids do not matter to shapes, and this stage has no tokenizer.
-    lengths = interface_lengths(working_lengths(promised))
+    # Shapes do not depend on the ids, and this stage has no tokenizer: zeros will do.
+    lengths = interface_lengths(promised.working_lengths)
     check_contract(
         promised, program, graph_digest=file_digest(graph), sequences=[[0] * seq_len for seq_len in lengths]
     )
     if out.suffix != ".mlpackage":
-        raise OutputError(f"{out} is no name for a package", expected=f"{out.stem}.mlpackage")
+        raise OutputError(f"{out} does not end in .mlpackage", expected=f"a name such as {out.stem}.mlpackage")
     if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file", expected="a folder, or nothing", run=f"ls -la {out.parent}")
+        raise OutputError(
+            f"{out} is a file", expected="a package to replace, or a new path", run=f"ls -la {out.parent}"
+        )
     if out.is_dir() and any(out.iterdir()) and not (out / "Manifest.json").is_file():
         raise OutputError(
-            f"{out} is a folder that holds something other than a package",
-            expected="a package to replace, or nothing",
+            f"{out} is a directory that is not a package",
+            expected="a package to replace, or a new path",
             run=f"ls -la {out}",
         )
     check_writable(out.parent)
     check_disk(
         out.parent,
         _COPIES * graph.stat().st_size + _SPARE_BYTES,
-        why="for the package and the copies that a conversion makes",
+        why="for the package and the temporary copies of a conversion",
     )
     check_memory(
         _MEMORY_COPIES * graph.stat().st_size, why=f"to convert a program of {graph.stat().st_size / 1e6:,.0f} MB"
@@ -154,24 +150,25 @@ def _checked(graph: Path, contract: Path, out: Path, *, toy: bool) -> tuple[Prog
 def _convert_to(
     package: Path,
     program: Program,
-    contract: Contract,
+    functions: tuple[PackageFunction, ...],
     settings: ConvertConfig,
     *,
     contract_digest: str,
     log_to: Path,
 ) -> tuple[Message, ...]:
-    """Convert and save; the log is written however that ends. Returns everything that the converter said."""
+    """Convert and save, and write the log, whether or not that succeeds. Returns all messages of the converter."""
     recorder = Recorder()
     try:
         with recording(recorder):
-            write_package(_converted(program, contract, settings), package, contract_digest=contract_digest)
+            write_package(_converted(program, functions, settings), package, contract_digest=contract_digest)
     except OSError as failure:
         raise OutputError(
-            f"cannot write {package.name}: {failure}", expected="room on a writable disk"
+            f"cannot write {package.name}: {failure}", expected="free space on a writable disk"
         ) from failure
-    except Exception as failure:  # coremltools has no error type of its own: it raises whatever went wrong
+    except Exception as failure:  # coremltools has no error type of its own
         failed = FailedConversionError(failure, IMPORT_MESSAGES + recorder.messages)
-        # The frames hold coremltools' temporary folders; released here, they do not outlive the command's output.
+        # The frames keep coremltools' temporary directories alive; release them before the command prints its
+        # error.
         with recording(Recorder()):
             traceback.clear_frames(failure.__traceback__)
             gc.collect()
@@ -182,9 +179,10 @@ def _convert_to(
     return messages
 
 
-def _converted(program: Program, contract: Contract, settings: ConvertConfig) -> Iterator[tuple[str, MLModel]]:
-    """Each function of the package with its model, one at a time: each holds all of its weights."""
-    functions = package_functions(contract)
+def _converted(
+    program: Program, functions: tuple[PackageFunction, ...], settings: ConvertConfig
+) -> Iterator[tuple[str, MLModel]]:
+    """Convert the functions one at a time, because each model contains all of its weights."""
     ready = prepared(program, settings)
     for number, function in enumerate(functions, start=1):
         log.info("%s: function %d of %d", function.name, number, len(functions))
@@ -192,10 +190,10 @@ def _converted(program: Program, contract: Contract, settings: ConvertConfig) ->
 
 
 def _report(notices: tuple[Notice, ...]) -> None:
-    """Log what the user should see; harmless and compatibility notices are counted in diagnostics.json."""
+    """Log warnings and errors; diagnostics.json counts the harmless and compatibility notices."""
     for notice in notices:
         if notice.kind is NoticeKind.WARNING:
             log.warning("coremltools: %s", notice.text)
         elif notice.kind is NoticeKind.ERROR:
             log.error("coremltools: %s", notice.text)
-    log.info("the converter said: %s", ", ".join(f"{n} {kind}" for kind, n in count_notices(notices).items()))
+    log.info("notices of coremltools: %s", ", ".join(f"{n} {kind}" for kind, n in count_notices(notices).items()))

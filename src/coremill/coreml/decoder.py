@@ -1,37 +1,40 @@
-"""The checkpoint's model as the converter likes it: few operations, safe in float16, one graph a function.
+"""The checkpoint's model, rewritten for conversion: few operations, safe in float16, one graph per function.
 
-The student (`coremill.model.student`) says what the model computes; these modules compute the same from the same
+The student (`coremill.model.student`) defines what the model computes. These modules compute the same from the same
 weights, and every export compares the two. They differ where a converted graph would otherwise be slow or wrong:
 
-- **Nothing overflows in float16.** Trained models carry activations of tens of thousands in a few channels, whose
-  squares are beyond float16's 65,504. :class:`ScaledRMSNorm` brings each row into [-1, 1] before it squares.
-- **Few operations over the length.** Each reshape over a symbolic T costs the converter a symbolic equation:
-  queries, keys and values are one product and one reshape, gate and up are one product. Query heads are ordered
-  group by group, so that keys and values are repeated by one concatenation.
+- **Nothing overflows in float16.** Trained models have activations of tens of thousands in a few channels, and
+  their
+  squares exceed float16's maximum, 65,504. :class:`ScaledRMSNorm` scales each row into [-1, 1] before it squares.
+- **Few operations depend on the length.** The converter solves a symbolic equation for each reshape over a symbolic
+  T. So queries, keys and values are one product and one reshape, and gate and up are one product. Query heads are
+  ordered group by group, so that one concatenation repeats keys and values.
 - **No division.** coremltools 9.0 computes `x / y` in float32 and `1 / x` as 1 / (x + 1e-4).
 - **Constants have the model's dtype and rank**, so that a program that is cast to float16 is float16 throughout.
 
-Legend: T tokens, S positions of the cache, V vocabulary, C d_model, H heads, K key/value heads, G = H/K heads a
-key/value head, D head size, F d_ff, L layers. There is one sequence, so that the batch is 1.
+Legend: T tokens, S positions of the cache, V vocabulary, C d_model, H heads, K key/value heads, G = H/K heads per
+key/value head, D head size, F d_ff, L layers. There is one sequence, so the batch is 1.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coremill.model.student import Attention, FeedForward, Layer, RMSNorm, Student
+from coremill.model.student import Attention, Layer, RMSNorm, Student, each
 
 MASKED_SCORE = -3.0e4
-"""What is added to the score of a key that must not be seen.
+"""Added to the score of a key that must not be visible.
 
-Finite, so that no row computes inf - inf, and far from the end of float16's range, ±65,504: for scores within
-±1e4 a masked one lies between -4e4 and -2e4, and its softmax weight beside any visible one is exactly 0.
+Finite, so that no row computes inf - inf, and well inside float16's range, ±65,504: if scores are within ±1e4, a
+masked score is between -4e4 and -2e4, and its softmax weight next to any visible score is exactly 0.
 """
 
 SMALLEST_SCALE = 2.0**-7
-"""Rows whose largest magnitude is below this are scaled as if it were this: its square is a normal float16."""
+"""The smallest magnitude that a row is scaled by; its square is a normal float16."""
 
 
 class ScaledRMSNorm(nn.Module):
@@ -40,6 +43,9 @@ class ScaledRMSNorm(nn.Module):
     With y = i·x, x / √(mean(x²) + ε) = y / √(mean(y²) + i²·ε) for every i > 0. Here i is about 1 / max|x|, and its
     own rounding cancels.
     """
+
+    root_eps: Tensor
+    smallest: Tensor
 
     def __init__(self, norm: RMSNorm, weight: Tensor | None = None) -> None:
         super().__init__()
@@ -58,7 +64,7 @@ class ScaledRMSNorm(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer, with its projections joined; see the module's docstring."""
+    """One layer, with joined projections; see the module's docstring."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -71,13 +77,13 @@ class DecoderLayer(nn.Module):
         self.post_norm = ScaledRMSNorm(layer.post_attention_layernorm)
         self.gate_up = _joined([layer.mlp.gate_proj, layer.mlp.up_proj])
         self.down = _joined([layer.mlp.down_proj])
-        self.d_ff = _d_ff(layer.mlp)
+        self.d_ff = layer.mlp.gate_proj.out_features
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (1, T, C), cos and sin (T, D) to queries (1, H, T, D), keys and values (1, K, T, D)."""
         n_rotated = self.n_heads + self.n_kv_heads
         y = self.qkv(self.input_norm(x))
-        # -1 for T: with one unknown size a reshape stays a constant shape in the converted graph.
+        # -1 for T: with one unknown size, the target shape is a constant in the converted graph.
         y = y.view(1, -1, n_rotated + self.n_kv_heads, self.head_dim).transpose(1, 2)
         qk, v = y.split([n_rotated, self.n_kv_heads], dim=1)
         if self.qk_norm is not None:
@@ -95,54 +101,60 @@ class DecoderLayer(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The rest of the layer: x (1, T, C) and what attention mixed, (1, H, T, D), to (1, T, C)."""
+        """The rest of the layer: x (1, T, C) and the output of attention (1, H, T, D) to (1, T, C)."""
         x = x + self.out(mixed.transpose(1, 2).reshape(1, -1, self.n_heads * self.head_dim))
         gate, up = self.gate_up(self.post_norm(x)).split([self.d_ff, self.d_ff], dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        change: Tensor = self.down(F.silu(gate) * up)
+        return x + change
 
 
 class Decoder(nn.Module):
-    """The weights and tables that every function of a package shares.
+    """The weights and tables that all functions of a package share.
 
     Args:
         student: the checkpoint's model.
-        positions: how many positions the tables cover: the longest T or S, whichever is more.
+        positions: how many positions the tables cover: the longest T, or S if that is more.
     """
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    masked: Tensor
 
     def __init__(self, student: Student, positions: int) -> None:
         super().__init__()
         config = student.config
         self.n_kv_heads, self.head_dim = config.n_kv_heads, config.head_dim
         self.embed_tokens = student.embed_tokens
-        self.layers = nn.ModuleList(map(DecoderLayer, student.layers))
+        self.layers = nn.ModuleList(map(DecoderLayer, each(Layer, student.layers)))
         self.norm = ScaledRMSNorm(student.norm)
         self.lm_head = student.embed_tokens.weight if config.arch.tie_embeddings else student.lm_head.weight
         self.halt_head = student.halt_head if config.arch.use_halt_head else None
-        # One longer than the longest sequence: torch.export takes a T that can equal a table's length for that very
-        # length, and the exported program then runs at no other.
+        # One longer than the longest sequence: if T can equal the table's length, torch.export specialises T to
+        # that length, and the exported program runs at no other.
         half = config.head_dim // 2
         sin = student.sin[: positions + 1]
         self.register_buffer("cos", student.cos[: positions + 1].clone())
-        # The sign of the rotation, (-second, first), is in the table: one operation less a layer.
+        # The sign of the rotation, (-second, first), is in the table: one operation less per layer.
         self.register_buffer("sin", torch.cat((-sin[:, :half], sin[:, half:]), dim=1))
         self.register_buffer("positions", torch.arange(positions + 1, dtype=torch.int32))
         self.register_buffer("masked", torch.full((1, 1), MASKED_SCORE))
 
     def mask(self, hidden: Tensor) -> Tensor:
-        """What is added to the scores, of `masked`'s dtype, from a bool tensor that says which keys are hidden."""
-        # A product: torch.where would make each of its two values a tensor as large as the mask, and the package
-        # of a fixed length would carry both.
+        """The mask to add to the scores, of `masked`'s dtype; `hidden` (bool) is True for each hidden key."""
+        # A product: torch.where would expand each of its two values to the size of the mask, and a package of a
+        # fixed length would store both.
         return hidden.type_as(self.masked) * self.masked
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x (1, T, C) to logits (1, T, V) and, where there is a halt head, (1, T, 2)."""
+        """x (1, T, C) to logits (1, T, V) and, if there is a halt head, (1, T, 2)."""
         x = self.norm(x)
         logits = F.linear(x, self.lm_head)
         return (logits,) if self.halt_head is None else (logits, self.halt_head(x))
 
 
 class Main(nn.Module):
-    """`main`: scores every position of a sequence; `input_ids` (1, T) int32."""
+    """`main`: scores every position of a sequence, `input_ids` (1, T) int32."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -154,14 +166,14 @@ class Main(nn.Module):
         cos, sin, positions = decoder.cos[:length], decoder.sin[:length], decoder.positions[:length]
         mask = decoder.mask(positions.unsqueeze(0) > positions.unsqueeze(1))  # (T, T)
         x = decoder.embed_tokens(input_ids)
-        for layer in decoder.layers:
+        for layer in each(DecoderLayer, decoder.layers):
             q, k, v = layer.project(x, cos, sin)
             x = layer.finish(x, layer.attend(q, k, v, mask))
         return decoder.heads(x)
 
 
 class Stateful(nn.Module):
-    """What `prefill` and `decode` share: a key/value cache of S positions, (L, 1, K, S, D) each."""
+    """Base of `prefill` and `decode`: a key/value cache of S positions, (L, 1, K, S, D) each."""
 
     key_cache: Tensor
     value_cache: Tensor
@@ -175,7 +187,7 @@ class Stateful(nn.Module):
         self.register_buffer("value_cache", torch.zeros(shape))
 
     def write(self, layer: int, start: Tensor | int, end: Tensor | int, k: Tensor, v: Tensor) -> None:
-        """Put keys and values (1, K, end - start, D) of one layer into the cache."""
+        """Write keys and values (1, K, end - start, D) of one layer to the cache."""
         self.key_cache[layer : layer + 1, :, :, start:end] = k.unsqueeze(0)
         self.value_cache[layer : layer + 1, :, :, start:end] = v.unsqueeze(0)
 
@@ -183,8 +195,8 @@ class Stateful(nn.Module):
 class Prefill(Stateful):
     """`prefill`: reads a prompt into an empty cache and scores the token after it.
 
-    `input_ids` (1, T), right-padded; `length` (1,) says how many of them are the prompt's. Keys and values of
-    padding are written too: decoding writes over each before anything may see it.
+    `input_ids` (1, T) is right-padded; `length` (1,) is the number of tokens in the prompt. Keys and values of
+    padding are written too: decoding overwrites each of them before it becomes visible.
     """
 
     def forward(self, input_ids: Tensor, length: Tensor) -> tuple[Tensor, ...]:
@@ -192,11 +204,11 @@ class Prefill(Stateful):
         n = input_ids.shape[1]
         cos, sin, positions = decoder.cos[:n], decoder.sin[:n], decoder.positions[:n]
         last = length - 1
-        # By `last` too, on which nothing rests: a mask of constants would be stored in the package, T × T of it.
+        # `last` does not change the result. It keeps the mask from being a constant, T × T, stored in the package.
         visible = torch.minimum(positions, last).unsqueeze(1)
         mask = decoder.mask(positions.unsqueeze(0) > visible)  # (T, T)
         x = decoder.embed_tokens(input_ids)
-        for number, layer in enumerate(decoder.layers):
+        for number, layer in enumerate(each(DecoderLayer, decoder.layers)):
             q, k, v = layer.project(x, cos, sin)
             self.write(number, 0, n, k, v)
             x = layer.finish(x, layer.attend(q, k, v, mask))
@@ -213,25 +225,24 @@ class Decode(Stateful):
         start = position[0]
         end = start + 1
         x = decoder.embed_tokens(input_ids)
-        for number, layer in enumerate(decoder.layers):
+        for number, layer in enumerate(each(DecoderLayer, decoder.layers)):
             q, k, v = layer.project(x, cos, sin)
             self.write(number, start, end, k, v)
             x = layer.finish(x, self._attend(layer, number, q, mask))
         return decoder.heads(x)
 
     def _attend(self, layer: DecoderLayer, number: int, q: Tensor, mask: Tensor) -> Tensor:
-        """q (1, H, 1, D) over the layer's cache; the G heads of a key/value head are rows beside one another."""
+        """q (1, H, 1, D) over the layer's cache; the G heads of a key/value head are adjacent rows."""
         group, n_kv_heads, size = layer.n_heads // layer.n_kv_heads, layer.n_kv_heads, layer.head_dim
         q = q.view(1, group, n_kv_heads, size).transpose(1, 2)  # (1, K, G, D)
-        # coremltools reads a state as float32, whatever the program's dtype is.
+        # coremltools reads a state as float32, whatever the dtype of the program.
         keys, values = self.key_cache[number].type_as(q), self.value_cache[number].type_as(q)
         mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return mixed.transpose(1, 2).reshape(1, layer.n_heads, 1, size)
 
 
 def _by_group(rows: Tensor, attention: Attention) -> Tensor:
-    """Rows of the queries' projection (H·D, …), reordered from key/value head by key/value head to group by
-    group."""
+    """Reorder rows of the query projection (H·D, …), from grouped by key/value head to group by group."""
     group = attention.n_heads // attention.n_kv_heads
     heads = rows.view(attention.n_kv_heads, group, attention.head_dim, -1)
     return heads.transpose(0, 1).reshape(rows.shape)
@@ -248,7 +259,7 @@ def _joined_qkv(attention: Attention) -> nn.Linear:
 
 
 def _by_group_columns(attention: Attention) -> nn.Linear:
-    """The output's projection, which takes the heads in the order that the queries have here."""
+    """The output projection, with its columns in the order of the query heads here."""
     joined = _joined([attention.o_proj])
     with torch.no_grad():
         joined.weight.copy_(_by_group(attention.o_proj.weight.T.contiguous(), attention).T)
@@ -256,13 +267,14 @@ def _by_group_columns(attention: Attention) -> nn.Linear:
 
 
 def _joined_qk_norm(attention: Attention) -> ScaledRMSNorm:
-    """The norms of queries and keys as one, whose weight is (H + K, 1, D)."""
-    weights = [attention.q_norm.weight] * attention.n_heads + [attention.k_norm.weight] * attention.n_kv_heads
+    """The norms of queries and keys as one, with a weight of (H + K, 1, D)."""
+    weights: list[Tensor] = [attention.q_norm.weight] * attention.n_heads
+    weights += [attention.k_norm.weight] * attention.n_kv_heads
     return ScaledRMSNorm(attention.q_norm, torch.stack(weights).unsqueeze(1))
 
 
-def _joined(linears: list[nn.Linear]) -> nn.Linear:
-    """One product for several of the same input: their rows one after another."""
+def _joined(linears: Sequence[nn.Linear]) -> nn.Linear:
+    """One product for several layers of the same input: their rows, concatenated."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
     has_bias = linears[0].bias is not None
     joined = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias, device="meta")
@@ -270,7 +282,3 @@ def _joined(linears: list[nn.Linear]) -> nn.Linear:
     if has_bias:
         joined.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]))
     return joined
-
-
-def _d_ff(mlp: FeedForward) -> int:
-    return int(mlp.gate_proj.out_features)

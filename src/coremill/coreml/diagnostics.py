@@ -1,7 +1,7 @@
-"""Recording what coremltools says, and sorting it into known-harmless, compatibility, warning and error.
+"""Record the messages of coremltools, and sort them into harmless, compatibility, warning and error.
 
-coremltools speaks in four voices: loggers, Python warnings, progress bars on stderr, and plain prints. All
-are kept in the order in which they came, for `conversion.log`; none reaches the terminal.
+coremltools reports through loggers, Python warnings, progress bars on stderr, and prints. All messages are kept in
+their order for `conversion.log`; none reaches the terminal.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO
 
@@ -20,12 +21,12 @@ from coremill.core.diagnostics import Notice, NoticeKind
 
 
 class Message(msgspec.Struct, frozen=True):
-    """One message as it came."""
+    """One message of coremltools."""
 
     source: str
     """`logging:<logger>`, `warnings:<category>`, `stdout` or `stderr`."""
     level: str
-    """Of logging; `WARNING` for a Python warning, empty for a stream."""
+    """The logging level; `WARNING` for a Python warning, empty for a stream."""
     text: str
 
     def __str__(self) -> str:
@@ -33,7 +34,7 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Rule(msgspec.Struct, frozen=True):
-    """How a known message is sorted: the first whose pattern is found in it counts."""
+    """The kind of a known message; the first rule whose pattern matches applies."""
 
     pattern: str
     kind: NoticeKind
@@ -45,17 +46,17 @@ RULES = (
     Rule(
         r"^Failed to load _?'?_?ML\w+",
         NoticeKind.HARMLESS,
-        "a binding of Core ML itself, which only macOS has; conversion does not use it",
+        "a binding of Core ML, which only macOS has; conversion does not use it",
     ),
     Rule(
         r"^Support for converting Torch Script Models is experimental\.",
         NoticeKind.HARMLESS,
-        "the program was traced; one that is loaded from a file no longer says so",
+        "the program was traced, which a program loaded from a file does not show",
     ),
     Rule(
         r"^Torch var (key|value)_cache is added again\.",
         NoticeKind.HARMLESS,
-        "a cache is an input and a buffer of one name; what is written to it is checked against the checkpoint",
+        "a cache is both an input and a buffer; its contents are checked against the checkpoint",
     ),
     Rule(
         r"^Tuple detected at graph output\. This will be flattened",
@@ -65,21 +66,21 @@ RULES = (
     Rule(
         r"^Recklessly broadcast \{",
         NoticeKind.HARMLESS,
-        "the converter cannot prove that two lengths are the one T; verification runs the package at every length",
+        "the converter cannot prove that two lengths are equal; verification runs the package at every length",
     ),
     Rule(r"^.+: \d+/\d+ (passes|ops)$", NoticeKind.HARMLESS, "a progress bar"),
 )
 
 _FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning, SyntaxWarning)
-"""Warnings that Python shows nobody but developers, and SyntaxWarning, which a module gives only when it is
-compiled for the first time: they say nothing of a conversion, and would make the first one differ from the next."""
+"""Warnings for developers, which Python hides by default, and SyntaxWarning, which is only given when a module is
+first compiled. They do not concern a conversion, and would make the first one differ from the next."""
 
 _ERROR_LEVELS = ("ERROR", "CRITICAL")
 _PROGRESS = re.compile(r"^(?P<what>.+?):\s+\d+%\|.*\|\s*(?P<done>\d+)/(?P<total>\d+) \[.*?(?P<unit>[a-z]+)(/s)?\]")
 
 
 class Recorder:
-    """Messages in the order in which they came."""
+    """Collects messages in order."""
 
     def __init__(self) -> None:
         self._messages: list[Message] = []
@@ -95,7 +96,7 @@ class Recorder:
 
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Record everything that is logged, warned and printed in the block, and keep it from the terminal."""
+    """Record all log messages, warnings and output of the block, and hide them from the terminal."""
     streams = _Stream(recorder, "stdout"), _Stream(recorder, "stderr")
     root = logging.getLogger()
     handlers, root.handlers = root.handlers, [_Handler(recorder)]
@@ -117,15 +118,12 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
 
 def sort_messages(messages: Iterable[Message]) -> tuple[Notice, ...]:
-    """Messages as notices, equal ones counted; in the order in which each was first seen."""
-    counts: dict[Message, int] = {}
-    for message in messages:
-        counts[message] = counts.get(message, 0) + 1
-    return tuple(_notice(message, count) for message, count in counts.items())
+    """Notices with the count of equal messages, in the order of each one's first message."""
+    return tuple(_notice(message, count) for message, count in Counter(messages).items())
 
 
 def kind_of(message: Message) -> NoticeKind:
-    """What is not known is a warning: nothing is harmless because nobody looked at it."""
+    """The kind of a message; an unknown message is a warning."""
     return _kind_and_why(message)[0]
 
 
@@ -150,7 +148,7 @@ def _kind_and_why(message: Message) -> tuple[NoticeKind, str | None]:
 
 class _Handler(logging.Handler):
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__(logging.WARNING)  # below that it narrates its passes, a thousand lines a conversion
+        super().__init__(logging.WARNING)  # INFO would be a thousand lines per conversion
         self._recorder = recorder
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -158,7 +156,7 @@ class _Handler(logging.Handler):
 
 
 class _Stream(io.TextIOBase):
-    """Collects lines. A progress bar rewrites its line: only its last state is kept, without the rates."""
+    """Records lines. Of a progress bar, which rewrites its line, only the last state is kept, without rates."""
 
     def __init__(self, recorder: Recorder, source: str) -> None:
         self._recorder = recorder
@@ -186,7 +184,7 @@ class _Stream(io.TextIOBase):
 
 
 def _show_warning(recorder: Recorder) -> Callable[..., None]:
-    """What replaces `warnings.showwarning`, whose signature it has."""
+    """A replacement for `warnings.showwarning`, with its signature."""
 
     def show(
         message: Warning | str,

@@ -1,4 +1,4 @@
-"""The export of a model: traced, saved, loaded again, and checked at every length; see `export_pytorch.py`.
+"""Export a model: trace it, save it, load it again and check it at every length; the work of `export_pytorch`.
 
 Legend: T sequence length, S positions of the cache, V vocabulary.
 """
@@ -47,7 +47,7 @@ from coremill.coreml.graph import (
     run_program,
     trace,
 )
-from coremill.data.prompts import Prompts
+from coremill.data.prompts import load_prompts
 from coremill.infra.version_gate import check_export_versions
 from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
 from coremill.model.memory import check_shape_memory
@@ -58,78 +58,78 @@ log = logging.getLogger(__name__)
 _MODELS_IN_MEMORY = 5
 """The checkpoint's tensors, the student, the decoder, the program and its archive."""
 
+_PROMPT_ROWS = 128
+
 _DECODED = 4
-"""Tokens decoded one by one after a prompt, when the stateful functions are checked."""
-
-
-class Export(msgspec.Struct, frozen=True, kw_only=True):
-    """A program and its contract, not yet written."""
-
-    program: bytes
-    contract: Contract
+"""Tokens decoded one by one after a prompt, to check the stateful functions."""
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """A model to export, and real token ids to check it on."""
+    """A model to export, and the files to make prompts from, on which it is checked."""
 
     checkpoint: Path
-    prompts: Prompts
+    tokenizer: Path
+    prompts: Path
+    """A held-out set, or a directory that contains one or texts.jsonl."""
     toy: bool
-    """Whether the version gate may admit Python 3.13."""
+    """Whether the version gate may accept Python 3.13."""
 
 
-def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, graph_name: str) -> Export:
-    """Trace the checkpoint's model at the primary shape and check it at every one.
+def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, program: Path, contract: Path) -> Contract:
+    """Trace the checkpoint's model at the primary shape, check it at every shape, and write program and contract.
 
-    Args:
-        graph_name: file name that the contract gives the program.
+    Either both files are written or neither.
 
     Raises:
-        CoremillError: the checkpoint does not read, is not for this tokenizer, or may not be exported here.
-        ExportError: the primary shape or the cache is beyond the model's context, or the model cannot be traced, or
-            the program does not run or agree at the primary shape.
+        TokenizerError, DatasetError: the tokenizer or the prompts cannot be read.
+        CoremillError: the checkpoint cannot be read, has another tokenizer, or may not be exported here.
+        ExportError: the primary shape or the cache exceeds the model's context, the model cannot be traced, or the
+            program fails or differs from the model at the primary shape.
+        OutputError: the program or the contract cannot be written.
     """
+    prompts = load_prompts(source.tokenizer, source.prompts, rows=_PROMPT_ROWS)
     ckpt = load_checkpoint(source.checkpoint)
     check_export_versions(toy=source.toy, model_type=ckpt.model_type)
-    check_vocabulary(ckpt, source.prompts.tokenizer)
+    check_vocabulary(ckpt, prompts.tokenizer)
     _check_context(ckpt, shapes, settings)
     fitting = [seq_len for seq_len in shapes.all if seq_len <= ckpt.config.max_seq_len]
     check_shape_memory(ckpt, max(fitting), models=_MODELS_IN_MEMORY, logits=2, work="export")
     student = build_student(ckpt)
-    sequences = {seq_len: source.prompts.packed(seq_len, source.prompts.export_count) for seq_len in fitting}
+    sequences = {seq_len: prompts.packed(seq_len, prompts.export_count) for seq_len in fitting}
     data = _traced(student, sequences[shapes.primary][0], max(fitting), settings.cache_positions(shapes), settings)
-    # What was saved is what is checked, not what is in memory.
-    program = parse_program(data, where=graph_name, frontend=settings.frontend)
+    # Check the saved program, not the one in memory.
+    loaded = parse_program(data, where=program.name, frontend=settings.frontend)
     validation: dict[str, ShapeValidation] = {}
     for seq_len in shapes.all:
         key = shape_key(seq_len)
         validation[key] = (
-            validate(program, student, sequences[seq_len])
+            validate(loaded, student, sequences[seq_len])
             if seq_len in sequences
             else ShapeFailed(error=f"beyond the model's context of {ckpt.config.max_seq_len} tokens")
         )
-        _judge(key, validation[key], shapes)
+        _report(key, validation[key], shapes)
     working = [seq_len for seq_len in fitting if isinstance(validation[shape_key(seq_len)], ShapeOk)]
     ids = sequences[max(working)][0]
     samples = [ids[:length] for length in interface_lengths(working)]
-    interface = read_interface(program, samples)
-    contract = Contract(
+    interface = read_interface(loaded, samples)
+    described = Contract(
         model_type=ckpt.model_type,
         model_arch=ckpt.model_arch,
-        graph=graph_name,
+        graph=program.name,
         frontend=settings.frontend,
         graph_digest=bytes_digest(data),
         checkpoint_digest=file_digest(source.checkpoint),
         inputs=interface.inputs,
         outputs=interface.outputs,
-        states=read_states(program),
-        functions=_stateful_functions(program, student, samples, ids[: min(working)]),
+        states=read_states(loaded),
+        functions=_stateful_functions(loaded, student, samples, ids[: min(working)]),
         shapes=shapes,
         shape_validation=validation,
         tokenizer=ckpt.tokenizer,
         toolchain=current_toolchain(),
     )
-    return Export(program=data, contract=contract)
+    write_together({program: data, contract: encode(described)})
+    return described
 
 
 def validate(program: Program, student: Student, sequences: Sequence[Sequence[int]]) -> ShapeValidation:
@@ -147,17 +147,16 @@ def validate(program: Program, student: Student, sequences: Sequence[Sequence[in
                     if problem := _too_far(error, expected):
                         return ShapeFailed(error=problem)
                     worst = max(worst, error)
-    except (RuntimeError, ValueError) as failure:  # what a program raises, and a model for a length beyond its own
+    except (RuntimeError, ValueError) as failure:  # of a program, and of a model at a length beyond its context
         return ShapeFailed(error=f"{type(failure).__name__}: {_last_line(failure)}")
     return ShapeOk(max_abs_err=worst)
 
 
 def largest_error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two tensors (1, T, V), row by row: a copy of all logits may be a gigabyte."""
+    """The largest difference of two tensors (1, T, V), by blocks of rows: all logits may take a gigabyte."""
     rows = zip(found[0].split(256), expected[0].split(256), strict=True)
-    return float(
-        torch.stack([(ours - theirs).abs().max() for ours, theirs in rows]).max()
-    )  # NaN where there is one
+    # Unlike Python's max, torch's returns NaN if any value is NaN.
+    return float(torch.stack([(ours - theirs).abs().max() for ours, theirs in rows]).max())
 
 
 def _too_far(error: float, expected: Tensor) -> str | None:
@@ -167,21 +166,8 @@ def _too_far(error: float, expected: Tensor) -> str | None:
     return f"differs from the model by {error:.3g}, more than {bound:.3g}"
 
 
-def export_to(
-    source: Source, shapes: ShapeSet, settings: ExportConfig, *, program: Path, contract: Path
-) -> Contract:
-    """Export to files, both of them or neither; raises as :func:`export` does.
-
-    Raises:
-        OutputError: the program or the contract cannot be written.
-    """
-    result = export(source, shapes, settings, graph_name=program.name)
-    write_together({program: result.program, contract: encode(result.contract)})
-    return result.contract
-
-
 def _check_context(ckpt: Checkpoint, shapes: ShapeSet, settings: ExportConfig) -> None:
-    """Refuse, before any work, what must work and the model has no positions for."""
+    """Check that the primary shape and the cache fit in the model's context."""
     context = ckpt.config.max_seq_len
     wanted = {f"the primary shape {shape_key(shapes.primary)}": shapes.primary}
     if settings.stateful:
@@ -192,12 +178,12 @@ def _check_context(ckpt: Checkpoint, shapes: ShapeSet, settings: ExportConfig) -
             raise ExportError(
                 f"{what} is beyond the model's context of {context} tokens",
                 expected=f"at most {context}",
-                run="edit [shapes] and [export] of the run's configuration, or choose other --shapes",
+                run="edit [shapes] and [export] in the run's configuration, or choose other --shapes",
             )
 
 
 def _traced(student: Student, ids: Sequence[int], longest: int, context: int, settings: ExportConfig) -> bytes:
-    """The program, traced on `ids`: for up to `longest` tokens, and a cache of `context` positions if stateful."""
+    """The program for up to `longest` tokens, traced on `ids`; if stateful, with a cache of `context` positions."""
     decoder = Decoder(student, max(longest, context) if settings.stateful else longest)
     stateful = {PREFILL: Prefill(decoder, context), DECODE: Decode(decoder, context)} if settings.stateful else None
     try:
@@ -215,14 +201,14 @@ def _traced(student: Student, ids: Sequence[int], longest: int, context: int, se
 def _stateful_functions(
     program: Program, student: Student, samples: Sequence[Sequence[int]], ids: Sequence[int]
 ) -> tuple[StatefulFunction, ...]:
-    """`prefill` and `decode` of the program, each found to compute what the model computes.
+    """Describe `prefill` and `decode` of the program, after comparing them with the model.
 
     Args:
-        samples: what their interface is read with.
-        ids: what they are compared on.
+        samples: token ids to read their interface with.
+        ids: token ids to compare them on.
 
     Raises:
-        ExportError: one of them does not.
+        ExportError: one of them differs from the model.
     """
     interfaces = read_stateful(program, samples)
     errors = _stateful_errors(program, student, ids) if interfaces else {}
@@ -238,46 +224,46 @@ def _stateful_functions(
 
 
 def _stateful_errors(program: Program, student: Student, ids: Sequence[int]) -> dict[str, float]:
-    """The largest error of each function: a prompt of most of `ids` (T,), and the tokens after it one by one."""
+    """The largest error of each function: most of `ids` (T,) is the prompt, the rest is decoded token by token."""
     n = max(1, len(ids) - _DECODED)
     padded = [*ids[:n], *[ids[0]] * (len(ids) - n)]
     stateful = StatefulProgram(program)
     with torch.no_grad():
         expected = student(as_input(ids))
     runs = {PREFILL: [(n - 1, stateful.prefill(padded, n))]}
-    runs[DECODE] = [(place, stateful.decode(ids[place], place)) for place in range(n, len(ids))]
+    runs[DECODE] = [(position, stateful.decode(ids[position], position)) for position in range(n, len(ids))]
     errors = {}
     for name, found in runs.items():
         errors[name] = 0.0
-        for place, outputs in found:
+        for position, outputs in found:
             for ours, theirs in zip(outputs, expected, strict=True):
-                row = theirs[:, place : place + 1]
+                row = theirs[:, position : position + 1]
                 error = largest_error(ours, row)
                 if problem := _too_far(error, theirs):
                     raise ExportError(
-                        f"`{name}` at position {place} {problem}",
-                        expected="the model's own logits",
+                        f"`{name}` at position {position} {problem}",
+                        expected="the model's outputs",
                         run="python -m coremill.training.check_checkpoint --help",
                     )
                 errors[name] = max(errors[name], error)
     return errors
 
 
-def _judge(key: str, result: ShapeValidation, shapes: ShapeSet) -> None:
+def _report(key: str, result: ShapeValidation, shapes: ShapeSet) -> None:
     if isinstance(result, ShapeOk):
         log.info("%s: ok, largest error %.2g", key, result.max_abs_err)
     elif key == shape_key(shapes.primary):
         raise ExportError(
             f"the primary shape {key} failed: {result.error}",
-            expected=f"the model's own outputs, to {MAX_RELATIVE_ERR:g} of their size",
+            expected=f"the model's outputs, within {MAX_RELATIVE_ERR:g} of their largest magnitude",
             run="python -m coremill.training.check_checkpoint --help",
         )
     else:
-        log.warning("%s failed, which does not block the export: %s", key, result.error)
+        log.warning("%s failed, which does not stop the export: %s", key, result.error)
 
 
 def figures(contract: Contract) -> Figures:
-    """What the export measured, for the manifest."""
+    """Figures of the export for the manifest."""
     results = contract.shape_validation.values()
     errors = [result.max_abs_err for result in results if isinstance(result, ShapeOk)]
     errors += [function.max_abs_err for function in contract.functions]
@@ -286,6 +272,6 @@ def figures(contract: Contract) -> Figures:
 
 
 def _last_line(failure: Exception) -> str:
-    """TorchScript's message ends in the cause; what precedes is its own traceback."""
+    """The cause of a failure: TorchScript's message starts with a traceback of its own and ends with the cause."""
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
     return lines[-1] if lines else type(failure).__name__

@@ -1,8 +1,8 @@
-"""The exported program of a model: trace it, save it, load it, and read its interface off the program itself.
+"""The exported program of a model: trace it, save it, load it, and read its interface from the program itself.
 
-A program is `main`. With a key/value cache it is an archive of three graphs that share their weights: its
-attributes `main`, `prefill` and `decode`; called, it is `main` all the same. Where `torch.export` took it, it is an
-`ExportedMain`.
+A program without a key/value cache is the graph `main`. With a cache it is an archive of three graphs that share
+their weights: its attributes `main`, `prefill` and `decode`; calling the program calls `main`. A program captured
+by `torch.export` is an `ExportedMain`.
 
 Legend: T sequence length, S positions of the cache, V vocabulary.
 """
@@ -14,44 +14,36 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from coremill.core.contract import Contract, Dim, DType, Frontend, StatefulFunction, TensorSpec
+from coremill.core.contract import MAIN, Contract, Dim, DType, Frontend, StatefulFunction, TensorSpec
 from coremill.core.documents import Record
 from coremill.core.errors import ContractMismatchError, TorchScriptError
 from coremill.coreml.exported import ExportedMain, load_main
 
-Program = Any
-"""A torch.jit.ScriptModule or an ExportedMain; torch has no types where this is checked."""
+Program: TypeAlias = torch.jit.ScriptModule | ExportedMain
 
 SEQ_DIM = "T"
 INPUT_NAME = "input_ids"
 LOGITS, HALT_LOGITS = "logits", "halt_logits"
-MAIN, PREFILL, DECODE = "main", "prefill", "decode"
+PREFILL, DECODE = "prefill", "decode"
 CACHES = ("key_cache", "value_cache")
-"""The states of `prefill` and `decode`, (L, 1, K, S, D) each; their attributes of that name."""
+"""The states of `prefill` and `decode`, (L, 1, K, S, D) each, and the names of the graphs' attributes for them."""
 
 _DTYPES = {torch.int32: DType.INT32, torch.float16: DType.FLOAT16, torch.float32: DType.FLOAT32}
-_CALLED: Mapping[Frontend, str] = {"torchscript": "TorchScript", "torch-export": "torch.export"}
+_NAMES: Mapping[Frontend, str] = {"torchscript": "TorchScript", "torch-export": "torch.export"}
 _MEMBER: Mapping[Frontend, str] = {"torchscript": "/constants.pkl", "torch-export": "/models/model.json"}
-"""What the archive of such a program holds, and no other."""
+"""A member that only the archive of such a program has."""
 _EXPORT = "python -m coremill.conversion.export_pytorch --help"
 _SHORT = (16, 24)
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
-class GraphInterface(Record):
-    """What goes into a program and what comes out; a dimension that follows T is called `T`."""
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
 class FunctionInterface(Record):
-    """What goes into `prefill` or `decode`, and what comes out."""
+    """The inputs and outputs of a graph; a dimension that equals the sequence length is named `T`."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -59,7 +51,7 @@ class FunctionInterface(Record):
 
 
 def as_input(ids: Sequence[int]) -> Tensor:
-    """Token ids as the graphs take them: (1, T) int32."""
+    """Token ids as input of a graph: (1, T) int32."""
     return torch.tensor([list(ids)], dtype=torch.int32)
 
 
@@ -69,10 +61,10 @@ def trace(
     output_names: Sequence[str],
     stateful: Mapping[str, nn.Module] | None = None,
 ) -> Program:
-    """Trace `model` on `ids`, and name what it returns; the names are kept in the saved program.
+    """Trace `model` on `ids` and name its outputs; the saved program keeps the names.
 
     Args:
-        stateful: `prefill` and `decode`, whose caches are of one shape; none for a program without a cache.
+        stateful: `prefill` and `decode`, whose caches have the same shape; None for a program without a cache.
 
     Raises:
         ValueError: `model` does not return a tuple of as many tensors as there are names.
@@ -85,16 +77,19 @@ def trace(
     functions = {name: _trace_one(module, examples[name], output_names) for name, module in stateful.items()}
     for function in functions.values():
         for cache in CACHES:
-            # One zero for all of it: an archive holds what a tensor's memory holds, and this one starts empty.
+            # Expanded from one zero: an archive stores the storage of a tensor, and the cache starts empty.
             setattr(function, cache, torch.zeros(1).expand(getattr(function, cache).shape))
     with torch.no_grad():
-        return torch.jit.trace(_Functions(main, functions), (as_input(ids[:1]),), check_trace=False)
+        program: Program = torch.jit.trace(_Functions(main, functions), (as_input(ids[:1]),), check_trace=False)
+    return program
 
 
-def _trace_one(model: nn.Module, example: tuple[Tensor, ...], output_names: Sequence[str]) -> Program:
+def _trace_one(
+    model: nn.Module, example: tuple[Tensor, ...], output_names: Sequence[str]
+) -> torch.jit.ScriptModule:
     with torch.no_grad():
-        # Checked by the caller, on the saved program and at every listed length rather than at this one.
-        program = torch.jit.trace(model.eval(), example, check_trace=False)
+        # The caller checks the saved program instead, at every listed length.
+        program: torch.jit.ScriptModule = torch.jit.trace(model.eval(), example, check_trace=False)
     values = _output_values(program)
     if len(values) != len(output_names):
         raise ValueError(f"the model returns {len(values)} tensors, the names are {list(output_names)}")
@@ -104,9 +99,9 @@ def _trace_one(model: nn.Module, example: tuple[Tensor, ...], output_names: Sequ
 
 
 class _Functions(nn.Module):
-    """What the archive of a program with a cache is made of."""
+    """The graphs in the archive of a program with a cache."""
 
-    def __init__(self, main: Program, functions: Mapping[str, Program]) -> None:
+    def __init__(self, main: nn.Module, functions: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.main = main
         for name, function in functions.items():
@@ -119,24 +114,24 @@ class _Functions(nn.Module):
 
 
 def find_function(program: Program, name: str) -> Program:
-    """The graph `name` of a program.
+    """Return the graph `name` of a program.
 
     Raises:
-        ContractMismatchError: it has none of that name.
+        ContractMismatchError: there is no graph of that name.
     """
-    if name == MAIN:
-        return getattr(program, MAIN, program)  # a program without a cache is `main` itself
-    if not hasattr(program, name):
+    # A program without a cache is `main` itself.
+    found: Program | None = getattr(program, name, program if name == MAIN else None)
+    if found is None:
         raise ContractMismatchError(
             f"the program has no function `{name}`",
-            expected="`prefill` and `decode`, which an export with `stateful` has",
+            expected="a program exported with `stateful`, which has `prefill` and `decode`",
             run=_EXPORT,
         )
-    return getattr(program, name)
+    return found
 
 
 class StatefulProgram:
-    """`prefill` and `decode` of a program, with one cache, which is empty at first."""
+    """`prefill` and `decode` of a program, sharing one cache that starts empty."""
 
     def __init__(self, program: Program) -> None:
         self._prefill, self._decode = find_function(program, PREFILL), find_function(program, DECODE)
@@ -146,7 +141,7 @@ class StatefulProgram:
             setattr(self._decode, cache, empty)
 
     def prefill(self, ids: Sequence[int], length: int) -> tuple[Tensor, ...]:
-        """The outputs (1, 1, …) at token `length` - 1 of `ids` (T,), whose first `length` tokens are the prompt."""
+        """The outputs (1, 1, …) at the last token of the prompt, the first `length` tokens of `ids` (T,)."""
         with torch.no_grad():
             return _as_tuple(self._prefill(as_input(ids), torch.tensor([length], dtype=torch.int32)))
 
@@ -157,15 +152,16 @@ class StatefulProgram:
 
 
 def program_bytes(program: Program) -> bytes:
-    """The program as a TorchScript archive; the same program, traced first in its process, gives the same bytes.
+    """The program as a TorchScript archive.
 
-    A later trace in one process has other bytes: torch gives its modules' classes names of their own.
+    The first trace of a model in a process gives the same bytes in every process. A second trace in the same
+    process does not, because torch then gives the modules' classes other names.
 
-    Source locations are left out: they hold the paths of this machine and bear on error messages alone. So is
-    the archive's id, which is a hash of everything, the locations included.
+    Source locations are removed: they contain paths of this machine and affect only error messages. The archive's
+    id is removed too, because it is a hash that includes the locations.
     """
     saved, canonical = io.BytesIO(), io.BytesIO()
-    torch.jit.save(program, saved)  # not to a path: its stem would be written into the archive
+    torch.jit.save(program, saved)  # not to a path: the archive would contain its stem
     with zipfile.ZipFile(saved) as source, zipfile.ZipFile(canonical, "w", zipfile.ZIP_STORED) as target:
         for name in source.namelist():
             if not name.endswith((".debug_pkl", "/.data/serialization_id")):
@@ -174,27 +170,27 @@ def program_bytes(program: Program) -> bytes:
 
 
 def load_program(path: Path, frontend: Frontend = "torchscript") -> Program:
-    """Load the program at `path`, on the CPU; `frontend` says how it was taken from torch.
+    """Load the program at `path` on the CPU; `frontend` is the method that captured it.
 
     Raises:
-        TorchScriptError: unreadable, truncated, damaged, or something else.
+        TorchScriptError: the file is unreadable, truncated, damaged, or not such a program.
     """
     try:
-        # Not read into memory first: torch then takes three times as long.
+        # A path, not its bytes: torch takes three times as long to load those.
         return _parsed(Path(path), where=str(path), frontend=frontend)
     except OSError as failure:
         raise TorchScriptError(
-            f"cannot read {path}: {failure.strerror}", expected=f"a {_CALLED[frontend]} program", run=_EXPORT
+            f"cannot read {path}: {failure.strerror}", expected=f"a {_NAMES[frontend]} program", run=_EXPORT
         ) from failure
 
 
 def parse_program(data: bytes, *, where: str, frontend: Frontend = "torchscript") -> Program:
-    """Load the program that `data` holds; `where` names it in errors. Raises as `load_program`."""
+    """Load a program from bytes; `where` names it in errors. Raises as `load_program` does."""
     return _parsed(io.BytesIO(data), where=where, frontend=frontend)
 
 
 def _parsed(source: Path | io.BytesIO, *, where: str, frontend: Frontend) -> Program:
-    called = f"a {_CALLED[frontend]} program"
+    called = f"a {_NAMES[frontend]} program"
     expected = f"{called} as export_pytorch saves it"
     try:
         with zipfile.ZipFile(source) as archive:
@@ -214,7 +210,8 @@ def _parsed(source: Path | io.BytesIO, *, where: str, frontend: Frontend) -> Pro
     try:
         if frontend == "torch-export":
             return load_main(source)
-        return torch.jit.load(source, map_location="cpu").eval()
+        program: torch.jit.ScriptModule = torch.jit.load(source, map_location="cpu")
+        return program.eval()
     except (RuntimeError, ValueError, LookupError) as failure:
         reason = str(failure).strip().splitlines()[0]
         raise TorchScriptError(f"{where} is not {called}: {reason}", expected=expected, run=_EXPORT) from failure
@@ -223,44 +220,45 @@ def _parsed(source: Path | io.BytesIO, *, where: str, frontend: Frontend) -> Pro
 def _kind_of_archive(names: Sequence[str]) -> str:
     for frontend, member in _MEMBER.items():
         if any(name.endswith(member) for name in names):
-            return f"a {_CALLED[frontend]} program"
+            return f"a {_NAMES[frontend]} program"
     return "a checkpoint" if any(name.endswith("/data.pkl") for name in names) else "a zip archive"
 
 
 def run_program(program: Program, ids: Sequence[int]) -> tuple[Tensor, ...]:
-    """The outputs of `program` for `ids` (T,), in its order."""
+    """The outputs of `main` for `ids` (T,), in its order."""
     with torch.no_grad():
         return _as_tuple(program(as_input(ids)))
 
 
-def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def interface_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
-    """Lengths at which the interface of a program that works at `lengths` is read: two show what follows T.
+    """The lengths at which to run a program that works at `lengths`, to read its interface.
 
-    Where several work the graph follows T, and short sequences say as much as long ones, which may take seconds.
+    Two lengths show which dimensions equal T. If several lengths work, the graph accepts any T, so two short ones
+    are enough; long ones may take seconds.
     """
     return tuple(sorted(lengths))[:2] if len(lengths) < 2 or min(lengths) < max(_SHORT) else _SHORT
 
 
-def read_interface(program: Program, sequences: Sequence[Sequence[int]]) -> GraphInterface:
-    """Names from the program's code, dtypes and shapes from running it on `sequences` of different lengths.
+def read_interface(program: Program, sequences: Sequence[Sequence[int]]) -> FunctionInterface:
+    """Read the interface of `main`: names from its code, dtypes and shapes from runs on `sequences`.
 
-    A dimension is `T` where it was each sequence's length, and a number where it was the same for all. With
-    one sequence only, nothing was seen to vary, and every dimension is a number.
+    A dimension is `T` if it equals the length of each sequence, and a number if it is the same for all. With only
+    one sequence, every dimension is a number.
 
     Raises:
-        ContractMismatchError: more than one input, a program that does not run at one of the lengths, a dimension
-            that is neither, or an output of a dtype that no contract knows.
+        ContractMismatchError: `main` has more than one input, does not run at one of the lengths, has a dimension
+            that is neither, or an output of a dtype that contracts do not allow.
     """
     main = find_function(program, MAIN)
     input_names = _input_names(main)
     if len(input_names) != 1:
         raise ContractMismatchError(
             f"the graph has {len(input_names)} inputs: {', '.join(input_names)}",
-            expected="one, the token ids",
+            expected="one input, the token ids",
             run=_EXPORT,
         )
     output_names = _output_names(main)
@@ -269,12 +267,11 @@ def read_interface(program: Program, sequences: Sequence[Sequence[int]]) -> Grap
     outputs = _output_specs(output_names, runs, lengths)
     seq_dim = _dim(tuple(lengths), lengths, INPUT_NAME)
     inputs = tuple(TensorSpec(name=name, dtype=DType.INT32, shape=(1, seq_dim)) for name in input_names)
-    return GraphInterface(inputs=inputs, outputs=outputs)
+    return FunctionInterface(name=MAIN, inputs=inputs, outputs=outputs)
 
 
 def read_stateful(program: Program, sequences: Sequence[Sequence[int]]) -> tuple[FunctionInterface, ...]:
-    """The interfaces of `prefill` and `decode`, as :func:`read_interface` reads that of `main`; () without a
-    cache."""
+    """Read the interfaces of `prefill` and `decode`, as :func:`read_interface` does; () without a cache."""
     if not hasattr(program, DECODE):
         return ()
     stateful = StatefulProgram(program)
@@ -300,7 +297,7 @@ def read_stateful(program: Program, sequences: Sequence[Sequence[int]]) -> tuple
 
 
 def read_states(program: Program) -> tuple[TensorSpec, ...]:
-    """The caches as a package keeps them: Core ML's states are float16."""
+    """The caches as states of a package: float16, the only dtype of Core ML's states."""
     if not hasattr(program, DECODE):
         return ()
     decode = find_function(program, DECODE)
@@ -312,7 +309,7 @@ def read_states(program: Program) -> tuple[TensorSpec, ...]:
 def _output_specs(
     names: Sequence[str], runs: Sequence[Sequence[Tensor]], lengths: Sequence[int]
 ) -> tuple[TensorSpec, ...]:
-    """What was returned at each of `lengths`, as specs."""
+    """The outputs `runs` at each of `lengths`, as specs."""
     outputs = []
     for index, name in enumerate(names):
         tensors = [run[index] for run in runs]
@@ -323,8 +320,8 @@ def _output_specs(
             )
         if len({tensor.dim() for tensor in tensors}) > 1:
             raise ContractMismatchError(
-                f"output `{name}` is of shapes {[list(tensor.shape) for tensor in tensors]} at lengths {lengths}",
-                expected="as many dimensions at every length",
+                f"output `{name}` has the shapes {[list(tensor.shape) for tensor in tensors]} at lengths {lengths}",
+                expected="the same number of dimensions at every length",
                 run=_EXPORT,
             )
         dims = tuple(
@@ -340,7 +337,7 @@ def check_contract(
     """Check that `contract` describes `program`, whose file has `graph_digest`.
 
     Raises:
-        ContractMismatchError: says what the contract says and what the graph is.
+        ContractMismatchError: it does not; the error shows both.
     """
     if contract.graph_digest != graph_digest:
         raise ContractMismatchError(
@@ -366,33 +363,32 @@ def _check_stateful(contract: Contract, program: Program, sequences: Sequence[Se
                 expected="a contract that describes the graph",
                 run=_EXPORT,
             )
-    for said, found in zip(contract.functions, functions, strict=True):
-        _check_tensors(said, found, f"the contract's `{said.name}`", f"the graph's `{said.name}`")
+    for function, found in zip(contract.functions, functions, strict=True):
+        name = function.name
+        _check_tensors(function, found, f"the contract's `{name}`", f"the graph's `{name}`")
 
 
 def _names(functions: Sequence[StatefulFunction | FunctionInterface]) -> str:
     return ", ".join(function.name for function in functions)
 
 
-def _check_tensors(
-    promised: Contract | StatefulFunction, found: GraphInterface | FunctionInterface, whose: str, other: str
-) -> None:
+def _check_tensors(promised: Contract | StatefulFunction, found: FunctionInterface, whose: str, other: str) -> None:
     for kind in ("inputs", "outputs"):
-        said, seen = getattr(promised, kind), getattr(found, kind)
-        if said != seen:
+        expected, seen = getattr(promised, kind), getattr(found, kind)
+        if expected != seen:
             raise ContractMismatchError(
-                f"{whose}'s {kind} are {describe(said)}, {other}'s are {describe(seen)}",
+                f"{whose}'s {kind} are {describe(expected)}, {other}'s are {describe(seen)}",
                 expected="a contract that describes the graph",
                 run=_EXPORT,
             )
 
 
 def check_main(contract: Contract) -> None:
-    """Check that `contract` can be that of a graph `main`: one input, T alone, the halt head's output where the
-    architecture has a halt head.
+    """Check that `contract` can describe a graph `main`: one input, no symbol but T, and an output of the halt head
+    if and only if the architecture has one.
 
     Raises:
-        ContractMismatchError: it cannot; says why.
+        ContractMismatchError: it cannot.
     """
     tensors = (*contract.inputs, *contract.outputs)
     symbols = sorted({dim for spec in tensors for dim in spec.shape if isinstance(dim, str)} - {SEQ_DIM})
@@ -401,7 +397,7 @@ def check_main(contract: Contract) -> None:
     if len(contract.inputs) != 1:
         problem = f"has {len(contract.inputs)} inputs ({describe(contract.inputs)}), `main` takes one"
     elif symbols:
-        problem = f"has the dimensions {', '.join(symbols)}, `main` has {SEQ_DIM} alone"
+        problem = f"has the dimensions {', '.join(symbols)}, `main` has only {SEQ_DIM}"
     elif has_halt != contract.model_arch.use_halt_head:
         flag = str(contract.model_arch.use_halt_head).lower()
         problem = f"has use_halt_head {flag}, and {'an' if has_halt else 'no'} output `{HALT_LOGITS}`"
@@ -416,28 +412,28 @@ def describe(specs: Sequence[TensorSpec]) -> str:
     return ", ".join(f"{spec.name} {spec.dtype.value} ({', '.join(map(str, spec.shape))})" for spec in specs)
 
 
-def _output_values(program: Program) -> list[Any]:
-    """The values that the program returns, one a tensor."""
+def _output_values(program: torch.jit.ScriptModule) -> list[torch.Value]:
+    """The values that the program returns, one per tensor."""
     (result,) = program.graph.outputs()
     node = result.node()
     return list(node.inputs()) if node.kind() == "prim::TupleConstruct" else [result]
 
 
 def _run_for_shapes(program: Program, ids: Sequence[int], n_outputs: int) -> tuple[Tensor, ...]:
-    """The outputs of a program at a length at which it is said to run; a ContractMismatchError if it does not."""
+    """The outputs of a program that should run on `ids`; a ContractMismatchError if it does not."""
     try:
         outputs = run_program(program, ids)
     except (RuntimeError, ValueError) as failure:
         reason = str(failure).strip().splitlines()[-1]
         raise ContractMismatchError(
             f"the graph does not run at length {len(ids)}: {reason}",
-            expected="a graph that runs at every length that the contract calls ok",
+            expected="a graph that runs at every length with the status ok in the contract",
             run=_EXPORT,
         ) from failure
     if len(outputs) != n_outputs or not all(isinstance(value, Tensor) for value in outputs):
         raise ContractMismatchError(
             f"the graph returns {', '.join(type(value).__name__ for value in outputs)}",
-            expected="tensors alone",
+            expected="tensors only",
             run=_EXPORT,
         )
     return outputs
@@ -455,9 +451,9 @@ def _output_names(function: Program) -> list[str]:
     return [_plain_name(value) for value in _output_values(function)]
 
 
-def _plain_name(value: Any) -> str:
-    """The name of a value as the code spells it; loading appends `.1` to make it unique."""
-    return re.sub(r"\.\d+$", "", str(value.debugName()))
+def _plain_name(value: torch.Value) -> str:
+    """The name of a value in the code; loading appends `.1` to make it unique."""
+    return re.sub(r"\.\d+$", "", value.debugName())
 
 
 def _dim(sizes: Sequence[int], lengths: Sequence[int], name: str) -> Dim:
@@ -467,6 +463,6 @@ def _dim(sizes: Sequence[int], lengths: Sequence[int], name: str) -> Dim:
         return SEQ_DIM
     raise ContractMismatchError(
         f"a dimension of `{name}` is {list(sizes)} at lengths {list(lengths)}",
-        expected="the length, or one size at every length",
+        expected="the length, or the same size at every length",
         run=_EXPORT,
     )

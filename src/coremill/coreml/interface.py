@@ -1,45 +1,44 @@
-"""The interface of a saved package, read from its specification, and how it differs from a contract.
+"""The interface of a saved package, read from its specification, and its differences from a contract.
 
 Legend: T sequence length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from coremill.core.contract import Contract, Dim, DType, TensorSpec
+from coremill.core.contract import MAIN, Dim, DType, PackageFunction, TensorSpec
 from coremill.core.documents import Record
 from coremill.core.errors import PackageError
-from coremill.coreml.converter import PackageFunction, ct, package_functions, working_lengths
-from coremill.coreml.graph import MAIN, SEQ_DIM, describe
-from coremill.coreml.package import Spec
+from coremill.coreml.converter import Spec, ct
+from coremill.coreml.graph import SEQ_DIM, describe
 
 _ARRAY = ct.proto.FeatureTypes_pb2.ArrayFeatureType
 _DTYPES = {_ARRAY.INT32: DType.INT32, _ARRAY.FLOAT16: DType.FLOAT16, _ARRAY.FLOAT32: DType.FLOAT32}
 
 
 class PackageInterface(Record):
-    """What the saved specification says of one function; a dimension that follows T is called `T`."""
+    """One function of a saved specification; a dimension that varies with the sequence length is named `T`."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[TensorSpec, ...] = ()
     lengths: tuple[int, ...]
-    """The last sizes that the inputs admit, ascending: of `main`, the sequence lengths."""
+    """The last sizes that the inputs accept, ascending; for `main`, the sequence lengths."""
     default: int
-    """The length that the input has where a caller does not choose."""
+    """The sequence length if the caller does not choose one."""
 
 
 def package_interfaces(spec: Spec) -> tuple[PackageInterface, ...]:
-    """The interfaces of every function of the ML Program that `spec` holds, `main` first.
+    """Return the interface of each function of the ML Program in `spec`, `main` first.
 
     Raises:
-        PackageError: no ML Program, an input of a flexible range, an array of an unknown dtype, inputs without
-            dimensions or of differing ranks, or an output that the program does not compute.
+        PackageError: it is not an ML Program, an input has a flexible range or no dimensions or shapes of different
+            ranks, an array has an unknown dtype, or the program does not compute an output.
     """
     if spec.WhichOneof("Type") != "mlProgram" or MAIN not in spec.mlProgram.functions:
-        raise PackageError("the model is no ML Program with a function `main`", expected="an ML Program")
+        raise PackageError("the model is not an ML Program with a function `main`", expected="an ML Program")
     if not spec.description.functions:
         return (_interface(spec, MAIN, spec.description),)
     described = {function.name: function for function in spec.description.functions}
@@ -49,9 +48,7 @@ def package_interfaces(spec: Spec) -> tuple[PackageInterface, ...]:
             expected="a description of every function",
         )
     if spec.description.defaultFunctionName != MAIN:
-        raise PackageError(
-            f"the default function is `{spec.description.defaultFunctionName}`", expected="`main`, the first"
-        )
+        raise PackageError(f"the default function is `{spec.description.defaultFunctionName}`", expected="`main`")
     return tuple(_interface(spec, name, function) for name, function in described.items())
 
 
@@ -60,11 +57,16 @@ def _interface(spec: Spec, name: str, description: Spec) -> PackageInterface:
     for feature, listed in shapes.items():
         if not listed or not all(listed) or len({len(shape) for shape in listed}) > 1:
             raise PackageError(
-                f"input `{feature}` is of shapes {[list(shape) for shape in listed]}", expected="shapes of one rank"
+                f"input `{feature}` has the shapes {[list(shape) for shape in listed]}",
+                expected="shapes of the same rank",
             )
     lengths = {shape[-1] for listed in shapes.values() for shape in listed}
     inputs = tuple(
-        TensorSpec(name=feature.name, dtype=_dtype(feature), shape=_symbolic(shapes[feature.name]))
+        TensorSpec(
+            name=feature.name,
+            dtype=_dtype(feature.name, feature.type.multiArrayType),
+            shape=_symbolic(shapes[feature.name]),
+        )
         for feature in description.input
     )
     computed = _computed_shapes(spec, name)
@@ -74,13 +76,15 @@ def _interface(spec: Spec, name: str, description: Spec) -> PackageInterface:
             expected="every output that the description lists",
         )
     outputs = tuple(
-        TensorSpec(name=feature.name, dtype=_dtype(feature), shape=computed[feature.name])
+        TensorSpec(
+            name=feature.name, dtype=_dtype(feature.name, feature.type.multiArrayType), shape=computed[feature.name]
+        )
         for feature in description.output
     )
     states = tuple(
         TensorSpec(
             name=feature.name,
-            dtype=_array_dtype(feature.name, feature.type.stateType.arrayType),
+            dtype=_dtype(feature.name, feature.type.stateType.arrayType),
             shape=tuple(feature.type.stateType.arrayType.shape),
         )
         for feature in description.state
@@ -96,60 +100,50 @@ def _interface(spec: Spec, name: str, description: Spec) -> PackageInterface:
     )
 
 
-def differences(contract: Contract, found: Sequence[PackageInterface]) -> tuple[str, ...]:
-    """Each point in which the package is not what the contract says, in words; empty if it is."""
-    expected = {function.name: function for function in package_functions(contract)}
+def differences(promised: Sequence[PackageFunction], found: Sequence[PackageInterface]) -> tuple[str, ...]:
+    """Describe each difference of a package from the functions of its contract; () if there is none."""
+    expected = {function.name: function for function in promised}
     interfaces = {interface.name: interface for interface in found}
-    said = []
+    described = []
     if list(expected) != list(interfaces):
-        said.append(
-            f"functions: the contract says {', '.join(expected)}; the package has {', '.join(interfaces) or 'none'}"
-        )
-    if MAIN in interfaces:
-        said += _main_differences(contract, interfaces[MAIN])
+        described.append(_difference("functions", ", ".join(expected), ", ".join(interfaces)))
     for name, function in expected.items():
-        if name != MAIN and name in interfaces:
-            said += _function_differences(function, interfaces[name])
-    return tuple(said)
+        if name in interfaces:
+            described += _function_differences(function, interfaces[name])
+    return tuple(described)
 
 
-def _main_differences(contract: Contract, found: PackageInterface) -> list[str]:
-    said = _tensor_differences("", (contract.inputs, contract.outputs, ()), found)
-    promised_lengths = tuple(sorted(working_lengths(contract)))
-    if promised_lengths != found.lengths:
-        said.append(
-            f"lengths: the contract says {list(promised_lengths)}; the package admits {list(found.lengths)}"
-        )
-    if found.default != contract.shapes.primary:
-        said.append(f"default length: the contract says {contract.shapes.primary}; the package has {found.default}")
-    return said
+def _function_differences(expected: PackageFunction, found: PackageInterface) -> Iterator[str]:
+    inputs, where = expected.inputs, ""
+    if expected.name != MAIN:  # all shapes are fixed
+        sizes = {} if expected.default is None else {SEQ_DIM: expected.default}
+        inputs = tuple(TensorSpec(name=spec.name, dtype=spec.dtype, shape=spec.at(**sizes)) for spec in inputs)
+        where = f"{expected.name}: "
+    for kind, promised, seen in (
+        ("inputs", inputs, found.inputs),
+        ("outputs", expected.outputs, found.outputs),
+        ("states", expected.states, found.states),
+    ):
+        if promised != seen:
+            yield _difference(where + kind, describe(promised), describe(seen))
+    if expected.name == MAIN:
+        if (lengths := tuple(sorted(expected.lengths))) != found.lengths:
+            yield _difference("lengths", str(list(lengths)), str(list(found.lengths)))
+        if expected.default != found.default:
+            yield _difference("default length", str(expected.default), str(found.default))
 
 
-def _function_differences(expected: PackageFunction, found: PackageInterface) -> list[str]:
-    """Of a function whose shapes are all fixed."""
-    sizes = {} if expected.default is None else {SEQ_DIM: expected.default}
-    inputs = tuple(TensorSpec(name=spec.name, dtype=spec.dtype, shape=spec.at(**sizes)) for spec in expected.inputs)
-    return _tensor_differences(f"{expected.name}: ", (inputs, expected.outputs, expected.states), found)
-
-
-def _tensor_differences(
-    where: str, promised: tuple[tuple[TensorSpec, ...], ...], found: PackageInterface
-) -> list[str]:
-    kinds = zip(("inputs", "outputs", "states"), promised, (found.inputs, found.outputs, found.states), strict=True)
-    return [
-        f"{where}{kind}: the contract says {describe(said) or 'none'}; the package has {describe(seen) or 'none'}"
-        for kind, said, seen in kinds
-        if said != seen
-    ]
+def _difference(what: str, promised: str, found: str) -> str:
+    return f"{what}: the contract has {promised or 'none'}; the package has {found or 'none'}"
 
 
 def _enumerated(feature: Spec) -> tuple[tuple[int, ...], ...]:
-    """The shapes that an input admits."""
+    """The shapes that an input accepts."""
     array = feature.type.multiArrayType
     flexibility = array.WhichOneof("ShapeFlexibility")
     if flexibility == "shapeRange":
         raise PackageError(
-            f"input `{feature.name}` admits a range of shapes", expected="enumerated shapes, or a fixed one"
+            f"input `{feature.name}` accepts a range of shapes", expected="enumerated shapes, or a fixed one"
         )
     if flexibility == "enumeratedShapes":
         return tuple(sorted({tuple(shape.shape) for shape in array.enumeratedShapes.shapes}))
@@ -157,12 +151,12 @@ def _enumerated(feature: Spec) -> tuple[tuple[int, ...], ...]:
 
 
 def _symbolic(shapes: Sequence[tuple[int, ...]]) -> tuple[Dim, ...]:
-    """One shape for all of `shapes`: the sizes that they share, and `T` where they differ."""
+    """One shape for all of `shapes`: the sizes that they have in common, and `T` where they differ."""
     return tuple(sizes[0] if len(set(sizes)) == 1 else SEQ_DIM for sizes in zip(*shapes, strict=True))
 
 
 def _computed_shapes(spec: Spec, name: str) -> dict[str, tuple[Dim, ...]]:
-    """The shape that the program computes for each value of a function; the description may leave it out."""
+    """The shape of each value that a function computes; the description may omit it."""
     function = spec.mlProgram.functions[name]
     block = function.block_specializations[function.opset]
     return {
@@ -175,15 +169,8 @@ def _computed_shapes(spec: Spec, name: str) -> dict[str, tuple[Dim, ...]]:
     }
 
 
-def _dtype(feature: Spec) -> DType:
-    if feature.type.WhichOneof("Type") != "multiArrayType":
-        raise PackageError(
-            f"`{feature.name}` is not an array of a known dtype", expected=", ".join(dtype.value for dtype in DType)
-        )
-    return _array_dtype(feature.name, feature.type.multiArrayType)
-
-
-def _array_dtype(name: str, array: Spec) -> DType:
+def _dtype(name: str, array: Spec) -> DType:
+    # A feature of another type, such as an image, has an empty array.
     if array.dataType not in _DTYPES:
         raise PackageError(
             f"`{name}` is not an array of a known dtype", expected=", ".join(dtype.value for dtype in DType)

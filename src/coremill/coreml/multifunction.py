@@ -1,8 +1,8 @@
-"""Several converted functions as the model of one package, with every weight in it once.
+"""Join converted functions into the model of one package, with each weight stored once.
 
-`coremltools.utils.save_multifunction` does the same by converting each saved package back into coremltools' own
-program and saving that anew; on a decoder of 135 million parameters and six functions that takes longer than the
-conversions. Here the saved programs stay as they are: only the places of their weights change.
+`coremltools.utils.save_multifunction` does the same, but it parses each saved package into coremltools' own program
+and saves that again; for a decoder of 135 million parameters and six functions, this takes longer than the
+conversions. Here the saved programs are not changed, except for the offsets of their weights.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from coremltools.libmilstoragepython import _BlobStorageReader, _BlobStorageWriter
 
-from coremill.coreml.converter import MLModel, ct
-from coremill.coreml.graph import MAIN
+from coremill.core.contract import MAIN
+from coremill.coreml.converter import MLModel, Spec, ct
 
-Spec = Any
-"""A coremltools.proto.Model_pb2.Model."""
+Array = npt.NDArray[np.generic]
 
 _MIL = ct.proto.MIL_pb2
 _ACCESS = {
@@ -32,14 +31,14 @@ _ACCESS = {
     _MIL.INT32: "int32",
     _MIL.UINT32: "uint32",
 }
-"""How coremltools' readers and writers of weight files call the types that decoders have."""
+"""The names of a decoder's dtypes in the methods of coremltools' weight file reader and writer."""
 
 
 class FunctionJoiner:
-    """Gathers functions; the weights go to a file as they come, each content once.
+    """Collects functions, and writes their weights to one file as they are added; equal weights are written once.
 
     Args:
-        weights: the weight file to write, in an existing folder.
+        weights: the weight file to write, in an existing directory.
     """
 
     def __init__(self, weights: Path) -> None:
@@ -49,7 +48,7 @@ class FunctionJoiner:
         self._specs: dict[str, Spec] = {}
 
     def add(self, name: str, model: MLModel) -> None:
-        """Take the function `main` of a converted model, as the function `name`."""
+        """Add the function `main` of a converted model, under the name `name`."""
         spec = model.get_spec()
         reader = _Reader(Path(model.weights_dir)) if model.weights_dir else None
         for value in _stored_values(spec.mlProgram.functions[MAIN]):
@@ -57,24 +56,24 @@ class FunctionJoiner:
             kind = _ACCESS[value.type.tensorType.dataType]
             data = reader.read(kind, stored.fileName, stored.offset) if reader else None
             if data is None:
-                raise ValueError(f"function {name} names weights, and the model has none")
-            stored.offset = self._place(kind, data)
+                raise ValueError(f"function {name} refers to weights, but its model has no weight file")
+            stored.offset = self._offset_of(kind, data)
             stored.fileName = self._name
         self._specs[name] = spec
 
-    def _place(self, kind: str, data: np.ndarray) -> int:
-        """Where `data` is in the weight file; it is written when it is new."""
-        key = (kind, hashlib.sha256(data).digest())
+    def _offset_of(self, kind: str, data: Array) -> int:
+        """The offset of `data` in the weight file; it is written if it is not there yet."""
+        key = (kind, hashlib.sha256(data.data).digest())
         if key not in self._offsets:
             self._offsets[key] = int(getattr(self._writer, f"write_{kind}_data")(data))
         return self._offsets[key]
 
     def finish(self) -> Spec:
-        """The model of all functions; `main` is the default, and one alone is described as a plain model.
+        """Return the model of all functions, with `main` as the default; a single function is a plain model.
 
-        The weight file is whole once this returns; nothing can be added after it.
+        This completes the weight file; nothing can be added afterwards.
         """
-        del self._writer  # which writes the end of the file
+        del self._writer  # its destructor writes the end of the file
         (_, joined), *others = self._specs.items()
         if not others:
             return joined
@@ -97,22 +96,22 @@ class _Reader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, _BlobStorageReader] = {}
 
-    def read(self, kind: str, name: str, offset: int) -> np.ndarray:
-        """The data at `offset` of the file that a program calls `name`; float16 as the uint16 of its bits."""
+    def read(self, kind: str, name: str, offset: int) -> Array:
+        """Read the data at `offset` of the file named `name` in the program; float16 as the uint16 of its bits."""
         if name not in self._files:
             self._files[name] = _BlobStorageReader(str(self._folder / Path(name).name))
         return np.asarray(getattr(self._files[name], f"read_{kind}_data")(offset))
 
 
-def _stored_values(function: Any) -> Iterator[Any]:
-    """Each value of a function that lies in a weight file, in the order of its operations."""
+def _stored_values(function: Spec) -> Iterator[Spec]:
+    """Each value of a function that is stored in a weight file, in the order of its operations."""
     for opset in sorted(function.block_specializations):
         yield from _in_block(function.block_specializations[opset])
 
 
-def _in_block(block: Any) -> Iterator[Any]:
+def _in_block(block: Spec) -> Iterator[Spec]:
     for operation in block.operations:
         values = [operation.attributes[name] for name in sorted(operation.attributes)]
         for name in sorted(operation.inputs):

@@ -13,12 +13,17 @@ configuration has them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coremill.core.config import ModelConfig
 from coremill.model.rope import rotary_tables
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def output_names(config: ModelConfig) -> tuple[str, ...]:
@@ -40,6 +45,13 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
+
+
+def each(kind: type[M], modules: nn.ModuleList) -> Iterator[M]:
+    """The modules of a list, typed: all of them are of one kind, which `nn.ModuleList` cannot declare."""
+    for module in modules:
+        assert isinstance(module, kind)
+        yield module
 
 
 class RMSNorm(nn.Module):

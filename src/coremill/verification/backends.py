@@ -15,7 +15,7 @@ import numpy as np
 from coremill.core.contract import Contract, DType, StatefulFunction, TensorSpec, shape_key
 from coremill.core.errors import CacheFullError, ContractMismatchError, PredictionInputError
 from coremill.core.reports import Backend
-from coremill.coreml.converter import ct, package_functions, working_lengths
+from coremill.coreml.converter import ct
 from coremill.coreml.graph import DECODE, PREFILL
 from coremill.mil import MLModel
 
@@ -92,7 +92,7 @@ class StatefulRunner:
         self._decode = _Function(functions[DECODE], predictors[DECODE])
         self._prefill = {
             seq_len: _Function(functions[PREFILL], predictors[_prefill_name(seq_len)])
-            for seq_len in sorted(working_lengths(contract))
+            for seq_len in sorted(contract.working_lengths)
         }
         self.pad_id = pad_id
         self.reset()
@@ -240,7 +240,7 @@ def _core_ml_model(package: Path, function_name: str | None = None) -> Any:
 
 
 def _stateful_names(contract: Contract) -> list[str]:
-    return [function.name for function in package_functions(contract) if function.states]
+    return [function.name for function in contract.package_functions if function.states]
 
 
 def _prefill_name(seq_len: int) -> str:

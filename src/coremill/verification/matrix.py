@@ -45,7 +45,6 @@ from coremill.core.matrix import (
     outside,
 )
 from coremill.core.parity import MAX_RELATIVE_ERR, GgufParity, HuggingFaceParity
-from coremill.coreml.converter import working_lengths
 from coremill.coreml.decoder import Decoder, Main
 from coremill.coreml.exported import export_main
 from coremill.coreml.graph import (
@@ -178,7 +177,7 @@ def agreement_matrix(
 
 
 def _checked_length(contract: Contract, seq_len: int | None) -> int:
-    working = working_lengths(contract)
+    working = contract.working_lengths
     if seq_len is None or seq_len in working:
         return contract.shapes.primary if seq_len is None else seq_len
     raise ConfigError(
@@ -329,7 +328,7 @@ def _program(
     if frontend == contract.frontend:
         return load_program(graph, frontend)
     names = [spec.name for spec in contract.outputs]
-    longest = max(working_lengths(contract))
+    longest = max(contract.working_lengths)
     (ids,) = prompts.packed(contract.shapes.primary, 1)
     main = Main(Decoder(student, longest))
     if frontend == "torch-export":

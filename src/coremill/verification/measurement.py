@@ -23,7 +23,6 @@ from coremill.core.reports import (
     StatefulError,
     StatefulReport,
 )
-from coremill.coreml.converter import working_lengths
 from coremill.data.prompts import Prompts, RowPrompts, TextPrompts
 from coremill.mil.measures import sqnr_db
 from coremill.verification.backends import (
@@ -158,7 +157,7 @@ class _Shapes:
             core_ml.compare(ids, run, self._runner)
         if seq_len == max(self.running):
             decoded = self._config.decoded_tokens if isinstance(self._config, ImportedVerify) else _DECODED_TOKENS
-            self.main = MainRows(run.ids, run.outputs, working_lengths(self._contract), decoded)
+            self.main = MainRows(run.ids, run.outputs, self._contract.working_lengths, decoded)
 
     @property
     def leak(self) -> float | None:

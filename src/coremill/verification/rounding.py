@@ -19,7 +19,6 @@ import torch
 from coremill.core.config import ConvertConfig
 from coremill.core.contract import Contract
 from coremill.core.reports import Backend
-from coremill.coreml.converter import working_lengths
 from coremill.data.prompts import Prompts
 from coremill.mil import MLModel
 from coremill.mil.measures import sqnr_db
@@ -46,7 +45,7 @@ def rounding_aside_db(
     Raises:
         CoremillError, RuntimeError: the package does not run.
     """
-    (ids,) = prompts.packed(min(working_lengths(contract)), 1)
+    (ids,) = prompts.packed(min(contract.working_lengths), 1)
     reference = Reference(round_weights(student) if are_rounded(student, settings) else student)
     expected = reference.run(ids)
     found = wide_runner(package, contract).run(ids)

@@ -21,7 +21,6 @@ from coremill.core.errors import ConfigError, ContractMismatchError, CoremillErr
 from coremill.core.gates import Outcome, gates_ok
 from coremill.core.reports import Backend, ShapeError, ShapeMeasured, VerificationReport
 from coremill.core.stage import Figures
-from coremill.coreml.converter import working_lengths
 from coremill.coreml.graph import check_main
 from coremill.coreml.interface import differences, package_interfaces
 from coremill.coreml.package import PackageFacts, check_package, read_spec
@@ -89,7 +88,7 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
     if (record := find_failure(subject.package)) is not None:
         return _report_failure(subject, config, contract, record, facts, lane)
     saved = check_package(subject.package)
-    check_shape_memory(checkpoint, max(working_lengths(contract)), models=2, logits=4, work="verify")
+    check_shape_memory(checkpoint, max(contract.working_lengths), models=2, logits=4, work="verify")
     student = build_student(checkpoint)
     measured = measure(subject.package, contract, Reference(student), prompts, config, stateful=facts.stateful)
     diagnostics, diagnostics_problem = _diagnostics(subject.package)
@@ -245,7 +244,7 @@ def _contract_problem(
 
 def _interface_problems(package: Path, contract: Contract) -> tuple[str, ...]:
     try:
-        return differences(contract, package_interfaces(read_spec(package)))
+        return differences(contract.package_functions, package_interfaces(read_spec(package)))
     except PackageError as failure:
         return (failure.found,)
 
