@@ -132,12 +132,12 @@ def test_command_names_the_packages_that_are_not_installed(command, arguments, n
         expected = f"an environment with {needs}"
     else:
         code, kind = 30, "version gate"
-        found = f"{python} ({sys.executable}) does not run export and conversion"
+        found = f"export and conversion do not support {python} ({sys.executable})"
         expected = "Python 3.10 or 3.11"
     assert ended.returncode == code
     assert ended.stderr.startswith(f"{kind} error: {found}\n  expected: {expected}")
     assert ended.stderr.endswith(
-        "\n  run: nox -s pipeline, which takes Python 3.11; coremill doctor tells where it looks for it\n"
+        "\n  run: nox -s pipeline, which uses Python 3.11; coremill doctor shows where it searches for it\n"
     )
     assert ended.stdout == ""
 

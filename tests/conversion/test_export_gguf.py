@@ -273,8 +273,8 @@ def test_a_folder_of_another_s_files_is_left(source: Path, tmp_path: Path) -> No
     layout.modelfile(out).write_text("FROM mine\n")
     error = refusal(OutputError, source, out)
     assert str(error) == (
-        f"{out} is no folder of coremill's GGUF files: cannot read {out}/parity.json: No such file or directory\n"
-        "  expected: nothing, or a folder of GGUF files that this command wrote, to replace it\n"
+        f"{out} does not contain coremill's GGUF files: cannot read {out}/parity.json: No such file or directory\n"
+        "  expected: an empty or missing directory, or one with GGUF files that this command wrote\n"
         f"  run: ls -l {out}"
     )
 
@@ -283,7 +283,7 @@ def test_a_folder_of_another_s_files_is_left(source: Path, tmp_path: Path) -> No
     ("change", "found"),
     [
         (lambda out: (out / "notes.txt").write_text("mine"), "notes.txt, which coremill did not write"),
-        (lambda out: layout.modelfile(out).write_text("FROM mine\n"), "Modelfile, which was changed since"),
+        (lambda out: layout.modelfile(out).write_text("FROM mine\n"), "Modelfile, which has changed since"),
     ],
 )
 def test_what_was_added_or_changed_in_an_export_is_left(
@@ -292,7 +292,7 @@ def test_what_was_added_or_changed_in_an_export_is_left(
     out = tmp_path / "gguf"
     assert run(source, out, "--types", "f16") == 0
     change(out)
-    assert refusal(OutputError, source, out, "--types", "f32").found == f"{out} holds {found}"
+    assert refusal(OutputError, source, out, "--types", "f32").found == f"{out} contains {found}"
 
 
 @pytest.mark.parametrize("name", ["../escaped", "a/b", "..", "a b", "-f", "a\nb", "a\udcffb"])
@@ -357,7 +357,7 @@ def test_no_checkpoint(source: Path, tmp_path: Path) -> None:
     [
         ("f32,q3_k", "--types names 'q3_k'"),
         ("", "--types names ''"),
-        ("f32,f16,f32", "--types f32,f16,f32: `types` names a type twice, found ['f32', 'f16', 'f32']"),
+        ("f32,f16,f32", "--types f32,f16,f32: `types` contains a type twice, found ['f32', 'f16', 'f32']"),
     ],
 )
 def test_types_that_are_none(text: str, found: str) -> None:

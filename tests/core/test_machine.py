@@ -58,7 +58,7 @@ def test_too_little_memory_names_both_figures(monkeypatch):
     with pytest.raises(MachineError) as caught:
         check_memory(2_500_000_000, why="for a shape")
     assert str(caught.value) == (
-        "1,999 MB of memory are available\n  expected: 2,500 MB, for a shape\n  run: coremill doctor"
+        "1,999 MB of memory is available\n  expected: 2,500 MB, for a shape\n  run: coremill doctor"
     )
 
 

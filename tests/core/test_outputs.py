@@ -31,7 +31,7 @@ def test_files_are_written_together(tmp_path):
 def test_neither_file_is_written_where_one_cannot_be(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
     (tmp_path / "b").mkdir()
-    with pytest.raises(OutputError, match=r"/b is in the way"):
+    with pytest.raises(OutputError, match=r"/b is not a regular file"):
         write_together({tmp_path / "a": b"new", tmp_path / "b": b"new"})
     assert (tmp_path / "a").read_bytes() == b"old"
     assert names(tmp_path) == ["a", "b"]
@@ -39,7 +39,7 @@ def test_neither_file_is_written_where_one_cannot_be(tmp_path):
 
 def test_neither_file_is_written_where_one_is_a_device(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(OutputError, match=r"^/dev/full is in the way"):
+    with pytest.raises(OutputError, match=r"^/dev/full is not a regular file"):
         write_together({tmp_path / "a": b"new", Path("/dev/full"): b"new"})
     assert (tmp_path / "a").read_bytes() == b"old"
     assert names(tmp_path) == ["a"]

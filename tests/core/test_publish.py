@@ -33,7 +33,7 @@ def test_a_failed_write_leaves_the_old_bytes_and_no_litter(tmp_path, monkeypatch
     assert caught.value.exit_code == 52
     assert str(caught.value) == (
         f"cannot write {path}: No space left on device\n"
-        f"  expected: a writable place with room\n  run: ls -ld {tmp_path}"
+        f"  expected: a writable directory with free space\n  run: ls -ld {tmp_path}"
     )
     assert path.read_bytes() == b"old"
     assert entries(tmp_path) == ["tree.json"]
@@ -56,7 +56,7 @@ def test_an_interrupted_write_leaves_the_old_bytes(tmp_path):
 @pytest.mark.parametrize("what", ["folder", "device"])
 def test_what_is_no_file_is_not_replaced(tmp_path, what):
     path = tmp_path if what == "folder" else Path(os.devnull)
-    with pytest.raises(OutputError, match="is in the way"):
+    with pytest.raises(OutputError, match="is not a regular file"):
         write_atomic(path, b"new")
     assert path.exists()
 
@@ -71,7 +71,7 @@ def test_a_published_folder_replaces_the_old_one_whole(tmp_path):
 
 def test_a_file_in_the_way_of_a_folder(tmp_path):
     (tmp_path / "stage").write_text("mine")
-    with pytest.raises(OutputError, match="is in the way"), publishing(tmp_path / "stage"):
+    with pytest.raises(OutputError, match="is not a directory"), publishing(tmp_path / "stage"):
         pass
     assert (tmp_path / "stage").read_text() == "mine"
 
@@ -95,8 +95,8 @@ def test_an_interrupted_exchange_puts_the_old_folder_back(tmp_path, monkeypatch,
         (fresh / "a").write_text("new")
     if isinstance(interrupt, OSError):
         assert str(caught.value) == (
-            f"cannot put a new folder in the place of {folder}: Input/output error\n"
-            f"  expected: a writable place with room\n  run: ls -ld {tmp_path}"
+            f"cannot replace {folder}: Input/output error\n"
+            f"  expected: a writable directory with free space\n  run: ls -ld {tmp_path}"
         )
     assert (folder / "a").read_text() == "old"
     assert entries(tmp_path) == ["stage"]
@@ -108,10 +108,10 @@ def test_a_file_in_the_place_of_the_folder_above(tmp_path, write):
     path = tmp_path / "file" / "below" / "x"
     with pytest.raises(OutputError) as caught, (replacing if write == "file" else publishing)(path):
         pass
-    what = f"cannot write {path}" if write == "file" else f"cannot write beside {path}"
+    what = f"cannot write {path}" if write == "file" else f"cannot write next to {path}"
     assert str(caught.value) == (
-        f"{what}: {tmp_path / 'file'} is no folder\n"
-        f"  expected: a folder, or nothing\n  run: ls -ld {tmp_path / 'file'}"
+        f"{what}: {tmp_path / 'file'} is not a directory\n"
+        f"  expected: a directory, or a new path\n  run: ls -ld {tmp_path / 'file'}"
     )
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -293,11 +293,11 @@ def test_links_that_lead_nowhere(tmp_path):
     with pytest.raises(OutputError) as caught, publishing(link):
         pass
     assert str(caught.value) == (
-        f"{link} is a link to {tmp_path}/disk/target, and {tmp_path}/disk is not there\n"
-        f"  expected: a link to a folder, or to where one can be made\n  run: ls -ld {link}"
+        f"{link} is a link to {tmp_path}/disk/target, and {tmp_path}/disk does not exist\n"
+        f"  expected: a link to a directory, or to a new path in an existing one\n  run: ls -ld {link}"
     )
     loop.symlink_to(loop)
-    with pytest.raises(OutputError, match=f"^{loop} is in the way\n"), publishing(loop):
+    with pytest.raises(OutputError, match=f"^{loop} is not a directory\n"), publishing(loop):
         pass
     assert entries(tmp_path) == ["link", "loop"]
 
@@ -325,6 +325,6 @@ def test_an_output_in_the_place_of_an_input_is_refused(tmp_path):
     with pytest.raises(OutputError) as caught:
         check_apart([tmp_path / "b", tmp_path / "." / "a"], [None, tmp_path / "a"])
     assert str(caught.value) == (
-        f"{tmp_path / 'a'} is read and would be overwritten\n  expected: an output beside the inputs"
+        f"{tmp_path / 'a'} is read and would be overwritten\n  expected: an output path that is not an input"
     )
     check_apart([tmp_path / "b"], [tmp_path / "a"])

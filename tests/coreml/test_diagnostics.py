@@ -113,9 +113,9 @@ def test_equal_messages_are_one_notice_with_a_count():
 
 
 def test_documents_refuse_what_contradicts_itself(pristine):
-    with pytest.raises(ValueError, match="is called harmless without a reason"):
+    with pytest.raises(ValueError, match="is harmless without a reason"):
         Notice(kind=NoticeKind.HARMLESS, source="stderr", text="x", count=1)
-    with pytest.raises(ValueError, match=r"`counts` is .*, the notices say"):
+    with pytest.raises(ValueError, match=r"`counts` is .*, and the notices are"):
         ConversionDiagnostics(
             package="x.mlpackage",
             package_digest="sha256:0",

@@ -141,7 +141,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path, n: str) -> N
     assert run.returncode == OutputError.exit_code == 52
     assert run.stderr == (
         f"output error: cannot write {path}: File too large\n"
-        f"  expected: a writable place with room\n  run: ls -ld {tmp_path}\n"
+        f"  expected: a writable directory with free space\n  run: ls -ld {tmp_path}\n"
     )
     assert path.read_text() == "old\n"
     assert list(tmp_path.iterdir()) == [path]
@@ -149,9 +149,9 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path, n: str) -> N
 
 def test_what_is_not_a_file_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match=r"folder is in the way\n"):
+    with pytest.raises(OutputError, match=r"folder is not a regular file\n"):
         write_rows(tmp_path / "folder", [row()])
-    with pytest.raises(OutputError, match=r"^/dev/null is in the way\n"):
+    with pytest.raises(OutputError, match=r"^/dev/null is not a regular file\n"):
         write_rows(Path("/dev/null"), [row()])
     assert Path("/dev/null").is_char_device()
 

@@ -66,5 +66,5 @@ def test_a_model_without_one(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_the_way(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="is in the way"):
+    with pytest.raises(OutputError, match="is not a regular file"):
         save_halt_head(tmp_path, of(a_student()))

@@ -15,7 +15,6 @@ from coremill.infra.compatibility import (
     CellOutcome,
     Compatibility,
     Versions,
-    find_cell,
     installed_versions,
     read_compatibility,
     running_versions,
@@ -35,6 +34,10 @@ def cell(name: str, outcome: CellOutcome = CellOutcome.PASSED, **specifiers: str
 
 def versions(**parts: str | None) -> Versions:
     return Versions(**{"python": "3.11.7", "torch": "2.9.1", "coremltools": "9.0", "numpy": "2.3.5", **parts})
+
+
+def find_cell(**parts: str) -> Cell | None:
+    return read_compatibility().find(versions(**parts))
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -64,20 +67,20 @@ def test_every_lane_is_locked_to_a_cell_that_was_measured_to_work(lane: str) -> 
     ],
 )
 def test_find_cell(python: str, torch: str, coremltools: str, numpy: str, name: str | None) -> None:
-    found = find_cell(python, torch, coremltools, numpy)
+    found = find_cell(python=python, torch=torch, coremltools=coremltools, numpy=numpy)
     assert (found and found.name) == name
 
 
 @given(major=numbers, minor=numbers, patch=numbers)
 def test_numpy_from_2_4_on_fails_and_no_earlier_one_does(major: int, minor: int, patch: int) -> None:
-    found = find_cell("3.11.7", "2.9.1", "9.0", f"{major}.{minor}.{patch}")
+    found = find_cell(numpy=f"{major}.{minor}.{patch}")
     fails = found is not None and found.outcome is CellOutcome.FAILED
     assert fails == ((major, minor) >= (2, 4))
 
 
 @given(minor=numbers, patch=numbers)
 def test_a_measured_pass_is_of_python_3_11_alone(minor: int, patch: int) -> None:
-    found = find_cell(f"3.{minor}.{patch}", "2.9.1", "9.0", "2.3.5")
+    found = find_cell(python=f"3.{minor}.{patch}")
     assert (found is not None) == (minor == 11)
 
 
@@ -98,7 +101,7 @@ def test_a_failed_cell_gives_its_reason_and_every_cell_says_where_it_was_measure
     for each in read_compatibility().cells:
         assert each.measured.strip()
         assert each.source == "measured on Debian 12, x86-64, 2 cores"
-    bad = find_cell("3.11.7", "2.9.1", "9.0", "2.4.6")
+    bad = find_cell(numpy="2.4.6")
     assert bad is not None
     assert str(bad) == "numpy-2.4 (coremltools ==9.0, numpy >=2.4)"
     assert bad.reason == (
@@ -134,7 +137,7 @@ source = "s"
             GOOD_CELL.replace('"passed"', '"perhaps"'),
             "{path}: Invalid enum value 'perhaps' at `$.cells[0].outcome`",
         ),
-        (GOOD_CELL * 2, "{path}: more than one cell is called a at `$`"),
+        (GOOD_CELL * 2, "{path}: more than one cell is named a at `$`"),
         (GOOD_CELL + 'sauce = "s"\n', "{path}: unknown key `sauce` at `$.cells[0]`"),
     ],
 )
@@ -154,7 +157,7 @@ def test_an_unknown_major_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_versions_are_versions() -> None:
-    with pytest.raises(ValueError, match=r"`numpy` is 'newest', which is no version"):
+    with pytest.raises(ValueError, match=r"`numpy` is 'newest', which is not a version"):
         versions(numpy="newest")
     assert str(versions(coremltools=None)) == "python 3.11.7, torch 2.9.1, coremltools absent, numpy 2.3.5"
 

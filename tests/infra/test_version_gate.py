@@ -16,7 +16,7 @@ from coremill.core.errors import MachineError, ToyRefusedError, VersionGateError
 from coremill.infra.compatibility import Versions
 from coremill.infra.version_gate import check_export_versions, check_python, cite_cell
 
-NOX = "nox -s pipeline, which takes Python 3.11; coremill doctor tells where it looks for it"
+NOX = "nox -s pipeline, which uses Python 3.11; coremill doctor shows where it searches for it"
 
 
 def versions(python: str = "3.11.7", **packages: str | None) -> Versions:
@@ -35,7 +35,7 @@ def test_another_python_is_refused_with_the_command_to_run() -> None:
     with pytest.raises(VersionGateError) as failure:
         check_export_versions(toy=False, model_type="magic-8-ball", versions=versions("3.12.1"))
     assert str(failure.value) == (
-        f"Python 3.12.1 ({sys.executable}) does not run export and conversion\n"
+        f"export and conversion do not support Python 3.12.1 ({sys.executable})\n"
         "  expected: Python 3.10 or 3.11\n"
         f"  run: {NOX}"
     )
@@ -44,13 +44,13 @@ def test_another_python_is_refused_with_the_command_to_run() -> None:
 def test_python_3_13_is_refused_without_toy_and_told_of_it() -> None:
     with pytest.raises(VersionGateError) as failure:
         check_export_versions(toy=False, model_type="magic-8-ball", versions=versions("3.13.0"))
-    assert failure.value.expected == "Python 3.10 or 3.11; --toy admits 3.13 for a toy"
+    assert failure.value.expected == "Python 3.10 or 3.11; --toy allows 3.13 for a toy"
 
 
 def test_toy_admits_python_3_13_for_a_toy(caplog: pytest.LogCaptureFixture) -> None:
     for model_type in TOY_MODEL_TYPES:
         check_export_versions(toy=True, model_type=model_type, versions=versions("3.13.0", coremltools=None))
-    assert "--toy: exporting in Python 3.13.0, which is not measured" in caplog.text
+    assert "--toy: exporting with Python 3.13.0, which was not measured" in caplog.text
 
 
 @pytest.mark.parametrize("python", ["3.9.1", "3.10.13", "3.11.7", "3.13.0"])
@@ -59,7 +59,7 @@ def test_toy_is_refused_for_another_model_type_in_any_python(python: str) -> Non
         check_export_versions(toy=True, model_type="llama", versions=versions(python))
     assert str(failure.value) == (
         "--toy with a checkpoint of model type 'llama'\n"
-        "  expected: a toy (magic-8-ball, toy), or no --toy\n"
+        "  expected: a toy (magic-8-ball, toy)\n"
         "  run: the same command without --toy, in Python 3.11"
     )
 

@@ -137,7 +137,7 @@ def test_yarn_s_attention_factor(factor: float, mscale: float, expected: float) 
     [
         (
             {"rope_scaling": FrequencyFactors(factors=(1.0,))},
-            "rope_scaling has 1 factors, a head of 4 has 2 frequencies",
+            "rope_scaling has 1 factors, and a head of size 4 has 2 frequencies",
         ),
         ({"head_size": 5}, "the head size must be even for RoPE, found 5"),
         ({"head_size": 0}, "`head_size` must be positive, found 0"),
@@ -178,7 +178,7 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
             lambda: YarnScaling(
                 factor=2.0, original_max_seq_len=8, attention_factor=1.0, beta_fast=1.0, beta_slow=2.0
             ),
-            "`beta_slow` 2.0 must not be more than `beta_fast` 1.0",
+            "`beta_slow` 2.0 must be at most `beta_fast` 1.0",
         ),
     ],
 )

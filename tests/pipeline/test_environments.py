@@ -90,7 +90,7 @@ def test_this_environment_is_accepted_until_its_lock_changes(root, monkeypatch):
     monkeypatch.setattr(sys, "prefix", str(folder))
     assert running(root, TOY).folder == folder
     TOY.lock(root).write_text("packaging==26.4\n")
-    with pytest.raises(MachineError, match="was filled from another lock"):
+    with pytest.raises(MachineError, match="was installed from another lock"):
         running(root, TOY)
 
 

@@ -182,7 +182,7 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path, data: bytes) -> N
         f"{out} is no checkpoint\n  expected: a checkpoint to replace, or nothing"
     )
     assert out.read_bytes() == data
-    assert refusal(OutputError, source, "--out", tmp_path).startswith(f"{tmp_path} is in the way\n")
+    assert refusal(OutputError, source, "--out", tmp_path).startswith(f"{tmp_path} is not a regular file\n")
 
 
 def a_stage(tmp_path: Path, source: Path, model_type: str) -> StageContext:
@@ -305,7 +305,7 @@ def test_too_little_memory_is_said_before_the_work(
 ) -> None:
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 800_000_000)
     assert refusal(MachineError, SMOLLM2, "--out", tmp_path / "m.ckpt") == (
-        "800 MB of memory are available\n"
+        "800 MB of memory is available\n"
         "  expected: 838 MB, for the weights as they are read\n"
         "  run: coremill doctor"
     )

@@ -196,7 +196,7 @@ def test_a_lane_that_was_not_built(project, capsys):
             ["--out", "configs/tiny-llama.toml"],
             52,
             "output error: configs/tiny-llama.toml is read and would be overwritten\n"
-            "  expected: an output beside the inputs\n",
+            "  expected: an output path that is not an input\n",
         ),
     ],
 )

@@ -1,7 +1,7 @@
-"""RunConfig: everything that configs/*.toml may say. A knob that nothing reads does not exist.
+"""The configuration of a run: `configs/*.toml`.
 
-There are two kinds of run: one distils its model (:class:`DistilledRun`), the other brings one that exists
-(:class:`ImportedRun`). Export, conversion and verification are the same for both.
+There are two kinds of run. A :class:`DistilledRun` trains its model; an :class:`ImportedRun` converts an existing
+one. Both have the same export, conversion and verification stages.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from coremill.core.contract import ComputePrecision, ModelArch, ShapeSet
+from coremill.core.contract import ComputePrecision, Frontend, ModelArch, ShapeSet
 from coremill.core.documents import Document, Record, from_builtins, toml_value
 from coremill.core.errors import ConfigError
 
@@ -19,10 +19,10 @@ TOY_MODEL_TYPES = frozenset({"magic-8-ball", "toy"})
 """Model types for which `--toy` may relax the version gate."""
 
 PACKAGE_SOURCE = "package:"
-"""What a source of weights begins with that an installed distribution carries."""
+"""The prefix of a source of weights in an installed distribution."""
 
 MAX_VOCAB_SIZE = 1 << 20
-"""Four times the largest vocabulary in use; far beyond it the tokenizer's trainer aborts the process."""
+"""Four times the largest vocabulary in use; the tokenizer's trainer aborts the process far above it."""
 
 
 def _positive(record: Record, *names: str) -> None:
@@ -40,7 +40,7 @@ def _not_negative(record: Record, *names: str) -> None:
 def _share(record: Record, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(record, name) <= 1:
-            raise ValueError(f"`{name}` must lie between 0 and 1, found {getattr(record, name)}")
+            raise ValueError(f"`{name}` must be between 0 and 1, found {getattr(record, name)}")
 
 
 class DatasetConfig(Record):
@@ -48,10 +48,10 @@ class DatasetConfig(Record):
     n: int
     """Training rows."""
     heldout_n: int
-    """Held-out rows; no question of theirs is among the training rows."""
+    """Held-out rows; their questions are not among the training rows."""
     seed: int
     vocab_size: int = 512
-    """Size of the byte-level BPE, special tokens and the 256 bytes included."""
+    """Size of the byte-level BPE, including special tokens and the 256 bytes."""
 
     def __post_init__(self) -> None:
         _positive(self, "n", "heldout_n")
@@ -63,7 +63,7 @@ class DatasetConfig(Record):
 
 
 class LinearScaling(Record, tag_field="kind", tag="linear"):
-    """All positions interpolated alike (Chen et al. 2023, arXiv:2306.15595)."""
+    """Interpolates all positions equally (Chen et al. 2023, arXiv:2306.15595)."""
 
     factor: float
 
@@ -72,13 +72,13 @@ class LinearScaling(Record, tag_field="kind", tag="linear"):
 
 
 class Llama3Scaling(Record, tag_field="kind", tag="llama3"):
-    """Low frequencies interpolated, high ones kept, the ones between blended, as Llama 3.1 has it."""
+    """Llama 3.1: interpolates low frequencies, keeps high ones, and blends those in between."""
 
     factor: float
     low_freq_factor: float
-    """Frequencies that turn fewer times than this in the original context are divided by `factor`."""
+    """Frequencies with fewer rotations than this in the original context are divided by `factor`."""
     high_freq_factor: float
-    """Frequencies that turn more often than this in the original context are kept."""
+    """Frequencies with more rotations than this in the original context are kept."""
     original_max_seq_len: int
 
     def __post_init__(self) -> None:
@@ -91,27 +91,27 @@ class Llama3Scaling(Record, tag_field="kind", tag="llama3"):
 
 
 class YarnScaling(Record, tag_field="kind", tag="yarn"):
-    """YaRN: interpolation by parts, and hotter attention (Peng et al. 2023, arXiv:2309.00071)."""
+    """YaRN: interpolation by parts, and an attention temperature (Peng et al. 2023, arXiv:2309.00071)."""
 
     factor: float
     original_max_seq_len: int
     beta_fast: float = 32.0
-    """Frequencies that turn more often than this in the original context are kept."""
+    """Frequencies with more rotations than this in the original context are kept."""
     beta_slow: float = 1.0
-    """Frequencies that turn fewer times than this in the original context are divided by `factor`."""
+    """Frequencies with fewer rotations than this in the original context are divided by `factor`."""
     attention_factor: float
-    """Multiplies the rotated queries and keys, each."""
+    """Factor of the rotated queries and of the rotated keys."""
     truncate: bool = True
-    """Whether the ends of the blended part are rounded outwards to whole dimensions."""
+    """Whether the limits of the blended part are rounded outwards to whole dimensions."""
 
     def __post_init__(self) -> None:
         _positive(self, "factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor")
         if self.beta_slow > self.beta_fast:
-            raise ValueError(f"`beta_slow` {self.beta_slow} must not be more than `beta_fast` {self.beta_fast}")
+            raise ValueError(f"`beta_slow` {self.beta_slow} must be at most `beta_fast` {self.beta_fast}")
 
 
 class FrequencyFactors(Record, tag_field="kind", tag="factors"):
-    """A divisor for each frequency, as the tensor `rope_freqs.weight` of a GGUF file lists them."""
+    """A divisor for each frequency, as in the tensor `rope_freqs.weight` of a GGUF file."""
 
     factors: tuple[float, ...]
 
@@ -121,7 +121,7 @@ class FrequencyFactors(Record, tag_field="kind", tag="factors"):
 
 
 RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | FrequencyFactors
-"""How RoPE's frequencies are changed to reach past the context that a model was first trained with."""
+"""How RoPE's frequencies are scaled for contexts longer than the model was first trained with."""
 
 
 class ModelConfig(Record):
@@ -137,16 +137,16 @@ class ModelConfig(Record):
     """Size of a head; None for d_model / n_heads."""
     d_ff: int
     max_seq_len: int
-    """Positions that the rotary table covers."""
+    """Positions in the rotary table."""
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     attention_bias: Literal["none", "qkv", "qkvo"] = "none"
-    """Which projections of the attention add a bias."""
+    """The attention projections that have a bias."""
     mlp_bias: bool = False
-    """Whether the three projections of the feed-forward add a bias."""
+    """Whether the three feed-forward projections have a bias."""
     qk_norm: bool = False
-    """Whether each head of the queries and keys goes through an RMSNorm before RoPE."""
+    """Whether each head of the queries and keys is normalised with an RMSNorm before RoPE."""
     arch: ModelArch
 
     def __post_init__(self) -> None:
@@ -159,14 +159,14 @@ class ModelConfig(Record):
         elif self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"d_model {self.d_model}, n_heads {self.n_heads} and n_kv_heads {self.n_kv_heads} must each "
-                "divide by the next"
+                "be a multiple of the next"
             )
         if self.head_dim % 2:
             raise ValueError(f"the head size must be even for RoPE, found {self.head_dim}")
         scaling = self.rope_scaling
         if isinstance(scaling, FrequencyFactors) and len(scaling.factors) != self.head_dim // 2:
             raise ValueError(
-                f"rope_scaling has {len(scaling.factors)} factors, a head of {self.head_dim} has "
+                f"rope_scaling has {len(scaling.factors)} factors, and a head of size {self.head_dim} has "
                 f"{self.head_dim // 2} frequencies"
             )
         if isinstance(scaling, YarnScaling) and self.rope_theta <= 1:
@@ -181,15 +181,15 @@ class TrainingConfig(Record):
     epochs: int
     batch_size: int
     learning_rate: float
-    """Peak, reached after the warm-up; decays by a cosine to a tenth."""
+    """The peak, reached after the warm-up; a cosine decays it to a tenth."""
     warmup_steps: int
     weight_decay: float
     grad_clip: float
-    """Largest global gradient norm."""
+    """The largest global norm of the gradient."""
     temperature: float
-    """Of the distillation term; its KL is scaled by the square."""
+    """Of the distillation term, whose KL is multiplied by its square."""
     kd_weight: float
-    """Share of the distillation term; the rest is cross entropy with the sampled answer."""
+    """Weight of the distillation term; the rest is the cross entropy with the sampled answer."""
     halt_weight: float
     """Weight of the halt head's cross entropy."""
     seed: int
@@ -201,11 +201,11 @@ class TrainingConfig(Record):
 
 
 class PackageFile(Record):
-    """A file that an installed distribution carries."""
+    """A file in an installed distribution."""
 
     distribution: str
     file: str
-    """Its name, or its path in the distribution with `/`."""
+    """Its name, or its path in the distribution, with `/`."""
 
 
 class WeightsConfig(Record):
@@ -213,15 +213,13 @@ class WeightsConfig(Record):
     """`package:DISTRIBUTION/FILE`, or the path of a GGUF file or of a Hugging Face directory."""
 
     def __post_init__(self) -> None:
-        if not self.source.removeprefix(PACKAGE_SOURCE):
-            raise ValueError(f"`source` must be a path or {PACKAGE_SOURCE}DISTRIBUTION/FILE, found {self.source!r}")
         packaged = self.packaged
-        if packaged is not None and not (packaged.distribution and packaged.file):
-            raise ValueError(f"`source` must be {PACKAGE_SOURCE}DISTRIBUTION/FILE, found {self.source!r}")
+        if not self.source or (packaged is not None and not (packaged.distribution and packaged.file)):
+            raise ValueError(f"`source` must be a path or {PACKAGE_SOURCE}DISTRIBUTION/FILE, found {self.source!r}")
 
     @property
     def packaged(self) -> PackageFile | None:
-        """What `package:` names; None for a path."""
+        """The file that `package:` names; None for a path."""
         if not self.source.startswith(PACKAGE_SOURCE):
             return None
         distribution, _, file = self.source.removeprefix(PACKAGE_SOURCE).partition("/")
@@ -229,19 +227,19 @@ class WeightsConfig(Record):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The file or folder; none for a file of a distribution."""
+        """The file or directory; empty for a file in a distribution."""
         return () if self.packaged else (Path(self.source),)
 
 
 class TextsConfig(Record):
-    """The real text that export and verification run the model on."""
+    """The text that export and verification run the model on."""
 
     files: tuple[str, ...] = ()
-    """Plain UTF-8 texts of your own; without any, those that come with coremill."""
+    """UTF-8 text files; by default those that coremill includes."""
     min_characters: int = 20_000
-    """A text that is shorter is refused: 4,096 of SmolLM2's tokens are about 17,500 characters of English prose."""
+    """A shorter text is rejected: 4,096 of SmolLM2's tokens are about 17,500 characters of English prose."""
     max_characters: int = 100_000
-    """What is taken of a text, from its beginning."""
+    """A longer text is truncated to this length."""
 
     def __post_init__(self) -> None:
         _positive(self, "min_characters", "max_characters")
@@ -250,7 +248,7 @@ class TextsConfig(Record):
                 f"`min_characters` {self.min_characters} is more than `max_characters` {self.max_characters}"
             )
         if len(set(self.files)) != len(self.files):
-            raise ValueError(f"`files` names a file twice, found {list(self.files)}")
+            raise ValueError(f"`files` contains a file twice, found {list(self.files)}")
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -258,31 +256,31 @@ class TextsConfig(Record):
 
 
 NamesFiles = WeightsConfig | TextsConfig
-"""The parts with `paths`: files outside the build, whose changes make stages stale; relative ones are seen from the
-working directory."""
+"""The parts with `paths`: files outside the build that make a stage stale when they change. Relative paths are
+relative to the working directory."""
 
 
 class ExportConfig(Record):
-    frontend: Literal["torchscript", "torch-export"] = "torchscript"
-    """How the graph is taken from torch: by tracing, or by `torch.export`."""
+    frontend: Frontend = "torchscript"
+    """How the graph is exported from torch: by tracing, or by `torch.export`."""
     stateful: bool = False
-    """Whether `prefill` and `decode`, which share a key/value cache, are exported beside `main`."""
+    """Whether `prefill` and `decode`, which share a key/value cache, are exported as well as `main`."""
     context: int | None = None
-    """Positions of the key/value cache; the longest shape if it is not given."""
+    """Positions of the key/value cache; by default the longest shape."""
 
     def __post_init__(self) -> None:
         if self.stateful and self.frontend == "torch-export":
             raise ValueError(
-                "`stateful` with `frontend` torch-export: it refuses to write a cache at a position that is a value"
+                "`stateful` with `frontend` torch-export, which cannot write a cache at a position that is an input"
             )
         if self.context is None:
             return
         if not self.stateful:
-            raise ValueError(f"`context` {self.context} without `stateful`: there is no cache to hold it")
+            raise ValueError(f"`context` {self.context} without `stateful`: there is no cache")
         _positive(self, "context")
 
     def cache_positions(self, shapes: ShapeSet) -> int:
-        """Positions of the key/value cache of a graph with `shapes`."""
+        """Return the positions of the key/value cache of a graph with `shapes`."""
         return max(shapes.all) if self.context is None else self.context
 
 
@@ -292,25 +290,25 @@ class ConvertConfig(Record):
 
 
 GgufType = Literal["f32", "f16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k"]
-"""What a GGUF file stores its matrices as; vectors stay float32. llama.cpp's names, in lower case."""
+"""The type of the matrices in a GGUF file, by llama.cpp's name in lower case; vectors stay float32."""
 
 
 class GgufConfig(Record):
     types: tuple[GgufType, ...] = ("f32", "f16", "q8_0", "q4_0")
-    """A file each; the first is the one that the Modelfile names."""
+    """One file is written per type; the Modelfile names the first."""
 
     def __post_init__(self) -> None:
         if not self.types:
-            raise ValueError("`types` names no type")
+            raise ValueError("`types` is empty")
         if len(set(self.types)) != len(self.types):
-            raise ValueError(f"`types` names a type twice, found {list(self.types)}")
+            raise ValueError(f"`types` contains a type twice, found {list(self.types)}")
 
 
 class HuggingFaceConfig(Record):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the tensors in model.safetensors."""
     license: str | None = None
-    """SPDX identifier for the model card."""
+    """The SPDX identifier in the model card."""
 
 
 class VerifyConfig(Record):
@@ -379,7 +377,7 @@ class ImportedVerify(VerifyConfig):
 
 
 class BaseRun(Document):
-    """What every kind of run has."""
+    """The parts that every kind of run has."""
 
     model_stage: ClassVar[str]
     """The stage that writes the checkpoint."""
@@ -389,7 +387,7 @@ class BaseRun(Document):
     """The stage that writes what the model is run on."""
 
     name: str
-    """The run's folder under build/."""
+    """The run's directory under build/."""
     model_type: str
     shapes: ShapeSet
     export: ExportConfig = ExportConfig()
@@ -399,7 +397,7 @@ class BaseRun(Document):
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):
-            raise ValueError(f"`name` must be lower case letters, digits, '-' and '.', found {self.name!r}")
+            raise ValueError(f"`name` must be lower-case letters, digits, '-' and '.', found {self.name!r}")
         if self.export.cache_positions(self.shapes) < max(self.shapes.all):
             raise ValueError(
                 f"export.context {self.export.context} is less than the longest shape, {max(self.shapes.all)}"
@@ -411,7 +409,7 @@ class BaseRun(Document):
 
 
 class DistilledRun(BaseRun):
-    """A run that makes a dataset and distils its model from a teacher: `configs/<name>.toml`, whole."""
+    """`configs/<name>.toml` of a run that generates a dataset and distils its model from a teacher."""
 
     model_stage = "training"
     tokenizer_stage = prompts_stage = "dataset"
@@ -427,7 +425,7 @@ class DistilledRun(BaseRun):
             raise ValueError(f"model_type {self.model_type!r} with a dataset of kind {self.dataset.kind!r}")
         if self.dataset.vocab_size != self.model.vocab_size:
             raise ValueError(
-                f"the tokenizer's vocab_size {self.dataset.vocab_size} is not the model's {self.model.vocab_size}"
+                f"dataset.vocab_size {self.dataset.vocab_size} is not model.vocab_size {self.model.vocab_size}"
             )
         if self.verify.heldout_answers > self.dataset.heldout_n:
             raise ValueError(
@@ -439,13 +437,11 @@ class DistilledRun(BaseRun):
             ("export.context", self.export.cache_positions(self.shapes)),
         ):
             if positions > self.model.max_seq_len:
-                raise ValueError(f"{what} {positions} is beyond the model's max_seq_len {self.model.max_seq_len}")
+                raise ValueError(f"{what} {positions} is more than model.max_seq_len {self.model.max_seq_len}")
 
 
 class ImportedRun(BaseRun):
-    """A run that converts a model that exists: `configs/<name>.toml`, whole. The architecture is read
-    from the weights.
-    """
+    """`configs/<name>.toml` of a run that converts an existing model. The architecture is read from the weights."""
 
     model_stage = tokenizer_stage = "import"
     prompts_stage = "texts"
@@ -457,24 +453,24 @@ class ImportedRun(BaseRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.is_toy:
-            raise ValueError(f"model_type {self.model_type!r} is a toy's, which is trained and not imported")
+            raise ValueError(f"model_type {self.model_type!r} is a toy, which cannot be imported")
 
 
 RunConfig = DistilledRun | ImportedRun
 
 
 def read_config(path: Path) -> RunConfig:
-    """Read and check a run's configuration: one that trains nothing imports its model.
+    """Read a run's configuration; one without training tables imports its model.
 
     Raises:
-        ConfigError: unreadable, an unknown key (the nearest name is suggested), or an impossible value.
+        ConfigError: it is unreadable, or has an unknown key or an invalid value.
     """
     value = toml_value(path, expected="a run's configuration", error=ConfigError)
     trained = [table for table in ("dataset", "model", "training") if table in value]
     if trained and "weights" in value:
         raise ConfigError(
-            f"{path}: [weights], and [{trained[0]}] as well",
-            expected="a model that is imported, or one that is trained",
+            f"{path}: both [weights] and [{trained[0]}]",
+            expected="[weights] to import a model, or [dataset], [model] and [training] to train one",
         )
     if not trained:
         return from_builtins(value, ImportedRun, where=str(path), error=ConfigError)
@@ -482,15 +478,15 @@ def read_config(path: Path) -> RunConfig:
 
 
 def read_distilled_config(path: Path) -> DistilledRun:
-    """Read and check the configuration of a run that trains its model.
+    """Read the configuration of a run that trains its model.
 
     Raises:
-        ConfigError: as :func:`read_config` does, or the run imports its model.
+        ConfigError: as :func:`read_config`, or the run imports its model.
     """
     config = read_config(path)
     if isinstance(config, ImportedRun):
         raise ConfigError(
-            f"{path}: the model is imported from {config.weights.source}, and not trained",
+            f"{path}: the model is imported from {config.weights.source}",
             expected="a configuration with [dataset], [model] and [training]",
         )
     return config

@@ -1,4 +1,4 @@
-"""The contract between an exported graph and those who run it: names, dtypes, shapes, and what was checked."""
+"""The contract of an exported graph: names, dtypes and shapes, and the errors that were measured at export."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ class DType(str, enum.Enum):
 
 
 class TensorSpec(Record):
-    """One input, output or state of a graph."""
+    """An input, output or state of a graph."""
 
     name: str
     dtype: DType
     shape: tuple[Dim, ...]
 
     def at(self, **sizes: int) -> tuple[int, ...]:
-        """The shape with its symbolic dimensions filled in: `spec.at(T=128)`."""
+        """Return the shape with values for its symbolic dimensions: `spec.at(T=128)`."""
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
 
 
 class ModelArch(Record):
-    """Which optional parts the architecture has."""
+    """The optional parts of the architecture."""
 
     use_halt_head: bool
     tie_embeddings: bool
 
 
 class TokenizerRef(Record):
-    """The tokenizer a model was trained with."""
+    """The tokenizer that a model was trained with."""
 
     vocab_size: int
     digest: str
 
 
 class Toolchain(Record):
-    """What a stage ran with."""
+    """The versions that a stage ran with."""
 
     python: str
     platform: str
@@ -61,10 +61,10 @@ class Toolchain(Record):
 
 
 class ShapeSet(Record):
-    """The sequence lengths of a graph; `primary` blocks a build, the others are recorded.
+    """The sequence lengths of a graph; a failure at `primary` fails the build, at others it is recorded.
 
     Raises:
-        ValueError: the list is empty, repeats a length, or lacks the primary one.
+        ValueError: a length is repeated or not positive, or the primary one is not in the list.
     """
 
     primary: int
@@ -76,13 +76,9 @@ class ShapeSet(Record):
         if len(set(self.all)) != len(self.all) or min(self.all) < 1:
             raise ValueError(f"shapes must be distinct and positive, found {list(self.all)}")
 
-    def fitting(self, length: int) -> int | None:
-        """The smallest sequence length that holds `length` tokens, or None."""
-        return min((shape for shape in self.all if shape >= length), default=None)
-
 
 def shape_key(seq_len: int) -> str:
-    """The name of a sequence length in reports: `T128`."""
+    """Return the name of a sequence length in reports, such as `T128`."""
     return f"T{seq_len}"
 
 
@@ -98,14 +94,14 @@ ShapeValidation = ShapeOk | ShapeFailed
 
 
 class StatefulFunction(Record):
-    """A graph that reads and writes the contract's states: `prefill`, or `decode`."""
+    """A graph that reads and writes the contract's states: `prefill` or `decode`."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
-    """With a dimension `T`, a package has one function for each of the contract's shapes that passed."""
+    """For inputs with a dimension `T`, a package has one function for each of the contract's shapes that passed."""
     outputs: tuple[TensorSpec, ...]
     max_abs_err: float
-    """Largest difference of logits from the checkpoint's model, on real token ids."""
+    """The largest difference from the checkpoint's logits, on real token ids."""
 
 
 class PackageFunction(Record):
@@ -124,29 +120,29 @@ class PackageFunction(Record):
 
 
 class Contract(Document):
-    """What `export_pytorch` promises of the graphs it saved; nothing in it that they lack.
+    """A description of the graphs that `export_pytorch` saved.
 
     `inputs`, `outputs` and the shapes are those of `main`, which scores whole sequences and has no state.
 
     Raises:
         ValueError: the shapes and their validation differ, the primary shape failed, two tensors of a function have
-            one name, or there are states without functions that use them.
+            the same name, or there are states without functions that use them.
     """
 
     model_type: str
     model_arch: ModelArch
     graph: str
-    """File name of the exported program that this describes, beside the contract."""
+    """File name of the exported program, in the directory of the contract."""
     frontend: Frontend = "torchscript"
-    """How the program was taken from torch: `torchscript`, traced, or `torch-export`."""
+    """How torch exported the program: `torchscript` (traced) or `torch-export`."""
     graph_digest: str
     checkpoint_digest: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[TensorSpec, ...] = ()
-    """The key/value cache, as a package keeps it, float16; the second last dimension is its positions."""
+    """The key/value cache of a package, float16; the second-last dimension is its positions."""
     functions: tuple[StatefulFunction, ...] = ()
-    """What there is beside `main`."""
+    """The functions other than `main`."""
     shapes: ShapeSet
     shape_validation: dict[str, ShapeValidation]
     tokenizer: TokenizerRef
@@ -155,17 +151,21 @@ class Contract(Document):
     def __post_init__(self) -> None:
         expected = [shape_key(seq_len) for seq_len in self.shapes.all]
         if sorted(self.shape_validation) != sorted(expected):
-            raise ValueError(f"shape_validation covers {sorted(self.shape_validation)}, the shapes are {expected}")
+            raise ValueError(
+                f"shape_validation covers {sorted(self.shape_validation)}, and the shapes are {expected}"
+            )
         primary = shape_key(self.shapes.primary)
         if isinstance(result := self.shape_validation[primary], ShapeFailed):
-            raise ValueError(f"the primary shape {primary} failed ({result.error}), so there is nothing to promise")
+            raise ValueError(f"the primary shape {primary} failed: {result.error}")
         if bool(self.states) != bool(self.functions):
-            raise ValueError(f"{len(self.states)} states and {len(self.functions)} functions that use them")
+            raise ValueError(
+                f"`states` has {len(self.states)} entries and `functions`, which use them, {len(self.functions)}"
+            )
         tensors = [(self.inputs, self.outputs), *((each.inputs, each.outputs) for each in self.functions)]
         for inputs, outputs in tensors:
             names = [spec.name for spec in (*inputs, *outputs, *self.states)]
             if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ValueError(f"more than one tensor is called {', '.join(twice)}")
+                raise ValueError(f"more than one tensor is named {', '.join(twice)}")
 
     @property
     def working_lengths(self) -> tuple[int, ...]:
@@ -209,7 +209,7 @@ class Contract(Document):
 
     @property
     def cache_positions(self) -> int:
-        """S: how many tokens the key/value cache holds; 0 where there is none."""
+        """S: the capacity of the key/value cache in tokens; 0 without a cache."""
         return int(self.states[0].shape[-2]) if self.states else 0
 
 
@@ -217,7 +217,7 @@ def read_contract(path: Path) -> Contract:
     """Read a contract.
 
     Raises:
-        DocumentError: missing, not JSON, or not a contract; names the JSON path.
-        SchemaVersionError: of an unknown major version.
+        DocumentError: it is missing, not JSON, or not a contract; names the JSON path.
+        SchemaVersionError: its major version is unknown.
     """
     return read_json(path, Contract, error=DocumentError, run="python -m coremill.conversion.export_pytorch --help")

@@ -1,4 +1,4 @@
-"""What the converter said: `diagnostics.json` of a conversion, and `conversion_failed.json` of one that failed."""
+"""The converter's messages: `diagnostics.json` of a conversion, `conversion_failed.json` of a failed one."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from coremill.core.documents import Document, Record
 
 class NoticeKind(str, enum.Enum):
     HARMLESS = "harmless"
-    """Known, and known to change nothing."""
+    """Known to have no effect on the package."""
     COMPATIBILITY = "compatibility"
-    """The converter says that it was not tested with a package's version."""
+    """The converter reports that it was not tested with the version of a package."""
     WARNING = "warning"
     ERROR = "error"
 
 
 class Notice(Record):
-    """One thing that the converter said, however often.
+    """A message of the converter, and how often it was repeated.
 
     Raises:
-        ValueError: a harmless notice does not say why it is.
+        ValueError: a harmless notice has no reason.
     """
 
     kind: NoticeKind
     source: str
-    """Where it came from: a logger, a warning category, `stdout` or `stderr`."""
+    """A logger, a warning category, `stdout` or `stderr`."""
     text: str
     count: int
     why: str | None = None
@@ -34,19 +34,19 @@ class Notice(Record):
 
     def __post_init__(self) -> None:
         if self.kind is NoticeKind.HARMLESS and not self.why:
-            raise ValueError(f"the notice {self.text!r} is called harmless without a reason")
+            raise ValueError(f"the notice {self.text!r} is harmless without a reason")
 
 
 def count_notices(notices: tuple[Notice, ...]) -> dict[str, int]:
-    """How many notices of each kind, repetitions included; every kind has an entry."""
+    """Return the number of notices of each kind, including repetitions; every kind has an entry."""
     return {kind.value: sum(n.count for n in notices if n.kind is kind) for kind in NoticeKind}
 
 
 class ConversionDiagnostics(Document):
-    """`diagnostics.json`, beside every package.
+    """`diagnostics.json`, in the directory of every package.
 
     Raises:
-        ValueError: `counts` contradicts the notices.
+        ValueError: `counts` differs from the notices.
     """
 
     package: str
@@ -60,17 +60,17 @@ class ConversionDiagnostics(Document):
 
     def __post_init__(self) -> None:
         if self.counts != count_notices(self.notices):
-            raise ValueError(f"`counts` is {self.counts}, the notices say {count_notices(self.notices)}")
+            raise ValueError(f"`counts` is {self.counts}, and the notices are {count_notices(self.notices)}")
 
     def of_kind(self, kind: NoticeKind) -> tuple[Notice, ...]:
         return tuple(notice for notice in self.notices if notice.kind is kind)
 
 
 class ConversionFailure(Document):
-    """`conversion_failed.json`: the record of a conversion that made no package. It fails every gate."""
+    """`conversion_failed.json`: the record of a conversion that failed. It fails every gate."""
 
     package: str
-    """File name of the .mlpackage that was not made."""
+    """File name of the .mlpackage that was not written."""
     graph_digest: str
     contract_digest: str
     error: str

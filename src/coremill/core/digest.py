@@ -1,28 +1,29 @@
-"""Digests of files and directories: what a manifest records and a consumer checks again."""
+"""Digests of files, directories and values, as manifests record them and their readers check them."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import msgspec
+
+from coremill.core.plain import Plain
 
 _CHUNK_BYTES = 1 << 20
 
 
 def bytes_digest(data: bytes) -> str:
-    """SHA-256 of `data`, as `sha256:<hex>`."""
+    """Return the SHA-256 of `data`, as `sha256:<hex>`."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def value_digest(value: Any) -> str:
-    """Digest of a plain value or record, independent of the order of keys."""
+def value_digest(value: Plain) -> str:
+    """Return the digest of a plain value, independent of the order of keys."""
     return bytes_digest(msgspec.json.encode(value, order="sorted"))
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of the file at `path`, read in chunks."""
+    """Return the SHA-256 of the file at `path`, read in chunks."""
     hasher = hashlib.sha256()
     with Path(path).open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -31,7 +32,7 @@ def file_digest(path: Path) -> str:
 
 
 def digest(path: Path) -> str:
-    """Digest of a file, or of a directory's files with their relative names (an .mlpackage is a directory)."""
+    """Return the digest of a file, or of all files in a directory with their relative paths."""
     path = Path(path)
     if not path.is_dir():
         return file_digest(path)
@@ -41,7 +42,7 @@ def digest(path: Path) -> str:
 
 
 def size_bytes(path: Path) -> int:
-    """Size of a file, or of all files in a directory."""
+    """Return the size of a file, or of all files in a directory."""
     path = Path(path)
     if not path.is_dir():
         return path.stat().st_size

@@ -1,4 +1,4 @@
-"""Reading and writing typed, versioned documents (JSON and TOML); errors name the path inside the document."""
+"""Read and write typed, versioned documents (JSON and TOML); errors name the path inside the document."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import msgspec
 from packaging.version import InvalidVersion, Version
 
 from coremill.core.errors import CoremillError, DocumentError, SchemaVersionError
+from coremill.core.plain import Plain
 from coremill.core.publish import write_atomic
 
 if sys.version_info >= (3, 11):
@@ -28,14 +29,14 @@ log = logging.getLogger(__name__)
 
 
 class _RecordMeta(msgspec.StructMeta):
-    # msgspec inherits `frozen` and `forbid_unknown_fields`, but `kw_only` holds for one class alone.
-    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> Any:
+    # msgspec inherits `frozen` and `forbid_unknown_fields`, but `kw_only` applies to one class alone.
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> _RecordMeta:
         return super().__new__(mcs, name, bases, namespace, **{"kw_only": True, **options})
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(msgspec.field,))
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, metaclass=_RecordMeta):
-    """Base of every typed part of a document: immutable, keyword-only, unknown keys refused."""
+    """Base of every typed part of a document: immutable, keyword-only, unknown keys are rejected."""
 
 
 class Document(Record):
@@ -46,7 +47,6 @@ class Document(Record):
 
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
-AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def read_json(
@@ -60,7 +60,7 @@ def read_json(
     """
     try:
         value = msgspec.json.decode(_read_bytes(path, error=error, run=run))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as failure:  # the last of nested brackets
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as failure:  # the last: deeply nested brackets
         raise error(f"{path} is not JSON: {failure}", expected=f"a {kind.__name__} document", run=run) from failure
     return from_builtins(value, kind, where=str(path), error=error, run=run)
 
@@ -71,8 +71,8 @@ def read_toml(path: Path, kind: type[AnyDocument], *, error: type[CoremillError]
     return from_builtins(value, kind, where=str(path), error=error)
 
 
-def toml_value(path: Path, *, expected: str, error: type[CoremillError]) -> dict[str, Any]:
-    """What the TOML at `path` says, unchecked: for a reader that has to choose the type first."""
+def toml_value(path: Path, *, expected: str, error: type[CoremillError]) -> dict[str, Plain]:
+    """Return the unchecked contents of the TOML file at `path`, for a reader that has to choose the type first."""
     try:
         return tomllib.loads(_read_bytes(path, error=error, run=None).decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as failure:
@@ -87,20 +87,24 @@ def _read_bytes(path: Path, *, error: type[CoremillError], run: str | None) -> b
 
 
 def from_builtins(
-    value: Any,
+    value: Plain,
     kind: type[AnyDocument],
     *,
     where: str,
     error: type[CoremillError] = DocumentError,
     run: str | None = None,
 ) -> AnyDocument:
-    """Check the plain `value` read from `where` against `kind`.
+    """Return `value`, which was read from `where`, as a `kind`.
 
-    An unknown major version is an error. Keys that this version does not know are an error too, except in
-    a document of a newer minor version, where they are dropped with a warning.
+    Keys that this version does not know are an error, except in a document of a newer minor version, where they are
+    dropped with a warning.
+
+    Raises:
+        error: a value has the wrong type or a key is unknown; names the JSON path.
+        SchemaVersionError: its major version is unknown.
     """
     newer_minor = _check_version(value, kind, where=where, error=error, run=run)
-    for holder, key, path, known in list(unknown_keys(value, kind)):
+    for holder, key, path, known in list(_unknown_keys(value, msgspec.inspect.type_info(kind), "$")):
         if newer_minor:
             log.warning("%s: ignoring `%s`, which a newer version than this one wrote", where, f"{path}.{key}")
             del holder[key]
@@ -108,18 +112,6 @@ def from_builtins(
         near = difflib.get_close_matches(key, known, n=1)
         expected = f"`{near[0]}`?" if near else "one of " + ", ".join(f"`{name}`" for name in known)
         raise error(f"{where}: unknown key `{key}` at `{path}`", expected=expected, run=run)
-    return convert(value, kind, where=where, error=error, run=run)
-
-
-def convert(
-    value: Any,
-    kind: type[AnyRecord],
-    *,
-    where: str,
-    error: type[CoremillError] = DocumentError,
-    run: str | None = None,
-) -> AnyRecord:
-    """Turn plain `value` into `kind`; a value of the wrong type is an `error` that names its JSON path."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as failure:
@@ -128,9 +120,9 @@ def convert(
 
 
 def _check_version(
-    value: Any, kind: type[Document], *, where: str, error: type[CoremillError], run: str | None
+    value: Plain, kind: type[Document], *, where: str, error: type[CoremillError], run: str | None
 ) -> bool:
-    """Whether `value` is of a newer minor version than `kind`; an error if it is of another major."""
+    """Return whether `value` is of a newer minor version than `kind`; another major version is an error."""
     if not isinstance(value, dict):
         raise error(f"{where}: found {type(value).__name__} at `$`", expected=f"a {kind.__name__} object", run=run)
     found = value.get("schema_version")
@@ -149,16 +141,14 @@ def _check_version(
     return version > supported
 
 
-def unknown_keys(value: Any, kind: Any) -> Iterator[tuple[dict[str, Any], str, str, list[str]]]:
-    """Each key in `value` that the type `kind` does not have: (its object, key, the object's path, known names)."""
-    yield from _unknown(value, msgspec.inspect.type_info(kind), "$")
-
-
-def _unknown(value: Any, info: Any, path: str) -> Iterator[tuple[dict[str, Any], str, str, list[str]]]:
+def _unknown_keys(
+    value: Plain, info: msgspec.inspect.Type, path: str
+) -> Iterator[tuple[dict[str, Plain], str, str, list[str]]]:
+    """Yield each key in `value` that `info` lacks, as (its object, the key, the object's path, known keys)."""
     if isinstance(info, msgspec.inspect.UnionType):
         for option in info.types:
-            if _could_be(value, option):
-                yield from _unknown(value, option, path)
+            if _may_be(value, option):
+                yield from _unknown_keys(value, option, path)
     elif isinstance(info, msgspec.inspect.StructType) and isinstance(value, dict):
         fields = {field.encode_name: field.type for field in info.fields}
         known = sorted({*fields, *([info.tag_field] if info.tag_field else [])})
@@ -166,34 +156,34 @@ def _unknown(value: Any, info: Any, path: str) -> Iterator[tuple[dict[str, Any],
             if key not in known:
                 yield value, key, path, known
             elif key in fields:
-                yield from _unknown(value[key], fields[key], f"{path}.{key}")
+                yield from _unknown_keys(value[key], fields[key], f"{path}.{key}")
     elif isinstance(info, msgspec.inspect.DictType) and isinstance(value, dict):
         for key, item in value.items():
-            yield from _unknown(item, info.value_type, f"{path}[{key!r}]")
-    elif isinstance(info, (msgspec.inspect.VarTupleType, msgspec.inspect.ListType)) and isinstance(value, list):
+            yield from _unknown_keys(item, info.value_type, f"{path}[{key!r}]")
+    elif isinstance(info, msgspec.inspect.CollectionType) and isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _unknown(item, info.item_type, f"{path}[{index}]")
+            yield from _unknown_keys(item, info.item_type, f"{path}[{index}]")
 
 
-def _could_be(value: Any, info: Any) -> bool:
-    """Whether `value` is meant as the union member `info`: for tagged records, the one with its tag."""
+def _may_be(value: Plain, info: msgspec.inspect.Type) -> bool:
+    """Return whether `value` can be the union member `info`; a tagged record needs its tag."""
     if isinstance(info, msgspec.inspect.StructType) and isinstance(value, dict):
         return info.tag_field is None or value.get(info.tag_field) == info.tag
     return True
 
 
 def encode(document: Record) -> bytes:
-    """The document as indented JSON with a final newline; equal documents give equal bytes."""
+    """Return the document as indented JSON with a final newline; equal documents give equal bytes."""
     return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
 
 
 def write_json(path: Path, document: Record) -> None:
-    """Write `document` to `path`, whole or not at all."""
+    """Write `document` to `path` atomically."""
     write_atomic(path, encode(document))
 
 
 def json_schemas(kinds: list[type[Document]]) -> dict[str, bytes]:
-    """The JSON Schema of each kind of document, by file name."""
+    """Return the JSON Schema of each kind of document, by file name."""
     return {
         f"{kind.__name__}.schema.json": msgspec.json.format(
             msgspec.json.encode(_clean_descriptions(msgspec.json.schema(kind)), order="sorted"), indent=2
@@ -203,8 +193,8 @@ def json_schemas(kinds: list[type[Document]]) -> dict[str, bytes]:
     }
 
 
-def _clean_descriptions(value: Any) -> Any:
-    """Docstrings without their indentation, which Python keeps up to 3.12 and strips from 3.13 on."""
+def _clean_descriptions(value: Plain) -> Plain:
+    """Remove the indentation of docstrings, which Python up to 3.12 keeps and later ones strip."""
     if isinstance(value, dict):
         return {
             key: inspect.cleandoc(item)

@@ -1,7 +1,7 @@
-"""The one error family of coremill: what was found, what was expected, what to run next.
+"""The exceptions of coremill: what was found, what was expected, what to run next.
 
-Every failure that a user can cause or mend is a :class:`CoremillError`. Each kind has an exit code of
-its own, and `coremill.core.command.exit_on_error` is the only place that turns one into a process exit.
+Every failure that a user can cause or fix is a :class:`CoremillError`. Each kind has its own exit code, and
+`coremill.core.command.exit_on_error` is the only function that turns one into a process exit.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import ClassVar
 OK = 0
 USAGE = 2
 GATES_FAILED = 3
-"""Exit code of a run that worked and whose must-gates did not all pass."""
+"""Exit code of a command that succeeded with a must-gate that did not pass."""
 
 
 class CoremillError(Exception):
-    """Base of the family.
+    """Base of all errors.
 
     Args:
-        found: what is wrong, with the path or the place in it.
-        expected: what would have been right.
-        run: a command that mends it, or that shows more.
+        found: what is wrong, with the path and the value.
+        expected: what is valid.
+        run: a command that fixes the error, or shows more.
     """
 
     exit_code: ClassVar[int] = 1
@@ -42,31 +42,31 @@ class CoremillError(Exception):
 
 
 class ConfigError(CoremillError):
-    """A configuration file or option that does not say something possible."""
+    """An invalid configuration file or option."""
 
     exit_code, kind = 10, "configuration"
 
 
 class DocumentError(CoremillError):
-    """A JSON document that is unreadable or not of its type; names the JSON path."""
+    """A JSON document that is unreadable or has the wrong structure; names the JSON path."""
 
     exit_code, kind = 11, "document"
 
 
 class SchemaVersionError(CoremillError):
-    """A file of an unknown major format version."""
+    """A file whose major format version is unknown."""
 
     exit_code, kind = 12, "format version"
 
 
 class DigestError(CoremillError):
-    """An artifact whose bytes are not those that were recorded."""
+    """An artifact whose digest differs from the recorded one."""
 
     exit_code, kind = 13, "digest"
 
 
 class DatasetError(CoremillError):
-    """A dataset that is malformed; names the file and the line."""
+    """A malformed dataset; names the file and the line."""
 
     exit_code, kind = 20, "dataset"
 
@@ -78,25 +78,25 @@ class TokenizerError(CoremillError):
 
 
 class CheckpointUnreadableError(CoremillError):
-    """A checkpoint that is truncated or is not one."""
+    """A truncated checkpoint, or a file that is not a checkpoint."""
 
     exit_code, kind = 22, "unreadable checkpoint"
 
 
 class UnsafeCheckpointError(CoremillError):
-    """A checkpoint that would execute code when unpickled; nothing of it was executed."""
+    """A checkpoint that would execute code when unpickled; it was not executed."""
 
     exit_code, kind = 23, "unsafe checkpoint"
 
 
 class CheckpointContentError(CoremillError):
-    """A checkpoint that reads, and lacks or contradicts something that it must say."""
+    """A readable checkpoint with a missing or contradictory entry."""
 
     exit_code, kind = 24, "checkpoint content"
 
 
 class VocabularyMismatchError(CoremillError):
-    """A model and a tokenizer of different vocabularies."""
+    """A model and a tokenizer with different vocabularies."""
 
     exit_code, kind = 25, "vocabulary mismatch"
 
@@ -108,31 +108,31 @@ class TrainingError(CoremillError):
 
 
 class UnsupportedModelError(CoremillError):
-    """A model whose architecture, or an option of it, coremill does not compute; names it and what is supported."""
+    """An unsupported architecture, or an unsupported option of it; names it and what is supported."""
 
     exit_code, kind = 27, "unsupported model"
 
 
 class VersionGateError(CoremillError):
-    """An interpreter or package version in which this stage must not run."""
+    """An interpreter or package version that this stage does not support."""
 
     exit_code, kind = 30, "version gate"
 
 
 class ToyRefusedError(CoremillError):
-    """`--toy` asked for a checkpoint that is not a toy."""
+    """`--toy` with a checkpoint that is not a toy."""
 
     exit_code, kind = 31, "toy refused"
 
 
 class MachineError(CoremillError):
-    """A machine or environment that lacks what the stage needs."""
+    """A machine or environment without something that the stage needs."""
 
     exit_code, kind = 32, "machine"
 
 
 class ExportError(CoremillError):
-    """An export whose primary shape does not compute what the checkpoint computes."""
+    """An export whose outputs differ from the checkpoint's at the primary shape."""
 
     exit_code, kind = 40, "export"
 
@@ -144,49 +144,49 @@ class TorchScriptError(CoremillError):
 
 
 class ContractMismatchError(CoremillError):
-    """A contract that disagrees with the graph it describes."""
+    """A contract that does not match the graph it describes."""
 
     exit_code, kind = 42, "contract mismatch"
 
 
 class ConversionError(CoremillError):
-    """A conversion that failed, or a stand-in record of one that failed."""
+    """A failed conversion, or the record of one."""
 
     exit_code, kind = 43, "conversion"
 
 
 class PackageError(CoremillError):
-    """An .mlpackage that is broken: unreadable, or with a part missing."""
+    """An .mlpackage that is unreadable or incomplete."""
 
     exit_code, kind = 44, "package"
 
 
 class UnsupportedOperationError(CoremillError):
-    """An operation that `coremill.mil` does not run; names it and what is supported."""
+    """An operation that `coremill.mil` does not support; names it and those that it supports."""
 
     exit_code, kind = 45, "unsupported operation"
 
 
 class PredictionInputError(CoremillError):
-    """Inputs that the package's description does not admit (name, dtype or shape)."""
+    """Inputs whose names, dtypes or shapes the package's description does not allow."""
 
     exit_code, kind = 46, "prediction input"
 
 
 class CacheFullError(CoremillError):
-    """A key/value cache that has no room for another token."""
+    """A key/value cache that is full."""
 
     exit_code, kind = 47, "full cache"
 
 
 class ParityError(CoremillError):
-    """A written form of a model that does not compute what its checkpoint computes."""
+    """An exported format whose outputs differ from the checkpoint's."""
 
     exit_code, kind = 48, "parity"
 
 
 class GgufError(CoremillError):
-    """A model that a type of GGUF cannot store, or a GGUF file that llama.cpp does not load."""
+    """A model that a GGUF type cannot store, or a GGUF file that llama.cpp does not load."""
 
     exit_code, kind = 49, "GGUF"
 
@@ -198,7 +198,7 @@ class RunLockedError(CoremillError):
 
 
 class StageError(CoremillError):
-    """A stage that cannot run: an input is missing, or was made by a run that failed."""
+    """A stage that cannot run: an input is missing, or comes from a failed run."""
 
     exit_code, kind = 51, "stage"
 
@@ -210,18 +210,18 @@ class ModelfileError(CoremillError):
 
 
 class OutputError(CoremillError):
-    """An output location that is not writable, is in the way, or lacks disk space."""
+    """An output path that is not writable or already exists as something else, or a full disk."""
 
     exit_code, kind = 52, "output"
 
 
 def error_kinds() -> list[type[CoremillError]]:
-    """Every kind of error, by ascending exit code."""
+    """Return every kind of error, by ascending exit code."""
     return sorted(CoremillError.__subclasses__(), key=lambda kind: kind.exit_code)
 
 
 def exit_code_table() -> str:
-    """The exit codes as text, for `--help`."""
+    """Return the exit codes as text."""
     rows = [(OK, "all must-gates passed"), (USAGE, "usage"), (GATES_FAILED, "a must-gate did not pass")]
     rows += [(kind.exit_code, kind.kind) for kind in error_kinds()]
     return "\n".join(f"  {code:>3}  {text}" for code, text in rows)

@@ -1,4 +1,4 @@
-"""The only place that spells paths under build/."""
+"""The paths under build/; no other module spells them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import msgspec
 
 MANIFEST = "manifest.json"
 REPORT = "report"
-"""The folder of a run that its summary is written into."""
+"""The directory of a run's summary."""
 
 
 class RunLayout(msgspec.Struct, frozen=True):
-    """Where the artifacts of one run lie: `build/<run>/`."""
+    """The paths of one run's artifacts, under `build/<run>/`."""
 
     build: Path
     run: str
@@ -23,7 +23,7 @@ class RunLayout(msgspec.Struct, frozen=True):
 
     @property
     def lock(self) -> Path:
-        """Held by a build for its whole time. Outside the run's folder, which may be removed."""
+        """Held by a build from start to end. Outside the run's directory, which may be removed."""
         return self.build / f".{self.run}.lock"
 
     @property
@@ -32,11 +32,11 @@ class RunLayout(msgspec.Struct, frozen=True):
         return self.build / f".{self.run}.writer.lock"
 
     def stage(self, name: str, lane: str | None = None) -> Path:
-        """The folder of a stage; `lane` is a torch version for the stages that run once a lane."""
+        """Return the directory of a stage; `lane` is a torch version for stages that run once per lane."""
         return self.root / name if lane is None else self.root / f"torch-{lane}" / name
 
     def failed_stage(self, name: str, lane: str | None = None) -> Path:
-        """What the stage left when it last failed, to be looked at; gone once it succeeds."""
+        """Return the directory of the stage's files from its last failure; removed once it succeeds."""
         folder = self.stage(name, lane)
         return folder.with_name(f"{folder.name}.failed")
 
@@ -50,7 +50,7 @@ def heldout_file(stage: Path) -> Path:
 
 
 def texts_file(stage: Path) -> Path:
-    """The real texts that an imported model is run on."""
+    """The real text that an imported model is run on."""
     return stage / "texts.jsonl"
 
 
@@ -71,7 +71,7 @@ def metrics_file(stage: Path) -> Path:
 
 
 def program_file(stage: Path, run: str, frontend: str) -> Path:
-    """The exported program: TorchScript, or what `torch.export.save` writes."""
+    """The exported program: TorchScript, or an archive of `torch.export.save`."""
     return stage / f"{_stem(run)}.{'pt' if frontend == 'torchscript' else 'pt2'}"
 
 
@@ -84,7 +84,7 @@ def package_dir(stage: Path, run: str) -> Path:
 
 
 def placeholder_file(stage: Path) -> Path:
-    """The labelled record of a failed conversion; its name looks like no package."""
+    """The record of a failed conversion; its name cannot be mistaken for a package."""
     return stage / "conversion_failed.json"
 
 
@@ -97,26 +97,26 @@ def conversion_log(stage: Path) -> Path:
 
 
 def gguf_file(stage: Path, run: str, kind: str) -> Path:
-    """The model as GGUF, its matrices stored as `kind`, such as `q8_0`."""
+    """The GGUF file with matrices of type `kind`, such as `q8_0`."""
     return stage / f"{_stem(run)}-{kind}.gguf"
 
 
 def modelfile(stage: Path) -> Path:
-    """Ollama's, beside the GGUF file that it names."""
+    """Ollama's Modelfile, in the directory of the GGUF file that it names."""
     return stage / "Modelfile"
 
 
 def halt_head_file(stage: Path, run: str) -> Path:
-    """What GGUF and Hugging Face's Llama have no place for: the halt head's weight, as safetensors.
+    """The weight of the halt head, which GGUF and Hugging Face's Llama cannot contain, as safetensors.
 
-    Whatever the run is called, the name is not `model*.safetensors`: mlx-lm, Ollama and llama.cpp's converter take
-    all of those for parts of the model.
+    The name never matches `model*.safetensors`: mlx-lm, Ollama and llama.cpp's converter load such files as part of
+    the model.
     """
     return stage / f"halt_head-{_stem(run)}.safetensors"
 
 
 def parity_report(stage: Path) -> Path:
-    """How a written form of the model was found to compute what the checkpoint computes."""
+    """The comparison of an exported format with the checkpoint."""
     return stage / "parity.json"
 
 

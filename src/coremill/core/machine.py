@@ -1,4 +1,4 @@
-"""What this machine has free, asked before work that would not fit."""
+"""Free memory and disk space, checked before the work."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be had without swapping; where the system does not say (macOS), all that there is.
+    """Return the memory that is available without swapping; on macOS, which does not report it, all memory.
 
-    A container's own limit counts: the system's figures are the host's.
+    The limit of a container is respected: /proc/meminfo has the host's figures.
     """
     available = _meminfo_available()
     if available is None:
@@ -30,11 +30,11 @@ def _meminfo_available() -> int | None:
     except OSError:
         return None
     values = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(values[0]) * 1024 if values else None  # "kB" there are 1024 bytes
+    return int(values[0]) * 1024 if values else None  # its "kB" is 1024 bytes
 
 
 def _cgroup_available() -> int | None:
-    """What the control group (version 2) that this process sees as its root leaves free; None without a limit."""
+    """Return what the limit of the root control group (version 2) leaves free, or None without a limit."""
     try:
         limit, used = (_CGROUP / "memory.max").read_text().strip(), (_CGROUP / "memory.current").read_text()
     except OSError:
@@ -43,26 +43,26 @@ def _cgroup_available() -> int | None:
 
 
 def check_memory(needed_bytes: int, *, why: str) -> None:
-    """Check that `needed_bytes` of memory can be had.
+    """Check that `needed_bytes` of memory are available.
 
     Raises:
-        MachineError: there is less; names both.
+        MachineError: less is available; names both figures.
     """
     if (available := available_memory_bytes()) < needed_bytes:
         raise MachineError(
-            f"{available / 1e6:,.0f} MB of memory are available",
+            f"{available / 1e6:,.0f} MB of memory is available",
             expected=f"{needed_bytes / 1e6:,.0f} MB, {why}",
             run="coremill doctor",
         )
 
 
 def check_disk(folder: Path, needed_bytes: int, *, why: str) -> None:
-    """Check that the disk of `folder`, which need not exist yet, has `needed_bytes` free.
+    """Check that the disk of `folder`, which may not exist yet, has `needed_bytes` free.
 
     Raises:
-        OutputError: it has less; names both.
+        OutputError: it has less; names both figures.
     """
-    existing = next(place for place in (folder, *folder.resolve().parents) if place.is_dir())
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     if (free := shutil.disk_usage(existing).free) < needed_bytes:
         raise OutputError(
             f"{existing} has {free / 1e6:,.0f} MB free",

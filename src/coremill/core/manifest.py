@@ -1,4 +1,4 @@
-"""StageManifest: what went into a stage, with what it ran, what came out and how it ended."""
+"""The manifest of a stage: its inputs, toolchain, outputs and outcome."""
 
 from __future__ import annotations
 
@@ -15,17 +15,14 @@ from coremill.core.layout import MANIFEST
 
 
 class Output(Record):
-    """One file or directory that a stage made."""
+    """One file or directory that a stage wrote."""
 
     digest: str
     size_bytes: int
 
 
 class Fingerprint(Record):
-    """Everything that decides whether a stage is stale, by what changed.
-
-    `inputs` maps the path of each producer's output, relative to the run's folder, to its digest.
-    """
+    """Everything that decides whether a stage is stale."""
 
     definition: str
     config: str
@@ -33,12 +30,13 @@ class Fingerprint(Record):
     lock: str
     interpreter: str
     inputs: dict[str, str]
+    """Digests of the producers' outputs, by `<stage>/<file>`."""
     files: dict[str, str] = msgspec.field(default_factory=dict)
-    """Digests of the files outside the build that the configuration names, by their path there."""
+    """Digests of the files outside the build that the configuration names, by path."""
 
 
 class StageManifest(Document):
-    """`manifest.json` in the folder of every stage that ended, and in `<stage>.failed/` of one that failed.
+    """`manifest.json`, in the directory of every stage that succeeded and in `<stage>.failed/` of one that failed.
 
     Raises:
         ValueError: a failure without an error, or an error without a failure.
@@ -46,19 +44,19 @@ class StageManifest(Document):
 
     outcome: Literal["succeeded", "failed"]
     error: str | None = None
-    """What a failed stage said."""
+    """The error message of a failed stage."""
     error_kind: str | None = None
-    """Its kind of error, as `coremill --help` lists them; None for a defect."""
+    """The kind of a CoremillError; None for any other exception."""
     stage: str
     run: str
     lane: str | None
     fingerprint: Fingerprint
     config: dict[str, Any]
-    """The slice of the configuration that the stage reads."""
+    """The part of the configuration that the stage reads."""
     toolchain: Toolchain
     outputs: dict[str, Output]
     figures: dict[str, float | int | str]
-    """What the stage measured of its own work, for the report."""
+    """The stage's own measurements, for the report."""
     started_at: str
     """UTC, ISO 8601."""
     duration_s: float
@@ -69,7 +67,11 @@ class StageManifest(Document):
 
 
 def read_manifest(folder: Path) -> StageManifest:
-    """The manifest of the stage in `folder`; a StageError if there is none."""
+    """Return the manifest of the stage in `folder`.
+
+    Raises:
+        StageError: it is missing or unreadable.
+    """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise StageError(f"{folder} has no {MANIFEST}", expected="a finished stage", run="nox -s pipeline")
@@ -77,7 +79,7 @@ def read_manifest(folder: Path) -> StageManifest:
 
 
 def measure_outputs(folder: Path) -> dict[str, Output]:
-    """Digest and size of each entry of `folder` but the manifest."""
+    """Return the digest and size of each entry of `folder` except the manifest."""
     return {
         entry.name: Output(digest=digest(entry), size_bytes=size_bytes(entry))
         for entry in sorted(Path(folder).iterdir())
@@ -86,10 +88,10 @@ def measure_outputs(folder: Path) -> dict[str, Output]:
 
 
 def check_outputs(folder: Path, manifest: StageManifest) -> None:
-    """Hash again what a stage made, before it is used.
+    """Check the outputs of a stage against the digests in its manifest.
 
     Raises:
-        DigestError: an output is missing or is not what the manifest recorded.
+        DigestError: an output is missing, or its digest differs.
     """
     for name, recorded in manifest.outputs.items():
         path = Path(folder) / name
@@ -97,6 +99,6 @@ def check_outputs(folder: Path, manifest: StageManifest) -> None:
         if found != recorded.digest:
             raise DigestError(
                 f"{path}: found {found}",
-                expected=f"{recorded.digest}, as {MANIFEST} recorded when stage {manifest.stage!r} made it",
+                expected=f"{recorded.digest}, as {MANIFEST} recorded when stage {manifest.stage!r} wrote it",
                 run=f"nox -s pipeline -- --force {manifest.stage}",
             )

@@ -1,4 +1,4 @@
-"""Where a command writes: checked before the work, and written whole or not at all."""
+"""Checks of output paths before the work, and atomic writes of several files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from coremill.core.publish import replacing
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder` if need be, and check that files can be made in it.
+    """Create `folder` if it is missing, and check that files can be created in it.
 
     Raises:
-        OutputError: something is in the way, or the folder cannot be written to.
+        OutputError: it is not a directory, or is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,52 +27,56 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as failure:
         raise OutputError(
-            f"cannot write to {folder}: {failure.strerror}", expected="a writable folder", run=f"ls -ld {folder}"
+            f"cannot write to {folder}: {failure.strerror}", expected="a writable directory", run=f"ls -ld {folder}"
         ) from failure
 
 
 def check_name(name: str) -> str:
-    """`name`, which files are called after.
+    """Return `name`, which becomes part of file names.
 
     Raises:
-        ConfigError: it might leave the folder, or is no word.
+        ConfigError: it contains a path separator or another character that is not allowed.
     """
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         return name
-    raise ConfigError(f"--name {name!r}", expected="letters, digits, '.', '-' and '_', a letter or digit first")
+    raise ConfigError(
+        f"--name {name!r}", expected="letters, digits, '.', '-' and '_', starting with a letter or digit"
+    )
 
 
 def check_own_folder(folder: Path, digests: Callable[[Path], Mapping[str, str]], *, what: str) -> None:
-    """Check that `folder` is nothing, empty, or as a command of ours wrote it: then it may be replaced.
+    """Check that `folder` is missing, empty, or exactly as coremill wrote it, so that it may be replaced.
 
     Args:
-        digests: reads parity.json: the folder's other files, with their digests.
-        what: the folder is for.
+        digests: reads parity.json and returns the digests of the other files.
+        what: the directory contains, for the error.
 
     Raises:
-        OutputError: something else is there, or something was changed; it is left.
+        OutputError: the directory contains another file or a changed one; nothing is removed.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    expected = f"nothing, or a folder of {what} that this command wrote, to replace it"
+    expected = f"an empty or missing directory, or one with {what} that this command wrote"
     if not folder.is_dir():
-        raise OutputError(f"{folder} is in the way", expected=expected, run=f"ls -ld {folder}")
+        raise OutputError(f"{folder} is not a directory", expected=expected, run=f"ls -ld {folder}")
     report = parity_report(folder)
     try:
         known = dict(digests(report))
     except CoremillError as failure:
         raise OutputError(
-            f"{folder} is no folder of coremill's {what}: {failure.found}", expected=expected, run=f"ls -l {folder}"
+            f"{folder} does not contain coremill's {what}: {failure.found}",
+            expected=expected,
+            run=f"ls -l {folder}",
         ) from failure
     for path in sorted(folder.iterdir()):
         if path == report or (path.is_file() and known.get(path.name) == file_digest(path)):
             continue
-        found = "coremill did not write" if path.name not in known else "was changed since"
-        raise OutputError(f"{folder} holds {path.name}, which {found}", expected=expected, run=f"ls -l {folder}")
+        found = "coremill did not write" if path.name not in known else "has changed since"
+        raise OutputError(f"{folder} contains {path.name}, which {found}", expected=expected, run=f"ls -l {folder}")
 
 
 def write_together(files: Mapping[Path, bytes]) -> None:
-    """Write several files, or none of them: all are on disk before the first takes its place.
+    """Write several files, or none of them: all are on disk before the first is renamed.
 
     Raises:
         OutputError: a file cannot be written.
@@ -81,5 +85,5 @@ def write_together(files: Mapping[Path, bytes]) -> None:
         for path, data in files.items():
             file = stack.enter_context(replacing(path))
             file.write(data)
-            file.flush()  # a full disk shows now, while every old file stands
+            file.flush()  # a full disk fails here, before any old file is replaced
             os.fsync(file.fileno())

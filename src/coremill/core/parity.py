@@ -1,6 +1,6 @@
-"""How forms of a model that others run compute what its checkpoint computes: `parity.json` beside each.
+"""`parity.json`: the comparison of an exported format with the checkpoint.
 
-`HuggingFaceParity` is of a Hugging Face directory under transformers, `GgufParity` of GGUF files under llama.cpp.
+`HuggingFaceParity` is for a Hugging Face directory under transformers, `GgufParity` for GGUF files under llama.cpp.
 """
 
 from __future__ import annotations
@@ -15,49 +15,49 @@ from coremill.core.documents import Document, Record
 from coremill.core.gates import Gate
 
 MAX_RELATIVE_ERR = 1e-5
-"""Largest difference between outputs that two programs compute in float32 from the same weights, as a share of the
-outputs' largest magnitude: in other orders, some hundred roundings of 6e-8 each, layer upon layer."""
+"""The largest allowed difference between the float32 outputs of two programs with the same weights, relative to the
+largest output. They sum in different orders, which amounts to some hundred roundings of 6e-8 each."""
 
 
 class TokenDifference(Record):
-    """A token that another program, decoding greedily, took, and the checkpoint would not after the same ones."""
+    """A token of another program's greedy decoding that is not the checkpoint's choice after the same tokens."""
 
     prompt: int
-    """Number of the prompt, from 0."""
+    """Index of the prompt."""
     place: int
-    """Number of the token in the answer, from 0."""
+    """Index of the token in the answer."""
     token: int
-    """The one that was taken."""
+    """The other program's choice."""
     expected: int
-    """The checkpoint's best."""
+    """The checkpoint's choice."""
     gap: float
-    """By how much the checkpoint prefers its own, in logits."""
+    """The checkpoint's logit of its own choice minus that of the other, in logits."""
     is_tie: bool
-    """Whether rounding may turn the two about."""
+    """Whether the gap is within rounding."""
 
 
 # --- a Hugging Face directory -----------------------------------------------------------------------
 
 
 class HuggingFaceParity(Document):
-    """Figures with their bounds, and the files that they are about."""
+    """`parity.json` of a Hugging Face directory: figures with their bounds, and the files that were compared."""
 
     kind: Literal["huggingface"] = "huggingface"
     checkpoint_digest: str
     dtype: str
-    """Of the tensors; the checkpoint was rounded alike for the comparison, which was computed in float32."""
+    """Of the tensors. For the comparison the checkpoint was rounded to it too; both then computed in float32."""
     files: dict[str, str]
-    """Each file of the directory but this one, with its digest."""
+    """The digest of each file of the directory except this one."""
     gates: tuple[Gate, ...]
     logits_max_abs: float
-    """The largest difference of logits as it is; its gate is relative to the largest logit."""
+    """The largest absolute difference of logits; the gate compares the relative one."""
     differences: tuple[TokenDifference, ...]
-    """Of greedy tokens: every one, ties among them."""
+    """All differences of greedy tokens, including ties."""
     toolchain: Toolchain
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of each file of the folder but this one."""
+        """The digest of each file of the directory except this one."""
         return self.files
 
 
@@ -77,23 +77,20 @@ Measure = Literal[
 ]
 """What is measured of a file:
 
-- `max_abs_err`: largest absolute difference of logits;
-- `relative_err`: the same, as a share of the checkpoint's largest logit;
-- `kl_nats`: KL(torch ‖ llama.cpp), the mean over positions;
-- `top1_agreement`: the share of positions whose likeliest token is the same;
-- `arithmetic_kl_nats`: as `kl_nats`, torch with the file's own weights, dequantised, in the checkpoint's model;
-- `weights_err`: the largest error of a stored weight, as a share of the most that its type's rounding makes;
-- `settings`: what the file says otherwise than checkpoint and tokenizer, or llama.cpp understands otherwise;
-- `greedy_differences`: greedy tokens that torch would not have taken, ties aside;
-- `tokenizer_mismatches`: texts whose ids are others;
-- `heldout_exact`: the share of held-out questions whose answer is, to the letter, one that the toy can give.
+- `max_abs_err`: the largest absolute difference of logits;
+- `relative_err`: the same, relative to the checkpoint's largest logit;
+- `kl_nats`: KL(torch ‖ llama.cpp), mean over positions;
+- `top1_agreement`: the share of positions with the same most likely token;
+- `arithmetic_kl_nats`: as `kl_nats`, with the file's own dequantised weights in torch;
+- `weights_err`: the largest error of a stored weight, relative to the largest rounding error of its type;
+- `settings`: the number of settings that differ from the checkpoint and the tokenizer, in the file or in llama.cpp;
+- `greedy_differences`: the number of greedy tokens that differ from torch's, except ties;
+- `tokenizer_mismatches`: the number of texts whose token ids differ;
+- `heldout_exact`: the share of held-out questions whose answer is exactly one that the toy can give.
 
-What quantisation costs is in `kl_nats`, and may hide a small defect there; `arithmetic_kl_nats`, `weights_err` and
-`settings` show one.
+`kl_nats` includes the loss of quantisation, which can hide a small defect. `arithmetic_kl_nats`, `weights_err` and
+`settings` do not.
 """
-
-
-# --- the document -----------------------------------------------------------------------------------
 
 
 def figure_outcome(
@@ -105,31 +102,33 @@ def figure_outcome(
 
 
 class ParityFigure(Record):
-    """One figure of a file.
+    """A figure of a file.
 
     Raises:
-        ValueError: `outcome` contradicts the bound.
+        ValueError: `outcome` contradicts the bound, or a bound has no source.
     """
 
     name: Measure
     measured: float
     bound: float | None
-    """None where the figure is reported alone."""
+    """None if the figure is only reported."""
     at_least: bool
-    """Whether more is better, and the bound the least that passes."""
+    """Whether the bound is a minimum; otherwise it is a maximum."""
     source: str | None
-    """Where the bound comes from."""
+    """The reason for the bound."""
     outcome: Literal["passed", "failed", "reported"]
 
     def __post_init__(self) -> None:
         if (expected := figure_outcome(self.measured, self.bound, at_least=self.at_least)) != self.outcome:
-            raise ValueError(f"`{self.name}` is {self.outcome}, {self.measured} by {self.bound} is {expected}")
+            raise ValueError(
+                f"`{self.name}` is {self.outcome}, and {self.measured} with the bound {self.bound} is {expected}"
+            )
         if (self.bound is None) != (self.source is None):
-            raise ValueError(f"`{self.name}` has the bound {self.bound} from {self.source}")
+            raise ValueError(f"`{self.name}` has the bound {self.bound} and the source {self.source}")
 
 
 class TokenizerMismatch(Record):
-    """A text that llama.cpp's tokenizer reads otherwise than ours."""
+    """A text whose token ids differ between llama.cpp's tokenizer and ours."""
 
     text: str
     allow_special: bool
@@ -139,7 +138,7 @@ class TokenizerMismatch(Record):
 
 
 class SettingDifference(Record):
-    """Something that a file says of the model, and what it should say."""
+    """A setting of the model in a file that differs from the expected value."""
 
     name: str
     expected: str
@@ -147,35 +146,39 @@ class SettingDifference(Record):
 
 
 class FileParity(Record):
-    """What one file showed."""
+    """The comparison of one file."""
 
     file: str
     digest: str
     size_bytes: int
     positions: int
-    """Whose V logits were compared."""
+    """Positions whose V logits were compared."""
     greedy_prompts: int
-    """0 where greedy tokens were not compared: of what is not stored in float32."""
+    """0 for a file that is not float32: its greedy tokens are not compared."""
     greedy_tokens: int
-    """All of the prompts together."""
+    """Of all prompts together."""
     heldout_questions: int
     """0 for a model that was imported."""
     figures: tuple[ParityFigure, ...]
     differences: tuple[TokenDifference, ...]
-    """Of greedy tokens: every one, ties among them."""
+    """All differences of greedy tokens, including ties."""
     mismatches: tuple[TokenizerMismatch, ...]
     """The first few."""
     settings: tuple[SettingDifference, ...]
     prompts: tuple[SettingDifference, ...]
-    """What llama.cpp's server makes otherwise of conversations; reported, as it defines variables of its own."""
+    """Prompts that differ in llama.cpp's server. Only reported: its templates define more variables."""
 
     def figure(self, name: Measure) -> ParityFigure:
-        """The figure of that name; a KeyError where there is none."""
+        """Return the figure of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
         return {figure.name: figure for figure in self.figures}[name]
 
 
 class GgufParity(Document):
-    """`parity.json` beside GGUF files: what each showed in llama.cpp, beside the checkpoint in torch's float32.
+    """`parity.json` of GGUF files: each under llama.cpp, compared with the checkpoint in torch's float32.
 
     Raises:
         ValueError: there are no files, or `passed` contradicts the figures.
@@ -184,27 +187,27 @@ class GgufParity(Document):
     checkpoint_digest: str
     model_type: str
     xllamacpp: str
-    """Its release, which is that of llama.cpp."""
+    """The release of xllamacpp, which determines that of llama.cpp."""
     quick: bool
     files: dict[str, FileParity]
     """By type, such as `q8_0`."""
     others: dict[str, str] = msgspec.field(default_factory=dict)
-    """The other files of the folder, this one aside, with their digests."""
+    """The digests of the other files of the directory, except this one."""
     passed: bool
 
     def __post_init__(self) -> None:
         if not self.files:
             raise ValueError("`files` is empty")
         if self.passed != (not any(self.failures())):
-            raise ValueError(f"`passed` is {self.passed}, the figures say otherwise")
+            raise ValueError(f"`passed` is {self.passed}, which contradicts the figures")
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of each file of the folder but this one."""
+        """The digest of each file of the directory except this one."""
         return {file.file: file.digest for file in self.files.values()} | self.others
 
     def failures(self) -> Iterator[str]:
-        """Each figure beyond its bound, in words."""
+        """Yield a description of each figure outside its bound, and of each setting that differs."""
         for kind, file in self.files.items():
             for figure in file.figures:
                 if figure.outcome == "failed":

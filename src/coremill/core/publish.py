@@ -1,8 +1,8 @@
-"""Atomic publishing: a file or a folder appears whole or not at all. The one owner of how that is done.
+"""Atomic writes: a file or directory appears complete, or not at all.
 
-What is being written stands beside its place as `.<name>.new-<random>`, locked by its process. The kernel releases
-the lock when the process ends, however it ends: so the next one that writes there tells what a dead process left,
-which it removes, from what a living one is writing.
+While a file or directory is being written, it is next to its target as `.<name>.new-<random>` and locked by its
+process. The kernel releases the lock when the process ends. The next process that writes the same target can
+therefore remove what a dead process left without touching what a live one is writing.
 """
 
 from __future__ import annotations
@@ -22,33 +22,37 @@ from coremill.core.errors import OutputError
 
 
 def check_replaceable(path: Path) -> None:
-    """Check that `path` is nothing, or a file that may be replaced.
+    """Check that `path` does not exist, or is a regular file.
 
     Raises:
-        OutputError: it is something other than a regular file (a device, a folder).
+        OutputError: it is something else, such as a device or a directory.
     """
     if path.exists() and not path.is_file():
-        raise OutputError(f"{path} is in the way", expected="a regular file, or nothing", run=f"ls -ld {path}")
+        raise OutputError(
+            f"{path} is not a regular file", expected="a regular file, or a new path", run=f"ls -ld {path}"
+        )
 
 
 def check_apart(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
-    """Check that no output would take the place of an input, before anything is read.
+    """Check that no output path is an input path.
 
     Raises:
-        OutputError: one would.
+        OutputError: one is.
     """
     read = {path.resolve() for path in inputs if path is not None}
     for path in outputs:
         if path.resolve() in read:
-            raise OutputError(f"{path} is read and would be overwritten", expected="an output beside the inputs")
+            raise OutputError(
+                f"{path} is read and would be overwritten", expected="an output path that is not an input"
+            )
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends well; if it raises, `path` stays as it was.
+    """Yield a new file that replaces `path` when the block succeeds; if it raises, `path` is unchanged.
 
     Raises:
-        OutputError: `path` is something other than a regular file (a device, a folder), or cannot be written.
+        OutputError: `path` exists and is not a regular file, or it cannot be written.
     """
     path = Path(path)
     check_replaceable(path)
@@ -62,7 +66,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             temporary.chmod(0o644)
-            temporary.replace(path)  # before the file is closed, which ends the lock
+            temporary.replace(path)  # before the file is closed, which releases the lock
     except OSError as failure:
         _discard(temporary)
         raise _unwritable(f"cannot write {path}", path, failure) from failure
@@ -73,30 +77,32 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace the file at `path` with `data`; a reader sees the old bytes or the new ones, never a part."""
+    """Replace the file at `path` with `data`; a reader sees the old bytes or the new ones, never a mixture."""
     with replacing(path) as file:
         file.write(data)
 
 
 @contextmanager
 def publishing(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside `folder` that takes its place when the block ends well.
+    """Yield a new directory that replaces `folder` when the block succeeds.
 
-    If the block raises, the fresh folder is removed and `folder` stays as it was. A killed process leaves the old
-    folder, the new one, or (between two renames) none with the old one beside it; the next to publish there, or
-    :func:`recover`, puts that back. Where `folder` is a link, the link stays and what it leads to is replaced.
+    If the block raises, the new directory is removed and `folder` is unchanged. A killed process leaves the old
+    directory, the new one, or (between two renames) neither, with the old one next to it; :func:`recover`, which
+    the next call here runs first, restores that one. If `folder` is a symbolic link, its target is replaced.
 
     Raises:
-        OutputError: `folder` is in the way, or nothing can be written beside it.
+        OutputError: `folder` is not a directory, or its parent is not writable.
     """
     given = Path(folder)
     folder = _followed(given)
     if os.path.lexists(folder) and not folder.is_dir():
-        raise OutputError(f"{folder} is in the way", expected="a folder, or nothing", run=f"ls -ld {folder}")
-    if folder != given and not folder.parent.is_dir():  # made anew, it would stand below a disk that is not mounted
         raise OutputError(
-            f"{given} is a link to {folder}, and {folder.parent} is not there",
-            expected="a link to a folder, or to where one can be made",
+            f"{folder} is not a directory", expected="a directory, or a new path", run=f"ls -ld {folder}"
+        )
+    if folder != given and not folder.parent.is_dir():  # creating it could write under an unmounted mount point
+        raise OutputError(
+            f"{given} is a link to {folder}, and {folder.parent} does not exist",
+            expected="a link to a directory, or to a new path in an existing one",
             run=f"ls -ld {given}",
         )
     recover(folder)
@@ -104,7 +110,7 @@ def publishing(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock, fresh = _locked(lambda name: _made_folder(folder.parent, name), folder)
     except OSError as failure:
-        raise _unwritable(f"cannot write beside {folder}", folder, failure) from failure
+        raise _unwritable(f"cannot write next to {folder}", folder, failure) from failure
     try:
         yield fresh
         try:
@@ -114,14 +120,14 @@ def publishing(folder: Path) -> Iterator[Path]:
                     _sync(path)
             _swap(fresh, folder)
         except OSError as failure:
-            raise _unwritable(f"cannot put a new folder in the place of {folder}", folder, failure) from failure
+            raise _unwritable(f"cannot replace {folder}", folder, failure) from failure
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         os.close(lock)
 
 
 def _swap(fresh: Path, folder: Path) -> None:
-    """Put `fresh` in the place of `folder`; if it is interrupted, one of the two stands there."""
+    """Replace `folder` with `fresh`; if an error interrupts it, `folder` is one of the two."""
     old = _old(folder)
     if not folder.exists():
         fresh.rename(folder)
@@ -138,14 +144,14 @@ def _swap(fresh: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Clear what dead processes left beside `folder`, and put its last good content back if it is missing.
+    """Remove what dead processes left next to `folder`, and restore its last good content if it is missing.
 
     Raises:
-        OutputError: it cannot be put back.
+        OutputError: it cannot be restored.
     """
     folder = _followed(folder)
     if _remove_leftovers(folder):
-        return  # it may be exchanging the two at this moment
+        return  # a live process is writing, and may be between its two renames
     old = _old(folder)
     if os.path.lexists(folder):
         _remove(old)
@@ -153,11 +159,11 @@ def recover(folder: Path) -> None:
         try:
             old.rename(folder)
         except OSError as failure:
-            raise _unwritable(f"cannot put {old} back", folder, failure) from failure
+            raise _unwritable(f"cannot restore {folder} from {old}", folder, failure) from failure
 
 
 def _followed(folder: Path) -> Path:
-    """What `folder` leads to where it is a link: a folder on another disk stays where it is."""
+    """Return the target of `folder` if it is a symbolic link, so that a directory on another disk stays there."""
     folder = Path(folder)
     return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
 
@@ -166,16 +172,16 @@ def _old(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-# --- what is being written, and what dead processes left --------------------------------------------
+# --- files and directories being written, and leftovers of dead processes ---------------------------
 
 
-def _locked(make: Callable[[str], tuple[int, str]], place: Path) -> tuple[int, Path]:
-    """What `make` makes, given how its name begins, with an open, locked descriptor of it."""
+def _locked(make: Callable[[str], tuple[int, str]], target: Path) -> tuple[int, Path]:
+    """Return an open, locked descriptor of what `make` creates, given a name prefix, and its path."""
     while True:
-        handle, name = make(f".{place.name}.new-")
-        with contextlib.suppress(OSError):  # a file system without locks: nothing is taken for a leftover there
+        handle, name = make(f".{target.name}.new-")
+        with contextlib.suppress(OSError):  # a file system without locks: leftovers are not removed
             fcntl.flock(handle, fcntl.LOCK_EX)
-        if Path(name).exists():  # else another process took it for a leftover before it was locked
+        if Path(name).exists():  # otherwise another process removed it as a leftover before it was locked
             return handle, Path(name)
         os.close(handle)
 
@@ -183,29 +189,29 @@ def _locked(make: Callable[[str], tuple[int, str]], place: Path) -> tuple[int, P
 def _made_folder(parent: Path, prefix: str) -> tuple[int, str]:
     while True:
         name = tempfile.mkdtemp(dir=parent, prefix=prefix)
-        with contextlib.suppress(FileNotFoundError):  # another process took it for a leftover
+        with contextlib.suppress(FileNotFoundError):  # another process removed it as a leftover
             return os.open(name, os.O_RDONLY), name
 
 
-def _remove_leftovers(place: Path) -> bool:
-    """Remove what dead processes were writing for `place`; whether a living one is writing."""
-    of_place = re.compile(re.escape(f".{place.name}.new-") + "[a-z0-9_]{8}")  # as tempfile makes names
-    found = [path for path in _beside(place) if of_place.fullmatch(path.name)]
+def _remove_leftovers(target: Path) -> bool:
+    """Remove what dead processes were writing for `target`; return whether a live one is writing."""
+    name = re.compile(re.escape(f".{target.name}.new-") + "[a-z0-9_]{8}")  # tempfile's random suffix
+    found = [path for path in _siblings(target) if name.fullmatch(path.name)]
     return bool([path for path in found if not _removed_if_dead(path)])
 
 
-def _beside(place: Path) -> list[Path]:
+def _siblings(target: Path) -> list[Path]:
     try:
-        return list(place.parent.iterdir())
+        return list(target.parent.iterdir())
     except OSError:
-        return []  # what is to be written there says what is wrong
+        return []  # the write that follows reports the error
 
 
 def _removed_if_dead(path: Path) -> bool:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return not os.path.lexists(path)  # gone since; or another user's, say
+        return not os.path.lexists(path)  # already removed; otherwise, for example, another user's
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _remove(path)
@@ -217,7 +223,7 @@ def _removed_if_dead(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """A file, a folder with all in it, or a link alone; what cannot be removed stays."""
+    """Remove a file, a directory tree, or a link but not its target; ignore errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -233,28 +239,28 @@ def _discard(temporary: Path | None) -> None:
 # --- the file system --------------------------------------------------------------------------------
 
 
-def _unwritable(what: str, place: Path, failure: OSError) -> OutputError:
-    """What hindered writing at `place`: a file where a folder should be, or what the system says."""
-    for above in place.parents:
+def _unwritable(what: str, target: Path, failure: OSError) -> OutputError:
+    """Return why `target` cannot be written: a file in place of a parent directory, or the system's error."""
+    for above in target.parents:
         if os.path.lexists(above) and not above.is_dir():
             return OutputError(
-                f"{what}: {above} is no folder", expected="a folder, or nothing", run=f"ls -ld {above}"
+                f"{what}: {above} is not a directory", expected="a directory, or a new path", run=f"ls -ld {above}"
             )
     return OutputError(
         f"{what}: {failure.strerror or failure}",
-        expected="a writable place with room",
-        run=f"ls -ld {place.parent}",
+        expected="a writable directory with free space",
+        run=f"ls -ld {target.parent}",
     )
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, so that a rename never outlives the bytes that it publishes."""
+    """Flush a file, so that a rename is never on disk before the bytes that it publishes."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
-    # Some file systems refuse to sync a folder; there the rename is as durable as they make it.
+    # Some file systems cannot sync a directory; their renames are as durable as they make them.
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

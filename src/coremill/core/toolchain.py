@@ -1,4 +1,4 @@
-"""What this process runs with, for manifests, contracts and diagnostics."""
+"""The toolchain of this process, for manifests, contracts and diagnostics."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from importlib import metadata
 from coremill.core.contract import Toolchain
 
 RECORDED_PACKAGES = ("coremltools", "numpy", "tokenizers", "torch")
-"""The packages that bear on a graph or on its numbers."""
+"""The packages that affect a graph or its outputs."""
 
 
 def current_toolchain(*also: str) -> Toolchain:
-    """The interpreter, the platform and the installed packages that bear on the result; nothing is imported.
+    """Return the versions of the interpreter, the platform and the installed packages, without importing them.
 
     Args:
-        also: packages that bear on this result alone.
+        also: packages to record as well as RECORDED_PACKAGES.
     """
     installed = {dist.metadata["Name"].lower(): dist.version for dist in metadata.distributions()}
     return Toolchain(
-        # Not `platform.python_version()`: a development build ends in '+', which is no version to compare.
+        # Not `platform.python_version()`: that of a development build ends in '+', which is not valid in PEP 440.
         python="{}.{}.{}".format(*sys.version_info[:3]),
         platform=platform.platform(),
         packages={name: installed[name] for name in sorted({*RECORDED_PACKAGES, *also}) if name in installed},

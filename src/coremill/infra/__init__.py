@@ -1,1 +1,1 @@
-"""What the machine and its packages can do: compatibility cells, the version gate, interpreters, the doctor."""
+"""The machine and its packages: measured compatibility, the version gate, interpreters and devices."""

@@ -1,7 +1,7 @@
-"""The compatibility matrix: cells of python × torch × coremltools × numpy that were measured, as data.
+"""The compatibility matrix: combinations of python × torch × coremltools × numpy that were measured.
 
-The data is `compatibility.toml`, beside this module. A cell is a set of versions, given by PEP 440
-specifiers, and what came of converting a model and running the package with them.
+The data is in `compatibility.toml`, next to this module. A cell is a set of versions, given by PEP 440 specifiers,
+with the result of converting a model and running the package with them.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from coremill.core.documents import Document, Record, read_toml
 
 DATA = Path(__file__).with_name("compatibility.toml")
 PARTS = ("python", "torch", "coremltools", "numpy")
-"""What a cell is made of."""
+"""The parts of a cell."""
 
 
 class CellOutcome(str, enum.Enum):
     PASSED = "passed"
-    """Converted, and the package computed the right numbers."""
+    """The conversion succeeded, and the package's outputs were right."""
     FAILED = "failed"
 
 
 class Versions(Record):
-    """The versions of one environment; None for a package that it does not hold.
+    """The versions of one environment; None for a package that is not installed.
 
     Raises:
-        ValueError: a version is not one in the sense of PEP 440.
+        ValueError: a version is not valid in PEP 440.
     """
 
     python: str
@@ -47,34 +47,34 @@ class Versions(Record):
             try:
                 Version(found or "0")
             except InvalidVersion as failure:
-                raise ValueError(f"`{part}` is {found!r}, which is no version") from failure
+                raise ValueError(f"`{part}` is {found!r}, which is not a version") from failure
 
     def __str__(self) -> str:
         return ", ".join(f"{part} {getattr(self, part) or 'absent'}" for part in PARTS)
 
 
 class Cell(Record):
-    """One measured combination.
+    """A measured combination.
 
     Raises:
-        ValueError: a specifier is malformed, or a failed cell gives no reason.
+        ValueError: a specifier is malformed, or a failed cell has no reason.
     """
 
     name: str
-    """What a gate or an error calls the cell."""
+    """The name of the cell in gates and errors."""
     python: str
     torch: str
     coremltools: str
     numpy: str
     outcome: CellOutcome
     measured: str
-    """What was tried, and the figures."""
+    """The conversion and the figures."""
     reason: str | None = None
     """Why it fails."""
     source: str
-    """Where it was measured."""
+    """The machine that it was measured on."""
     date: str | None = None
-    """The day, ISO 8601; None where it was not written down."""
+    """The date, ISO 8601; None if it was not recorded."""
 
     def __post_init__(self) -> None:
         for part in PARTS:
@@ -83,13 +83,13 @@ class Cell(Record):
             raise ValueError(f"cell {self.name!r} is failed without a reason")
 
     def covers(self, versions: Versions) -> bool:
-        """Whether every version is within the cell's specifiers; a package that is absent never is.
+        """Return whether all versions are within the cell's specifiers; a package that is absent is not.
 
-        A local version counts as the release it was built from, so `2.9.1+cpu` is within `==2.9.1`.
+        A local version matches as its release: `2.9.1+cpu` is within `==2.9.1`.
         """
         for part in PARTS:
             found = getattr(versions, part)
-            # Pre-releases are compared like any other version: an environment holds one only on purpose.
+            # Pre-releases match like any other version: they are only installed on purpose.
             if found is None or not SpecifierSet(getattr(self, part)).contains(found, prereleases=True):
                 return False
         return True
@@ -103,7 +103,7 @@ class Compatibility(Document):
     """`compatibility.toml`.
 
     Raises:
-        ValueError: two cells share a name.
+        ValueError: two cells have the same name.
     """
 
     cells: tuple[Cell, ...]
@@ -111,10 +111,10 @@ class Compatibility(Document):
     def __post_init__(self) -> None:
         names = [cell.name for cell in self.cells]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"more than one cell is called {', '.join(twice)}")
+            raise ValueError(f"more than one cell is named {', '.join(twice)}")
 
     def find(self, versions: Versions) -> Cell | None:
-        """The cell of `versions`, or None if it was not measured; of several, a failed one."""
+        """Return the cell that covers `versions`, or None if there is none; a failed cell takes precedence."""
         covering = [cell for cell in self.cells if cell.covers(versions)]
         return min(covering, key=lambda cell: cell.outcome is not CellOutcome.FAILED, default=None)
 
@@ -124,30 +124,20 @@ def read_compatibility(path: Path = DATA) -> Compatibility:
     """Read the matrix.
 
     Raises:
-        DocumentError: unreadable, or not a matrix; names the place in it.
+        DocumentError: it is unreadable or invalid; names the path in it.
     """
     return read_toml(path, Compatibility)
 
 
-def find_cell(python: str, torch: str, coremltools: str, numpy: str) -> Cell | None:
-    """The measured cell of these versions, or None; of several, a failed one.
-
-    Raises:
-        ValueError: a version is not one in the sense of PEP 440.
-    """
-    versions = Versions(python=python, torch=torch, coremltools=coremltools, numpy=numpy)
-    return read_compatibility().find(versions)
-
-
 def running_versions() -> Versions:
-    """The versions of this process, from package metadata: nothing is imported."""
-    # Not `platform.python_version()`: a development build ends in '+', which PEP 440 does not admit.
+    """Return the versions of this process from package metadata, without importing the packages."""
+    # Not `platform.python_version()`: that of a development build ends in '+', which is not valid in PEP 440.
     python = "{}.{}.{}".format(*sys.version_info[:3])
     return msgspec.convert({"python": python, **installed_versions(sys.path)}, Versions)
 
 
 def installed_versions(path: list[str]) -> dict[str, str | None]:
-    """Versions of the cell's packages that are installed in the folders of `path`; None for an absent one."""
+    """Return the versions of a cell's packages that are installed in the directories of `path`; None if absent."""
     found: dict[str, str | None] = {}
     for part in PARTS[1:]:
         holders = metadata.distributions(name=part, path=path)

@@ -1,7 +1,7 @@
-"""Finding real interpreters: a name on PATH is a promise, a Python that runs is a fact.
+"""Find interpreters that run.
 
-A pyenv shim exists for every version that pyenv knows and fails for those that are not selected; `uv venv`
-dies on it and nox skips the session. So a candidate counts only if it runs and reports the version.
+pyenv has a shim for every version that it has installed, and a shim fails for versions that are not selected. With
+such a shim on PATH, `uv venv` fails and nox skips the session. A candidate is therefore run before it is used.
 """
 
 from __future__ import annotations
@@ -23,28 +23,27 @@ _HOMEBREW = ("/opt/homebrew", "/usr/local", "/home/linuxbrew/.linuxbrew")
 
 
 def find_interpreter(version: str, environ: Mapping[str, str] | None = None) -> Path | None:
-    """The first interpreter of `version` (such as `3.13`) that runs, or None.
+    """Return the first interpreter of `version` that runs, or None.
 
-    Looks on PATH, then in pyenv, Homebrew and what uv installed, and last at shims on PATH, which are slow
-    and often fail; where PATH has shims, pyenv's own folders take their place. Costs one start of a Python,
-    about 10 ms, when the first candidate is good.
+    The order is PATH, pyenv, Homebrew, uv's own interpreters, and last the shims on PATH, which are slow and often
+    fail. If PATH contains shims, pyenv's directories come in their position.
 
     Args:
-        version: major and minor.
-        environ: this process's environment, unless given (PATH, HOME, PYENV_ROOT, HOMEBREW_PREFIX,
-            UV_PYTHON_INSTALL_DIR and XDG_DATA_HOME are read).
+        version: major and minor, such as `3.13`.
+        environ: by default that of this process (PATH, HOME, PYENV_ROOT, HOMEBREW_PREFIX, UV_PYTHON_INSTALL_DIR and
+            XDG_DATA_HOME are read).
     """
     wanted = Version(version)
     for candidate in candidates(version, environ):
         found = probe_version(candidate)
         if found is not None and found.release[:2] == wanted.release[:2]:
             return candidate
-        log.debug("passed over %s: it %s", candidate, f"is Python {found}" if found else "does not run")
+        log.debug("skipped %s: it %s", candidate, f"is Python {found}" if found else "does not run")
     return None
 
 
 def candidates(version: str, environ: Mapping[str, str] | None = None) -> Iterator[Path]:
-    """Every executable file that claims to be Python `version`, the likeliest first; none was run."""
+    """Yield every executable file named `python<version>`, in the order of :func:`find_interpreter`."""
     environ = os.environ if environ is None else environ
     pyenv = _pyenv_folders(version, environ)
     real: list[Path] = []
@@ -62,9 +61,9 @@ def candidates(version: str, environ: Mapping[str, str] | None = None) -> Iterat
 
 
 def interpreter_directories(versions: Iterable[str], environ: Mapping[str, str] | None = None) -> list[Path]:
-    """The folders to put in front of PATH so that `python<version>` is a Python that runs.
+    """Return the directories to prepend to PATH so that each `python<version>` runs.
 
-    A version whose first name on PATH is good already, or that is nowhere, adds nothing.
+    None is needed for a version whose first candidate on PATH runs, or that is not found.
     """
     environ = os.environ if environ is None else environ
     folders: list[Path] = []
@@ -76,9 +75,9 @@ def interpreter_directories(versions: Iterable[str], environ: Mapping[str, str] 
 
 
 def probe_version(candidate: Path) -> Version | None:
-    """The version that `candidate` reports when it is run; None if it fails, or says something else."""
+    """Return the version that `candidate` reports, or None if it fails or reports something else."""
     try:
-        # `--version` ends before the interpreter is set up: 3 ms where `-c` takes 10.
+        # `--version` exits before the interpreter is initialised: 3 ms instead of 10 with `-c`.
         ran = subprocess.run(
             [candidate, "--version"], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=False
         )
@@ -116,7 +115,7 @@ def _pyenv_folders(version: str, environ: Mapping[str, str]) -> list[Path]:
 
 
 def _other_folders(version: str, environ: Mapping[str, str]) -> list[Path]:
-    """The `bin` folders of `version` in Homebrew, and of what uv installed."""
+    """Return the `bin` directories of `version` in Homebrew and of uv's own interpreters."""
     prefix = environ.get("HOMEBREW_PREFIX")
     homebrew = [Path(root) / "opt" / f"python@{version}" / "bin" for root in ([prefix] if prefix else _HOMEBREW)]
     data = Path(environ.get("XDG_DATA_HOME") or _home(environ) / ".local" / "share")
@@ -125,7 +124,7 @@ def _other_folders(version: str, environ: Mapping[str, str]) -> list[Path]:
 
 
 def _newest_first(folder: Path, name: str) -> list[Path]:
-    """The `bin` folders of the versions in `folder` whose names match; group 1 of `name` is the patch release."""
+    """Return the `bin` directories of the versions in `folder` that match; `name` captures the patch number."""
     if not folder.is_dir():
         return []
     matches = [(re.fullmatch(name, entry.name), entry) for entry in folder.iterdir()]

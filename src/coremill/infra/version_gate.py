@@ -1,13 +1,10 @@
-"""The version gate: export and conversion run only where they can work.
+"""The version gate: export and conversion run only with versions that can work.
 
-Three answers, by what is known of the running versions:
-
-- Python outside 3.10 and 3.11, or a cell of the compatibility matrix that was measured to fail: an error.
-  `--toy` admits Python 3.13 as well, for a checkpoint of a toy's model type and for no other.
-- A cell that was measured to work: nothing to say.
-- An unmeasured cell: a logged warning. It is not an error, because most combinations are unmeasured and good,
-  and because nothing slips through: verification runs the package whatever made it, and the gate "No
-  compatibility warnings" cites a measured pass or does not pass.
+- Python other than 3.10 and 3.11, or a cell of the compatibility matrix that was measured to fail, is an error.
+  `--toy` also allows Python 3.13, for a checkpoint whose model type is a toy.
+- A cell that was measured to work passes.
+- An unmeasured cell passes with a logged warning. Most such combinations work, and verification detects the others:
+  it runs every package, and the gate "No compatibility warnings" passes only with a measured cell.
 """
 
 from __future__ import annotations
@@ -32,29 +29,29 @@ log = logging.getLogger(__name__)
 
 EXPORT_PYTHON = SpecifierSet(">=3.10,<3.12")
 TOY_PYTHON = SpecifierSet(">=3.13,<3.14")
-"""Admitted besides, by `--toy`."""
+"""Also allowed with `--toy`."""
 
-_IN_THE_RIGHT_PYTHON = "nox -s pipeline, which takes Python 3.11; coremill doctor tells where it looks for it"
+_IN_THE_RIGHT_PYTHON = "nox -s pipeline, which uses Python 3.11; coremill doctor shows where it searches for it"
 
 
 def check_export_versions(*, toy: bool, model_type: str, versions: Versions | None = None) -> None:
-    """Refuse to export or convert where it cannot work; warn where nobody has measured whether it does.
+    """Check that export and conversion can run with these versions; log a warning if they were not measured.
 
     Args:
-        toy: `--toy` was given.
+        toy: whether `--toy` was given.
         model_type: of the checkpoint or the contract.
-        versions: those of this process, unless given.
+        versions: by default those of this process.
 
     Raises:
-        ToyRefusedError: `toy`, and `model_type` is not a toy's; in any Python.
-        VersionGateError: a Python in which export and conversion do not run, or a cell measured to fail.
-        MachineError: torch is not installed here.
+        ToyRefusedError: `toy`, and `model_type` is not a toy.
+        VersionGateError: the Python version is not supported, or the cell was measured to fail.
+        MachineError: torch is not installed.
     """
     versions = versions or running_versions()
     if toy and model_type not in TOY_MODEL_TYPES:
         raise ToyRefusedError(
             f"--toy with a checkpoint of model type {model_type!r}",
-            expected=f"a toy ({', '.join(sorted(TOY_MODEL_TYPES))}), or no --toy",
+            expected=f"a toy ({', '.join(sorted(TOY_MODEL_TYPES))})",
             run="the same command without --toy, in Python 3.11",
         )
     check_python(toy=toy, versions=versions)
@@ -62,33 +59,33 @@ def check_export_versions(*, toy: bool, model_type: str, versions: Versions | No
 
 
 def check_python(*, toy: bool, versions: Versions | None = None) -> None:
-    """Refuse a Python in which export and conversion do not run; needs no checkpoint, so it can come first.
+    """Check that export and conversion support the Python version; this needs no checkpoint.
 
     Raises:
-        VersionGateError: not Python 3.10 or 3.11 (nor 3.13 with `toy`).
+        VersionGateError: it is not 3.10 or 3.11 (or 3.13 with `toy`).
     """
     versions = versions or running_versions()
     if EXPORT_PYTHON.contains(versions.python, prereleases=True):
         return
     if TOY_PYTHON.contains(versions.python, prereleases=True):
         if toy:
-            log.warning("--toy: exporting in Python %s, which is not measured", versions.python)
+            log.warning("--toy: exporting with Python %s, which was not measured", versions.python)
             return
-        expected = "Python 3.10 or 3.11; --toy admits 3.13 for a toy"
+        expected = "Python 3.10 or 3.11; --toy allows 3.13 for a toy"
     else:
         expected = "Python 3.10 or 3.11"
     raise VersionGateError(
-        f"Python {versions.python} ({sys.executable}) does not run export and conversion",
+        f"export and conversion do not support Python {versions.python} ({sys.executable})",
         expected=expected,
         run=_IN_THE_RIGHT_PYTHON,
     )
 
 
 def check_installed(*packages: str) -> None:
-    """Refuse an environment that lacks one of `packages`; nothing is imported.
+    """Check that `packages` are installed, without importing them.
 
     Raises:
-        MachineError: names those that are missing.
+        MachineError: some are missing; names them.
     """
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
@@ -118,13 +115,13 @@ def _check_packages(versions: Versions) -> None:
 
 
 def _passing(versions: Versions) -> str:
-    """Cells that work, those of the torch at hand first."""
+    """Describe the cells that work: those with the installed torch, or else all."""
     cells = [cell for cell in read_compatibility().cells if cell.outcome is CellOutcome.PASSED]
     same = [cell for cell in cells if SpecifierSet(cell.torch).contains(versions.torch or "", prereleases=True)]
     return "a cell that was measured to work: " + "; ".join(str(cell) for cell in same or cells)
 
 
 def cite_cell(versions: Versions) -> Cell | None:
-    """The measured pass of this very cell, for a gate to cite; None if it was not measured or failed."""
+    """Return the cell of `versions` if it was measured to work, otherwise None."""
     cell = read_compatibility().find(versions)
     return cell if cell is not None and cell.outcome is CellOutcome.PASSED else None

@@ -1,1 +1,1 @@
-"""The stage table, freshness, locking and atomic publishing; nox owns environments and order."""
+"""The stage tables, freshness, locks and atomic stage runs; nox owns environments and order."""

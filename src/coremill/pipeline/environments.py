@@ -1,6 +1,6 @@
-"""The environments of the build: one a lock, each with its interpreter pinned.
+"""The environments of the build: each has its lock and its Python version.
 
-Nox makes and fills them (`noxfile.py`); this module says what they are and reads what is there.
+This module defines them and finds those that are installed; nox creates them (`noxfile.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 PRIMARY_LANE = "2.9.1"
 LANES = ("2.9.1", "2.8.0")
-"""Torch versions in which export, conversion and verification run; the primary one first."""
+"""The torch versions that export, conversion and verification run with; the primary one first."""
 
 TRAIN_PYTHON = "3.13"
 CONVERT_PYTHON = "3.11"
@@ -29,14 +29,14 @@ STAMP = "coremill-environment.json"
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """An environment as it should be: `requirements/<name>.txt` installed under Python `python`."""
+    """A required environment: `requirements/<name>.txt` installed under Python `python`."""
 
     name: str
     python: str
 
     @property
     def session(self) -> str:
-        """The nox session that makes it."""
+        """The nox session that creates it."""
         return f"env-{self.name}"
 
     def lock(self, root: Path) -> Path:
@@ -52,21 +52,21 @@ TEST = (
 )
 LINT = Environment("lint", CONVERT_PYTHON)
 BUILD_ENVIRONMENTS = (TRAIN, *CONVERT.values())
-"""Those that a stage of the build runs in."""
+"""The environments that stages run in."""
 ENVIRONMENTS = (*BUILD_ENVIRONMENTS, *TEST, LINT)
 
 
 class Stamp(Document):
-    """Written into an environment once it is whole: which one it is, and the lock that it was filled from."""
+    """Written into an environment once it is complete: its name, and the lock that it was installed from."""
 
     environment: str
     lock_digest: str
     checkout: str
-    """Where coremill itself was installed from: a copied checkout must not run the sources of the first one."""
+    """The checkout that coremill was installed from: a copy of it must not run the original's sources."""
 
 
 class Toolset(msgspec.Struct, frozen=True):
-    """An environment as it is."""
+    """An installed environment."""
 
     folder: Path
     interpreter: str
@@ -79,17 +79,17 @@ class Toolset(msgspec.Struct, frozen=True):
 
 
 def installed(root: Path) -> dict[str, Toolset]:
-    """The environments that are in place under `.nox`, by name.
+    """Return the environments that are installed under `.nox`, by name.
 
-    They are found by their stamps, because nox shortens a folder's name where the path grows long. One
-    whose filling was cut short has no stamp, and is not here.
+    They are found by their stamps, because nox shortens long directory names. An environment whose installation was
+    interrupted has no stamp.
     """
     found = {}
     for path in sorted((root / ".nox").glob(f"*/{STAMP}")):
         try:
             stamp = read_json(path, Stamp, error=MachineError)
         except (MachineError, SchemaVersionError) as error:
-            # Another version's stamp, or half of one: not in place, so that it is filled anew.
+            # Truncated, or of another version: treated as not installed, so that nox installs it again.
             log.info("%s", error.found)
             continue
         if stamp.checkout == str(root.resolve()) and (path.parent / "bin" / "python").exists():
@@ -98,7 +98,7 @@ def installed(root: Path) -> dict[str, Toolset]:
 
 
 def is_current(root: Path, environment: Environment, folder: Path) -> bool:
-    """Whether the environment in `folder` was filled from the lock as it is now."""
+    """Return whether the environment in `folder` was installed from the current lock."""
     toolset = installed(root).get(environment.name)
     return (
         toolset is not None
@@ -114,7 +114,7 @@ def write_stamp(root: Path, environment: Environment, folder: Path) -> None:
 
 
 def running(root: Path, environment: Environment) -> Toolset:
-    """The toolset of this very process, which must be `environment`, filled from the lock as it is now.
+    """Return the toolset of this process, which must be `environment`, installed from the current lock.
 
     Raises:
         MachineError: this process runs in another environment, or in an outdated one.
@@ -129,20 +129,20 @@ def running(root: Path, environment: Environment) -> Toolset:
         )
     if toolset.lock_digest != file_digest(environment.lock(root)):
         raise MachineError(
-            f"the environment {environment.name!r} was filled from another lock",
-            expected=f"requirements/{environment.name}.txt as it is now",
+            f"the environment {environment.name!r} was installed from another lock",
+            expected=f"the current requirements/{environment.name}.txt",
             run=run,
         )
     return toolset
 
 
 def _version(folder: Path) -> str:
-    """The interpreter's version, from pyvenv.cfg: reading a file costs less than starting a Python."""
+    """Return the interpreter's version from pyvenv.cfg, which is faster than starting it."""
     lines = (line.partition("=") for line in (folder / "pyvenv.cfg").read_text().splitlines())
     keys = {key.strip(): value.strip() for key, _, value in lines}
     version = keys.get("version_info") or keys.get("version")
     if version is None:
-        raise MachineError(f"{folder / 'pyvenv.cfg'} names no version", run=f"rm -r {folder}")
-    # `version_info` may carry a release level behind the numbers: 3.13.0.final.0
+        raise MachineError(f"{folder / 'pyvenv.cfg'} contains no version", run=f"rm -r {folder}")
+    # `version_info` may end in a release level: 3.13.0.final.0
     numbers = [part for part in version.split(".") if part.isdigit()][:3]
     return str(Version(".".join(numbers)))

@@ -1,10 +1,9 @@
-"""Whether a stage is fresh, and if not, why: digests decide, not modification times."""
+"""Whether a stage is fresh, and the reasons if it is not. Digests decide, not modification times."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -13,13 +12,14 @@ from coremill.core.digest import digest, value_digest
 from coremill.core.errors import CoremillError
 from coremill.core.layout import MANIFEST, RunLayout
 from coremill.core.manifest import Fingerprint, StageManifest, read_manifest
+from coremill.core.plain import Plain
 from coremill.pipeline.environments import Toolset
 from coremill.pipeline.sources import source_digest
 from coremill.pipeline.stages import Stage, find_stage, stage_folder
 
 
 class Freshness(msgspec.Struct, frozen=True):
-    """The state of one stage; fresh when there is no reason to run it."""
+    """The state of one stage; it is fresh if there is no reason to run it."""
 
     stage: str
     lane: str | None
@@ -31,7 +31,7 @@ class Freshness(msgspec.Struct, frozen=True):
 
 
 def input_digests(layout: RunLayout, stage: Stage, lane: str | None, stages: Sequence[Stage]) -> dict[str, str]:
-    """What the producers' manifests say of their outputs, by `<stage>/<file>`.
+    """Return the digests of the producers' outputs from their manifests, by `<stage>/<file>`.
 
     Raises:
         StageError: a producer has not run.
@@ -49,7 +49,7 @@ def input_digests(layout: RunLayout, stage: Stage, lane: str | None, stages: Seq
 
 
 def fingerprint(stage: Stage, config: RunConfig, toolset: Toolset, inputs: dict[str, str]) -> Fingerprint:
-    """What the stage would run with, if it ran now."""
+    """Return the fingerprint that the stage would record if it ran now."""
     return Fingerprint(
         definition=value_digest([stage.name, stage.module, stage.reads, stage.needs, stage.per_lane]),
         config=value_digest(stage.config_slice(config)),
@@ -57,7 +57,7 @@ def fingerprint(stage: Stage, config: RunConfig, toolset: Toolset, inputs: dict[
         lock=toolset.lock_digest,
         interpreter=toolset.interpreter,
         inputs=inputs,
-        # One that is not there is for the stage to complain of, which knows what it should have been.
+        # The stage itself reports a missing file: it knows what is expected.
         files={str(path): digest(path) if path.exists() else "missing" for path in stage.files(config)},
     )
 
@@ -70,11 +70,11 @@ def freshness(
     lane: str | None,
     stages: Sequence[Stage],
 ) -> Freshness:
-    """Compare what the stage's manifest recorded with what holds now.
+    """Compare the stage's manifest with the current fingerprint and outputs.
 
     Args:
-        toolset: None means that there is no environment.
-        stages: those of the run, among which the producers are found.
+        toolset: None if the environment is not installed.
+        stages: those of the run, including the producers.
     """
     lane = lane if stage.per_lane else None
     folder = stage_folder(layout, stage, lane)
@@ -95,7 +95,7 @@ def freshness(
     return Freshness(stage.name, lane, tuple(reasons))
 
 
-def _differences(manifest: StageManifest, now: Fingerprint, config: dict[str, Any]) -> list[str]:
+def _differences(manifest: StageManifest, now: Fingerprint, config: dict[str, Plain]) -> list[str]:
     then = manifest.fingerprint
     reasons = []
     if then.definition != now.definition:
@@ -114,15 +114,15 @@ def _differences(manifest: StageManifest, now: Fingerprint, config: dict[str, An
     return reasons
 
 
-def _config_changes(then: Any, now: Any, path: str = "") -> list[str]:
-    """Each knob that differs, as `training.epochs 3 → 4`."""
+def _config_changes(then: Plain, now: Plain, path: str = "") -> list[str]:
+    """Return each setting that differs, as `training.epochs 3 → 4`."""
     if isinstance(then, dict) and isinstance(now, dict):
         return [
             change
             for key in sorted(then.keys() | now.keys())
             for change in _config_changes(then.get(key), now.get(key), f"{path}.{key}".lstrip("."))
         ]
-    # The manifest has been through JSON, where a tuple comes back as a list.
+    # The manifest was read from JSON, where tuples become lists.
     return [] if msgspec.json.encode(then) == msgspec.json.encode(now) else [f"{path} {then} → {now}"]
 
 

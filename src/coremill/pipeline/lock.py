@@ -1,7 +1,7 @@
-"""The locks of a run: one build at a time, and one stage writing at a time; the second is told who is first.
+"""The locks of a run: one build at a time, and one writing stage at a time.
 
-Two locks, because a build and its stages are processes of their own: a stage may outlive a build that was killed,
-and as long as it writes no other build may begin.
+There are two locks because each stage is a process of its own. It can outlive a build that was killed, and no other
+build may start while it writes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from coremill.core.errors import RunLockedError
 from coremill.core.layout import RunLayout
 
 TOKEN_VARIABLE = "COREMILL_RUN_LOCK"
-"""Set for the stages of a build, so that they know the run is held for them."""
+"""Set for the stages of a build, which share its lock."""
 
 
 class Holder(Record):
-    """Who holds a lock; written into its file for those who are refused."""
+    """The holder of a lock; recorded in its file for the error message of other processes."""
 
     pid: int
     since: str
@@ -32,7 +32,7 @@ class Holder(Record):
 
 
 class _FileLock:
-    """An exclusive lock on a file, released by the kernel when the process ends, however it ends.
+    """An exclusive lock on a file. The kernel releases it when the process ends, even if it is killed.
 
     Raises:
         RunLockedError: another process holds it.
@@ -69,10 +69,10 @@ class WriterLock(_FileLock):
 
 
 class RunLock(_FileLock):
-    """Held by a build of the run for its whole time.
+    """Held by a build of the run from start to end.
 
-    A process with the build's token in :data:`TOKEN_VARIABLE` is a part of that build, and shares the lock. Whoever
-    takes it anew makes sure that no stage of an earlier, killed build is still writing.
+    A process with the build's token in :data:`TOKEN_VARIABLE` is part of that build and shares the lock. Other
+    processes also check that no stage of an earlier, killed build is still writing.
     """
 
     def __init__(self, layout: RunLayout) -> None:
@@ -89,7 +89,7 @@ class RunLock(_FileLock):
 
 
 def _open_current(path: Path) -> int:
-    """An open, locked file that is the one at `path` now: it may have been removed while we took the lock."""
+    """Return a locked descriptor of the file at `path`; if it is removed while it is being locked, try again."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -97,11 +97,11 @@ def _open_current(path: Path) -> int:
         except BlockingIOError:
             holder = _read_holder(file)
             os.close(file)
-            who = f"process {holder.pid}, since {holder.since}" if holder else "another process"
+            by = f"process {holder.pid}, since {holder.since}" if holder else "another process"
             raise RunLockedError(
-                f"{path} is held by {who}: it is building the same run",
+                f"{path} is held by {by}, which is building the same run",
                 expected="one build of a run at a time",
-                run="the same command again once that build has ended",
+                run="the same command again after that build ends",
             ) from None
         if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
             return file
@@ -109,7 +109,7 @@ def _open_current(path: Path) -> int:
 
 
 def _holder_of(path: Path) -> str | None:
-    """The token of whoever holds the lock at `path`; None if no process does."""
+    """Return the token of the holder of the lock at `path`; None if it is free."""
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -120,12 +120,12 @@ def _holder_of(path: Path) -> str | None:
         holder = _read_holder(file)
         return holder.token if holder is not None else None
     else:
-        return None  # Free: what stands in the file is of a process that was killed.
+        return None  # it is free, and any content is that of a killed process
     finally:
         os.close(file)
 
 
 def _read_holder(file: int) -> Holder | None:
-    """The holder, or None in the moment between its taking the lock and its writing its name."""
+    """Return the holder; None if it has taken the lock and not yet written the file."""
     data = os.pread(file, 4096, 0)
     return msgspec.json.decode(data, type=Holder) if data else None

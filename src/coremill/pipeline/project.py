@@ -1,4 +1,4 @@
-"""What the commands of the build share: the project's root, and the options that choose a run."""
+"""The project's root, and the options of all build commands that choose a run."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ DEFAULT_BUILD = Path("build")
 
 
 def project_root() -> Path:
-    """The checkout that the working directory lies in: the nearest folder with a noxfile and requirements."""
+    """Return the checkout of the working directory: the nearest directory with a noxfile and requirements.
+
+    Raises:
+        MachineError: there is none.
+    """
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "noxfile.py").is_file() and (folder / "requirements").is_dir():
             return folder
     raise MachineError(
-        f"{here} is not in a coremill checkout", expected="a folder with noxfile.py and requirements/", run="cd …"
+        f"{here} is not in a coremill checkout",
+        expected="a directory with noxfile.py and requirements/",
+        run="cd …",
     )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """`--config` and `--build-dir`, which say the same for every command of the build."""
+    """Add `--config` and `--build-dir`."""
     parser.add_argument(
         "--config", type=Path, default=DEFAULT_CONFIG, help="the run's configuration (default: %(default)s)"
     )
@@ -35,10 +41,17 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_run(options: argparse.Namespace) -> tuple[RunConfig, RunLayout]:
-    """The configuration and the layout that the options of :func:`add_run_options` name."""
+    """Return the configuration and the layout that the options of :func:`add_run_options` choose.
+
+    Raises:
+        ConfigError: the configuration is invalid.
+        OutputError: the build directory is a file.
+    """
     config = read_config(options.config)
     if options.build_dir.exists() and not options.build_dir.is_dir():
         raise OutputError(
-            f"--build-dir {options.build_dir} is a file", expected="a folder, or nothing", run="ls -ld build"
+            f"--build-dir {options.build_dir} is a file",
+            expected="a directory, or a new path",
+            run=f"ls -ld {options.build_dir}",
         )
     return config, RunLayout(build=options.build_dir.resolve(), run=config.name)

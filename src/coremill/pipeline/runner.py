@@ -1,4 +1,4 @@
-"""Running one stage, in its own interpreter: check the inputs, do the work, publish, record."""
+"""Run one stage in this interpreter: check its inputs, run it, publish its outputs with a manifest."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def run_stage(
     stages: Sequence[Stage],
     force: bool = False,
 ) -> StageManifest:
-    """Run `stage`, one of the run's `stages`, unless it is fresh, and publish its folder with a manifest.
+    """Run `stage`, one of the run's `stages`, unless it is fresh, and publish its directory with a manifest.
 
     Raises:
-        RunLockedError: another build of this run is at work.
+        RunLockedError: another process is building this run.
         StageError: a stage that this one needs has not run.
-        DigestError: an input is not what its producer made.
+        DigestError: an input differs from what its producer recorded.
     """
     lane = lane if stage.per_lane else None
     folder = stage_folder(layout, stage, lane)
@@ -55,19 +55,19 @@ def run_stage(
         producers = {need: stage_folder(layout, find_stage(need, stages), lane) for need in stage.needs}
         for producer in producers.values():
             check_outputs(producer, read_manifest(producer))
-        # Taken before the work: what changes while the stage runs leaves it stale.
+        # Before the work, so that a change while the stage runs leaves it stale.
         before = fingerprint(stage, config, toolset, input_digests(layout, stage, lane, stages))
         with publishing(folder) as fresh:
             context = StageContext(config=config, lane=lane, inputs=producers, out=fresh)
             manifest = _work(stage, context, before, layout)
-        # It would go on saying what is no longer so.
+        # The report of the previous state is no longer valid.
         shutil.rmtree(layout.stage(REPORT), ignore_errors=True)
     log.info("%s: published %s", stage.name, _relative(folder))
     return manifest
 
 
 def _work(stage: Stage, context: StageContext[RunConfig], before: Fingerprint, layout: RunLayout) -> StageManifest:
-    """Do the stage's work in `context.out`; what a failing stage leaves is kept beside its folder."""
+    """Run the stage in `context.out`; if it fails, move its files to `<stage>.failed/`."""
     failed = layout.failed_stage(stage.name, context.lane)
     started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     start = time.perf_counter()
@@ -100,7 +100,7 @@ def _work(stage: Stage, context: StageContext[RunConfig], before: Fingerprint, l
         shutil.rmtree(failed, ignore_errors=True)
         context.out.rename(failed)
         shutil.rmtree(layout.stage(REPORT), ignore_errors=True)
-        log.error("%s: failed; what it left is in %s", stage.name, _relative(failed))
+        log.error("%s: failed; its files are in %s", stage.name, _relative(failed))
         raise
     manifest = record("succeeded", figures)
     shutil.rmtree(failed, ignore_errors=True)
@@ -114,7 +114,7 @@ def _relative(path: Path) -> Path:
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("stage", __doc__, example="export --torch 2.9.1")
     parser.add_argument("name", choices=[stage.name for stage in EVERY_STAGE], help="the stage")
-    parser.add_argument("--torch", choices=LANES, help="the lane, for a stage that runs once a lane")
+    parser.add_argument("--torch", choices=LANES, help="the lane, for a stage that runs once per lane")
     parser.add_argument("--force", action="store_true", help="run it even if it is fresh")
     add_run_options(parser)
     options = parser.parse_args(argv)
@@ -123,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     stage = find_stage(options.name, stages)
     if stage.per_lane != (options.torch is not None):
         parser.error(
-            f"stage {stage.name} runs " + ("once a lane: give --torch" if stage.per_lane else "in no lane")
+            f"stage {stage.name} runs "
+            + ("once per lane: add --torch" if stage.per_lane else "without a lane: remove --torch")
         )
     toolset = running(project_root(), stage.environment(options.torch))
     run_stage(stage, config, layout, toolset, options.torch, stages=stages, force=options.force)

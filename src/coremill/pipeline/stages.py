@@ -1,48 +1,49 @@
-"""The stage tables, one a kind of run: what runs where, what it reads, and what it needs first."""
+"""The stage tables, one for each kind of run: each stage's module, environment, configuration and inputs."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 
 from coremill.core.config import BaseRun, DistilledRun, ImportedRun, NamesFiles, RunConfig
 from coremill.core.errors import StageError
 from coremill.core.layout import RunLayout
+from coremill.core.plain import Plain
 from coremill.core.stage import StageFunction
 from coremill.pipeline.environments import CONVERT, TRAIN, Environment
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage of the build."""
+    """A stage of the build."""
 
     name: str
     module: str
-    """Its `run_stage` does the work; its imports decide which source files count."""
+    """The module of `run_stage`; the source files of the stage are those that it uses."""
     reads: tuple[str, ...]
-    """The parts of the configuration that it reads; a change elsewhere leaves it fresh."""
+    """The parts of the configuration that it reads; changes to others leave it fresh."""
     needs: tuple[str, ...]
-    """The stages whose folders it reads."""
+    """The stages whose directories it reads."""
     per_lane: bool
     purpose: str
     records: tuple[str, ...] = ()
-    """Outputs for people, with times in them; no stage reads them, so that a difference makes nothing stale."""
+    """Outputs that no stage reads, such as logs with times; a change of them makes no stage stale."""
 
     def environment(self, lane: str | None) -> Environment:
         return TRAIN if lane is None else CONVERT[lane]
 
     def function(self) -> StageFunction:
-        """Import the stage's code; only where it is to run."""
+        """Import the stage's module, which needs the packages of its environment."""
         return cast(StageFunction, importlib.import_module(self.module).run_stage)
 
-    def config_slice(self, config: RunConfig) -> dict[str, Any]:
+    def config_slice(self, config: RunConfig) -> dict[str, Plain]:
         return {part: msgspec.to_builtins(getattr(config, part)) for part in self.reads}
 
     def files(self, config: RunConfig) -> tuple[Path, ...]:
-        """The files and folders outside the build that the parts of the configuration it reads name."""
+        """Return the files and directories outside the build that its part of the configuration names."""
         parts = [getattr(config, part) for part in self.reads]
         return tuple(path for part in parts if isinstance(part, NamesFiles) for path in part.paths)
 
@@ -57,7 +58,7 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             reads=("name", "model_type", "shapes", "export"),
             needs=model,
             per_lane=True,
-            purpose="the graph and its contract",
+            purpose="export the graph and its contract",
         ),
         Stage(
             name="convert",
@@ -65,7 +66,7 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             reads=("name", "model_type", "convert"),
             needs=("export",),
             per_lane=True,
-            purpose="the Core ML package",
+            purpose="convert the graph to a Core ML package",
             records=("conversion.log",),
         ),
         Stage(
@@ -82,7 +83,7 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             reads=("name", "model_type", "hf"),
             needs=model,
             per_lane=False,
-            purpose="the Hugging Face directory, run with transformers",
+            purpose="write the Hugging Face directory and run it with transformers",
         ),
         Stage(
             name="gguf",
@@ -90,13 +91,13 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             reads=("name", "model_type", "gguf"),
             needs=model,
             per_lane=False,
-            purpose="GGUF files and the Modelfile, run with llama.cpp",
+            purpose="write GGUF files and the Modelfile, and run them with llama.cpp",
         ),
     )
 
 
-# Each table is in the order in which its stages run. The name and the model type are read where they shape names of
-# files, and the checkpoint.
+# Each table is in the order in which its stages run. A stage reads `name` for file names, and `model_type` for the
+# checkpoint or the contract.
 DISTILLED = (
     Stage(
         name="dataset",
@@ -104,7 +105,7 @@ DISTILLED = (
         reads=("dataset",),
         needs=(),
         per_lane=False,
-        purpose="questions, the teacher's answers, the tokenizer",
+        purpose="generate questions, the teacher's answers and the tokenizer",
     ),
     Stage(
         name="training",
@@ -124,7 +125,7 @@ IMPORTED = (
         reads=("texts",),
         needs=(),
         per_lane=False,
-        purpose="real texts and chat prompts to run the model on",
+        purpose="write the texts and chat prompts that the model is run on",
     ),
     Stage(
         name="import",
@@ -132,21 +133,26 @@ IMPORTED = (
         reads=("name", "model_type", "weights"),
         needs=(),
         per_lane=False,
-        purpose="bring the model's weights and its tokenizer in",
+        purpose="import the model's weights and its tokenizer",
     ),
     *_shared_stages(ImportedRun),
 )
 _TABLES: dict[type[BaseRun], tuple[Stage, ...]] = {DistilledRun: DISTILLED, ImportedRun: IMPORTED}
 EVERY_STAGE = (*DISTILLED, *(stage for stage in IMPORTED if stage.name not in {each.name for each in DISTILLED}))
-"""Each name once, for those that ask by name and know of no run."""
+"""All stages, each once, for commands without a run."""
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
-    """The stages of a run, in the order in which they run."""
+    """Return the stages of a run, in the order in which they run."""
     return _TABLES[type(config)]
 
 
 def find_stage(name: str, stages: Sequence[Stage]) -> Stage:
+    """Return the stage of that name.
+
+    Raises:
+        StageError: there is none.
+    """
     for stage in stages:
         if stage.name == name:
             return stage
@@ -155,5 +161,5 @@ def find_stage(name: str, stages: Sequence[Stage]) -> Stage:
 
 
 def stage_folder(layout: RunLayout, stage: Stage, lane: str | None) -> Path:
-    """Where the stage publishes, given the lane that is being built."""
+    """Return the directory that the stage publishes when `lane` is built."""
     return layout.stage(stage.name, lane if stage.per_lane else None)

@@ -1,4 +1,4 @@
-"""The state of every stage of a run: fresh, or stale and why."""
+"""The state of every stage of a run: fresh, or stale with the reasons."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from coremill.pipeline.stages import stages_of
 
 
 def run_status(root: Path, config: RunConfig, layout: RunLayout, lanes: Sequence[str]) -> list[Freshness]:
-    """One entry a stage, the per-lane ones once a lane, in the order in which they run.
+    """Return one state per stage, or per stage and lane, in the order in which they run.
 
-    A stage that is unchanged itself but needs a stale one is stale: running that one may change its inputs.
+    An unchanged stage that needs a stale one is stale: running that one may change its inputs.
     """
     toolsets, stages = installed(root), stages_of(config)
     states: dict[tuple[str, str | None], Freshness] = {}

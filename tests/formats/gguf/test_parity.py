@@ -500,11 +500,11 @@ def a_figure(**options) -> ParityFigure:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"measured": 3.0}, "`kl_nats` is passed, 3.0 by 2.0 is failed"),
-        ({"measured": math.nan}, "`kl_nats` is passed, nan by 2.0 is failed"),
-        ({"at_least": True}, "`kl_nats` is passed, 1.0 by 2.0 is failed"),
-        ({"bound": None, "source": None}, "`kl_nats` is passed, 1.0 by None is reported"),
-        ({"source": None}, "`kl_nats` has the bound 2.0 from None"),
+        ({"measured": 3.0}, "`kl_nats` is passed, and 3.0 with the bound 2.0 is failed"),
+        ({"measured": math.nan}, "`kl_nats` is passed, and nan with the bound 2.0 is failed"),
+        ({"at_least": True}, "`kl_nats` is passed, and 1.0 with the bound 2.0 is failed"),
+        ({"bound": None, "source": None}, "`kl_nats` is passed, and 1.0 with the bound None is reported"),
+        ({"source": None}, "`kl_nats` has the bound 2.0 and the source None"),
     ],
 )
 def test_a_figure_does_not_contradict_its_bound(options, problem: str) -> None:
@@ -513,7 +513,7 @@ def test_a_figure_does_not_contradict_its_bound(options, problem: str) -> None:
 
 
 def test_a_report_does_not_contradict_its_figures(right: GgufParity) -> None:
-    with pytest.raises(ValueError, match=r"^`passed` is False, the figures say otherwise$"):
+    with pytest.raises(ValueError, match=r"^`passed` is False, which contradicts the figures$"):
         msgspec.structs.replace(right, passed=False)
     with pytest.raises(ValueError, match=r"^`files` is empty$"):
         msgspec.structs.replace(right, files={})

@@ -225,7 +225,7 @@ def test_equal_checkpoints_give_equal_bytes(tmp_path: Path, metadata: dict[str, 
 def test_a_folder_in_the_way(tmp_path: Path, metadata: dict[str, Any]) -> None:
     with pytest.raises(OutputError) as caught:
         write(tmp_path, of(a_student(a_config())), metadata)
-    assert caught.value.found == f"{tmp_path} is in the way"
+    assert caught.value.found == f"{tmp_path} is not a regular file"
     assert not any(tmp_path.iterdir())
 
 

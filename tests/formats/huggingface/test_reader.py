@@ -362,7 +362,7 @@ def test_an_unreadable_configuration(saved: Path, text: str | None, found: str) 
         ({"vocab_size": True}, "`vocab_size` is True"),
         ({"tie_word_embeddings": "no"}, "`tie_word_embeddings` is 'no'"),
         ({"rms_norm_eps": "small"}, "`rms_norm_eps` is 'small'"),
-        ({"num_key_value_heads": 3}, "d_model 32, n_heads 4 and n_kv_heads 3 must each divide by the next"),
+        ({"num_key_value_heads": 3}, "d_model 32, n_heads 4 and n_kv_heads 3 must each be a multiple of the next"),
         ({"num_attention_heads": 0}, "`n_heads` must be positive, found 0"),
         ({"rope_scaling": {"type": "linear"}}, "`factor` is missing"),
         ({"rope_scaling": {"type": "linear", "factor": -2}}, "`factor` must be positive, found -2.0"),

@@ -341,5 +341,5 @@ def test_equal_checkpoints_give_equal_bytes_in_the_form_of_safetensors(tmp_path:
 
 def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(OutputError, match=r"model\.safetensors is in the way"):
+    with pytest.raises(OutputError, match=r"model\.safetensors is not a regular file"):
         write_huggingface(tmp_path, a_checkpoint(a_config()), dtype="float32", tokens=TOKENS)
