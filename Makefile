@@ -10,7 +10,7 @@ TOOLS := .venv/.lock-$(shell cksum < requirements/tools.txt | tr ' ' '-')
 # Test sessions that run side by side; two need about 6 GB of memory.
 JOBS := 2
 
-.PHONY: help e2e smollm2 test matrix lint format lock bench clean distclean
+.PHONY: help tools e2e smollm2 test matrix lint format lock bench clean distclean
 
 help:
 	@echo "make e2e      the whole build, from dataset to verified package (ARGS=\"--force\" for more)"
@@ -20,8 +20,11 @@ help:
 	@echo "make lint     style, types, import contracts, workflows"
 	@echo "make format   apply the style"
 	@echo "make lock     compile the hashed locks again"
+	@echo "make tools    .venv alone, which has nox, uv and the coremill command"
 	@echo "make bench    measurements (ARGS=\"training\" or \"conversion\")"
 	@echo "make clean    remove build/; distclean removes the environments too"
+
+tools: $(TOOLS)
 
 e2e: $(TOOLS)
 	$(NOX) -s pipeline -- $(ARGS)

@@ -329,7 +329,7 @@ TESTS = {
             *(f"conversion/test_export_{name}.py" for name in ("gguf", "hf")),
         ],
     ),
-    "tests-e2e": ("tests-tools", ["e2e"]),
+    "tests-e2e": ("tests-tools", ["e2e", "packaging"]),
     "tests-light": (
         "tests-tools",
         ["core", "pipeline", "infra", "cli", "report", "test_noxfile.py", "test_architecture.py"],

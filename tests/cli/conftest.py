@@ -1,4 +1,4 @@
-"""A checkout on a machine of one's own: the repository's locks, and environments as nox leaves them."""
+"""A checkout with the repository's locks, and environments as nox creates them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REAL = Path(sys.executable).resolve()
 
 
 class Checkout:
-    """A folder with the repository's locks, to put environments into."""
+    """A directory with the repository's locks, in which tests create environments."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -27,7 +27,7 @@ class Checkout:
             shutil.copy(environment.lock(ROOT), environment.lock(root))
 
     def install(self, environment: Environment, python: str, **packages: str) -> Path:
-        """An environment as nox and uv leave it, as far as it is read: stamp, pyvenv.cfg, metadata."""
+        """Create the files of an environment that coremill reads: stamp, pyvenv.cfg, metadata."""
         folder = self.root / ".nox" / environment.name
         minor = ".".join(python.split(".")[:2])
         site = folder / "lib" / f"python{minor}" / "site-packages"
@@ -43,7 +43,7 @@ class Checkout:
         return folder
 
     def interpreter(self, version: str) -> Path:
-        """A pyenv whose Python says that it is `version`."""
+        """Create a pyenv whose Python reports `version`."""
         minor = ".".join(version.split(".")[:2])
         path = self.root / ".pyenv" / "versions" / version / "bin" / f"python{minor}"
         path.parent.mkdir(parents=True)
@@ -53,13 +53,13 @@ class Checkout:
 
     @property
     def environ(self) -> dict[str, str]:
-        """Of a machine without any interpreter but those of `interpreter`."""
+        """The environment variables of a machine with no interpreters except those of `interpreter`."""
         return {"HOME": str(self.root), "HOMEBREW_PREFIX": str(self.root / "brew"), "PATH": ""}
 
 
 @pytest.fixture
 def linux() -> Machine:
-    """One that has all that a build asks for."""
+    """A machine that has all that a build needs."""
     return Machine(
         system="Linux",
         architecture="x86_64",

@@ -1,4 +1,4 @@
-"""What is said of machines that have everything, nothing, or not quite enough."""
+"""The findings for machines that have everything, nothing or a part of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ READY, NOTE, TO_DO, BLOCKED = Standing.READY, Standing.NOTE, Standing.TO_DO, Sta
 
 @pytest.fixture
 def look(checkout, linux):
-    """Examine the checkout, on a Linux machine that has all that a build asks for, but for `changes`."""
+    """Examine the checkout, on a Linux machine that has all that a build needs, except for `changes`."""
 
     def examined(environ: dict[str, str] | None = None, **changes) -> DoctorReport:
         machine = msgspec.structs.replace(linux, **changes)
@@ -49,7 +49,7 @@ def install_all(checkout) -> None:
         checkout.install(environment, "3.11.7", torch=lane, coremltools="9.0", numpy="2.3.5")
 
 
-def test_a_machine_with_everything(checkout, look) -> None:
+def test_machine_with_everything_is_ready(checkout, look) -> None:
     install_all(checkout)
     for version in ("3.13.0", "3.11.7"):
         checkout.interpreter(version)
@@ -71,7 +71,7 @@ def test_a_machine_with_everything(checkout, look) -> None:
     )
 
 
-def test_a_fresh_machine_is_told_what_sets_it_up(checkout, look) -> None:
+def test_fresh_machine_is_to_do_with_commands(checkout, look) -> None:
     report = look()
     assert report.blockers == ()
     assert set(standings(report).values()) == {TO_DO}
@@ -79,19 +79,19 @@ def test_a_fresh_machine_is_told_what_sets_it_up(checkout, look) -> None:
         subject="python 3.11",
         standing=TO_DO,
         found="not found on PATH, in pyenv, Homebrew or uv",
-        run="make e2e, where uv downloads it; or pyenv install 3.11, or brew install python@3.11",
+        run="make e2e (uv downloads it), or pyenv install 3.11, or brew install python@3.11",
     )
     assert finding(report, "train").run == "make e2e"
     assert finding(report, "convert-torch-2.9.1").run == "make e2e"
     assert finding(report, "convert-torch-2.8.0").run == "make matrix"
     assert finding(report, "disk").found == (
-        "60.0 GB free; 3 environments to come: up to 12.0 GB, less from a warm uv cache"
+        "60.0 GB free; 3 missing environments: up to 12.0 GB, less with a warm uv cache"
     )
-    # Before anything is installed, the cell of what the lock will install.
+    # Before anything is installed, the cell of the lock.
     assert finding(report, "lane torch-2.9.1").standing is READY
 
 
-def test_only_the_stages_of_a_missing_environment_wait_for_it(checkout, look) -> None:
+def test_missing_environment_affects_its_stages_alone(checkout, look) -> None:
     install_all(checkout)
     for version in ("3.13.0", "3.11.7"):
         checkout.interpreter(version)
@@ -108,14 +108,14 @@ def test_only_the_stages_of_a_missing_environment_wait_for_it(checkout, look) ->
 @pytest.mark.parametrize(
     ("name", "value"), [("UV_OFFLINE", "1"), ("UV_PYTHON_DOWNLOADS", "never"), ("NOX_DOWNLOAD_PYTHON", "never")]
 )
-def test_an_interpreter_that_may_not_be_downloaded_blocks(checkout, look, name: str, value: str) -> None:
+def test_interpreter_whose_download_is_forbidden_blocks(checkout, look, name: str, value: str) -> None:
     checkout.interpreter("3.11.7")
     report = look({name: value})
     assert report.blockers == (
         Finding(
             subject="python 3.13",
             standing=BLOCKED,
-            found=f"not found on PATH, in pyenv, Homebrew or uv; {name}={value} keeps uv from downloading it",
+            found=f"not found on PATH, in pyenv, Homebrew or uv; {name}={value} prevents uv from downloading it",
             run="pyenv install 3.13, or brew install python@3.13",
         ),
     )
@@ -123,18 +123,18 @@ def test_an_interpreter_that_may_not_be_downloaded_blocks(checkout, look, name: 
     assert standings(report)["export 2.9.1"] is TO_DO
 
 
-def test_a_shim_that_fails_is_named(checkout, look) -> None:
+def test_shim_that_fails_is_named(checkout, look) -> None:
     shim = checkout.root / ".pyenv" / "shims" / "python3.13"
     shim.parent.mkdir(parents=True)
     shim.write_text("#!/bin/sh\nexit 127\n")
     shim.chmod(0o755)
     report = look({"PATH": str(shim.parent)})
     assert finding(report, "python 3.13").found == (
-        f"not found on PATH, in pyenv, Homebrew or uv; passed over, for they do not run as Python 3.13: {shim}"
+        f"not found on PATH, in pyenv, Homebrew or uv; ignored, because they do not run as Python 3.13: {shim}"
     )
 
 
-def test_an_interpreter_that_no_environment_waits_for_is_a_note(checkout, look) -> None:
+def test_interpreter_that_is_not_needed_is_a_note(checkout, look) -> None:
     install_all(checkout)
     report = look({"UV_OFFLINE": "1"})
     assert finding(report, "python 3.13").standing is NOTE
@@ -148,7 +148,7 @@ def test_linux_on_arm_has_no_coremltools(checkout, look) -> None:
             subject="coremltools",
             standing=BLOCKED,
             found="no wheel for Linux aarch64: no export, conversion or verification",
-            run="make e2e, on Linux x86-64 or on a Mac; here: nox -s training",
+            run="make e2e, on Linux x86-64 or a Mac; here: nox -s training",
         ),
     )
     found = standings(report)
@@ -158,18 +158,18 @@ def test_linux_on_arm_has_no_coremltools(checkout, look) -> None:
     assert found["training"] is TO_DO
 
 
-def test_a_mac_predicts_and_its_disk_is_not_judged_by_linux_figures(checkout, look) -> None:
+def test_mac_can_predict_and_its_disk_is_a_note(checkout, look) -> None:
     report = look(system="Darwin", architecture="arm64", free_bytes=9 * GB)
     assert report.blockers == ()
     assert finding(report, "Core ML").found == "can predict here"
     assert finding(report, "disk") == Finding(
         subject="disk",
         standing=NOTE,
-        found="9.0 GB free; what the 3 environments to come need was not measured on this platform",
+        found="9.0 GB free; the size of the 3 missing environments was not measured on this platform",
     )
 
 
-def test_another_system_is_refused(checkout, look) -> None:
+def test_other_system_blocks_every_stage(checkout, look) -> None:
     report = look(system="Windows", architecture="AMD64")
     assert [each.subject for each in report.blockers] == ["system"]
     assert set(standings(report).values()) == {BLOCKED}
@@ -179,7 +179,7 @@ def test_another_system_is_refused(checkout, look) -> None:
     ("missing", "free_gb", "standing"),
     [(3, 11.9, BLOCKED), (3, 12.1, READY), (1, 6.7, BLOCKED), (1, 6.9, READY), (0, 0.1, READY)],
 )
-def test_disk_space_is_counted_for_the_environments_to_come(
+def test_disk_space_is_checked_for_the_missing_environments(
     checkout, look, missing: int, free_gb: float, standing: Standing
 ) -> None:
     for environment in (*CONVERT.values(), TRAIN)[missing:]:
@@ -188,36 +188,36 @@ def test_disk_space_is_counted_for_the_environments_to_come(
     assert finding(report, "disk").standing is standing
     found = standings(report)
     assert found["verify 2.9.1"] is (BLOCKED if standing is BLOCKED else TO_DO)
-    # A stage whose environment is there already does not wait for space.
+    # A stage whose environment exists needs no space.
     assert found["training"] is (
         BLOCKED if standing is BLOCKED and missing == 3 else TO_DO if missing == 3 else READY
     )
 
 
-def test_an_outdated_environment(checkout, look) -> None:
+def test_outdated_environment_is_to_do(checkout, look) -> None:
     install_all(checkout)
     lock = CONVERT["2.9.1"].lock(checkout.root)
     lock.write_text(lock.read_text() + "# changed\n")
     found = finding(look(), "convert-torch-2.9.1")
     assert (found.standing, found.run) == (TO_DO, "make e2e")
-    assert found.found.endswith("; filled from another lock than convert-torch-2.9.1.txt is now")
+    assert found.found.endswith("; installed from an older convert-torch-2.9.1.txt")
 
 
-def test_an_environment_of_another_python(checkout, look) -> None:
+def test_environment_with_another_python_is_to_do(checkout, look) -> None:
     checkout.install(CONVERT["2.9.1"], "3.1.7", torch="2.9.1", coremltools="9.0", numpy="2.3.5")
     found = finding(look(), "convert-torch-2.9.1")
     assert (found.standing, found.run) == (TO_DO, "make e2e")
-    assert found.found.endswith("; made with another Python than 3.11")
+    assert found.found.endswith("; its Python is not 3.11")
 
 
-def test_an_environment_changed_by_hand_to_a_cell_that_fails(checkout, look) -> None:
+def test_environment_changed_to_a_failing_cell_is_to_do(checkout, look) -> None:
     folder = checkout.install(CONVERT["2.9.1"], "3.11.7", torch="2.9.1", coremltools="9.0", numpy="2.4.6")
     report = look()
     assert finding(report, "convert-torch-2.9.1") == Finding(
         subject="convert-torch-2.9.1",
         standing=TO_DO,
-        found="Python 3.11.7, torch 2.9.1, coremltools 9.0, numpy 2.4.6; its lock says torch 2.9.1, "
-        "coremltools 9.0, numpy 2.3.5, so it was changed by hand",
+        found="Python 3.11.7, torch 2.9.1, coremltools 9.0, numpy 2.4.6; its lock has torch 2.9.1, "
+        "coremltools 9.0, numpy 2.3.5: it was changed by hand",
         run=f"rm -r {folder}, then make e2e",
     )
     lane = finding(report, "lane torch-2.9.1")
@@ -225,18 +225,18 @@ def test_an_environment_changed_by_hand_to_a_cell_that_fails(checkout, look) -> 
     assert "measured to fail as cell numpy-2.4" in lane.found
 
 
-def test_a_lock_of_a_cell_that_fails_blocks(checkout, look) -> None:
+def test_lock_of_a_failing_cell_blocks(checkout, look) -> None:
     lock = CONVERT["2.9.1"].lock(checkout.root)
     lock.write_text(lock.read_text().replace("numpy==2.3.5", "numpy==2.4.6"))
     report = look()
     lane = finding(report, "lane torch-2.9.1")
     assert lane.standing is BLOCKED
-    assert lane.run == "nox -s lock, after mending requirements/convert-torch-2.9.1.in; then make e2e"
+    assert lane.run == "nox -s lock, after correcting requirements/convert-torch-2.9.1.in; then make e2e"
     assert standings(report)["verify 2.9.1"] is BLOCKED
     assert standings(report)["verify 2.8.0"] is TO_DO
 
 
-def test_a_lock_of_an_unmeasured_cell_is_a_note(checkout, look) -> None:
+def test_lock_of_an_unmeasured_cell_is_a_note(checkout, look) -> None:
     lock = CONVERT["2.9.1"].lock(checkout.root)
     lock.write_text(lock.read_text().replace("numpy==2.3.5", "numpy==2.3.4"))
     found = finding(look(), "lane torch-2.9.1")
@@ -244,7 +244,7 @@ def test_a_lock_of_an_unmeasured_cell_is_a_note(checkout, look) -> None:
     assert found.found.startswith("not measured: python 3.11.0, torch 2.9.1, coremltools 9.0, numpy 2.3.4")
 
 
-def test_a_lock_with_markers_is_read_for_its_python(tmp_path: Path) -> None:
+def test_locked_versions_follow_the_markers(tmp_path: Path) -> None:
     lock = tmp_path / "lock.txt"
     lock.write_text(
         "numpy==2.2.6 ; python_full_version < '3.11' \\\n    --hash=sha256:00\n"
@@ -258,7 +258,7 @@ def test_a_lock_with_markers_is_read_for_its_python(tmp_path: Path) -> None:
         locked_versions(lock, "3.11")
 
 
-def test_a_folder_without_locks_is_no_checkout(tmp_path: Path, linux) -> None:
+def test_directory_without_locks_is_rejected(tmp_path: Path, linux) -> None:
     with pytest.raises(MachineError) as failure:
         examine(tmp_path, linux, {})
     assert str(failure.value) == (
@@ -266,7 +266,7 @@ def test_a_folder_without_locks_is_no_checkout(tmp_path: Path, linux) -> None:
     )
 
 
-def test_a_lack_always_comes_with_a_command() -> None:
+def test_finding_without_a_command_is_rejected() -> None:
     for standing in (TO_DO, BLOCKED):
         with pytest.raises(ValueError, match=r"without a command to run"):
             Finding(subject="disk", standing=standing, found="none")

@@ -1,15 +1,26 @@
-"""`coremill doctor`: what this machine has and lacks for each stage, and what to run about it."""
+"""Print what this machine has and lacks for each stage, and the commands that set it up.
+
+Outside a checkout, where no stage is built, it examines the packages that are installed with this coremill.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coremill.cli.examination import DoctorReport, Finding, Standing, examine, this_machine
+from coremill.cli.examination import (
+    DoctorReport,
+    Finding,
+    Standing,
+    examine,
+    examine_installation,
+    this_machine,
+)
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.errors import MachineError
 from coremill.pipeline.project import project_root
@@ -23,7 +34,7 @@ _STYLES = {
 
 
 def render(report: DoctorReport, console: Console) -> None:
-    """Print the report; words say everything, so colour may be missing."""
+    """Print the report. It can be read without colour."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -35,10 +46,12 @@ def render(report: DoctorReport, console: Console) -> None:
         ("lanes", report.lanes),
     )
     for title, findings in sections:
-        _add_title(table, title)
+        if findings:
+            _add_title(table, title)
         for finding in findings:
             _add_finding(table, finding)
-    _add_title(table, "stages")
+    if report.stages:
+        _add_title(table, "stages")
     for row in report.stages:
         stage = row.stage if row.lane is None else f"{row.stage} torch-{row.lane}"
         table.add_row(_word(row.standing), stage, f"in {row.environment}")
@@ -56,7 +69,7 @@ def _add_finding(table: Table, finding: Finding) -> None:
     lines = Text(finding.found)
     if finding.run is not None:
         lines.append(f"\nrun: {finding.run}", style="bold")
-    table.add_row(_word(finding.standing), finding.subject, lines)
+    table.add_row(_word(finding.standing), Text(finding.subject), lines)
 
 
 def _word(standing: Standing) -> Text:
@@ -64,20 +77,25 @@ def _word(standing: Standing) -> Text:
 
 
 def verdict(report: DoctorReport) -> str:
-    """The report in one line."""
+    """Return the report in one line."""
     if report.blockers:
-        return f"this machine lacks: {', '.join(finding.subject for finding in report.blockers)}"
-    to_do = [finding for finding in report.findings if finding.standing is Standing.TO_DO]
+        blocked = ", ".join(finding.subject for finding in report.blockers)
+        return f"missing, and not available on this machine: {blocked}"
+    to_do = [finding.subject for finding in report.findings if finding.standing is Standing.TO_DO]
     if to_do:
-        return f"nothing is in the way; still to do: {', '.join(finding.subject for finding in to_do)}"
-    return "every stage can run"
+        return f"can be set up: {', '.join(to_do)}"
+    return "every stage can run" if report.stages else "every command can run"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("doctor", __doc__, example="")
     parser.parse_args(argv)
-    root = project_root()
-    report = examine(root, this_machine(root), os.environ)
+    try:
+        root = project_root()
+    except MachineError:
+        report = examine_installation(this_machine(Path.cwd()))
+    else:
+        report = examine(root, this_machine(root), os.environ)
     console = Console(highlight=False)
     render(report, console)
     if report.blockers:

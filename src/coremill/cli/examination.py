@@ -1,12 +1,13 @@
-"""Looking at a machine: what it has and lacks for each stage of a build, and what to run about it.
+"""What a machine has and lacks for each stage of a build, and the commands that set it up.
 
-Nothing is started but interpreters (to see that they run) and nothing is downloaded: packages are read from
-the environments' metadata, and whether an index can be reached is not tried.
+Only interpreters are started, to see that they run, and nothing is downloaded. Packages are read from the
+environments' metadata. Whether a package index can be reached is not tried.
 """
 
 from __future__ import annotations
 
 import enum
+import importlib.util
 import os
 import platform
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
+from coremill.cli.commands import COMMANDS
 from coremill.core.digest import file_digest
 from coremill.core.documents import Record
 from coremill.core.errors import MachineError
@@ -25,9 +27,11 @@ from coremill.infra.compatibility import (
     Versions,
     installed_versions,
     read_compatibility,
+    running_versions,
 )
 from coremill.infra.devices import cuda_device_count
 from coremill.infra.interpreters import candidates, find_interpreter, probe_version
+from coremill.infra.version_gate import EXPORT_PYTHON
 from coremill.pipeline.environments import (
     BUILD_ENVIRONMENTS,
     CONVERT,
@@ -46,8 +50,8 @@ SET_UP_ALL_LANES = "make matrix"
 
 _FIRST_ENVIRONMENT_BYTES = int(6.8 * GB)
 _NEXT_ENVIRONMENT_BYTES = int(2.6 * GB)
-# Measured on x86-64 Linux, where torch comes with CUDA: 6.5 to 6.8 GB for one, 12 GB for three, which share
-# files with uv's cache. Elsewhere torch is smaller, and was not measured.
+# Measured on x86-64 Linux, where torch includes CUDA: 6.5 to 6.8 GB for one, 12 GB for three, which share files
+# with uv's cache. Elsewhere torch is smaller, and was not measured.
 
 
 class Standing(str, enum.Enum):
@@ -55,19 +59,19 @@ class Standing(str, enum.Enum):
     NOTE = "note"
     """Worth knowing; nothing to do."""
     TO_DO = "to do"
-    """Lacking, and a command sets it up."""
+    """Missing; a command sets it up."""
     BLOCKED = "blocked"
-    """Lacking, and cannot be had here."""
+    """Missing; it cannot be set up on this machine."""
 
 
 _WORST_LAST = (Standing.READY, Standing.NOTE, Standing.TO_DO, Standing.BLOCKED)
 
 
 class Finding(Record):
-    """One thing that was looked at.
+    """The result of one check.
 
     Raises:
-        ValueError: something lacks, and there is no word on what to run.
+        ValueError: something is missing, and `run` is None.
     """
 
     subject: str
@@ -90,15 +94,15 @@ class StageReadiness(Record):
 
 
 class Machine(Record):
-    """What a build asks of a machine."""
+    """The properties of a machine that a build depends on."""
 
     system: str
-    """As `platform.system()` says: Linux, Darwin, …"""
+    """`platform.system()`: Linux, Darwin, …"""
     architecture: str
     cores: int
     memory_bytes: int
     free_bytes: int
-    """Free disk space where the checkout lies."""
+    """Free disk space in the checkout."""
     cuda_devices: int
 
 
@@ -131,12 +135,12 @@ def this_machine(root: Path) -> Machine:
 
 def _usable_cores() -> int:
     if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))  # containers and `taskset` give less than the machine has
+        return len(os.sched_getaffinity(0))  # fewer than the machine has in a container or under `taskset`
     return os.cpu_count() or 1
 
 
 def examine(root: Path, machine: Machine, environ: Mapping[str, str]) -> DoctorReport:
-    """Look at everything that a build in the checkout `root` needs.
+    """Examine everything that a build in the checkout `root` needs.
 
     Raises:
         MachineError: `root` is not a checkout, or an environment's stamp or a lock is unreadable.
@@ -157,20 +161,55 @@ def examine(root: Path, machine: Machine, environ: Mapping[str, str]) -> DoctorR
     environments = {each.name: _environment(root, each, toolsets) for each in BUILD_ENVIRONMENTS}
     lanes = {CONVERT[lane].name: _lane(root, lane, toolsets) for lane in LANES}
     system, coremltools, disk = _system(machine), _coremltools(machine), _disk(machine, len(missing))
-    bearing: dict[str, list[Finding]] = {}
+    relevant: dict[str, list[Finding]] = {}
     for environment in BUILD_ENVIRONMENTS:
         name = environment.name
-        bearing[name] = [system, environments[name]]
+        relevant[name] = [system, environments[name]]
         if environment in missing:
-            bearing[name] += [disk, interpreters[environment.python]]
+            relevant[name] += [disk, interpreters[environment.python]]
         if name in lanes:
-            bearing[name] += [coremltools, lanes[name]]
+            relevant[name] += [coremltools, lanes[name]]
     return DoctorReport(
         machine=(system, _size(machine), disk, coremltools, _prediction(machine), _cuda(machine)),
         interpreters=tuple(interpreters.values()),
         environments=tuple(environments.values()),
         lanes=tuple(lanes.values()),
-        stages=tuple(_stages({name: _worst(findings) for name, findings in bearing.items()})),
+        stages=tuple(_stages({name: _worst(findings) for name, findings in relevant.items()})),
+    )
+
+
+def examine_installation(machine: Machine) -> DoctorReport:
+    """Examine the environment that this coremill is installed in, outside any checkout: no stage is built there."""
+    versions = running_versions()
+    interpreter = Finding(
+        subject=f"python {versions.python}",
+        standing=Standing.READY if versions.python in EXPORT_PYTHON else Standing.NOTE,
+        found=sys.executable
+        + ("" if versions.python in EXPORT_PYTHON else "; export and convert need 3.10 or 3.11"),
+    )
+    installed_cell = versions.torch and versions.coremltools and versions.numpy
+    return DoctorReport(
+        machine=(_system(machine), _size(machine), _coremltools(machine), _prediction(machine), _cuda(machine)),
+        interpreters=(interpreter,),
+        environments=tuple(map(_extra, dict.fromkeys(each.extra for each in COMMANDS.values() if each.needs))),
+        lanes=(_cell("versions", versions),) if installed_cell else (),
+        stages=(),
+    )
+
+
+def _extra(extra: str) -> Finding:
+    """Whether what `pip install coremill[extra]` adds is installed here."""
+    commands = {name: each for name, each in COMMANDS.items() if each.extra == extra}
+    needs = dict.fromkeys(package for each in commands.values() for package in each.needs)
+    missing = [package for package in needs if importlib.util.find_spec(package) is None]
+    subject, found = f"coremill[{extra}]", f"for {', '.join(commands)}"
+    if not missing:
+        return Finding(subject=subject, standing=Standing.READY, found=found)
+    return Finding(
+        subject=subject,
+        standing=Standing.TO_DO,
+        found=f"{found}; not installed: {', '.join(missing)}",
+        run=f"pip install 'coremill[{extra}]'",
     )
 
 
@@ -180,11 +219,11 @@ def _worst(findings: Sequence[Finding]) -> Standing:
 
 
 def _stages(standing: Mapping[str, Standing]) -> list[StageReadiness]:
-    places = [(stage, lane) for stage in EVERY_STAGE for lane in (LANES if stage.per_lane else (None,))]
     rows = []
-    for stage, lane in places:
-        name = stage.environment(lane).name
-        rows.append(StageReadiness(stage=stage.name, lane=lane, environment=name, standing=standing[name]))
+    for stage in EVERY_STAGE:
+        for lane in LANES if stage.per_lane else (None,):
+            name = stage.environment(lane).name
+            rows.append(StageReadiness(stage=stage.name, lane=lane, environment=name, standing=standing[name]))
     return rows
 
 
@@ -210,10 +249,10 @@ def _disk(machine: Machine, missing: int) -> Finding:
     if missing == 0:
         return Finding(subject="disk", standing=Standing.READY, found=found)
     if (machine.system, machine.architecture) != ("Linux", "x86_64"):
-        found += f"; what the {missing} environments to come need was not measured on this platform"
+        found += f"; the size of the {missing} missing environments was not measured on this platform"
         return Finding(subject="disk", standing=Standing.NOTE, found=found)
     needed = _FIRST_ENVIRONMENT_BYTES + (missing - 1) * _NEXT_ENVIRONMENT_BYTES
-    found += f"; {_count(missing, 'environment')} to come: up to {needed / GB:.1f} GB, less from a warm uv cache"
+    found += f"; {_count(missing, 'missing environment')}: up to {needed / GB:.1f} GB, less with a warm uv cache"
     if machine.free_bytes >= needed:
         return Finding(subject="disk", standing=Standing.READY, found=found)
     return Finding(
@@ -227,7 +266,7 @@ def _coremltools(machine: Machine) -> Finding:
             subject="coremltools",
             standing=Standing.BLOCKED,
             found=f"no wheel for Linux {machine.architecture}: no export, conversion or verification",
-            run=f"{SET_UP}, on Linux x86-64 or on a Mac; here: nox -s training",
+            run=f"{SET_UP}, on Linux x86-64 or a Mac; here: nox -s training",
         )
     return Finding(subject="coremltools", standing=Standing.READY, found="has a wheel for this platform")
 
@@ -246,7 +285,7 @@ def _cuda(machine: Machine) -> Finding:
 
 
 def _interpreter(version: str, environ: Mapping[str, str], *, needed: bool) -> Finding:
-    """Args: needed: an environment is still to be made with it."""
+    """Args: needed: a missing environment is made with it."""
     subject = f"python {version}"
     path = find_interpreter(version, environ)
     if path is not None:
@@ -254,21 +293,21 @@ def _interpreter(version: str, environ: Mapping[str, str], *, needed: bool) -> F
     broken = [str(candidate) for candidate in candidates(version, environ)]
     found = "not found on PATH, in pyenv, Homebrew or uv"
     if broken:
-        found += f"; passed over, for they do not run as Python {version}: {', '.join(broken)}"
+        found += f"; ignored, because they do not run as Python {version}: {', '.join(broken)}"
     if not needed:
-        found += "; its environments are in place"
+        found += "; its environments exist"
         return Finding(subject=subject, standing=Standing.NOTE, found=found)
     install = f"pyenv install {version}, or brew install python@{version}"
     if forbidden := _download_forbidden(environ):
-        found += f"; {forbidden} keeps uv from downloading it"
+        found += f"; {forbidden} prevents uv from downloading it"
         return Finding(subject=subject, standing=Standing.BLOCKED, found=found, run=install)
     return Finding(
-        subject=subject, standing=Standing.TO_DO, found=found, run=f"{SET_UP}, where uv downloads it; or {install}"
+        subject=subject, standing=Standing.TO_DO, found=found, run=f"{SET_UP} (uv downloads it), or {install}"
     )
 
 
 def _download_forbidden(environ: Mapping[str, str]) -> str | None:
-    """The setting that keeps uv from downloading a Python, as `NAME=value`."""
+    """Return the setting that prevents uv from downloading a Python, as `NAME=value`, or None."""
     forbidding = {
         "UV_OFFLINE": ("1", "true"),
         "UV_PYTHON_DOWNLOADS": ("never", "manual"),
@@ -287,33 +326,57 @@ def _environment(root: Path, environment: Environment, toolsets: Mapping[str, To
     set_up = _set_up(environment)
     toolset = toolsets.get(environment.name)
     if toolset is None:
-        return finding(Standing.TO_DO, f"not in place (Python {environment.python})", set_up)
+        return finding(Standing.TO_DO, f"missing (Python {environment.python})", set_up)
     versions = _toolset_versions(toolset)
-    holds = f"Python {toolset.interpreter}, {_packages(versions)}"
+    contents = f"Python {toolset.interpreter}, {_packages(versions)}"
     lock = environment.lock(root)
     if toolset.lock_digest != file_digest(lock):
-        return finding(Standing.TO_DO, f"{holds}; filled from another lock than {lock.name} is now", set_up)
+        return finding(Standing.TO_DO, f"{contents}; installed from an older {lock.name}", set_up)
     if Version(toolset.interpreter).release[:2] != Version(environment.python).release[:2]:
-        return finding(Standing.TO_DO, f"{holds}; made with another Python than {environment.python}", set_up)
+        return finding(Standing.TO_DO, f"{contents}; its Python is not {environment.python}", set_up)
     locked = locked_versions(lock, environment.python)
     if _packages(locked) != _packages(versions):
-        found = f"{holds}; its lock says {_packages(locked)}, so it was changed by hand"
+        found = f"{contents}; its lock has {_packages(locked)}: it was changed by hand"
         return finding(Standing.TO_DO, found, f"rm -r {toolset.folder}, then {set_up}")
-    return finding(Standing.READY, holds)
+    return finding(Standing.READY, contents)
 
 
 def _set_up(environment: Environment) -> str:
-    """The command that makes the environment, or brings it up to date."""
+    """Return the command that creates or updates the environment."""
     return SET_UP if environment in (TRAIN, CONVERT[PRIMARY_LANE]) else SET_UP_ALL_LANES
 
 
 def _lane(root: Path, lane: str, toolsets: Mapping[str, Toolset]) -> Finding:
-    """The compatibility cell of what is installed, or, before that, of what the lock will install."""
+    """The compatibility cell of the installed packages or, if there are none, of those in the lock."""
     environment = CONVERT[lane]
     locked = locked_versions(environment.lock(root), environment.python)
     toolset = toolsets.get(environment.name)
-    versions = locked if toolset is None else _toolset_versions(toolset)
-    subject = f"lane torch-{lane}"
+    if toolset is None:
+        return _cell(f"lane torch-{lane}", locked, run=_correct_lock(environment))
+    versions = _toolset_versions(toolset)
+    if _packages(locked) == _packages(versions):
+        return _cell(f"lane torch-{lane}", versions, run=_correct_lock(environment))
+    run = f"rm -r {toolset.folder}, then {_set_up(environment)}"
+    return _cell(f"lane torch-{lane}", versions, run=run, failed=Standing.TO_DO)  # the lock is another cell
+
+
+def _correct_lock(environment: Environment) -> str:
+    return f"nox -s lock, after correcting requirements/{environment.name}.in; then {_set_up(environment)}"
+
+
+def _cell(
+    subject: str,
+    versions: Versions,
+    *,
+    run: str = "pip install 'coremill[mil]'",
+    failed: Standing = Standing.BLOCKED,
+) -> Finding:
+    """Whether these versions are a measured cell of the compatibility matrix.
+
+    Args:
+        run: the command that installs other versions.
+        failed: the standing of a cell that was measured to fail.
+    """
     cell = read_compatibility().find(versions)
     if cell is None:
         found = f"not measured: {versions}; verification decides"
@@ -321,22 +384,18 @@ def _lane(root: Path, lane: str, toolsets: Mapping[str, Toolset]) -> Finding:
     if cell.outcome is CellOutcome.PASSED:
         return Finding(subject=subject, standing=Standing.READY, found=f"works: cell {cell.name}, {cell.source}")
     found = f"{versions}: measured to fail as cell {cell}: {cell.reason}"
-    if toolset is not None and _packages(locked) != _packages(versions):
-        run = f"rm -r {toolset.folder}, then {_set_up(environment)}"  # the lock is another cell
-        return Finding(subject=subject, standing=Standing.TO_DO, found=found, run=run)
-    run = f"nox -s lock, after mending requirements/{environment.name}.in; then {_set_up(environment)}"
-    return Finding(subject=subject, standing=Standing.BLOCKED, found=found, run=run)
+    return Finding(subject=subject, standing=failed, found=found, run=run)
 
 
 def _toolset_versions(toolset: Toolset) -> Versions:
-    """What the environment holds, from its packages' metadata; its Python is not started."""
+    """Return the versions in the environment, from its packages' metadata; its Python is not started."""
     folders = sorted(toolset.folder.glob("lib/python*/site-packages"))
     found = installed_versions([str(folder) for folder in folders])
     return Versions(python=toolset.interpreter, **found)
 
 
 def locked_versions(lock: Path, python: str) -> Versions:
-    """The versions that the lock names for Python `python` on this platform.
+    """Return the versions in the lock for Python `python` on this platform.
 
     Raises:
         MachineError: a line of the lock is not a requirement.
