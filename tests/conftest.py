@@ -1,4 +1,4 @@
-"""What holds for every test: only a platform that this machine is not excuses one from running; it is counted."""
+"""Rules for all tests: only the markers of platforms skip a test, and the skipped ones are counted."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from hypothesis import settings
 
 from coremill.infra.devices import cuda_device_count
 
-# Fixtures that several packages share. Each needs the environment that its packages' tests run in.
+# Fixtures that several packages share, with the package that each needs.
 pytest_plugins = [
     plugin
     for plugin, package in {"tests.toy_dataset": "tokenizers", "tests.converted": "coremltools"}.items()
     if importlib.util.find_spec(package)
 ]
 
-# Two busy cores make single examples slow without anything being wrong.
+# No deadline: on a busy machine single examples are slow.
 settings.register_profile("coremill", deadline=None, max_examples=60)
 settings.load_profile("coremill")
 
 
 def _ollama_serves() -> bool:
-    """Whether the command is there and a server answers it."""
+    """Return whether the command is installed and a server responds."""
     if shutil.which("ollama") is None:
         return False
     try:
@@ -56,7 +56,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Any other skip is a failure: a missing dependency means that the environment is wrong."""
+    """Any other skip is a failure: a missing dependency is an error of the environment."""
     report = yield
     if report.skipped and not any(item.get_closest_marker(marker) for marker in PLATFORMS):
         report.outcome = "failed"

@@ -1,4 +1,4 @@
-"""RunConfig: the checked-in configurations read, and impossible ones are refused by name."""
+"""The checked-in configurations are valid, and invalid ones are rejected with the name of the setting."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ IMPORTED = (CONFIGS / "smollm2-135m.toml").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
-def test_checked_in_configurations_read_and_are_named_after_their_file(path):
+def test_checked_in_configurations_are_valid_and_named_after_their_file(path):
     assert read_config(path).name == path.stem
 
 
-def test_the_toy_is_what_it_is_said_to_be():
+def test_toy_configuration():
     config = read_config(CONFIGS / "magic-8-ball.toml")
     assert config.is_toy
     assert (config.shapes.primary, config.shapes.all) == (128, (64, 128, 256))
@@ -40,7 +40,7 @@ def test_the_toy_is_what_it_is_said_to_be():
     assert config.export == ExportConfig(frontend="torchscript", stateful=False, context=None)
 
 
-def test_smollm2_is_what_it_is_said_to_be():
+def test_smollm2_configuration():
     config = read_config(CONFIGS / "smollm2-135m.toml")
     assert isinstance(config, ImportedRun)
     assert not config.is_toy
@@ -56,7 +56,7 @@ def test_smollm2_is_what_it_is_said_to_be():
         read_distilled_config(CONFIGS / "smollm2-135m.toml")
 
 
-def test_where_weights_are():
+def test_sources_of_weights():
     path = WeightsConfig(source="models/mine")
     assert (path.packaged, path.paths) == (None, (Path("models/mine"),))
     nested = WeightsConfig(source="package:dist/folder/model.gguf")
@@ -65,7 +65,7 @@ def test_where_weights_are():
     assert TextsConfig(files=("a.txt", "/b.txt")).paths == (Path("a.txt"), Path("/b.txt"))
 
 
-def test_the_cache_holds_the_longest_shape_or_what_is_asked_for():
+def test_cache_positions_default_to_the_longest_shape():
     shapes = ShapeSet(primary=128, all=(64, 256, 128))
     assert ExportConfig(stateful=True).cache_positions(shapes) == 256
     assert ExportConfig(stateful=True, context=512).cache_positions(shapes) == 512
@@ -126,12 +126,12 @@ def refusal(tmp_path, old, new, text=TEXT):
         ),
     ],
 )
-def test_an_impossible_configuration_is_refused_by_name(tmp_path, old, new, text):
+def test_invalid_distilled_run_is_rejected(tmp_path, old, new, text):
     assert refusal(tmp_path, old, new).startswith(text)
 
 
-def test_exports_that_cannot_be(tmp_path):
-    """Of a distilled run, whose configuration has no [export] of its own."""
+def test_invalid_export_is_rejected(tmp_path):
+    """The configuration of the distilled run has no [export] table."""
     for export, text in (
         ('frontend = "onnx"', "F: Invalid enum value 'onnx' at `$.export.frontend`"),
         ("context = 256", "F: `context` 256 without `stateful`: there is no cache at `$.export`"),
@@ -192,16 +192,16 @@ def test_exports_that_cannot_be(tmp_path):
         ),
     ],
 )
-def test_an_impossible_import_is_refused_by_name(tmp_path, old, new, text):
+def test_invalid_imported_run_is_rejected(tmp_path, old, new, text):
     assert refusal(tmp_path, old, new, IMPORTED).startswith(text)
 
 
-def test_different_vocabularies_are_refused(tmp_path):
+def test_different_vocabulary_sizes_are_rejected(tmp_path):
     found = refusal(tmp_path, "[model]\nvocab_size = 512", "[model]\nvocab_size = 640")
     assert found.startswith("F: dataset.vocab_size 512 is not model.vocab_size 640 at `$`")
 
 
-def test_an_unknown_major_version(tmp_path):
+def test_unknown_major_version_is_rejected(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text(TEXT.replace('schema_version = "1.0"', 'schema_version = "2.0"'))
     with pytest.raises(SchemaVersionError, match=r"schema_version '2\.0'"):

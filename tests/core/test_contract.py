@@ -1,4 +1,4 @@
-"""The contract cannot promise what its graph lacks."""
+"""Contracts: round trips, and the errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def contract(**changes) -> Contract:
     return Contract(**{**fields, **changes})
 
 
-def test_a_contract_comes_back(tmp_path):
+def test_contract_round_trip(tmp_path):
     write_json(tmp_path / "c.json", contract())
     assert read_contract(tmp_path / "c.json") == contract()
 
 
-def test_shape_validation_reads_as_the_checklist_says():
+def test_shape_validation_as_json():
     plain = msgspec.json.decode(encode(contract()))["shape_validation"]
     assert plain == {"T64": {"status": "error", "error": "why"}, "T128": {"status": "ok", "max_abs_err": 1e-6}}
 
 
-def test_every_shape_must_be_validated():
+def test_unvalidated_shape_is_rejected():
     with pytest.raises(
         ValueError, match="shape_validation covers \\['T128'\\], and the shapes are \\['T64', 'T128'\\]"
     ):
         contract(shape_validation={"T128": ShapeOk(max_abs_err=0.0)})
 
 
-def test_symbolic_shapes_are_filled_in():
+def test_symbolic_dimensions_are_replaced():
     assert contract().outputs[0].at(T=64) == (1, 64, 512)
 
 
@@ -68,7 +68,7 @@ def test_symbolic_shapes_are_filled_in():
         (encode(contract()).replace(b'"status": "ok"', b'"status": "fine"'), DocumentError, 11),
     ],
 )
-def test_a_bad_contract_is_refused(tmp_path, text, error, code):
+def test_invalid_contract_is_rejected(tmp_path, text, error, code):
     path = tmp_path / "c.json"
     path.write_bytes(text)
     with pytest.raises(error) as caught:

@@ -1,4 +1,4 @@
-"""Digests: equal bytes and names give equal digests, and nothing else does."""
+"""Digests are equal exactly if bytes and names are equal."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ def grow(folder, tree):
     return folder
 
 
-def test_a_file_digest_is_sha256(tmp_path):
+def test_file_digest_is_sha256(tmp_path):
     data = b"x" * (3 << 20)
     (tmp_path / "f").write_bytes(data)
     assert file_digest(tmp_path / "f") == "sha256:" + hashlib.sha256(data).hexdigest() == bytes_digest(data)
 
 
 @given(TREES, TREES)
-def test_directories_have_equal_digests_only_when_they_are_equal(tmp_path_factory, one, other):
+def test_only_equal_directories_have_equal_digests(tmp_path_factory, one, other):
     folder = tmp_path_factory.mktemp("trees")
     first, second = grow(folder / "a", one), grow(folder / "b", other)
     assert (digest(first) == digest(second)) == (one == other)
     assert size_bytes(first) == sum(map(len, one.values()))
 
 
-def test_a_name_cannot_pass_for_content(tmp_path):
-    # In a list of `<digest>  <name>` lines these two would read the same.
+def test_file_name_cannot_imitate_a_digest(tmp_path):
+    # In a list of `<digest>  <name>` lines these two would be equal.
     empty = bytes_digest(b"")
     one = grow(tmp_path / "one", {"a": b"", "b": b""})
     other = grow(tmp_path / "other", {f"a\n{empty}  b": b""})
     assert digest(one) != digest(other)
 
 
-def test_a_nested_file_counts_with_its_path(tmp_path):
+def test_path_of_a_nested_file_changes_the_digest(tmp_path):
     (tmp_path / "x" / "y").mkdir(parents=True)
     (tmp_path / "x" / "y" / "f").write_bytes(b"1")
     before = digest(tmp_path / "x")
@@ -50,6 +50,6 @@ def test_a_nested_file_counts_with_its_path(tmp_path):
     assert digest(tmp_path / "x") != before
 
 
-def test_a_value_digest_does_not_hang_on_the_order_of_keys():
+def test_value_digest_ignores_the_order_of_keys():
     assert value_digest({"a": 1, "b": [2]}) == value_digest({"b": [2], "a": 1})
     assert value_digest({"a": 1}) != value_digest({"a": 2})

@@ -1,4 +1,4 @@
-"""Reading and writing typed documents: what comes back, and what a bad one is told."""
+"""Reading and writing typed documents, and the errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plain(**changes):
 
 
 @given(st.lists(st.integers(min_value=-(2**53), max_value=2**53)), st.text())
-def test_a_document_comes_back_as_it_was_written(tmp_path_factory, sizes, name):
+def test_document_round_trip(tmp_path_factory, sizes, name):
     path = tmp_path_factory.mktemp("documents") / "tree.json"
     tree = Tree(leaves=tuple(Leaf(size=size, name=name) for size in sizes))
     write_json(path, tree)
@@ -46,30 +46,30 @@ def refusal(value, error=DocumentError):
     return str(caught.value)
 
 
-def test_a_wrong_type_is_named_by_its_path():
+def test_wrong_type_is_reported_with_its_path():
     assert refusal(plain(leaves=[{"size": 1}, {"size": "2"}])) == (
         "tree.json: Expected `int`, got `str` at `$.leaves[1].size`\n  expected: a Tree"
     )
 
 
-def test_an_unknown_key_suggests_the_nearest_name():
+def test_unknown_key_suggests_the_nearest_name():
     assert refusal(plain(leaves=[{"sizes": 1}]), ConfigError) == (
         "tree.json: unknown key `sizes` at `$.leaves[0]`\n  expected: `size`?"
     )
 
 
-def test_an_unknown_key_near_nothing_lists_what_there_is():
+def test_unknown_key_without_a_near_name_lists_all_names():
     assert refusal(plain(zzz=1)) == (
         "tree.json: unknown key `zzz` at `$`\n  expected: one of `by_name`, `leaves`, `schema_version`"
     )
 
 
-def test_an_unknown_key_in_a_tagged_union_is_found():
+def test_unknown_key_in_a_tagged_union_is_rejected():
     found = refusal(plain(by_name={"T64": {"status": "ok", "max_abs_err": 0.0, "error": "x"}}))
     assert found.startswith("tree.json: unknown key `error` at `$.by_name['T64']`")
 
 
-def test_a_missing_version_is_an_error():
+def test_missing_version_is_rejected():
     value = plain()
     del value["schema_version"]
     assert refusal(value) == (
@@ -78,14 +78,14 @@ def test_a_missing_version_is_an_error():
 
 
 @pytest.mark.parametrize("version", ["2.0", "0.9", "10.0", "one", 2])
-def test_an_unknown_major_version_is_an_error(version):
+def test_unknown_major_version_is_rejected(version):
     with pytest.raises(SchemaVersionError, match=r"schema_version 1\.x") as caught:
         from_builtins(plain(schema_version=version), Tree, where="tree.json")
     assert caught.value.found == f"tree.json: schema_version {version!r}"
     assert caught.value.exit_code == 12
 
 
-def test_a_newer_minor_version_is_read_with_a_warning(caplog):
+def test_newer_minor_version_is_read_with_a_warning(caplog):
     value = plain(schema_version="1.10", new=3, leaves=[{"size": 1, "newer": 2}])
     with caplog.at_level(logging.WARNING):
         tree = from_builtins(value, Tree, where="tree.json")
@@ -104,14 +104,14 @@ def test_a_newer_minor_version_is_read_with_a_warning(caplog):
         (b"[]", "found list at `$`"),
     ],
 )
-def test_bytes_that_are_no_document(tmp_path, data, found):
+def test_invalid_json_is_rejected(tmp_path, data, found):
     path = tmp_path / "tree.json"
     path.write_bytes(data)
     with pytest.raises(DocumentError, match=re.escape(found)):
         read_json(path, Tree)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_file_is_reported(tmp_path):
     with pytest.raises(DocumentError) as caught:
         read_json(tmp_path / "none.json", Tree, run="make it")
     assert str(caught.value) == (
@@ -133,7 +133,7 @@ def test_encoding_ends_with_a_newline_and_is_json():
     assert json.loads(data) == {"schema_version": "1.0", "leaves": [], "by_name": {}}
 
 
-def test_checked_in_schemas_are_those_of_the_types():
+def test_checked_in_schemas_are_current():
     from coremill.core.documents import json_schemas
     from coremill.core.schemas import FORMATS
 

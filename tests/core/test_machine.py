@@ -1,4 +1,4 @@
-"""Free memory and disk: what the system says, a container's own limit, and the refusals with their figures."""
+"""Free memory and disk space: the system's figures, a container's limit, and the errors."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from coremill.core.machine import available_memory_bytes, check_disk, check_memo
 
 @pytest.fixture
 def system(tmp_path, monkeypatch):
-    """/proc/meminfo and a control group of one's own, both empty."""
+    """An empty /proc/meminfo and control group."""
     monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
     return tmp_path
 
 
-def test_this_machine_has_some_memory():
+def test_available_memory_of_this_machine():
     assert 50e6 < available_memory_bytes() < 1e14
 
 
-def test_memory_is_what_can_be_had_without_swapping(system):
+def test_available_memory_excludes_swap(system):
     (system / "meminfo").write_text(
         "MemTotal:  2000 kB\nMemFree:  10 kB\nMemAvailable:   1500 kB\nSwapFree: 9 kB\n"
     )
     assert available_memory_bytes() == 1500 * 1024
 
 
-def test_without_meminfo_it_is_all_that_there_is(system):
-    # As on a Mac; on Linux the two agree in what they call total.
+def test_without_meminfo_all_memory_is_available(system):
+    # As on macOS. On Linux the total of sysconf equals that of /proc/meminfo.
     total = available_memory_bytes()
     if sys.platform == "linux":
         line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
@@ -45,7 +45,7 @@ def test_without_meminfo_it_is_all_that_there_is(system):
     ("limit", "used", "expected"),
     [("max", "7", 4096), ("3000", "1000", 2000), ("3000", "5000", 0), ("9999", "0", 4096)],
 )
-def test_a_container_s_limit_counts(system, limit, used, expected):
+def test_limit_of_a_container_is_respected(system, limit, used, expected):
     (system / "meminfo").write_text("MemAvailable: 4 kB\n")
     (system / "memory.max").write_text(limit + "\n")
     (system / "memory.current").write_text(used + "\n")

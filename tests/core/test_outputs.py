@@ -1,4 +1,4 @@
-"""Where commands write: whole or not at all, and refused before the work where it cannot be."""
+"""Checks of output paths, and atomic writes of several files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def names(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def test_a_folder_is_made_and_left_empty_or_refused(tmp_path):
+def test_check_writable_creates_the_directory_and_leaves_it_empty(tmp_path):
     check_writable(tmp_path / "a" / "b")
     assert names(tmp_path) == ["a", "a/b"]
     (tmp_path / "file").touch()
@@ -28,18 +28,11 @@ def test_files_are_written_together(tmp_path):
     assert (tmp_path / "new" / "b").read_bytes() == b"2"
 
 
-def test_neither_file_is_written_where_one_cannot_be(tmp_path):
+@pytest.mark.parametrize("blocked", [Path("b"), Path("/dev/full")], ids=["directory", "device"])
+def test_no_file_is_written_if_one_cannot_be(tmp_path, blocked):
     (tmp_path / "a").write_bytes(b"old")
     (tmp_path / "b").mkdir()
-    with pytest.raises(OutputError, match=r"/b is not a regular file"):
-        write_together({tmp_path / "a": b"new", tmp_path / "b": b"new"})
+    with pytest.raises(OutputError, match=rf"{blocked} is not a regular file"):
+        write_together({tmp_path / "a": b"new", tmp_path / blocked: b"new"})
     assert (tmp_path / "a").read_bytes() == b"old"
     assert names(tmp_path) == ["a", "b"]
-
-
-def test_neither_file_is_written_where_one_is_a_device(tmp_path):
-    (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(OutputError, match=r"^/dev/full is not a regular file"):
-        write_together({tmp_path / "a": b"new", Path("/dev/full"): b"new"})
-    assert (tmp_path / "a").read_bytes() == b"old"
-    assert names(tmp_path) == ["a"]

@@ -1,4 +1,4 @@
-"""Atomic publishing: a reader sees the old or the new, whatever interrupts."""
+"""Atomic writes: a reader sees the old or the new content, whatever interrupts the writer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def entries(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_a_failed_write_leaves_the_old_bytes_and_no_litter(tmp_path, monkeypatch):
+def test_failed_write_leaves_the_old_bytes_and_no_other_file(tmp_path, monkeypatch):
     path = tmp_path / "tree.json"
     write_atomic(path, b"old")
 
@@ -39,7 +39,7 @@ def test_a_failed_write_leaves_the_old_bytes_and_no_litter(tmp_path, monkeypatch
     assert entries(tmp_path) == ["tree.json"]
 
 
-def test_an_interrupted_write_leaves_the_old_bytes(tmp_path):
+def test_interrupted_write_leaves_the_old_bytes(tmp_path):
     path = tmp_path / "f"
     write_atomic(path, b"old")
 
@@ -53,15 +53,15 @@ def test_an_interrupted_write_leaves_the_old_bytes(tmp_path):
     assert (path.read_bytes(), entries(tmp_path)) == (b"old", ["f"])
 
 
-@pytest.mark.parametrize("what", ["folder", "device"])
-def test_what_is_no_file_is_not_replaced(tmp_path, what):
-    path = tmp_path if what == "folder" else Path(os.devnull)
+@pytest.mark.parametrize("what", ["directory", "device"])
+def test_only_regular_files_are_replaced(tmp_path, what):
+    path = tmp_path if what == "directory" else Path(os.devnull)
     with pytest.raises(OutputError, match="is not a regular file"):
         write_atomic(path, b"new")
     assert path.exists()
 
 
-def test_a_published_folder_replaces_the_old_one_whole(tmp_path):
+def test_published_directory_replaces_the_old_one(tmp_path):
     folder = tmp_path / "stage"
     for name in ("a", "b"):
         with publishing(folder) as fresh:
@@ -69,7 +69,7 @@ def test_a_published_folder_replaces_the_old_one_whole(tmp_path):
     assert (entries(folder), entries(tmp_path)) == (["b"], ["stage"])
 
 
-def test_a_file_in_the_way_of_a_folder(tmp_path):
+def test_file_is_not_replaced_by_a_directory(tmp_path):
     (tmp_path / "stage").write_text("mine")
     with pytest.raises(OutputError, match="is not a directory"), publishing(tmp_path / "stage"):
         pass
@@ -78,7 +78,7 @@ def test_a_file_in_the_way_of_a_folder(tmp_path):
 
 @pytest.mark.parametrize("interrupt", [OSError(5, "Input/output error"), KeyboardInterrupt()])
 @pytest.mark.parametrize("failing", [1, 2])
-def test_an_interrupted_exchange_puts_the_old_folder_back(tmp_path, monkeypatch, interrupt, failing):
+def test_interrupted_swap_restores_the_old_directory(tmp_path, monkeypatch, interrupt, failing):
     folder = tmp_path / "stage"
     with publishing(folder) as fresh:
         (fresh / "a").write_text("old")
@@ -102,8 +102,8 @@ def test_an_interrupted_exchange_puts_the_old_folder_back(tmp_path, monkeypatch,
     assert entries(tmp_path) == ["stage"]
 
 
-@pytest.mark.parametrize("write", ["file", "folder"])
-def test_a_file_in_the_place_of_the_folder_above(tmp_path, write):
+@pytest.mark.parametrize("write", ["file", "directory"])
+def test_parent_that_is_a_file_is_reported(tmp_path, write):
     (tmp_path / "file").write_text("mine")
     path = tmp_path / "file" / "below" / "x"
     with pytest.raises(OutputError) as caught, (replacing if write == "file" else publishing)(path):
@@ -138,16 +138,16 @@ KILLED = """
 
 
 def run_killed(folder, moment):
-    """A process that is killed while it publishes `folder`."""
+    """Run a process that is killed while it publishes `folder`."""
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), folder, moment], check=False)
     assert ended.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("then", ["recover", "publish"])
 @pytest.mark.parametrize("moment", ["within", "between"])
-@pytest.mark.parametrize("link", [False, True], ids=["folder", "link"])
-def test_a_killed_process_leaves_the_last_good_folder(tmp_path, link, moment, then):
-    """The next to write there puts it back, though it then fails itself."""
+@pytest.mark.parametrize("link", [False, True], ids=["directory", "link"])
+def test_last_good_directory_is_restored_after_a_kill(tmp_path, link, moment, then):
+    """The next writer restores it, even if it fails."""
     target = folder = tmp_path / "stage"
     if link:
         target = tmp_path / "disk" / "stage"
@@ -167,7 +167,7 @@ def test_a_killed_process_leaves_the_last_good_folder(tmp_path, link, moment, th
     assert folder.is_symlink() == link
 
 
-def test_a_killed_first_process_leaves_nothing_that_looks_finished(tmp_path):
+def test_kill_before_the_first_publication_leaves_no_target(tmp_path):
     folder = tmp_path / "stage"
     run_killed(folder, "within")
     assert not folder.exists()
@@ -176,7 +176,7 @@ def test_a_killed_first_process_leaves_nothing_that_looks_finished(tmp_path):
     assert entries(tmp_path) == []
 
 
-def test_a_killed_writer_of_a_file_leaves_nothing_for_long(tmp_path):
+def test_leftover_of_a_killed_writer_is_removed(tmp_path):
     path = tmp_path / "a[1].gguf"
     source = """
         import os, signal, sys
@@ -199,8 +199,8 @@ def test_a_killed_writer_of_a_file_leaves_nothing_for_long(tmp_path):
     assert path.read_bytes() == b"whole"
 
 
-def test_what_a_living_process_writes_is_left(tmp_path):
-    """A file and a folder: this process is the living one, another writes at the same places."""
+def test_files_of_a_live_process_are_not_removed(tmp_path):
+    """This process is writing a file and a directory while another one writes both."""
     with replacing(tmp_path / "file") as file, publishing(tmp_path / "stage") as fresh:
         file.write(b"slow")
         (fresh / "a").write_text("slow")
@@ -221,21 +221,21 @@ def test_what_a_living_process_writes_is_left(tmp_path):
     assert entries(tmp_path) == ["file", "stage"]
 
 
-def test_a_file_is_locked_until_it_stands_in_its_place(tmp_path, monkeypatch):
+def test_file_is_locked_until_it_is_renamed(tmp_path, monkeypatch):
     replace = Path.replace
 
-    def replace_beside_another(source, target):
+    def replace_after_another_write(source, target):
         monkeypatch.setattr(Path, "replace", replace)
         write_atomic(tmp_path / "file", b"quick")
         return replace(source, target)
 
-    monkeypatch.setattr(Path, "replace", replace_beside_another)
+    monkeypatch.setattr(Path, "replace", replace_after_another_write)
     write_atomic(tmp_path / "file", b"slow")
     assert (tmp_path / "file").read_bytes() == b"slow"
     assert entries(tmp_path) == ["file"]
 
 
-def test_a_living_process_that_exchanges_the_two_is_left(tmp_path):
+def test_recover_does_not_interfere_with_a_live_swap(tmp_path):
     folder, old = tmp_path / "stage", tmp_path / ".stage.old"
     folder.mkdir()
     with publishing(folder):
@@ -246,8 +246,8 @@ def test_a_living_process_that_exchanges_the_two_is_left(tmp_path):
     assert entries(tmp_path) == ["stage"]
 
 
-def test_what_another_took_for_a_leftover_is_made_anew(tmp_path, monkeypatch):
-    """Between the making of a folder or file and its being locked another process may remove it."""
+def test_temporary_that_another_process_removed_is_recreated(tmp_path, monkeypatch):
+    """Another process can remove a file or directory between its creation and its lock."""
     real, made = {name: getattr(tempfile, name) for name in ("mkdtemp", "mkstemp")}, []
 
     def lost(name, remove):
@@ -271,13 +271,13 @@ def test_what_another_took_for_a_leftover_is_made_anew(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, exists):
+def test_target_of_a_link_is_replaced(tmp_path, exists):
     target, link = tmp_path / "disk" / "target", tmp_path / "stage"
     target.parent.mkdir()
     if exists:
         target.mkdir()
     (tmp_path / "way").symlink_to(target)
-    link.symlink_to("way")  # relative, and over another link
+    link.symlink_to("way")  # a relative link to another link
     for name in ("a", "b", "c"):
         with publishing(link) as fresh:
             (fresh / name).write_text(name)
@@ -287,7 +287,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, exists):
     assert (entries(tmp_path), entries(target.parent)) == (["disk", "stage", "way"], ["target"])
 
 
-def test_links_that_lead_nowhere(tmp_path):
+def test_dangling_and_circular_links_are_rejected(tmp_path):
     link, loop = tmp_path / "link", tmp_path / "loop"
     link.symlink_to(tmp_path / "disk" / "target")
     with pytest.raises(OutputError) as caught, publishing(link):
@@ -302,7 +302,7 @@ def test_links_that_lead_nowhere(tmp_path):
     assert entries(tmp_path) == ["link", "loop"]
 
 
-def test_what_an_earlier_version_left_of_a_link_is_cleared(tmp_path):
+def test_leftover_link_of_an_earlier_version_is_removed(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "a").write_text("mine")
     (tmp_path / "stage").mkdir()
@@ -312,7 +312,7 @@ def test_what_an_earlier_version_left_of_a_link_is_cleared(tmp_path):
     assert entries(tmp_path / "target") == ["a"]
 
 
-def test_two_writers_never_share_a_folder(tmp_path):
+def test_concurrent_writers_have_separate_directories(tmp_path):
     with publishing(tmp_path / "stage") as first, publishing(tmp_path / "stage") as second:
         assert first != second
         (first / "a").write_text("1")
@@ -320,7 +320,7 @@ def test_two_writers_never_share_a_folder(tmp_path):
     assert entries(tmp_path / "stage") == ["a"]
 
 
-def test_an_output_in_the_place_of_an_input_is_refused(tmp_path):
+def test_output_path_that_is_an_input_is_rejected(tmp_path):
     (tmp_path / "a").write_text("x")
     with pytest.raises(OutputError) as caught:
         check_apart([tmp_path / "b", tmp_path / "." / "a"], [None, tmp_path / "a"])

@@ -1,4 +1,4 @@
-"""The compatibility matrix as shipped, and what it takes for a cell to cover versions."""
+"""The shipped compatibility matrix, and which versions a cell covers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def find_cell(**parts: str) -> Cell | None:
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_every_lane_is_locked_to_a_cell_that_was_measured_to_work(lane: str) -> None:
+def test_every_lane_is_locked_to_a_passed_cell(lane: str) -> None:
     locked = locked_versions(CONVERT[lane].lock(ROOT), CONVERT[lane].python)
     found = read_compatibility().find(locked)
     assert found is not None
@@ -58,7 +58,7 @@ def test_every_lane_is_locked_to_a_cell_that_was_measured_to_work(lane: str) -> 
         ("3.11.7", "2.9.1", "9.0", "2.4.0", "numpy-2.4"),
         ("3.13.0", "2.9.1", "9.0", "2.5.5", "numpy-2.4"),
         ("3.11.7", "2.9.1", "9.0", "2.10.0", "numpy-2.4"),
-        ("3.11.7", "2.9.1", "9.0", "2.4.0rc1", None),  # before 2.4, and not 2.3.5
+        ("3.11.7", "2.9.1", "9.0", "2.4.0rc1", None),  # less than 2.4, and not 2.3.5
         ("3.11.7", "2.9.1", "9.0", "2.3.4", None),
         ("3.10.13", "2.9.1", "9.0", "2.3.5", None),
         ("3.13.0", "2.9.1", "9.0", "2.3.5", None),
@@ -72,32 +72,32 @@ def test_find_cell(python: str, torch: str, coremltools: str, numpy: str, name: 
 
 
 @given(major=numbers, minor=numbers, patch=numbers)
-def test_numpy_from_2_4_on_fails_and_no_earlier_one_does(major: int, minor: int, patch: int) -> None:
+def test_exactly_numpy_2_4_and_later_fail(major: int, minor: int, patch: int) -> None:
     found = find_cell(numpy=f"{major}.{minor}.{patch}")
     fails = found is not None and found.outcome is CellOutcome.FAILED
     assert fails == ((major, minor) >= (2, 4))
 
 
 @given(minor=numbers, patch=numbers)
-def test_a_measured_pass_is_of_python_3_11_alone(minor: int, patch: int) -> None:
+def test_passed_cells_are_for_python_3_11_only(minor: int, patch: int) -> None:
     found = find_cell(python=f"3.{minor}.{patch}")
     assert (found is not None) == (minor == 11)
 
 
 @given(absent=st.sampled_from(["torch", "coremltools", "numpy"]))
-def test_an_absent_package_is_in_no_cell(absent: str) -> None:
+def test_absent_package_is_in_no_cell(absent: str) -> None:
     assert read_compatibility().find(versions(**{absent: None})) is None
     assert not cell("any").covers(versions(**{absent: None}))
 
 
-def test_of_two_cells_the_failed_one_counts() -> None:
+def test_failed_cell_takes_precedence() -> None:
     good, bad = cell("good", torch=">=2"), cell("bad", CellOutcome.FAILED, numpy=">=2")
     for cells in ((good, bad), (bad, good)):
         assert Compatibility(cells=cells).find(versions()) is bad
     assert Compatibility(cells=(good, bad)).find(versions(numpy="1.26")) is good
 
 
-def test_a_failed_cell_gives_its_reason_and_every_cell_says_where_it_was_measured() -> None:
+def test_cells_have_sources_and_reasons() -> None:
     for each in read_compatibility().cells:
         assert each.measured.strip()
         assert each.source == "measured on Debian 12, x86-64, 2 cores"
@@ -141,7 +141,7 @@ source = "s"
         (GOOD_CELL + 'sauce = "s"\n', "{path}: unknown key `sauce` at `$.cells[0]`"),
     ],
 )
-def test_a_matrix_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_matrix_is_rejected(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "compatibility.toml"
     path.write_text('schema_version = "1.0"\n' + text)
     with pytest.raises(DocumentError) as failure:
@@ -149,20 +149,20 @@ def test_a_matrix_that_is_none_is_refused(tmp_path: Path, text: str, message: st
     assert failure.value.found == message.format(path=path)
 
 
-def test_an_unknown_major_version_is_refused(tmp_path: Path) -> None:
+def test_unknown_major_version_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "compatibility.toml"
     path.write_text('schema_version = "2.0"\n' + GOOD_CELL)
     with pytest.raises(SchemaVersionError):
         read_compatibility(path)
 
 
-def test_versions_are_versions() -> None:
+def test_invalid_version_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"`numpy` is 'newest', which is not a version"):
         versions(numpy="newest")
     assert str(versions(coremltools=None)) == "python 3.11.7, torch 2.9.1, coremltools absent, numpy 2.3.5"
 
 
-def test_the_versions_of_this_process_are_read_from_metadata(tmp_path: Path) -> None:
+def test_installed_versions_are_read_from_metadata(tmp_path: Path) -> None:
     folder = tmp_path / "Torch-2.9.1.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.4\nName: torch\nVersion: 2.9.1\n")

@@ -1,4 +1,4 @@
-"""CUDA devices: the real driver where it is installed, and each result that a driver can return."""
+"""CUDA devices: the real driver if it is installed, and each result that a driver can return."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ COUNT = "from coremill.infra.devices import cuda_device_count; print(cuda_device
 
 
 def count_in_new_process(**environ: str) -> int:
-    """The driver reads its environment once, in cuInit: each environment needs its own process."""
+    """Count the devices in another process, because the driver reads its environment only once."""
     done = subprocess.run(
         [sys.executable, "-c", COUNT], env={**os.environ, **environ}, capture_output=True, check=True
     )
     return int(done.stdout)
 
 
-def test_device_count_is_that_of_nvidia_smi():
+def test_device_count_equals_that_of_nvidia_smi():
     expected = 0
     if shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
@@ -46,14 +46,14 @@ def test_machine_without_a_driver_has_no_device(tmp_path):
 
 
 class Driver:
-    """A driver with these results: of cuInit, of cuDeviceGetCount, and the count."""
+    """A driver with the given results of cuInit and cuDeviceGetCount, and the given count."""
 
     def __init__(self, init: int, status: int, count: int) -> None:
         self.cuInit = lambda flags: init
         self.status, self.count = status, count
 
     def cuDeviceGetCount(self, pointer) -> int:  # noqa: N802 - the driver's name
-        ctypes.cast(pointer, ctypes.POINTER(ctypes.c_int))[0] = self.count
+        pointer._obj.value = self.count
         return self.status
 
 

@@ -1,4 +1,4 @@
-"""Real interpreters behind links, beside shims that fail as pyenv's do."""
+"""Links to a real interpreter, and shims that fail as those of pyenv."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def shim(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
-    """A machine of one's own: no PATH yet, a home, and a Homebrew prefix that does not exist."""
+    """An environment with an empty PATH, a home, and a Homebrew prefix that does not exist."""
     return {"HOME": str(tmp_path / "home"), "HOMEBREW_PREFIX": str(tmp_path / "brew"), "PATH": ""}
 
 
@@ -49,14 +49,14 @@ def pyenv(environ: dict[str, str], version: str) -> Path:
     return link(Path(environ["HOME"]) / ".pyenv" / "versions" / version / "bin" / f"python{HERE}")
 
 
-def test_a_shim_that_fails_is_passed_over_for_the_real_one(shim: Path, environ: dict[str, str]) -> None:
+def test_failing_shim_is_skipped(shim: Path, environ: dict[str, str]) -> None:
     real = pyenv(environ, f"{HERE}.7")
     environ["PATH"] = str(shim.parent)
     assert find_interpreter(HERE, environ) == real
     assert interpreter_directories([HERE], environ) == [real.parent]
 
 
-def test_a_shim_that_fails_alone_is_no_interpreter(shim: Path, environ: dict[str, str]) -> None:
+def test_failing_shim_alone_is_not_an_interpreter(shim: Path, environ: dict[str, str]) -> None:
     environ["PATH"] = str(shim.parent)
     assert list(candidates(HERE, environ)) == [shim]
     assert probe_version(shim) is None
@@ -64,15 +64,15 @@ def test_a_shim_that_fails_alone_is_no_interpreter(shim: Path, environ: dict[str
     assert interpreter_directories([HERE], environ) == []
 
 
-def test_a_shim_that_works_is_used_where_there_is_nothing_else(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_working_shim_is_used_last(tmp_path: Path, environ: dict[str, str]) -> None:
     shim = script(tmp_path / "asdf" / "shims" / f"python{HERE}", f'#!/bin/sh\nexec "{REAL}" "$@"\n')
     environ["PATH"] = str(shim.parent)
     assert find_interpreter(HERE, environ) == shim
-    assert interpreter_directories([HERE], environ) == []  # it is the first on PATH already
+    assert interpreter_directories([HERE], environ) == []  # it is already the first on PATH
 
 
-def test_pyenv_takes_the_place_of_its_shims_on_path(tmp_path: Path, shim: Path, environ: dict[str, str]) -> None:
-    """Before what comes after the shims, which is what whoever put them there asked for."""
+def test_pyenv_comes_in_the_position_of_its_shims(tmp_path: Path, shim: Path, environ: dict[str, str]) -> None:
+    """Directories before the shims come first, and those after them later."""
     early, late = link(tmp_path / "early" / f"python{HERE}"), link(tmp_path / "late" / f"python{HERE}")
     real = pyenv(environ, f"{HERE}.7")
     environ["PATH"] = f"{early.parent}:{shim.parent}:{late.parent}"
@@ -82,7 +82,7 @@ def test_pyenv_takes_the_place_of_its_shims_on_path(tmp_path: Path, shim: Path, 
     assert find_interpreter(HERE, environ) == real
 
 
-def test_the_newest_patch_release_comes_first_by_number(environ: dict[str, str]) -> None:
+def test_newest_patch_release_comes_first(environ: dict[str, str]) -> None:
     newest = pyenv(environ, f"{HERE}.10")
     for version in (f"{HERE}.9", f"{HERE}.2", f"{HERE}-dev", f"{HERE}1.99", "mambaforge"):
         pyenv(environ, version)
@@ -91,7 +91,7 @@ def test_the_newest_patch_release_comes_first_by_number(environ: dict[str, str])
     assert find_interpreter(HERE, environ) == newest
 
 
-def test_homebrew_then_what_uv_installed(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_homebrew_comes_before_uv(tmp_path: Path, environ: dict[str, str]) -> None:
     uv = link(tmp_path / "home/.local/share/uv/python" / f"cpython-{HERE}.5-linux-x86_64-gnu/bin" / f"python{HERE}")
     assert find_interpreter(HERE, environ) == uv
     brew = link(tmp_path / "brew" / "opt" / f"python@{HERE}" / "bin" / f"python{HERE}")
@@ -99,14 +99,14 @@ def test_homebrew_then_what_uv_installed(tmp_path: Path, environ: dict[str, str]
     assert find_interpreter(HERE, environ) == brew
 
 
-def test_settings_move_the_places(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_environment_variables_change_the_directories(tmp_path: Path, environ: dict[str, str]) -> None:
     moved = link(tmp_path / "elsewhere" / "versions" / f"{HERE}.1" / "bin" / f"python{HERE}")
     managed = link(tmp_path / "managed" / f"cpython-{HERE}.1-macos-aarch64-none" / "bin" / f"python{HERE}")
     environ |= {"PYENV_ROOT": str(tmp_path / "elsewhere"), "UV_PYTHON_INSTALL_DIR": str(tmp_path / "managed")}
     assert list(candidates(HERE, environ)) == [moved, managed]
 
 
-def test_one_that_is_another_version_is_passed_over(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_interpreter_of_another_version_is_skipped(tmp_path: Path, environ: dict[str, str]) -> None:
     liar = tmp_path / "bin" / "python3.99"
     liar.parent.mkdir()
     liar.symlink_to(REAL)
@@ -115,7 +115,7 @@ def test_one_that_is_another_version_is_passed_over(tmp_path: Path, environ: dic
     assert find_interpreter("3.99", environ) is None
 
 
-def test_a_file_that_cannot_be_executed_is_no_candidate(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_file_that_is_not_executable_is_not_a_candidate(tmp_path: Path, environ: dict[str, str]) -> None:
     path = script(tmp_path / "bin" / f"python{HERE}", FAILING_SHIM)
     path.chmod(0o644)
     environ["PATH"] = str(path.parent)
@@ -135,19 +135,17 @@ def test_a_file_that_cannot_be_executed_is_no_candidate(tmp_path: Path, environ:
         ("not a program", None),
     ],
 )
-def test_probing_what_may_be_anything(tmp_path: Path, text: str, version: str | None) -> None:
+def test_probe_version_of_any_file(tmp_path: Path, text: str, version: str | None) -> None:
     found = probe_version(script(tmp_path / "python", text))
     assert found == (Version(version) if version else None)
 
 
-def test_this_very_interpreter() -> None:
+def test_probe_version_of_this_interpreter() -> None:
     assert probe_version(REAL) == Version("{}.{}.{}".format(*sys.version_info[:3]))
 
 
-def test_uv_makes_an_environment_once_the_real_one_is_in_front(
-    tmp_path: Path, shim: Path, environ: dict[str, str]
-) -> None:
-    """The trap itself, with the real uv: it dies on the shim, and not behind our folders."""
+def test_uv_venv_succeeds_with_the_directories_on_path(tmp_path: Path, shim: Path, environ: dict[str, str]) -> None:
+    """With the real uv: it fails with the shim alone."""
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert uv is not None
     real = pyenv(environ, f"{HERE}.7")

@@ -1,4 +1,4 @@
-"""Where export and conversion may run: exact words, exit codes, and the rule over all Pythons."""
+"""The version gate: its errors, exit codes, and its result for every Python version."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def versions(python: str = "3.11.7", **packages: str | None) -> Versions:
     return Versions(python=python, **held)
 
 
-def test_a_measured_cell_has_nothing_to_say(caplog: pytest.LogCaptureFixture) -> None:
+def test_passed_cell_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         check_export_versions(toy=False, model_type="production", versions=versions())
         check_export_versions(toy=True, model_type="magic-8-ball", versions=versions(torch="2.8.0"))
     assert caplog.text == ""
 
 
-def test_another_python_is_refused_with_the_command_to_run() -> None:
+def test_unsupported_python_is_rejected() -> None:
     with pytest.raises(VersionGateError) as failure:
         check_export_versions(toy=False, model_type="magic-8-ball", versions=versions("3.12.1"))
     assert str(failure.value) == (
@@ -41,20 +41,21 @@ def test_another_python_is_refused_with_the_command_to_run() -> None:
     )
 
 
-def test_python_3_13_is_refused_without_toy_and_told_of_it() -> None:
+def test_python_3_13_is_rejected_without_toy() -> None:
     with pytest.raises(VersionGateError) as failure:
         check_export_versions(toy=False, model_type="magic-8-ball", versions=versions("3.13.0"))
     assert failure.value.expected == "Python 3.10 or 3.11; --toy allows 3.13 for a toy"
+    assert failure.value.exit_code == 30
 
 
-def test_toy_admits_python_3_13_for_a_toy(caplog: pytest.LogCaptureFixture) -> None:
+def test_toy_allows_python_3_13(caplog: pytest.LogCaptureFixture) -> None:
     for model_type in TOY_MODEL_TYPES:
         check_export_versions(toy=True, model_type=model_type, versions=versions("3.13.0", coremltools=None))
     assert "--toy: exporting with Python 3.13.0, which was not measured" in caplog.text
 
 
 @pytest.mark.parametrize("python", ["3.9.1", "3.10.13", "3.11.7", "3.13.0"])
-def test_toy_is_refused_for_another_model_type_in_any_python(python: str) -> None:
+def test_toy_is_rejected_for_other_model_types(python: str) -> None:
     with pytest.raises(ToyRefusedError) as failure:
         check_export_versions(toy=True, model_type="llama", versions=versions(python))
     assert str(failure.value) == (
@@ -62,6 +63,7 @@ def test_toy_is_refused_for_another_model_type_in_any_python(python: str) -> Non
         "  expected: a toy (magic-8-ball, toy)\n"
         "  run: the same command without --toy, in Python 3.11"
     )
+    assert failure.value.exit_code == 31
 
 
 @given(
@@ -71,7 +73,7 @@ def test_toy_is_refused_for_another_model_type_in_any_python(python: str) -> Non
     toy=st.booleans(),
     model_type=st.sampled_from(["magic-8-ball", "toy", "llama", "toys", ""]),
 )
-def test_the_rule(major: int, minor: int, patch: int, toy: bool, model_type: str) -> None:
+def test_gate_for_all_python_versions(major: int, minor: int, patch: int, toy: bool, model_type: str) -> None:
     wrong_python = (major, minor) not in [(3, 10), (3, 11)] and not (toy and (major, minor) == (3, 13))
     running = versions(f"{major}.{minor}.{patch}")
     if toy and model_type not in ("magic-8-ball", "toy"):
@@ -84,14 +86,14 @@ def test_the_rule(major: int, minor: int, patch: int, toy: bool, model_type: str
         check_export_versions(toy=toy, model_type=model_type, versions=running)
 
 
-def test_a_release_candidate_is_of_its_minor_version() -> None:
+def test_release_candidate_belongs_to_its_minor_version() -> None:
     check_python(toy=False, versions=versions("3.11.0rc2"))
     with pytest.raises(VersionGateError):
         check_python(toy=False, versions=versions("3.12.0rc1"))
 
 
 @pytest.mark.parametrize("numpy", ["2.4.0", "2.5.5", "2.10.1"])
-def test_a_cell_measured_to_fail_is_refused_by_name(numpy: str) -> None:
+def test_failed_cell_is_rejected(numpy: str) -> None:
     with pytest.raises(VersionGateError) as failure:
         check_export_versions(toy=False, model_type="llama", versions=versions(numpy=numpy))
     assert str(failure.value) == (
@@ -104,12 +106,12 @@ def test_a_cell_measured_to_fail_is_refused_by_name(numpy: str) -> None:
     )
 
 
-def test_toy_does_not_excuse_a_cell_measured_to_fail() -> None:
+def test_toy_does_not_allow_a_failed_cell() -> None:
     with pytest.raises(VersionGateError, match=r"cell numpy-2\.4 "):
         check_export_versions(toy=True, model_type="toy", versions=versions("3.13.0", numpy="2.5.5"))
 
 
-def test_without_a_cell_for_this_torch_all_good_cells_are_named() -> None:
+def test_all_passed_cells_are_listed_for_an_unmeasured_torch() -> None:
     with pytest.raises(VersionGateError) as failure:
         check_export_versions(toy=False, model_type="llama", versions=versions(torch="2.7.0", numpy="2.4.0"))
     assert failure.value.expected is not None
@@ -117,14 +119,14 @@ def test_without_a_cell_for_this_torch_all_good_cells_are_named() -> None:
     assert "torch-2.8.0 (" in failure.value.expected
 
 
-def test_an_unmeasured_cell_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_unmeasured_cell_logs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     check_export_versions(toy=False, model_type="llama", versions=versions("3.10.13"))
     assert caplog.messages == [
         "not measured: python 3.10.13, torch 2.9.1, coremltools 9.0, numpy 2.3.5; verification decides"
     ]
 
 
-def test_cite_cell_gives_measured_passes_alone() -> None:
+def test_cite_cell_returns_only_passed_cells() -> None:
     cited = cite_cell(versions())
     assert cited is not None
     assert cited.name == "torch-2.9.1"
@@ -133,8 +135,8 @@ def test_cite_cell_gives_measured_passes_alone() -> None:
     assert cite_cell(versions(coremltools=None)) is None
 
 
-def test_this_interpreter_lacks_torch_and_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
-    """The environment of these tests is a light one: nothing is made up here."""
+def test_environment_without_torch_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    """These tests run in a light environment, which really has no torch."""
 
     def command() -> int:
         check_export_versions(toy=True, model_type="toy")
@@ -148,20 +150,7 @@ def test_this_interpreter_lacks_torch_and_is_told_so(capsys: pytest.CaptureFixtu
     )
 
 
-def test_exit_codes() -> None:
-    codes = []
-    for toy, python in ((False, "3.13.0"), (True, "3.11.7")):
-        codes.append(
-            exit_on_error(
-                lambda toy=toy, python=python: check_export_versions(  # type: ignore[misc]
-                    toy=toy, model_type="llama", versions=versions(python)
-                )
-            )
-        )
-    assert codes == [30, 31]
-
-
-def test_the_gate_imports_neither_torch_nor_coremltools() -> None:
+def test_gate_imports_neither_torch_nor_coremltools() -> None:
     code = (
         "import sys; from coremill.infra import version_gate, interpreters; from coremill.cli import doctor; "
         "print([name for name in ('torch', 'coremltools', 'numpy') if name in sys.modules])"

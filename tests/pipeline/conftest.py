@@ -1,4 +1,4 @@
-"""A build of two tiny stages that run for real: files written, digested, published."""
+"""A build of two small stages that really run and publish files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def toolset() -> Toolset:
 
 @pytest.fixture
 def stages(tmp_path, monkeypatch) -> tuple[Stage, ...]:
-    """`dataset` writes its seed; `training` appends its own to what it reads."""
+    """`dataset` writes its seed; `training` appends its own seed to its input."""
     folder = tmp_path / "modules"
     folder.mkdir()
     for name in ("dataset", "training"):

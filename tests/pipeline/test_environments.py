@@ -1,4 +1,4 @@
-"""Environments: what is in place is read from disk, and a half-filled one is not in place."""
+"""Installed environments are found on disk, and incomplete ones are not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_what_is_in_place(root):
+def test_installed_environment_is_found(root):
     toolset = installed(root)["toy"]
     assert toolset.interpreter == "3.11.7"
     assert toolset.python == root / ".nox" / "env-toy" / "bin" / "python"
@@ -43,40 +43,40 @@ def test_what_is_in_place(root):
 
 
 @pytest.mark.parametrize("line", ["version_info = 3.13.0.final.0", "version = 3.13.0"])
-def test_versions_as_uv_and_venv_write_them(root, line):
+def test_versions_of_uv_and_venv(root, line):
     (root / ".nox" / "env-toy" / "pyvenv.cfg").write_text(f"home = /x\n{line}\n")
     assert installed(root)["toy"].interpreter == "3.13.0"
 
 
-def test_a_changed_lock_outdates_it(root):
+def test_changed_lock_makes_it_outdated(root):
     TOY.lock(root).write_text("packaging==26.4\n")
     assert not is_current(root, TOY, root / ".nox" / "env-toy")
 
 
-def test_one_without_a_stamp_is_not_there(root):
+def test_environment_without_a_stamp_is_not_installed(root):
     (root / ".nox" / "env-toy" / STAMP).unlink()
     assert installed(root) == {}
     assert not is_current(root, TOY, root / ".nox" / "env-toy")
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"schema_version": "9.0"}', '{"schema_version": "1.0"}'])
-def test_one_with_an_unreadable_stamp_is_not_there(root, text):
+def test_environment_with_an_unreadable_stamp_is_not_installed(root, text):
     (root / ".nox" / "env-toy" / STAMP).write_text(text)
     assert installed(root) == {}
 
 
-def test_one_that_was_copied_with_its_checkout_is_not_there(root, tmp_path_factory):
+def test_environment_of_a_copied_checkout_is_not_installed(root, tmp_path_factory):
     copy = tmp_path_factory.mktemp("copy") / "project"
     shutil.copytree(root, copy, symlinks=True)
     assert installed(copy) == {}
 
 
-def test_one_whose_interpreter_is_gone_is_not_there(root):
+def test_environment_without_an_interpreter_is_not_installed(root):
     (root / ".nox" / "env-toy" / "bin" / "python").unlink()
     assert installed(root) == {}
 
 
-def test_another_python_is_refused_with_the_command_to_run(root):
+def test_other_environment_is_rejected(root):
     with pytest.raises(MachineError) as caught:
         running(root, TOY)
     assert str(caught.value) == (
@@ -85,7 +85,7 @@ def test_another_python_is_refused_with_the_command_to_run(root):
     assert caught.value.exit_code == 32
 
 
-def test_this_environment_is_accepted_until_its_lock_changes(root, monkeypatch):
+def test_running_environment_is_rejected_when_its_lock_changes(root, monkeypatch):
     folder = root / ".nox" / "env-toy"
     monkeypatch.setattr(sys, "prefix", str(folder))
     assert running(root, TOY).folder == folder

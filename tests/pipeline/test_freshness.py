@@ -1,4 +1,4 @@
-"""Why a stage is stale: each cause is named, and nothing else makes it so."""
+"""Each reason for which a stage is stale, and changes that leave it fresh."""
 
 from __future__ import annotations
 
@@ -25,48 +25,48 @@ def built(stages, config, layout, toolset):
     )
 
 
-def test_a_stage_that_never_ran(stages, config, layout, toolset):
+def test_stage_that_never_ran_is_stale(stages, config, layout, toolset):
     state = freshness(stages[0], config, layout, toolset, None, stages)
     assert not state.fresh
     assert state.reasons == ("never ran",)
 
 
-def test_nothing_changed(built):
+def test_unchanged_stages_are_fresh(built):
     assert built("dataset") == built("training") == ()
 
 
-def test_modification_times_do_not_matter(built, layout):
+def test_modification_times_are_ignored(built, layout):
     for path in layout.root.rglob("*"):
         os.utime(path, (time.time() + 1000, time.time() + 1000))
     assert built() == ()
 
 
-def test_a_knob_that_it_reads(built, config):
+def test_changed_setting_makes_only_its_readers_stale(built, config):
     changed = msgspec.structs.replace(config, training=msgspec.structs.replace(config.training, epochs=9))
     assert built(config=changed) == (f"configuration: training.epochs {config.training.epochs} → 9",)
     assert built("dataset", config=changed) == ()
 
 
-def test_another_interpreter_and_lock(built, toolset):
+def test_changed_interpreter_and_lock(built, toolset):
     other = msgspec.structs.replace(toolset, interpreter="3.11.9", lock_digest="sha256:other")
     assert built(toolset=other) == ("its environment's lock changed", "interpreter: 3.11.7 → 3.11.9")
 
 
-def test_no_environment(built):
+def test_missing_environment(built):
     assert built(toolset=None) == ("no environment 'train'",)
 
 
-def test_another_definition(built, stages):
+def test_changed_definition(built, stages):
     changed = tuple(msgspec.structs.replace(stage, reads=("training",)) for stage in stages)
     assert built("dataset", stages=changed)[0] == "the stage's definition changed"
 
 
-def test_other_source_files(built, monkeypatch):
+def test_changed_source_files(built, monkeypatch):
     monkeypatch.setattr(freshness_module, "source_digest", lambda module: "sha256:other")
     assert built() == ("its source files changed",)
 
 
-def test_an_altered_output(built, layout):
+def test_altered_output(built, layout):
     path = layout.stage("training") / "out.txt"
     data = bytearray(path.read_bytes())
     data[0] ^= 1
@@ -74,18 +74,18 @@ def test_an_altered_output(built, layout):
     assert built() == ("output out.txt was altered",)
 
 
-def test_a_missing_output(built, layout):
+def test_missing_output(built, layout):
     (layout.stage("training") / "out.txt").unlink()
     assert built() == ("output out.txt is missing",)
 
 
-def test_a_changed_input(built, stages, config, layout, toolset):
+def test_changed_input(built, stages, config, layout, toolset):
     changed = msgspec.structs.replace(config, dataset=msgspec.structs.replace(config.dataset, seed=99))
     run_stage(stages[0], changed, layout, toolset, None, stages=stages)
     assert built() == ("input dataset/out.txt changed",)
 
 
-def test_a_record_for_people_makes_nothing_stale(stages, config, layout, toolset):
+def test_changed_record_makes_no_stage_stale(stages, config, layout, toolset):
     recording = (msgspec.structs.replace(stages[0], records=("out.txt",)), stages[1])
     for stage in recording:
         run_stage(stage, config, layout, toolset, None, stages=recording)
@@ -94,19 +94,19 @@ def test_a_record_for_people_makes_nothing_stale(stages, config, layout, toolset
     assert freshness(recording[1], config, layout, toolset, None, recording).fresh
 
 
-def test_an_unreadable_manifest(built, layout):
+def test_unreadable_manifest(built, layout):
     (layout.stage("training") / "manifest.json").write_text("{")
     (reason,) = built()
     assert reason.startswith("unreadable manifest: ")
 
 
-def test_a_producer_that_is_gone(built, layout):
+def test_missing_producer(built, layout):
     (layout.stage("dataset") / "manifest.json").unlink()
     (reason,) = built()
     assert reason.startswith("an input is missing: ")
 
 
-def test_the_manifest_says_what_happened(built, layout, toolset, config):
+def test_manifest_of_a_finished_stage(built, layout, toolset, config):
     manifest = read_manifest(layout.stage("training"))
     assert (layout.stage("training") / "out.txt").read_text() == f"{config.dataset.seed}{config.training.seed}"
     assert manifest.figures == {"characters": len(str(config.dataset.seed))}

@@ -1,4 +1,4 @@
-"""Running a stage: skipped when fresh, published whole, its inputs hashed again, one build at a time."""
+"""A fresh stage is skipped, outputs are published atomically, inputs are checked, and one build runs at a time."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def build(stages, config, layout, toolset, name, **options):
     return run_stage(find_stage(name, stages), config, layout, toolset, None, stages=stages, **options)
 
 
-def test_a_fresh_stage_does_not_run_again(stages, config, layout, toolset):
+def test_fresh_stage_is_not_run(stages, config, layout, toolset):
     first = build(stages, config, layout, toolset, "dataset")
     assert build(stages, config, layout, toolset, "dataset") == first
-    time.sleep(1.1)  # started_at counts whole seconds
+    time.sleep(1.1)  # started_at is in whole seconds
     forced = build(stages, config, layout, toolset, "dataset", force=True)
     assert forced.started_at > first.started_at
     assert forced.outputs == first.outputs
 
 
-def test_a_stage_without_its_input_is_refused(stages, config, layout, toolset):
+def test_stage_without_its_input_is_rejected(stages, config, layout, toolset):
     with pytest.raises(StageError) as caught:
         build(stages, config, layout, toolset, "training")
     assert str(caught.value) == (
@@ -39,7 +39,7 @@ def test_a_stage_without_its_input_is_refused(stages, config, layout, toolset):
     assert not layout.stage("training").exists()
 
 
-def test_an_altered_input_is_refused_and_the_old_output_stays(stages, config, layout, toolset):
+def test_altered_input_is_rejected_and_the_old_output_stays(stages, config, layout, toolset):
     build(stages, config, layout, toolset, "dataset")
     old = build(stages, config, layout, toolset, "training")
     (layout.stage("dataset") / "out.txt").write_text("tampered")
@@ -49,7 +49,7 @@ def test_an_altered_input_is_refused_and_the_old_output_stays(stages, config, la
     assert read_manifest(layout.stage("training")) == old
 
 
-def test_a_stage_that_fails_leaves_what_was_there(stages, config, layout, toolset, tmp_path):
+def test_failed_stage_leaves_the_old_output(stages, config, layout, toolset, tmp_path):
     old = build(stages, config, layout, toolset, "dataset")
     module = tmp_path / "modules" / "tiny_dataset.py"
     module.write_text(
@@ -68,7 +68,7 @@ def test_a_stage_that_fails_leaves_what_was_there(stages, config, layout, toolse
     assert sorted(entry.name for entry in layout.root.iterdir()) == ["dataset"]
 
 
-def test_a_second_build_is_refused_and_told_who_is_first(stages, config, layout, toolset):
+def test_second_build_is_rejected_with_the_holder_of_the_lock(stages, config, layout, toolset):
     with RunLock(layout), pytest.raises(RunLockedError) as caught:
         build(stages, config, layout, toolset, "dataset")
     assert caught.value.exit_code == 50
@@ -76,7 +76,7 @@ def test_a_second_build_is_refused_and_told_who_is_first(stages, config, layout,
     build(stages, config, layout, toolset, "dataset")
 
 
-def test_a_stage_of_the_build_that_holds_the_lock_may_run(stages, config, layout, toolset, monkeypatch):
+def test_stage_shares_the_lock_of_its_build(stages, config, layout, toolset, monkeypatch):
     with RunLock(layout) as lock:
         monkeypatch.setenv(TOKEN_VARIABLE, lock.token)
         build(stages, config, layout, toolset, "dataset")
@@ -97,8 +97,8 @@ ORPHAN = """
 """
 
 
-def test_a_stage_that_outlives_its_build_keeps_others_out(stages, config, layout, toolset, tmp_path, monkeypatch):
-    """The build is killed, its stage goes on: a new build may not begin before that stage has ended."""
+def test_orphaned_stage_blocks_other_builds(stages, config, layout, toolset, tmp_path, monkeypatch):
+    """After the build is killed, its stage still runs: no other build may start before it ends."""
     script = tmp_path / "orphan.py"
     script.write_text(textwrap.dedent(ORPHAN))
     lock = RunLock(layout)
@@ -114,7 +114,7 @@ def test_a_stage_that_outlives_its_build_keeps_others_out(stages, config, layout
     build(stages, config, layout, toolset, "dataset")
 
 
-def test_the_token_of_a_build_that_has_ended_opens_nothing(layout, monkeypatch):
+def test_token_of_a_finished_build_is_invalid(layout, monkeypatch):
     ended = RunLock(layout)
     monkeypatch.setenv(TOKEN_VARIABLE, ended.token)
     ended.release()
@@ -122,10 +122,10 @@ def test_the_token_of_a_build_that_has_ended_opens_nothing(layout, monkeypatch):
         assert mine.token != ended.token
 
 
-def test_a_lock_file_that_was_removed_does_not_let_a_second_build_in(layout):
+def test_removed_lock_file_is_created_again(layout):
     with RunLock(layout):
         layout.lock.unlink()
-        with RunLock(layout) as second:  # `make clean` took the run away: this is another one
+        with RunLock(layout) as second:  # `make clean` removed the run, so this is another build
             assert layout.lock.exists()
             with pytest.raises(RunLockedError):
                 RunLock(layout)

@@ -1,4 +1,4 @@
-"""The source closure: what a stage imports or starts by name counts, and nothing else."""
+"""The source files of a stage: those that it imports or starts by name, and no others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def names(module):
     return {path.relative_to(ROOT).as_posix() for path in source_files(module)}
 
 
-def test_the_dataset_stage_covers_its_own_packages_and_no_other():
+def test_dataset_stage_depends_only_on_light_packages():
     found = names("coremill.data.make_toy_kd")
     assert {
         "__init__.py",
@@ -58,11 +58,11 @@ WORK = {
 
 
 @pytest.mark.parametrize("stage", EVERY_STAGE, ids=lambda stage: stage.name)
-def test_the_closure_holds_the_stages_own_work_and_no_other_stages(stage):
+def test_closure_contains_no_other_stage(stage):
     assert names(stage.module) & set().union(*WORK.values()) == WORK[stage.name]
 
 
-def test_imports_inside_functions_and_data_files_count(tmp_path):
+def test_digest_covers_imports_in_functions_and_data_files(tmp_path):
     tree = tmp_path / "coremill"
     shutil.copytree(ROOT / "core", tree / "core")
     (tree / "__init__.py").write_text("")
@@ -90,12 +90,12 @@ def test_imports_inside_functions_and_data_files_count(tmp_path):
 
 
 @pytest.mark.parametrize("worker", ["formats/llamacpp/worker.py", "formats/llamacpp/template.py"])
-def test_modules_that_a_stage_starts_in_a_new_process_count(worker):
+def test_closure_contains_modules_run_in_another_process(worker):
     assert worker in names("coremill.conversion.export_gguf")
 
 
 COMPUTED = None
-"""Stands for a module whose name is not a literal, so that reading the code does not show it."""
+"""A module whose name is not a literal, so that the code does not contain it."""
 BY_NAME = {"import_module", "__import__", "run_module"}
 OTHERWISE = {"run_path", "exec", "system", "popen"}
 PROCESS_LIBRARIES = {"subprocess", "os", "asyncio"}
@@ -126,7 +126,7 @@ def started_modules(code):
 
 
 def is_other_start(node):
-    """Whether an argument of a process starts coremill without `-m`: by its command, a script or a shell."""
+    """Return whether an argument starts coremill without `-m`: by its command, a script or a shell."""
     if isinstance(node, (ast.List, ast.Tuple)):
         return bool(node.elts) and literal(node.elts[0]) == "coremill"
     text = literal(node) or ""
@@ -156,11 +156,11 @@ def is_other_start(node):
         ("subprocess.run(['ollama', 'list']); run = 'python -m coremill.data'", []),
     ],
 )
-def test_modules_started_by_name_are_found(code, modules):
+def test_started_modules_finds_modules_started_by_name(code, modules):
     assert list(started_modules(code)) == modules
 
 
-def test_the_closure_covers_every_module_started_by_name():
+def test_closure_covers_every_module_started_by_name():
     of_stages = set().union(*(source_files(stage.module) for stage in EVERY_STAGE))
     started = 0
     for path in sorted(ROOT.rglob("*.py")):

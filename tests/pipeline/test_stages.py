@@ -1,4 +1,4 @@
-"""The stage tables: each kind of run has its own, and both end the same way."""
+"""The stage tables of both kinds of run, and the settings and files of their stages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMPORTED_RUN = read_config(CONFIGS / "smollm2-135m.toml")
 LANE, FORMATS = ["export", "convert", "verify"], ["hf", "gguf"]
 
 
-def test_the_kind_of_the_run_chooses_the_table():
+def test_kind_of_run_determines_its_stages():
     assert stages_of(DISTILLED_RUN) == DISTILLED
     assert stages_of(IMPORTED_RUN) == IMPORTED
     assert [stage.name for stage in DISTILLED] == ["dataset", "training", *LANE, *FORMATS]
@@ -34,14 +34,14 @@ def test_the_kind_of_the_run_chooses_the_table():
 
 
 @pytest.mark.parametrize("stages", [DISTILLED, IMPORTED], ids=["distilled", "imported"])
-def test_a_stage_needs_only_those_before_it_and_reads_what_its_run_has(stages):
+def test_stages_need_only_earlier_stages_and_existing_settings(stages):
     config = DISTILLED_RUN if stages is DISTILLED else IMPORTED_RUN
     for number, stage in enumerate(stages):
         assert set(stage.needs) <= {earlier.name for earlier in stages[:number]}
         assert stage.config_slice(config).keys() == set(stage.reads)
 
 
-def test_a_stage_of_another_kind_is_refused_by_name(capsys):
+def test_stage_of_another_kind_of_run_is_rejected(capsys):
     with pytest.raises(StageError) as caught:
         find_stage("dataset", IMPORTED)
     assert str(caught.value) == (
@@ -59,7 +59,7 @@ def test_a_stage_of_another_kind_is_refused_by_name(capsys):
     ids=["distilled", "imported"],
 )
 @pytest.mark.parametrize("name", ["export", "verify"])
-def test_a_stage_finds_its_model_whatever_the_kind(name, config, model, tokenizer, prompts, tmp_path):
+def test_directories_of_model_tokenizer_and_prompts(name, config, model, tokenizer, prompts, tmp_path):
     stage = find_stage(name, stages_of(config))
     inputs = {need: tmp_path / need for need in stage.needs}
     context = StageContext(config=config, lane="2.9.1", inputs=inputs, out=tmp_path / "out")
@@ -67,7 +67,7 @@ def test_a_stage_finds_its_model_whatever_the_kind(name, config, model, tokenize
     assert found == (tmp_path / model, tmp_path / tokenizer, tmp_path / prompts)
 
 
-def test_another_way_to_export_makes_the_export_and_its_verification_stale_and_nothing_before_it(toolset):
+def test_changed_frontend_makes_export_and_verify_stale(toolset):
     other = msgspec.structs.replace(IMPORTED_RUN, export=ExportConfig(frontend="torch-export"))
     stale = {
         stage.name
@@ -77,7 +77,7 @@ def test_another_way_to_export_makes_the_export_and_its_verification_stale_and_n
     assert stale == {"export", "verify"}
 
 
-def test_the_files_that_a_configuration_names_are_looked_up_by_the_stage_that_reads_them():
+def test_files_of_a_stage_are_those_in_its_settings():
     config = msgspec.structs.replace(
         IMPORTED_RUN,
         weights=WeightsConfig(source="models/mine"),
@@ -87,11 +87,11 @@ def test_the_files_that_a_configuration_names_are_looked_up_by_the_stage_that_re
         "texts": (Path("a.txt"), Path("b.txt")),
         "import": (Path("models/mine"),),
     }
-    assert not any(stage.files(IMPORTED_RUN) for stage in IMPORTED)  # a package's file: the lock stands for it
+    assert not any(stage.files(IMPORTED_RUN) for stage in IMPORTED)  # a file in a package is covered by the lock
 
 
-def test_a_changed_file_of_the_users_makes_its_stage_stale(tmp_path, layout, toolset):
-    """The texts stage itself, on a text outside the build."""
+def test_changed_user_file_makes_its_stage_stale(tmp_path, layout, toolset):
+    """Runs the texts stage with a text outside the build."""
     text = tmp_path / "mine.txt"
     text.write_text("word " * 8)
     texts = TextsConfig(files=(str(text),), min_characters=10)

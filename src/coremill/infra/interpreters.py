@@ -54,10 +54,7 @@ def candidates(version: str, environ: Mapping[str, str] | None = None) -> Iterat
             shims.append(folder)
         else:
             real.append(folder)
-    for folder in dict.fromkeys([*real, *pyenv, *_other_folders(version, environ), *shims]):
-        candidate = folder / f"python{version}"
-        if candidate.is_file() and os.access(candidate, os.X_OK):
-            yield candidate
+    yield from _executables(version, dict.fromkeys([*real, *pyenv, *_other_folders(version, environ), *shims]))
 
 
 def interpreter_directories(versions: Iterable[str], environ: Mapping[str, str] | None = None) -> list[Path]:
@@ -69,9 +66,9 @@ def interpreter_directories(versions: Iterable[str], environ: Mapping[str, str] 
     folders: list[Path] = []
     for version in versions:
         found = find_interpreter(version, environ)
-        if found is not None and found != _first_on_path(version, environ) and found.parent not in folders:
+        if found is not None and found != next(_executables(version, _path_folders(environ)), None):
             folders.append(found.parent)
-    return folders
+    return list(dict.fromkeys(folders))
 
 
 def probe_version(candidate: Path) -> Version | None:
@@ -97,12 +94,11 @@ def _path_folders(environ: Mapping[str, str]) -> list[Path]:
     return [Path(part) for part in environ.get("PATH", "").split(os.pathsep) if part]
 
 
-def _first_on_path(version: str, environ: Mapping[str, str]) -> Path | None:
-    for folder in _path_folders(environ):
+def _executables(version: str, folders: Iterable[Path]) -> Iterator[Path]:
+    for folder in folders:
         candidate = folder / f"python{version}"
         if candidate.is_file() and os.access(candidate, os.X_OK):
-            return candidate
-    return None
+            yield candidate
 
 
 def _home(environ: Mapping[str, str]) -> Path:

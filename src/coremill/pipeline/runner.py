@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import RunConfig
@@ -72,11 +71,9 @@ def _work(stage: Stage, context: StageContext[RunConfig], before: Fingerprint, l
     started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     start = time.perf_counter()
 
-    def record(
-        outcome: Literal["succeeded", "failed"], figures: Figures, error: Exception | None = None
-    ) -> StageManifest:
+    def record(figures: Figures, error: Exception | None = None) -> StageManifest:
         manifest = StageManifest(
-            outcome=outcome,
+            outcome="succeeded" if error is None else "failed",
             error=None if error is None else str(error) or type(error).__name__,
             error_kind=error.kind if isinstance(error, CoremillError) else None,
             stage=stage.name,
@@ -96,13 +93,13 @@ def _work(stage: Stage, context: StageContext[RunConfig], before: Fingerprint, l
     try:
         figures = stage.function()(context)
     except Exception as error:
-        record("failed", {}, error)
+        record({}, error)
         shutil.rmtree(failed, ignore_errors=True)
         context.out.rename(failed)
         shutil.rmtree(layout.stage(REPORT), ignore_errors=True)
         log.error("%s: failed; its files are in %s", stage.name, _relative(failed))
         raise
-    manifest = record("succeeded", figures)
+    manifest = record(figures)
     shutil.rmtree(failed, ignore_errors=True)
     return manifest
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import msgspec
 
@@ -37,7 +36,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
     def function(self) -> StageFunction:
         """Import the stage's module, which needs the packages of its environment."""
-        return cast(StageFunction, importlib.import_module(self.module).run_stage)
+        function: StageFunction = importlib.import_module(self.module).run_stage
+        return function
 
     def config_slice(self, config: RunConfig) -> dict[str, Plain]:
         return {part: msgspec.to_builtins(getattr(config, part)) for part in self.reads}
