@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "coremill"
 DATA = {".bin", ".json", ".mlmodel", ".npz", ".toml", ".txt"}
 
+PYTHON = {"python_version": "3.13"}
+
 
 @pytest.fixture(scope="module")
 def metadata(wheel: Path) -> Message:
@@ -32,7 +34,7 @@ def extras(metadata: Message) -> dict[str, list[Requirement]]:
     """The requirements of each extra."""
     requirements = [Requirement(each) for each in metadata.get_all("Requires-Dist", [])]
     found = {
-        extra: [each for each in requirements if each.marker is not None and each.marker.evaluate({"extra": extra})]
+        extra: [each for each in requirements if each.marker and each.marker.evaluate({**PYTHON, "extra": extra})]
         for extra in metadata.get_all("Provides-Extra", [])
     }
     return {

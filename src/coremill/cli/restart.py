@@ -13,7 +13,7 @@ from pathlib import Path
 import coremill
 from coremill.cli.commands import Command
 from coremill.core.errors import MachineError
-from coremill.pipeline.environments import LANES, Environment, Toolset, installed
+from coremill.pipeline.environments import CONVERT, Environment, Toolset, installed
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ def restart_where_installed(name: str, command: Command, arguments: Sequence[str
     missing = [package for package in command.needs if importlib.util.find_spec(package) is None]
     if not missing:
         return
-    preferred = _lane(arguments)
-    environments = sorted(command.environments, key=lambda each: each.name != f"convert-torch-{preferred}")
+    preferred = CONVERT.get(_lane(arguments))
+    environments = sorted(command.environments, key=lambda each: each != preferred)
     toolset = _first_existing(environments)
     if toolset is None:
         raise MachineError(
@@ -47,11 +47,11 @@ def restart_where_installed(name: str, command: Command, arguments: Sequence[str
     os.execv(toolset.python, [str(toolset.python), "-m", "coremill", *name.split(), *arguments])
 
 
-def _lane(arguments: Sequence[str]) -> str | None:
-    """Return the value of --torch, or the primary lane; the command itself checks the option."""
+def _lane(arguments: Sequence[str]) -> str:
+    """Return the value of --torch, or an empty string; the command itself checks the option."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--torch", nargs="?", default=LANES[0])
-    lane: str | None = parser.parse_known_args(arguments)[0].torch
+    parser.add_argument("--torch", nargs="?", const="", default="")
+    lane: str = parser.parse_known_args(arguments)[0].torch
     return lane
 
 
