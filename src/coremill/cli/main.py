@@ -24,41 +24,29 @@ def main(argv: list[str] | None = None) -> int:
     return exit_on_error(lambda: _run(arguments))
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], group: str = "") -> int:
+    """Run a command of `group`, or of `coremill` itself."""
     if not arguments or arguments[0] in _HELP:
-        print(help_text())
+        print(_help_text(group))
         return OK if arguments else USAGE
     first, *rest = arguments
-    if first == "--version":
+    name = f"{group} {first}".lstrip()
+    if name in COMMANDS:
+        return _run_command(name, rest)
+    if name in GROUPS:
+        return _run(rest, name)
+    if arguments == ["--version"]:
         print(f"coremill {__version__}")
         return OK
-    if first == "help":
-        if rest == ["exit-codes"]:
-            print(exit_code_table())
-            return OK
+    if arguments == ["help", "exit-codes"]:
+        print(exit_code_table())
+        return OK
+    if name == "help":
         return _run([*rest, "--help"])
-    if first in GROUPS:
-        return _run_group(first, rest)
-    if first not in COMMANDS:
-        return _unknown("coremill", first, [*COMMANDS, *GROUPS, "help"])
-    return _run_command(first, rest)
-
-
-def _run_group(group: str, arguments: list[str]) -> int:
-    if not arguments or arguments[0] in _HELP:
-        print(group_help(group))
-        return OK if arguments else USAGE
-    first, *rest = arguments
-    name = f"{group} {first}"
-    if name not in COMMANDS:
-        return _unknown(f"coremill {group}", first, [each.removeprefix(f"{group} ") for each in COMMANDS])
-    return _run_command(name, rest)
-
-
-def _unknown(typed: str, word: str, known: Iterable[str]) -> int:
-    near = difflib.get_close_matches(word, known, n=1)
+    typed = f"coremill {group}".rstrip()
+    near = difflib.get_close_matches(first, _commands(group), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"run `{typed} --help`"
-    print(f"{typed}: there is no command {word!r}; {hint}", file=sys.stderr)
+    print(f"{typed}: there is no command {first!r}; {hint}", file=sys.stderr)
     return USAGE
 
 
@@ -86,7 +74,10 @@ def _only_errors(loggers: Iterable[str]) -> Iterator[None]:
 
 
 def _import_for_help(command: Command) -> ModuleType | None:
-    """Import the command's module if its own imports are installed: its help needs no more, such as torch."""
+    """Import the command's module, or return None if a package that it imports is not installed.
+
+    Most modules import torch only when they run, so that their help needs no environment.
+    """
     try:
         return importlib.import_module(command.module)
     except ModuleNotFoundError as absent:
@@ -95,36 +86,25 @@ def _import_for_help(command: Command) -> ModuleType | None:
         raise
 
 
-def help_text() -> str:
-    commands = {name: each.purpose for name, each in COMMANDS.items() if " " not in name} | GROUPS
+def _commands(group: str) -> dict[str, str]:
+    """Return the purpose of each command of `group`, or of `coremill` itself."""
+    if group:
+        prefix = f"{group} "
+        return {
+            name.removeprefix(prefix): each.purpose for name, each in COMMANDS.items() if name.startswith(prefix)
+        }
+    return {name: each.purpose for name, each in COMMANDS.items() if " " not in name} | GROUPS
+
+
+def _help_text(group: str) -> str:
+    commands = _commands(group)
+    width = max(map(len, commands))
+    listed = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in commands.items())
+    words = f"{group} " if group else ""
     return (
-        "usage: coremill <command> [options]\n\n"
-        f"commands:\n{_listed(commands)}\n\n"
-        "coremill help <command>    print a command's options and an example\n"
-        "coremill help exit-codes   list the exit codes\n"
-        "coremill --version         print the version\n\n"
+        f"usage: coremill {words}<command> [options]\n\n"
+        f"commands:\n{listed}\n\n"
+        f"coremill help {words}<command> prints a command's options and an example.\n"
+        "coremill help exit-codes lists the exit codes.\n\n"
         "example:\n  coremill mil inspect model.mlpackage"
     )
-
-
-def group_help(group: str) -> str:
-    commands = {
-        name.removeprefix(f"{group} "): each.purpose
-        for name, each in COMMANDS.items()
-        if name.startswith(f"{group} ")
-    }
-    return (
-        f"usage: coremill {group} <command> [options]\n\n"
-        f"commands:\n{_listed(commands)}\n\n"
-        f"coremill help {group} <command> prints a command's options and an example.\n\n"
-        f"example:\n  coremill {group} {next(iter(commands))} model.mlpackage"
-    )
-
-
-def _listed(commands: dict[str, str]) -> str:
-    width = max(map(len, commands))
-    return "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in commands.items())
-
-
-if __name__ == "__main__":
-    sys.exit(main())
