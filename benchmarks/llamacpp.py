@@ -1,11 +1,11 @@
-"""The GGUF files of a run beside its checkpoint, at full length: the figures that the format promises.
+"""Compare the GGUF files of a run with its checkpoint, at full length.
 
     python benchmarks/llamacpp.py --run magic-8-ball
     python benchmarks/llamacpp.py --run smollm2-135m --types f32 q8_0
 
-A build compares a few prompts; this is the whole: 20 prompts of 256 greedy tokens in f32 (as many as the model's
-context holds behind a prompt), 1,000 texts tokenized both ways, and every held-out question of a toy. Each figure
-stands beside its bound; one that misses it ends this with an error. Run it in the train environment.
+A build compares a few prompts. This compares 20 prompts with 256 greedy tokens each in f32 (or as many as fit in
+the model's context), 1,000 texts tokenized both ways, and every held-out question of a toy. Each figure is printed
+with its bound; if one misses it, the exit code is an error. Run it in the train environment.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ QUESTIONS = 1024
 
 
 def gguf_files(run: layout.RunLayout, types: Sequence[GgufType]) -> dict[GgufType, Path]:
-    """The files that the run has, of `types`.
+    """The files of the run that are of `types`.
 
     Raises:
-        StageError: it has none.
+        StageError: there are none.
     """
     found = {kind: layout.gguf_file(run.stage("gguf"), run.run, kind) for kind in types}
-    if there := {kind: path for kind, path in found.items() if path.is_file()}:
-        return there
+    if existing := {kind: path for kind, path in found.items() if path.is_file()}:
+        return existing
     raise StageError(
         f"{run.stage('gguf')} has no GGUF file of {', '.join(types)}",
-        expected="what the stage gguf writes",
+        expected="the files of the stage gguf",
         run="nox -s gguf -- --help",
     )
 
@@ -77,7 +77,7 @@ def bound(figure: ParityFigure) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="magic-8-ball", help="a finished build (default: %(default)s)")
-    parser.add_argument("--build", type=Path, default=Path("build"), help="the folder of builds")
+    parser.add_argument("--build", type=Path, default=Path("build"), help="the directory of builds")
     parser.add_argument("--types", nargs="+", choices=get_args(GgufType), default=get_args(GgufType))
     args = parser.parse_args(argv)
     run = layout.RunLayout(args.build, args.run)
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for kind, file in report.files.items():
         show(kind, file)
-    print(f"\n{time.monotonic() - start:.0f} s in all")
+    print(f"\n{time.monotonic() - start:.0f} s in total")
     require_parity(report)
     return 0
 

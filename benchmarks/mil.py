@@ -1,11 +1,11 @@
-"""coremill.mil beside torch eager, on a decoder of 125 million parameters.
+"""Compare coremill.mil with torch eager, on a decoder of 125 million parameters.
 
     python benchmarks/mil.py                    everything
     python benchmarks/mil.py speed int4 decode  some of it: speed, int4, decode, load, memory, attention
 
-Each ratio is of medians of runs that take turns in one process with one thread count: declared mode to torch eager
-fp32 of the same weights. Packages are made once, in build/bench-mil/. Run it in a convert environment, on a machine
-that does nothing else; the load is printed.
+Each ratio compares declared mode with torch eager in fp32, with the same weights: medians of alternating runs in
+one process with one thread count. Packages are made once, in build/bench-mil/. Run it in a convert environment, on
+an idle machine; the load is printed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import coremltools as ct
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ from coremill.core.digest import size_bytes
 from coremill.coreml.decoder import Decoder, Main
 from coremill.mil import MLModel
 from coremill.mil.plan import Step
-from coremill.model.student import Student, new_student
+from coremill.model.student import Layer, Student, each, new_student
 
 FOLDER = Path("build/bench-mil")
 LENGTHS = (512, 1024, 2048)
@@ -58,8 +59,11 @@ LONG = 4096
 class CachedDecoder(nn.Module):
     """The student's layers for one new token at a time, with a key/value cache of CONTEXT positions.
 
-    The position comes from the mask's length: input_ids (1, 1), mask (1, 1, 1, end) with end the positions so far.
+    The length of the mask gives the position: input_ids (1, 1), mask (1, 1, 1, end).
     """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, student: Student, dtype: torch.dtype) -> None:
         super().__init__()
@@ -75,7 +79,7 @@ class CachedDecoder(nn.Module):
         start = end - 1
         cos, sin = student.cos[start:end], student.sin[start:end]
         x = student.embed_tokens(input_ids)
-        for number, layer in enumerate(student.layers):
+        for number, layer in enumerate(each(Layer, student.layers)):
             attention = layer.self_attn
             y = layer.input_layernorm(x)
             q = rotate(attention._heads(attention.q_proj(y), attention.n_heads), cos, sin)
@@ -160,7 +164,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
 
 
 def package(name: str) -> Path:
-    """The package, made if it is not there yet."""
+    """The package; it is made if it does not exist."""
     path = FOLDER / f"{name}.mlpackage"
     if not path.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
@@ -171,7 +175,7 @@ def package(name: str) -> Path:
 
 
 def processor() -> str:
-    """Its name, and the instruction set that torch's own kernels use there."""
+    """The name of the processor, and the instruction set that torch's kernels use."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
@@ -179,7 +183,7 @@ def processor() -> str:
 
 
 def take_turns(ours: Callable[[], object], theirs: Callable[[], object], runs: int) -> tuple[float, float]:
-    """Median seconds of each, run in turns after one run that is not counted."""
+    """Median seconds of each, in alternating runs after a warm-up run."""
     times: tuple[list[float], list[float]] = ([], [])
     for run in range(runs + 1):
         for function, measured in zip((ours, theirs), times, strict=True):
@@ -190,7 +194,7 @@ def take_turns(ours: Callable[[], object], theirs: Callable[[], object], runs: i
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def ids(length: int) -> np.ndarray:
+def ids(length: int) -> npt.NDArray[np.int32]:
     return np.random.default_rng(length).integers(0, VOCAB, (1, length)).astype(np.int32)
 
 
@@ -201,7 +205,7 @@ def report_ratio(what: str, ours_s: float, theirs_s: float, bound: float) -> Non
 
 
 def prefill_speed(name: str, bound: float, runs: int) -> None:
-    module: Callable[[Tensor], object] = student()
+    module = student()
     model = MLModel(package(name))
     for length in LENGTHS:
         tokens = ids(length)
@@ -241,8 +245,8 @@ def load_time(runs: int) -> None:
     print(f"{'load':24} {found:8.3f} s (at most 1: {'met' if found <= 1 else 'MISSED'})")
 
 
-def largest_live_bytes(model: MLModel, tokens: np.ndarray) -> int:
-    """The most that values beside constants take at one time in a run, each piece of memory counted once."""
+def largest_live_bytes(model: MLModel, tokens: npt.NDArray[np.int32]) -> int:
+    """The peak size of the values of a run, without constants; shared memory is counted once."""
     plan = model.program.plan(model._target)
     constant = plan.general.constant_storages
     largest = 0
@@ -261,7 +265,7 @@ def largest_live_bytes(model: MLModel, tokens: np.ndarray) -> int:
 
 
 def peak_in_child(name: str, length: int) -> int:
-    """Bytes by which a process grows beyond its imports when it loads a package and runs it once."""
+    """Bytes that a process allocates after its imports to load a package and run it once."""
     command = [sys.executable, __file__, "child", name, str(length)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -273,7 +277,7 @@ def child(name: str, length: int) -> None:
 
 
 def status_bytes(field: str) -> int:
-    """Of /proc/self/status: getrusage's figure would begin with what the parent had."""
+    """A field of /proc/self/status; getrusage's figure would include the parent's memory."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 
@@ -296,12 +300,12 @@ def memory(name: str, lengths: Sequence[int]) -> None:
 
 
 def attention() -> None:
-    """The peak of a whole process, so that what a kernel holds inside is seen too."""
+    """The peak of a whole process, which includes memory inside a kernel."""
     rest = peak_in_child("long", LONG) - weights_bytes(package("long")) - LONG * VOCAB * 2
     scores = CONFIG.n_heads * LONG * LONG * 2
     verdict = "met" if rest < scores else "MISSED"
     print(
-        f"{f'attention, T = {LONG}':24} {rest / 2**20:8.0f} MiB beside weights and logits; the scores of all "
+        f"{f'attention, T = {LONG}':24} {rest / 2**20:8.0f} MiB besides weights and logits; the scores of all "
         f"heads at once would be {scores / 2**20:.0f} MiB in fp16: {verdict}"
     )
     memory("long", [LONG])

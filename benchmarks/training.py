@@ -1,13 +1,13 @@
-"""How well training does, measured.
+"""Measure the results of training.
 
     python benchmarks/training.py seed
     python benchmarks/training.py config
 
-`seed` repeats the settings of the pipeline that coremill set out from, 128 rows in batches of 4 for 64 steps, at
-several learning rates. That pipeline published a loss of 3.2 that falls to 1.8; its model saw the next token (no
-causal mask), and its teacher always preferred three tokens.
+`seed` trains with the settings of the pipeline that coremill was developed from, 128 rows in batches of 4 for 64
+steps, at several learning rates. That pipeline published a loss that falls from 3.2 to 1.8, but its model could see
+the next token (it had no causal mask), and its teacher always preferred three tokens.
 
-`config` runs a configuration's dataset and training, and asks the trained model 1,000 held-out questions.
+`config` runs a configuration's dataset and training, and has the trained model answer 1,000 held-out questions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from coremill.core.command import exit_on_error
 from coremill.core.config import DatasetConfig, read_distilled_config
@@ -39,7 +41,7 @@ from coremill.training.metrics import HeldoutMetrics, StepMetrics
 from coremill.training.recipe import Recipe, default_recipe, recipe_of
 
 PUBLISHED_LOSS = 1.8
-"""What the seed pipeline's status page gives for its 64th step."""
+"""The loss at the 64th step, from the seed pipeline's status page."""
 
 LEARNING_RATES = (5e-4, 1e-3, 2e-3, 3e-3, 5e-3)
 ASKED = 1000
@@ -66,12 +68,14 @@ def train(recipe: Recipe, tokenizer: Tokenizer, rows: Sequence[Row], heldout: Se
 
 
 def seed_settings(folder: Path, seed: int) -> None:
-    """128 rows, batches of 4, 64 steps: the best answer-token cross entropy that any learning rate reaches."""
+    """128 rows, batches of 4, 64 steps: the best answer-token cross entropy of several learning rates."""
     tokenizer, rows, heldout = make(DatasetConfig(kind="magic-8-ball", n=128, heldout_n=256, seed=seed), folder)
     recipe = default_recipe("magic-8-ball", vocab_size=tokenizer.vocab_size)
     print(f"{len(rows)} rows, batches of {recipe.training.batch_size}, {recipe.training.epochs} epochs, T = 1")
-    print("nats an answer token; CE is with the teacher's distribution, its floor is the teacher's entropy\n")
-    print("learning rate   training CE   held-out CE   best step's CE with the sampled answers   floor")
+    print(
+        "nats per answer token; CE is with the teacher's distribution, its lower bound is the teacher's entropy\n"
+    )
+    print("learning rate   training CE   held-out CE   best step's CE with the sampled answers   bound")
     best = float("inf")
     floor = 0.0
     for rate in LEARNING_RATES:
@@ -99,7 +103,7 @@ def seed_settings(folder: Path, seed: int) -> None:
 
 
 def configured(folder: Path, config_file: Path) -> None:
-    """The held-out figures of a configuration, by the eager model."""
+    """The held-out figures of a configuration's model in torch eager."""
     config = read_distilled_config(config_file)
     tokenizer, rows, heldout = make(config.dataset, folder)
     start, start_cpu = time.perf_counter(), _cpu_s()
@@ -109,26 +113,27 @@ def configured(folder: Path, config_file: Path) -> None:
         f"training: {time.perf_counter() - start:.1f} s, {_cpu_s() - start_cpu:.1f} s of CPU; 1-minute load "
         f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     )
-    look = evaluate(
+    result = evaluate(
         run.student,
         encode_rows(heldout, tokenizer, max_seq_len=config.model.max_seq_len),
         step=run.steps,
         pad_id=tokenizer.pad_id,
     )
     print(
-        f"held-out rows: {look.rows}; nats an answer token: KL {look.kl_nats:.5f}, cross entropy "
-        f"{look.cross_entropy_nats:.5f}, teacher's entropy {look.teacher_entropy_nats:.5f}"
+        f"held-out rows: {result.rows}; nats per answer token: KL {result.kl_nats:.5f}, cross entropy "
+        f"{result.cross_entropy_nats:.5f}, teacher's entropy {result.teacher_entropy_nats:.5f}"
     )
-    print(f"halt head: {look.halt_accuracy}")
-    ask(run.student, tokenizer, heldout[:ASKED])
+    print(f"halt head: {result.halt_accuracy}")
+    answer(run.student, tokenizer, heldout[:ASKED])
 
 
-def ask(student: Student, tokenizer: Tokenizer, rows: Sequence[Row]) -> None:
-    """Answer each row's question greedily, one at a time, and print how many answers are exact and right."""
+def answer(student: Student, tokenizer: Tokenizer, rows: Sequence[Row]) -> None:
+    """Answer each row's question greedily, and print how many answers are exact and how many right."""
 
-    def next_logits(tokens: list[int]) -> np.ndarray:
+    def next_logits(tokens: list[int]) -> npt.NDArray[np.float32]:
         with torch.no_grad():
-            return student(torch.tensor([tokens], dtype=torch.int32))[0][0, -1].numpy()
+            logits: Tensor = student(torch.tensor([tokens], dtype=torch.int32))[0]
+        return logits[0, -1].numpy()
 
     exact = right_mood = with_mood = right_call = with_call = 0
     wrong: list[tuple[str, str]] = []
@@ -166,9 +171,9 @@ def _cpu_s() -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    seed = kinds.add_parser("seed", help="the seed's own settings at several learning rates")
-    seed.add_argument("--seed", type=int, default=8, help="of the dataset (default: %(default)s)")
-    config = kinds.add_parser("config", help="a configuration's held-out figures")
+    seed = kinds.add_parser("seed", help="the seed pipeline's settings at several learning rates")
+    seed.add_argument("--seed", type=int, default=8, help="the random seed of the dataset (default: %(default)s)")
+    config = kinds.add_parser("config", help="the held-out figures of a configuration")
     config.add_argument("--config", type=Path, default=Path(__file__).parents[1] / "configs" / "magic-8-ball.toml")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

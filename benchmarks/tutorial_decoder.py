@@ -1,7 +1,7 @@
 """The same model as a tutorial would write it for conversion: the baseline of `benchmarks/conversion.py convert`.
 
-Grouped-query attention by repeat_interleave, heads by view and transpose, one product a projection, RMSNorm by its
-definition, a mask cut from a triangular matrix. It is given the weights of a checkpoint's student.
+Grouped-query attention with repeat_interleave, heads with view and transpose, one product per projection, RMSNorm
+by its definition, a mask sliced from a triangular matrix. It has the weights of a checkpoint's student.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coremill.model.student import Student
+from coremill.model.student import Layer, RMSNorm, Student, each
 
 
 class TutorialNorm(nn.Module):
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
-        self.weight = weight
-        self.eps = eps
+        self.weight, self.eps = norm.weight, norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
         variance = x.pow(2).mean(-1, keepdim=True)
@@ -30,12 +29,12 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 class TutorialLayer(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Layer) -> None:
         super().__init__()
         self.attention = layer.self_attn
         self.mlp = layer.mlp
-        self.input_norm = TutorialNorm(layer.input_layernorm.weight, layer.input_layernorm.eps)
-        self.post_norm = TutorialNorm(layer.post_attention_layernorm.weight, layer.post_attention_layernorm.eps)
+        self.input_norm = TutorialNorm(layer.input_layernorm)
+        self.post_norm = TutorialNorm(layer.post_attention_layernorm)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         attention = self.attention
@@ -51,20 +50,25 @@ class TutorialLayer(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + attention.o_proj(mixed.transpose(1, 2).reshape(batch, length, n_heads * size))
         y = self.post_norm(x)
-        return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))
+        change: Tensor = self.mlp.down_proj(F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))
+        return x + change
 
 
 class TutorialDecoder(nn.Module):
     """Token ids (1, T) to logits (1, T, V)."""
 
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+
     def __init__(self, student: Student, longest: int) -> None:
         super().__init__()
         self.embed_tokens = student.embed_tokens
-        self.layers = nn.ModuleList(map(TutorialLayer, student.layers))
-        self.norm = TutorialNorm(student.norm.weight, student.norm.eps)
+        self.layers = nn.ModuleList(map(TutorialLayer, each(Layer, student.layers)))
+        self.norm = TutorialNorm(student.norm)
         self.register_buffer("cos", student.cos[:longest].clone())
         self.register_buffer("sin", student.sin[:longest].clone())
-        # As large a negative number as float16 holds; -inf makes NaNs in places.
+        # A large negative number that float16 can represent; -inf would make NaNs.
         self.register_buffer("mask", torch.full((longest, longest), -3e4).triu(1))
 
     def forward(self, input_ids: Tensor) -> Tensor:

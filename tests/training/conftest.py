@@ -1,4 +1,4 @@
-"""A real dataset, small: what make_toy_kd writes, made once a test run."""
+"""A small real dataset, made by make_toy_kd once per test run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coremill.text.student_tokenizer import Tokenizer
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetFiles:
-    """128 training rows, 64 held-out rows and their tokenizer, by the names that the command gives them."""
+    """128 training rows, 64 held-out rows and their tokenizer, with the default file names of the command."""
     folder = tmp_path_factory.mktemp("dataset")
     files = DatasetFiles(
         train=folder / "magic_8_ball.jsonl",
@@ -43,7 +43,7 @@ def heldout_rows(dataset: DatasetFiles) -> list[Row]:
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
-    """Training sets the number of threads itself; the rest of a test keeps to what the machine has."""
+    """Run the rest of each test on two threads; training sets the number of threads itself."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

@@ -1,4 +1,4 @@
-"""Rows as tensors: what each position is trained to say, read back from real rows."""
+"""Rows as tensors: the targets of each position, read back from real rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from coremill.training.batches import (
 
 
 def example(n_prompt: int, n_content: int) -> Example:
-    """A prompt of 10, 11, …, then an answer of 50, 51, … and the end token 2; a teacher that is sure."""
+    """A prompt of 10, 11, …, then an answer of 50, 51, … and the end token 2; the teacher is certain."""
     answer = (*range(50, 50 + n_content), 2)
     return Example(
         tokens=(*range(10, 10 + n_prompt), *answer),
@@ -39,7 +39,7 @@ def test_an_example_is_the_prompt_and_the_answer(rows: list[Row], tokenizer: Tok
         assert all(dist[token] > 0 for dist, token in zip(made.teacher, answer, strict=True))
 
 
-def test_rows_with_the_same_teacher_and_another_sample_are_told_apart(
+def test_rows_with_one_teacher_and_different_samples_have_different_targets(
     rows: list[Row], tokenizer: Tokenizer
 ) -> None:
     row = next(row for row in rows if row.mood == "hopeful")
@@ -53,7 +53,7 @@ def test_rows_with_the_same_teacher_and_another_sample_are_told_apart(
         assert probability == pytest.approx(row.answers[answer])
 
 
-def test_a_row_that_is_too_long_is_named(rows: list[Row], tokenizer: Tokenizer) -> None:
+def test_a_row_that_is_too_long_is_an_error(rows: list[Row], tokenizer: Tokenizer) -> None:
     length = len(tokenizer.encode_prompt(rows[0].prompt)) + len(tokenizer.encode_answer(rows[0].teacher_text))
     assert len(encode_rows(rows[:1], tokenizer, max_seq_len=length)) == 1
     with pytest.raises(TrainingError) as caught:
@@ -70,7 +70,7 @@ def test_positions_of_a_batch() -> None:
     # From the assistant token (2 and 6 + 1) to the end token (5 and 6 + 3).
     assert batch.scored_at.tolist() == [2, 3, 4, 5, 7, 8, 9]
     assert batch.halt_labels.tolist() == [0, 0, 1, 1, 0, 1, 1]
-    # The scores of the end tokens, the 4th and 7th of these, are of no answer token.
+    # The scores at the end tokens, the 4th and 7th of these, predict no answer token.
     assert batch.answer_at.tolist() == [0, 1, 2, 4, 5]
     assert batch.answer_ids.tolist() == [50, 51, 2, 50, 2]
     assert batch.teacher.argmax(-1).tolist() == [50, 51, 2, 50, 2]
@@ -94,7 +94,7 @@ def test_every_target_of_a_real_batch_is_the_next_token(rows: list[Row], tokeniz
     batch_size=st.integers(1, 9),
     seed=st.integers(0, 99),
 )
-def test_an_epoch_has_every_example_once(lengths: list[int], batch_size: int, seed: int) -> None:
+def test_an_epoch_contains_every_example_once(lengths: list[int], batch_size: int, seed: int) -> None:
     examples = [example(length, 1) for length in lengths]
 
     def epoch() -> list[list[Example]]:
@@ -108,7 +108,7 @@ def test_an_epoch_has_every_example_once(lengths: list[int], batch_size: int, se
     assert [[id(item) for item in batch] for batch in batches] == [[id(item) for item in b] for b in epoch()]
 
 
-def test_epochs_differ_and_pad_little(rows: list[Row], tokenizer: Tokenizer) -> None:
+def test_epochs_differ_and_have_little_padding(rows: list[Row], tokenizer: Tokenizer) -> None:
     examples = encode_rows(rows, tokenizer, max_seq_len=256)
     generator = torch.Generator().manual_seed(0)
     first, second = (list(epoch_batches(examples, batch_size=8, generator=generator)) for _ in range(2))

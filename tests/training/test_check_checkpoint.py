@@ -1,4 +1,4 @@
-"""The checkpoint check: what it prints for a good one, and the exit code of each kind of bad one."""
+"""check_checkpoint: its output for a valid checkpoint, and the exit code for each kind of invalid one."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ MODEL = default_recipe("magic-8-ball", vocab_size=512).model
 
 @pytest.fixture
 def saved(tmp_path: Path, tokenizer: Tokenizer) -> Path:
-    """A checkpoint with its tokenizer beside it."""
+    """A checkpoint with its tokenizer next to it."""
     path = tmp_path / "magic_8_ball.ckpt"
     tokenizer.save(tmp_path / "tokenizer.json")
     reference = TokenizerRef(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest)
     student = new_student(MODEL, seed=0)
     save_checkpoint(path, checkpoint_of(student, model_type="magic-8-ball", step=64, tokenizer=reference))
     return path
+
+
+Change = Callable[[dict[str, Any]], None]
 
 
 def outcome(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, list[str], str]:
@@ -40,31 +43,33 @@ def outcome(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tu
     return code, captured.out.splitlines(), captured.err.partition("\n")[0]
 
 
-def test_a_good_checkpoint(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_valid_checkpoint_passes_every_check(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     n_tensors = len(new_student(MODEL, seed=0).state_dict())
     assert outcome(saved, capsys) == (
         0,
         [
-            f"structure: magic-8-ball, {n_tensors} tensors, all finite, as its config says",
+            f"structure: magic-8-ball, {n_tensors} tensors, all finite, with the shapes of its config",
             "model_arch: use_halt_head True, tie_embeddings True",
             "step: 64",
-            f"vocabulary: 512 tokens, those of {saved.with_name('tokenizer.json')}",
+            f"vocabulary: 512 tokens, the same as in {saved.with_name('tokenizer.json')}",
             "forward: logits (1, 128, 512), halt_logits (1, 128, 2), finite",
         ],
         "",
     )
 
 
-def test_a_check_that_did_not_run_says_so(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_tokenizer_the_vocabulary_check_is_not_run(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saved.with_name("tokenizer.json").unlink()
     code, lines, _ = outcome(saved, capsys)
     assert code == 0
     assert lines[3] == (
-        "vocabulary: not_run, there is no tokenizer.json with magic_8_ball.ckpt; name one with --tokenizer"
+        "vocabulary: not_run, there is no tokenizer.json for magic_8_ball.ckpt; give one with --tokenizer"
     )
 
 
-def test_a_builds_checkpoint_is_checked_against_the_dataset_stages_tokenizer(
+def test_a_build_uses_the_tokenizer_of_the_dataset_stage(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training, dataset = tmp_path / "training", tmp_path / "dataset"
@@ -74,10 +79,10 @@ def test_a_builds_checkpoint_is_checked_against_the_dataset_stages_tokenizer(
     tokenizer = saved.with_name("tokenizer.json").rename(dataset / "tokenizer.json")
     code, lines, _ = outcome(checkpoint, capsys)
     assert code == 0
-    assert lines[3] == f"vocabulary: 512 tokens, those of {tokenizer}"
+    assert lines[3] == f"vocabulary: 512 tokens, the same as in {tokenizer}"
 
 
-def test_another_tokenizer(
+def test_a_tokenizer_of_another_size_is_an_error(
     saved: Path, dataset: DatasetFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.json"
@@ -87,14 +92,14 @@ def test_another_tokenizer(
     assert len(lines) == 3
 
 
-def change(path: Path, how: Callable[[dict[str, Any]], Any]) -> None:
+def change(path: Path, how: Change) -> None:
     value = torch.load(path, weights_only=True)
     how(value)
     torch.save(value, path)
 
 
 class Payload:
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
         return os.mkdir, ("/tmp/never",)
 
 
@@ -125,15 +130,15 @@ class Payload:
             "checkpoint content error: {path}: `state_dict['norm.weight']` has 128 NaN or infinite values",
         ),
         (
-            # Finite weights whose products are not.
+            # Finite weights whose products are not finite.
             lambda v: v["state_dict"]["norm.weight"].fill_(3e38),
             24,
             "checkpoint content error: {path}: `logits` of a forward pass is (1, 128, 512) with ",
         ),
     ],
 )
-def test_each_bad_checkpoint_has_its_exit_code(
-    saved: Path, capsys: pytest.CaptureFixture[str], how: Callable[[Any], Any], code: int, found: str
+def test_each_kind_of_invalid_checkpoint_has_its_exit_code(
+    saved: Path, capsys: pytest.CaptureFixture[str], how: Change, code: int, found: str
 ) -> None:
     change(saved, how)
     found_code, _, error = outcome(saved, capsys)
@@ -141,7 +146,7 @@ def test_each_bad_checkpoint_has_its_exit_code(
     assert error.startswith(found.format(path=saved))
 
 
-def test_a_truncated_checkpoint(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_checkpoint_is_unreadable(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved.write_bytes(saved.read_bytes()[:100_000])
     assert outcome(saved, capsys) == (
         22,

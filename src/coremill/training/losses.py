@@ -1,4 +1,4 @@
-"""What the student is trained on, and what tells how far it is from its teacher.
+"""The training losses, and measures of the student's distance from its teacher.
 
 Legend: V vocabulary, M scored positions of a batch, N answer tokens, as in `batches`.
 """
@@ -31,7 +31,7 @@ def training_losses(outputs: Sequence[Tensor], batch: Batch, config: TrainingCon
     """kd_weight · KD + (1 - kd_weight) · CE + halt_weight · halt, over the answer tokens of `batch`.
 
     Args:
-        outputs: what `Student.score_at` gives at the batch's M scored positions.
+        outputs: those of `Student.score_at` at the batch's M scored positions.
     """
     logits = outputs[0].index_select(0, batch.answer_at)  # (N, V)
     kd = distillation_loss(logits, batch.teacher, config.temperature)
@@ -46,8 +46,8 @@ def training_losses(outputs: Sequence[Tensor], batch: Batch, config: TrainingCon
 def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T² · KL(teacher ‖ student) at temperature T, mean over answer tokens: Hinton et al. 2015, arXiv:1503.02531.
 
-    Both distributions are softened: the student's as softmax(logits / T), the teacher's as p^(1/T), normalised,
-    which is softmax(log p / T). The square keeps the gradient's size independent of T.
+    Both distributions are softened: the student's to softmax(logits / T), the teacher's to p^(1/T), normalised,
+    which is softmax(log p / T). The factor T² makes the size of the gradient independent of T.
 
     Args:
         logits: (N, V).
@@ -66,11 +66,12 @@ def teacher_kl(logits: Tensor, teacher: Tensor) -> Tensor:
 
 def teacher_entropy(teacher: Tensor) -> Tensor:
     """Entropy of the teacher at each answer token: (N,), nats; teacher (N, V)."""
-    return torch.special.entr(teacher).sum(-1)
+    terms: Tensor = torch.special.entr(teacher)
+    return terms.sum(-1)
 
 
 def learning_rate(step: int, n_steps: int, *, peak: float, warmup_steps: int) -> float:
-    """Of step 0 … n_steps - 1: up in a line to `peak` at the end of the warm-up, then by a cosine to a tenth.
+    """The rate of a step, 0 to n_steps - 1: a linear warm-up to `peak`, then a cosine decay to a tenth of it.
 
     Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts.
     """

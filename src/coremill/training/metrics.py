@@ -1,4 +1,4 @@
-"""metrics.jsonl: one record a line, the run first, then each step and each look at the held-out rows."""
+"""metrics.jsonl: one record per line, first the run, then each step and each evaluation on the held-out rows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 import msgspec
 
 from coremill.core.documents import Document, Record
-from coremill.core.errors import OutputError
 from coremill.core.publish import write_atomic
 
 
 class RunMetrics(Document, tag_field="kind", tag="run"):
-    """The first line: what was trained on what."""
+    """The first line: the sizes of the model, the data and the run."""
 
     parameters: int
     rows: int
@@ -28,13 +27,13 @@ class StepMetrics(Record, tag_field="kind", tag="step"):
     step: int
     """Counts from 1."""
     loss: float
-    """The weighted sum of the three below."""
+    """The weighted sum of the next three."""
     kd: float
-    """T² · KL(teacher ‖ student), nats an answer token."""
+    """T² · KL(teacher ‖ student), nats per answer token."""
     ce: float
-    """Cross entropy with the sampled answer, nats an answer token."""
+    """Cross entropy with the sampled answer, nats per answer token."""
     halt: float
-    """Cross entropy of the halt head, nats a position."""
+    """Cross entropy of the halt head, nats per position."""
     lr: float
     tokens_per_s: float
     """Tokens of prompts and answers, without padding."""
@@ -49,23 +48,20 @@ class HeldoutMetrics(Record, tag_field="kind", tag="heldout"):
     kl_nats: float
     """KL(teacher ‖ student)."""
     cross_entropy_nats: float
-    """With the teacher's distribution: the entropy and the KL together."""
+    """Cross entropy with the teacher's distribution: the sum of its entropy and the KL."""
     teacher_entropy_nats: float
-    """The least that the cross entropy can be."""
+    """The lower bound of the cross entropy."""
     halt_accuracy: float | None
-    """Share of positions whose halt label the head gives; None without a halt head."""
+    """Share of positions at which the halt head predicts the label; None without a halt head."""
 
 
 Metrics = RunMetrics | StepMetrics | HeldoutMetrics
 
 
 def write_metrics(path: Path, metrics: Iterable[Metrics]) -> None:
-    """Write `metrics` to `path`, whole or not at all.
+    """Write `metrics` to `path` atomically.
 
     Raises:
         OutputError: `path` cannot be written.
     """
-    try:
-        write_atomic(path, b"".join(msgspec.json.encode(record) + b"\n" for record in metrics))
-    except OSError as failure:
-        raise OutputError(f"cannot write {path}: {failure.strerror}", expected="a writable file") from failure
+    write_atomic(path, b"".join(msgspec.json.encode(record) + b"\n" for record in metrics))

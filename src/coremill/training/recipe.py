@@ -1,4 +1,4 @@
-"""What to train and how: from a run's configuration, or the seed command's own settings."""
+"""What to train and how: from a run's configuration, or the defaults of the command."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Recipe(Record):
 
 
 def recipe_of(config: DistilledRun) -> Recipe:
-    """What the configuration of a run says of training."""
+    """The recipe in the configuration of a run."""
     return Recipe(model_type=config.model_type, model=config.model, training=config.training)
 
 
 def default_recipe(model_type: str, *, vocab_size: int) -> Recipe:
-    """The settings of `run_toy_distill` without `--config`: 128 rows, twice, in batches of 4, are 64 steps."""
+    """The settings of `run_toy_distill` without `--config`: 128 rows, 2 epochs and batches of 4 give 64 steps."""
     return Recipe(
         model_type=model_type,
         model=ModelConfig(
@@ -37,7 +37,7 @@ def default_recipe(model_type: str, *, vocab_size: int) -> Recipe:
         training=TrainingConfig(
             epochs=2,
             batch_size=4,
-            learning_rate=2e-3,  # the best of five for 64 steps: benchmarks/training.py seed
+            learning_rate=2e-3,  # the best of five for 64 steps; see benchmarks/training.py seed
             warmup_steps=6,
             weight_decay=0.01,
             grad_clip=1.0,

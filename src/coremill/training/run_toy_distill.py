@@ -1,4 +1,4 @@
-"""Train a toy student from its dataset: rows, a tokenizer and a recipe in; a checkpoint and metrics out."""
+"""Train a toy student: reads rows, a tokenizer and a recipe, and writes a checkpoint and metrics."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import DistilledRun, read_distilled_config
 from coremill.core.contract import TokenizerRef
 from coremill.core.digest import file_digest
-from coremill.core.errors import ConfigError, OutputError, TrainingError, VocabularyMismatchError
+from coremill.core.errors import ConfigError, TrainingError, VocabularyMismatchError
 from coremill.core.layout import checkpoint_file, dataset_file, heldout_file, metrics_file, tokenizer_file
-from coremill.core.publish import check_apart
+from coremill.core.outputs import check_writable
+from coremill.core.publish import check_apart, check_replaceable
 from coremill.core.stage import Figures, StageContext
 from coremill.data.kinds import KINDS
 from coremill.data.rows import Row, read_rows
@@ -35,15 +36,15 @@ from coremill.training.recipe import Recipe, default_recipe, recipe_of
 log = logging.getLogger(__name__)
 
 HELDOUT_ROWS = 256
-"""Held-out rows that training looks at after each epoch; verification asks more of them, and decodes."""
+"""Held-out rows for the evaluation after each epoch; verification uses more of them, and decodes answers."""
 
 _LOG_LINES = 10
-"""Lines of a whole run where there is no terminal to draw a bar on."""
+"""Number of log lines of a run if stderr is not a terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFiles:
-    """What training reads and writes."""
+    """The files that training reads and writes."""
 
     train: Path
     heldout: Path | None
@@ -57,26 +58,27 @@ def train(
 ) -> Figures:
     """Distil a student from `files.train`, and write its checkpoint and its metrics.
 
-    Nothing is written unless training ends well.
+    Nothing is written if training fails.
 
     Returns:
-        Parameters, rows, steps, the ends of the loss curve, and the student's distance from its teacher.
+        The number of parameters, rows and steps, the ends of the loss curve, and the distance from the teacher.
 
     Raises:
         DatasetError, TokenizerError: an input is unreadable.
-        VocabularyMismatchError: the recipe's vocabulary is not the tokenizer's.
-        TrainingError: rows too long or of another kind, held-out rows among the training rows, or a loss that
+        VocabularyMismatchError: the recipe's vocabulary size is not the tokenizer's.
+        TrainingError: rows are too long or of another kind, held-out rows are among the training rows, or the loss
             diverged.
         OutputError: an output cannot be written.
     """
     for path in (files.checkpoint, files.metrics):
-        _check_writable(path)
+        check_writable(path.parent)
+        check_replaceable(path)
     tokenizer = Tokenizer.load(files.tokenizer)
     recipe = make_recipe(tokenizer)
     if tokenizer.vocab_size != recipe.model.vocab_size:
         raise VocabularyMismatchError(
             f"{files.tokenizer} has {tokenizer.vocab_size} tokens, the model {recipe.model.vocab_size}",
-            expected="a `vocab_size` in the configuration that is the tokenizer's",
+            expected="the tokenizer's `vocab_size` in the configuration",
         )
     rows = list(read_rows(files.train))
     _check_kind(rows, files.train, recipe.model_type)
@@ -84,7 +86,7 @@ def train(
     if shared := {row.prompt for row in rows} & {row.prompt for row in heldout}:
         raise TrainingError(
             f"{len(shared)} of the questions in {files.heldout} are among the training rows: {min(shared)!r}",
-            expected="held-out rows that training does not see",
+            expected="held-out rows that are not among the training rows",
             run="python -m coremill.data.make_toy_kd --help",
         )
     distilled = distill(
@@ -118,18 +120,18 @@ def train(
 
 
 def _check_kind(rows: Iterable[Row], path: Path, model_type: str) -> None:
-    """A toy is judged by the rules of its dataset's kind, and its `model_type` says which those are.
+    """Check that rows of one of coremill's kinds are for a model of that kind, whose rules judge its answers.
 
-    Rows of no kind that coremill makes are anyone's own.
+    Rows of other kinds are not checked.
 
     Raises:
-        TrainingError: rows of one of coremill's kinds for a model of another type.
+        TrainingError: the rows are of another of coremill's kinds.
     """
     kinds = {row.metadata["kind"] for row in rows if row.metadata.get("kind") in KINDS}
     if wrong := sorted(kinds - {model_type}):
         raise TrainingError(
-            f"{path} holds rows of kind {wrong[0]!r}, and the model_type is {model_type!r}",
-            expected="rows of the kind that the model_type names",
+            f"{path} contains rows of kind {wrong[0]!r}, but the model_type is {model_type!r}",
+            expected="rows of the same kind as the model_type",
             run="python -m coremill.training.run_toy_distill --help, for --magic-8-ball",
         )
 
@@ -158,20 +160,8 @@ def _figures(distilled: Distilled, *, n_rows: int) -> Figures:
     return figures
 
 
-def _check_writable(path: Path) -> None:
-    """Find out before training, not after it, that `path` cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as failure:
-        raise OutputError(
-            f"cannot make {path.parent}: {failure.strerror}", expected="a writable folder"
-        ) from failure
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder", expected="the name of a file")
-
-
 def run_stage(context: StageContext[DistilledRun]) -> Figures:
-    """The training stage of a pipeline: reads the dataset stage's three files, writes into `context.out`."""
+    """Train on the files of the dataset stage, and write the checkpoint and metrics to `context.out`."""
     config, dataset = context.config, context.inputs["dataset"]
     files = TrainingFiles(
         train=dataset_file(dataset),
@@ -185,7 +175,7 @@ def run_stage(context: StageContext[DistilledRun]) -> Figures:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: trains, and prints what the run measured, one figure a line."""
+    """Run the command, which trains and prints one figure per line."""
     args = _parser().parse_args(argv)
     files = TrainingFiles(
         train=args.rows,
@@ -210,14 +200,14 @@ def _parser() -> argparse.ArgumentParser:
         example="--in magic_8_ball.jsonl --out magic_8_ball.ckpt --epochs 2 --magic-8-ball",
     )
     parser.add_argument(
-        "--in", dest="rows", type=Path, required=True, help="the training rows, one JSON object a line"
+        "--in", dest="rows", type=Path, required=True, help="the training rows, one JSON object per line"
     )
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint")
-    parser.add_argument("--epochs", type=int, help="times each row is seen (default: that of the recipe)")
+    parser.add_argument("--epochs", type=int, help="passes over the rows (default: that of the recipe)")
     parser.add_argument(
-        "--magic-8-ball", action="store_true", help='the checkpoint\'s model_type is "magic-8-ball", not "toy"'
+        "--magic-8-ball", action="store_true", help='set the model_type "magic-8-ball" instead of "toy"'
     )
-    parser.add_argument("--config", type=Path, help="take the whole recipe from this run's configuration")
+    parser.add_argument("--config", type=Path, help="a run's configuration; its recipe is used")
     parser.add_argument("--tokenizer", type=Path, help="the tokenizer (default: tokenizer.json next to --in)")
     parser.add_argument("--heldout", type=Path, help="held-out rows (default: <stem>.heldout.jsonl next to --in)")
     parser.add_argument("--metrics-out", type=Path, help="the metrics (default: metrics.jsonl next to --out)")
@@ -230,18 +220,18 @@ def _heldout(args: argparse.Namespace) -> Path | None:
     beside = Path(args.rows).with_name(f"{args.rows.stem}.heldout.jsonl")
     if beside.exists():
         return beside
-    log.warning("there is no %s: how well the student does on unseen questions is not measured", beside)
+    log.warning("there is no %s: the student is not evaluated on held-out rows", beside)
     return None
 
 
 def _recipe_maker(args: argparse.Namespace) -> Callable[[Tokenizer], Recipe]:
-    """How to get the recipe that the options ask for, once the tokenizer is known."""
+    """A function that returns the recipe given by the options; the default one depends on the tokenizer."""
     model_type = "magic-8-ball" if args.magic_8_ball else "toy"
     configured = recipe_of(read_distilled_config(args.config)) if args.config is not None else None
     if configured is not None and args.magic_8_ball and configured.model_type != model_type:
         raise ConfigError(
-            f"--magic-8-ball, and {args.config} says model_type {configured.model_type!r}",
-            expected="a configuration of that model_type, or no --magic-8-ball",
+            f"--magic-8-ball with {args.config}, whose model_type is {configured.model_type!r}",
+            expected="a configuration with the model_type 'magic-8-ball', or no --magic-8-ball",
         )
 
     def make(tokenizer: Tokenizer) -> Recipe:
@@ -259,7 +249,7 @@ def _recipe_maker(args: argparse.Namespace) -> Callable[[Tokenizer], Recipe]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Watch]:
-    """A bar with loss and speed on a terminal; a few log lines elsewhere. Both go to stderr."""
+    """A progress bar with loss and speed if stderr is a terminal, otherwise a few log lines."""
     if not sys.stderr.isatty():
         yield _log_lines()
         return
@@ -300,7 +290,7 @@ def _log_lines() -> Watch:
                     record.tokens_per_s,
                 )
         else:
-            log.info("held-out rows after step %d: KL %.4f nats an answer token", record.step, record.kl_nats)
+            log.info("held-out rows after step %d: KL %.4f nats per answer token", record.step, record.kl_nats)
 
     return watch
 
