@@ -312,20 +312,20 @@ class HuggingFaceConfig(Record):
 
 
 class VerifyConfig(Record):
-    """What is asked of every package: that it computes what the checkpoint computes."""
+    """The bounds for every package, whose outputs must match the checkpoint's."""
 
     @property
     def rows(self) -> int:
-        """How many rows of a held-out set are read at most."""
+        """The maximum number of rows that are read from a held-out set."""
         return 1
 
     min_sqnr_db: float
     max_kl_nats: float
-    """KL(checkpoint ‖ package) per position, mean over real prompts."""
+    """Of KL(checkpoint ‖ package), mean over the positions of real prompts."""
     argmax_margin: float
-    """Positions whose reference top-1 − top-2 gap is below this many logits are left out of the agreement."""
+    """Positions whose reference top-1 − top-2 gap is below this many logits are excluded from the agreement."""
     max_excluded_share: float
-    """Largest share of positions that may be left out."""
+    """The largest share of positions that may be excluded."""
 
     def __post_init__(self) -> None:
         _not_negative(self, "min_sqnr_db", "max_kl_nats", "argmax_margin")
@@ -333,18 +333,18 @@ class VerifyConfig(Record):
 
 
 class DistilledVerify(VerifyConfig):
-    """What is asked of a student besides: right answers, and its teacher's distribution."""
+    """The bounds for a student, including right answers and its teacher's distribution."""
 
     heldout_answers: int
-    """Held-out questions answered through the package, greedily."""
+    """Held-out questions that the package answers greedily."""
     sampled_answers: int
-    """Questions answered for the final table, sampled."""
+    """Questions that the package answers by sampling, for the report."""
     sampling_seed: int
     min_right_mood: float
     max_teacher_kl_nats: float
-    """KL(teacher ‖ package) per answer token on held-out questions."""
+    """Of KL(teacher ‖ package), mean over the answer tokens of held-out questions."""
     min_distinct_sampled: int
-    """Distinct answers among the sampled ones."""
+    """Distinct sampled answers."""
 
     @property
     def rows(self) -> int:
@@ -363,12 +363,12 @@ class DistilledVerify(VerifyConfig):
 
 
 class ImportedVerify(VerifyConfig):
-    """What is asked of an imported model besides: that text is as likely to the package as to the checkpoint."""
+    """The bounds for an imported model, including the perplexity of text."""
 
     max_perplexity_change: float = 0.005
-    """Largest share by which the package's perplexity may differ from the checkpoint's in float32, on one text."""
+    """The largest relative difference from the perplexity of the float32 checkpoint, on one text."""
     decoded_tokens: int = 32
-    """Tokens over which decoding one by one is compared with `main`."""
+    """Tokens that are decoded one by one and compared with `main`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
