@@ -261,8 +261,8 @@ def refusal(kind: type[Exception], source: Path, out: Path, *options: str) -> An
 def test_a_type_that_does_not_fit_behind_one_that_does(source: Path, tmp_path: Path) -> None:
     error = refusal(GgufError, source, tmp_path / "gguf", "--types", "f32,q4_k")
     assert str(error) == (
-        "q4_k stores rows in blocks of 256, which those of embed_tokens.weight (64), "
-        "layers.0.self_attn.q_proj.weight (64), layers.0.self_attn.k_proj.weight (64) and 12 more are not\n"
+        "q4_k stores rows in blocks of 256, which do not fit the rows of embed_tokens.weight (64), "
+        "layers.0.self_attn.q_proj.weight (64), layers.0.self_attn.k_proj.weight (64) and 12 more\n"
         "  expected: rows of a multiple of 256, or one of the types that fit this model: f32, f16, q8_0, q4_0"
     )
 

@@ -222,7 +222,7 @@ SAYS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"ggml.add_bos_token": True},
         {
             "tokenizer.ggml.add_bos_token is True, not False",
-            "the tokens of 'Will it rain?', begun is [1, 64, 82, 267, 324, 455, 320, 40], not [64, 82, ",
+            "the tokens of 'Will it rain?', with the beginning token is [1, 64, 82, 267, 324, 455",
         },
     ),
     "another chat template": (
@@ -248,7 +248,10 @@ SAYS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "another type in its name": ({"general.file_type": 2}, {"general.file_type is 2, not 7"}),
     "a key that is none of ours": (
         {"ggml.add_eos_token": True},
-        {"tokenizer.ggml.add_eos_token is True, not None", "the tokens of 'Will it rain?', begun is [64, 82, "},
+        {
+            "tokenizer.ggml.add_eos_token is True, not None",
+            "the tokens of 'Will it rain?', with the beginning token is [64, 82, ",
+        },
     ),
 }
 
@@ -441,7 +444,7 @@ def test_a_file_of_another_vocabulary_is_refused(toy: Toy, tmp_path: Path) -> No
         measure_gguf({"f32": path}, padded, toy.prompts, checkpoint_digest=DIGEST, quick=True)
     assert str(caught.value) == (
         f"{path} has 512 tokens, the checkpoint's model 520\n"
-        "  expected: the file that was made of the checkpoint" + RUN
+        "  expected: a file that was made from the checkpoint" + RUN
     )
 
 
@@ -451,7 +454,7 @@ def test_a_file_of_other_tensors_is_refused(toy: Toy, tmp_path: Path) -> None:
         measure_gguf({"q8_0": path}, toy.checkpoint, toy.prompts, checkpoint_digest=DIGEST, quick=True)
     assert str(caught.value) == (
         f"{path} and the checkpoint do not both have lm_head.weight\n"
-        "  expected: the file that was made of the checkpoint" + RUN
+        "  expected: a file that was made from the checkpoint" + RUN
     )
 
 

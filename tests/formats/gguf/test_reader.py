@@ -334,7 +334,7 @@ def refusal(path: Path, kind: type[CoremillError]) -> str:
         ({"llama.rope.dimension_count": 8}, "RoPE on 8 of a head's 16 dimensions"),
         ({"llama.attention.value_length": 8}, "heads of 16 for keys and 8 for values"),
         ({"llama.rope.scaling.type": "longrope"}, "RoPE scaling 'longrope'"),
-        ({"llama.logit_scale": 2.0}, "llama.logit_scale is set, and what it changes is not computed here"),
+        ({"llama.logit_scale": 2.0}, "llama.logit_scale is set, which coremill does not support"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(tmp_path: Path, keys: dict[str, Any], found: str) -> None:

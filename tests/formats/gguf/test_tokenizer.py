@@ -26,7 +26,7 @@ from coremill.text.model_tokenizer import _LLAMA3_WORDS, _QWEN2_WORDS, TextToken
 from coremill.text.student_tokenizer import Tokenizer
 
 RANGES = [(32, 127), (0, 0x300), (0x300, 0x3000), (0x4E00, 0x9FFF), (0xE000, 0xFFFF), (0x1F300, 0x1FAFF)]
-EXPECTED = "byte-level BPE that cuts a text as one of gpt-2, smollm, qwen2, llama-bpe, which llama.cpp has"
+EXPECTED = "byte-level BPE with one of llama.cpp's pre-tokenizations: gpt-2, smollm, qwen2, llama-bpe"
 
 
 @pytest.fixture(scope="session")
@@ -201,7 +201,7 @@ def steps(pre: Any) -> Any:
     return json.loads(pre.__getstate__())
 
 
-NONE = "no name of llama.cpp's stands for the normalizer"
+NONE = "llama.cpp has no name for the normalizer"
 BYTES = '[{"type":"ByteLevel","add_prefix_space":false,"use_regex":true}]'
 
 SPACED = BYTES.replace('prefix_space":false', 'prefix_space":true')
@@ -278,7 +278,7 @@ def test_a_byte_for_which_there_is_an_unknown_token(prose: list[str], tmp_path: 
     ("settings", "ends", "found", "expected"),
     [
         ({"eos_token": None}, [], "no token ends an answer", "an end token: llama.cpp would take token 11 for it"),
-        ({}, [2, 3, 0, 1], "4 tokens end an answer", "at most 3, as llama.cpp has it"),
+        ({}, [2, 3, 0, 1], "4 tokens end an answer", "at most 3, as in llama.cpp"),
     ],
 )
 def test_end_tokens(

@@ -235,12 +235,12 @@ def test_what_was_there_stays_where_writing_fails(
     path = tmp_path / "model.gguf"
     path.write_bytes(b"before")
 
-    def fail(self: Any, tensor: Any) -> None:
+    def fail(matrix: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", fail)
+    monkeypatch.setattr("coremill.formats.gguf.writer.quantize", fail)
     with pytest.raises(OutputError) as caught:
-        write(path, of(a_student(a_config())), metadata)
+        write(path, of(a_student(a_config())), metadata, "q4_0")
     assert caught.value.found == f"cannot write {path}: No space left on device"
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
@@ -252,14 +252,14 @@ def test_what_was_there_stays_where_writing_fails(
         (
             "q4_k",
             {},
-            "q4_k stores rows in blocks of 256, which those of embed_tokens.weight (64), "
-            "layers.0.self_attn.q_proj.weight (64), layers.0.self_attn.k_proj.weight (64) and 13 more are not",
+            "q4_k stores rows in blocks of 256, which do not fit the rows of embed_tokens.weight (64), "
+            "layers.0.self_attn.q_proj.weight (64), layers.0.self_attn.k_proj.weight (64) and 13 more",
             "rows of a multiple of 256, or one of the types that fit this model: f32, f16, q8_0, q4_0",
         ),
         (
             "q8_0",
             {"d_ff": 100, "n_layers": 1},
-            "q8_0 stores rows in blocks of 32, which those of layers.0.mlp.down_proj.weight (100) are not",
+            "q8_0 stores rows in blocks of 32, which do not fit the rows of layers.0.mlp.down_proj.weight (100)",
             "rows of a multiple of 32, or one of the types that fit this model: f32, f16",
         ),
     ],

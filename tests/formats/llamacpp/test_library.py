@@ -45,7 +45,7 @@ def test_a_library_that_is_not_llama_cpp_s(fresh: pytest.MonkeyPatch) -> None:
     with pytest.raises(MachineError) as caught:
         library()
     found = str(caught.value)
-    assert found.startswith(f"{_ctypes.__file__} is no library of llama.cpp: ")
+    assert found.startswith(f"{_ctypes.__file__} is not a library of llama.cpp: ")
     assert found.endswith(REMAKE)
 
 
@@ -78,7 +78,7 @@ def test_another_release(fresh: pytest.MonkeyPatch) -> None:
     fresh.setattr("importlib.metadata.version", lambda _: "2026.11.1")
     with pytest.raises(MachineError) as caught:
         library()
-    assert str(caught.value) == "xllamacpp is 2026.11.1, and what is declared here is 2026.10.11549" + REMAKE
+    assert str(caught.value) == "xllamacpp is 2026.11.1, coremill declares the structs of 2026.10.11549" + REMAKE
 
 
 def test_no_library(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_no_library(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh.delitem(sys.modules, "xllamacpp", raising=False)
     with pytest.raises(MachineError) as caught:
         library()
-    assert str(caught.value) == "llama.cpp is not installed here: there is no xllamacpp" + REMAKE
+    assert str(caught.value) == "xllamacpp, which contains llama.cpp, is not installed" + REMAKE
 
 
 def test_the_package_itself_is_not_imported() -> None:

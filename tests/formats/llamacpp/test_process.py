@@ -64,7 +64,7 @@ def test_what_was_asked_before_is_forgotten(llamacpp: LlamaCpp) -> None:
 def test_the_whole_context_is_read(llamacpp: LlamaCpp, toy: Toy) -> None:
     ids = IDS * 20
     np.testing.assert_allclose(llamacpp.logits(ids), torch_logits(toy, ids), atol=5e-5)
-    with pytest.raises(ValueError, match=r"^161 tokens and 0 to come, the context has 160 positions$"):
+    with pytest.raises(ValueError, match=r"^161 tokens and 0 new ones, the context has 160 positions$"):
         llamacpp.logits([*ids, 1])
 
 
@@ -103,7 +103,7 @@ def test_tokens_that_are_part_of_a_character_are_said(tmp_path: Path, toy: Toy) 
 
 def test_the_whole_context_can_be_filled(llamacpp: LlamaCpp) -> None:
     assert len(llamacpp.generate(IDS, CONTEXT - len(IDS), ())) == CONTEXT - len(IDS)
-    with pytest.raises(ValueError, match=r"^8 tokens and 153 to come, the context has 160 positions$"):
+    with pytest.raises(ValueError, match=r"^8 tokens and 153 new ones, the context has 160 positions$"):
         llamacpp.generate(IDS, CONTEXT - len(IDS) + 1, ())
 
 
@@ -200,7 +200,7 @@ def test_an_end_of_llama_cpp_is_an_error_and_no_end_of_ours(path: Path) -> None:
         opened._worker._process.wait()
         with pytest.raises(GgufError) as caught:
             opened.logits(IDS)
-    assert str(caught.value) == f"llama.cpp ended while it ran {path}: exit code -9" + LOADS
+    assert str(caught.value) == f"llama.cpp ended while running {path}: exit code -9" + LOADS
 
 
 def test_an_answer_that_was_not_read_to_its_end_is_the_last(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
-"""What a GGUF file holds, read back: its weights to the rounding of their types, and all that it says of the model.
+"""The contents of a GGUF file, compared with the checkpoint: its weights up to rounding, and its metadata.
 
-Numbers that llama.cpp computes do not show every defect of a quantised file; the file itself does.
+The outputs of a quantised file do not show every defect; its contents do.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gguf
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from coremill.core.parity import SettingDifference
 from coremill.formats.gguf.reader import GgufWeights
 from coremill.formats.gguf.tokenizer import gguf_metadata
 from coremill.formats.gguf.writer import general_metadata, stored_kind
+from coremill.formats.gguf_file import Value
 from coremill.formats.halt_head import HALT_HEAD
 from coremill.formats.llamacpp.process import LlamaCpp
 from coremill.formats.llamacpp.quantize import quantize
@@ -36,16 +36,16 @@ from coremill.text.model_tokenizer import TextTokenizer
 _Kind = gguf.GGMLQuantizationType
 
 MOST_WEIGHTS_ERR = 1e6
-"""What `weights_err` says of a file that has nothing of the checkpoint's weights."""
+"""The result of `weights_err` for a file with unrelated weights."""
 
 _SHOWN = 60
-"""Characters of a value in a difference."""
-_BEGINNING = "Will it rain?"
+"""Characters of a value that a difference shows."""
+_TEXT = "Will it rain?"
 _CONVERSATIONS: tuple[list[Message], ...] = (
-    [{"role": "user", "content": _BEGINNING}],
+    [{"role": "user", "content": _TEXT}],
     [
         {"role": "system", "content": "Answer briefly."},
-        {"role": "user", "content": _BEGINNING},
+        {"role": "user", "content": _TEXT},
         {"role": "assistant", "content": "It will."},
         {"role": "user", "content": "  Where?\n{{ messages }} 'caf\u00e9' \U0001f3b1 "},
     ],
@@ -55,17 +55,17 @@ _CONVERSATIONS: tuple[list[Message], ...] = (
         {"role": "user", "content": "c"},
     ],
 )
-"""Each ends with a question: an answer at the end llama.cpp's server would go on with."""
+"""Each ends with a question, since llama.cpp's server would continue an answer at the end."""
 
 
 class _Rounding(NamedTuple):
-    """The most that a type's rounding makes of an error, in a block of values."""
+    """The largest error of a type's rounding, in a block of values."""
 
     block: int
     share: float
-    """Of the block's largest magnitude."""
+    """As a share of the block's largest magnitude."""
     absolute: float = 0.0
-    """On top: what the scale of a block, in float16, loses where it is tiny."""
+    """In addition: the error of a block's scale, a float16, if it is tiny."""
 
 
 _TINY = 128 * 2.0**-25
@@ -74,29 +74,32 @@ _ROUNDINGS: Mapping[gguf.GGMLQuantizationType, _Rounding] = {
     _Kind.F16: _Rounding(1, 2.0**-11, 2.0**-25),
     # A step is 1/127 of the largest value, its scale a float16.
     _Kind.Q8_0: _Rounding(32, 0.5 / 127 + 2.0**-11, _TINY),
-    # A step is 1/8; values run from -8 to 7, so that one at the short end is a whole step off.
+    # A step is 1/8; values are from -8 to 7, so that one at the short end may be off by a whole step.
     _Kind.Q4_0: _Rounding(32, 1 / 8 + 2.0**-10, _TINY),
 }
 _SEARCHED = frozenset({_Kind.Q4_K, _Kind.Q5_K, _Kind.Q6_K})
-"""llama.cpp searches for the scales of these, so that no bound is tight: it is asked what they come to."""
+"""llama.cpp searches for the scales of these, so that no bound is tight. It quantises the weights again instead."""
 
 
 def weights_err(source: GgufWeights, stored: Mapping[str, Tensor], checkpoint: Checkpoint) -> float:
-    """The largest error of a stored weight, as a share of the most that rounding makes; at most `MOST_WEIGHTS_ERR`.
+    """Return the largest error of a stored weight, relative to the largest error of its type's rounding.
 
     Args:
         stored: the file's weights in float32, by the checkpoint's names.
 
+    Returns:
+        1 is the bound; at most `MOST_WEIGHTS_ERR`.
+
     Raises:
-        GgufError: the file has other tensors than the checkpoint.
+        GgufError: the file and the checkpoint have different tensors.
     """
-    # GGUF has no place for the halt head.
+    # GGUF files have no halt head.
     ours = {name: tensor for name, tensor in checkpoint.state_dict.items() if name != HALT_HEAD}
     if stored.keys() != ours.keys():
         odd = sorted(stored.keys() ^ ours.keys())
         raise GgufError(
             f"{source.path} and the checkpoint do not both have {odd[0]}",
-            expected="the file that was made of the checkpoint",
+            expected="a file that was made from the checkpoint",
             run="python -m coremill.conversion.export_gguf --help",
         )
     shares = [_share(*_rounded_so_far(ours[name], source.kind(name)), stored[name]) for name in ours]
@@ -105,15 +108,15 @@ def weights_err(source: GgufWeights, stored: Mapping[str, Tensor], checkpoint: C
 
 
 def _rounded_so_far(value: Tensor, kind: gguf.GGMLQuantizationType) -> tuple[Tensor, _Rounding]:
-    """What a stored weight is compared with, and the rounding that is left."""
+    """The values that a stored weight is compared with, and the remaining rounding."""
     if kind not in _SEARCHED:
-        return value, _ROUNDINGS.get(kind, _ROUNDINGS[_Kind.F32])  # of a type that is not written here, nothing is
+        return value, _ROUNDINGS.get(kind, _ROUNDINGS[_Kind.F32])  # coremill does not write other types
     blocks = quantize(value.detach().float().contiguous().numpy(), kind)
     return torch.from_numpy(gguf.quants.dequantize(blocks, kind)), _ROUNDINGS[_Kind.F32]
 
 
 def _share(expected: Tensor, rounding: _Rounding, found: Tensor) -> Tensor:
-    """The largest |w − w'| over what is allowed in its block."""
+    """The largest |w − w'| relative to the bound of its block."""
     blocks = (tensor.float().reshape(-1, rounding.block).abs().amax(1) for tensor in (found - expected, expected))
     error, largest = blocks
     return (error / (rounding.share * largest + max(rounding.absolute, torch.finfo(torch.float32).tiny))).max()
@@ -125,30 +128,30 @@ def _share(expected: Tensor, rounding: _Rounding, found: Tensor) -> Tensor:
 def setting_differences(
     kind: GgufType, source: GgufWeights, checkpoint: Checkpoint, tokenizer: TextTokenizer, llamacpp: LlamaCpp
 ) -> list[SettingDifference]:
-    """What the file, or llama.cpp of it, says otherwise than the checkpoint and its tokenizer."""
+    """Return the differences of the file, and of llama.cpp's view of it, from the checkpoint and its tokenizer."""
+    tokenizer_keys = gguf_metadata(tokenizer, vocab_size=checkpoint.config.vocab_size)
     return [
-        *_of_types(kind, source),
-        *_of_model(source.config, checkpoint.config),
-        *_of_tokenizer(source.file.metadata, gguf_metadata(tokenizer, vocab_size=checkpoint.config.vocab_size)),
-        *_of_others(kind, source, checkpoint),
-        *_of_vocabulary(llamacpp, tokenizer),
+        *_type_differences(kind, source),
+        *_config_differences(source.config, checkpoint.config),
+        *_tokenizer_differences(source.file.metadata, tokenizer_keys),
+        *_general_differences(kind, source, checkpoint),
+        *_vocabulary_differences(llamacpp, tokenizer),
     ]
 
 
-def _of_types(kind: GgufType, source: GgufWeights) -> Iterator[SettingDifference]:
+def _type_differences(kind: GgufType, source: GgufWeights) -> Iterator[SettingDifference]:
     for name, shape in parameter_shapes(source.config).items():
         if name != HALT_HEAD:
             expected = stored_kind(name, shape, kind)
             yield from _difference(f"the type of {name}", expected.name, source.kind(name).name)
 
 
-def _of_model(found: ModelConfig, expected: ModelConfig) -> Iterator[SettingDifference]:
-    ours, theirs = (msgspec.structs.asdict(config) for config in (expected, found))
-    for name in sorted(ours.keys() - {"arch", "head_size", "rope_scaling"}):
-        yield from _difference(name, _rounded(ours[name]), _rounded(theirs[name]))
+def _config_differences(found: ModelConfig, expected: ModelConfig) -> Iterator[SettingDifference]:
+    for name in sorted({*ModelConfig.__struct_fields__} - {"arch", "head_size", "rope_scaling"}):
+        yield from _difference(name, _rounded(getattr(expected, name)), _rounded(getattr(found, name)))
     yield from _difference("head_dim", expected.head_dim, found.head_dim)
     yield from _difference("tie_embeddings", expected.arch.tie_embeddings, found.arch.tie_embeddings)
-    # A scaling may be written out as divisors: what counts is what it comes to.
+    # A scaling may be written as divisors: the resulting frequencies are compared.
     turns, their_turns = inverse_frequencies(expected), inverse_frequencies(found)
     if turns.shape == their_turns.shape and not torch.allclose(turns, their_turns, rtol=1e-6, atol=0):
         yield SettingDifference(
@@ -157,66 +160,71 @@ def _of_model(found: ModelConfig, expected: ModelConfig) -> Iterator[SettingDiff
     yield from _difference("RoPE's factor", _rounded(attention_factor(expected)), _rounded(attention_factor(found)))
 
 
-def _rounded(value: Any) -> Any:
-    """Numbers with a fraction are float32 in the file."""
+def _rounded(value: float | str) -> float | str:
+    """`value` as the file stores it: numbers with a fraction as float32."""
     return float(np.float32(value)) if isinstance(value, float) else value
 
 
-def _of_tokenizer(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[SettingDifference]:
+def _tokenizer_differences(
+    found: Mapping[str, Value], expected: Mapping[str, Value]
+) -> Iterator[SettingDifference]:
     theirs = {key: value for key, value in found.items() if key.startswith("tokenizer.")}
     for key in sorted(expected.keys() | theirs.keys()):
-        ours, said = expected.get(key), theirs.get(key)
-        if isinstance(ours, list) and isinstance(said, list) and len(ours) == len(said):
-            for place in [place for place, pair in enumerate(zip(ours, said, strict=True)) if pair[0] != pair[1]][
-                :1
-            ]:
-                yield from _difference(f"{key}[{place}]", ours[place], said[place])
+        ours, stored = expected.get(key), theirs.get(key)
+        if isinstance(ours, list) and isinstance(stored, list) and len(ours) == len(stored):
+            wrong = (index for index, pair in enumerate(zip(ours, stored, strict=True)) if pair[0] != pair[1])
+            if (first := next(wrong, None)) is not None:
+                yield from _difference(f"{key}[{first}]", ours[first], stored[first])
         else:
-            yield from _difference(key, ours, said)
+            yield from _difference(key, ours, stored)
 
 
-def _of_others(kind: GgufType, source: GgufWeights, checkpoint: Checkpoint) -> Iterator[SettingDifference]:
-    """Keys that are of no tokenizer, and of no architecture but for one that the weights tell as well."""
+def _general_differences(
+    kind: GgufType, source: GgufWeights, checkpoint: Checkpoint
+) -> Iterator[SettingDifference]:
+    """The keys outside the tokenizer and the architecture, and the size of the vocabulary."""
     found, architecture = source.file.metadata, source.model_type
-    known = {**general_metadata(None, kind), "general.architecture": architecture}
-    size_key = f"{architecture}.vocab_size"
-    known[size_key] = checkpoint.config.vocab_size
+    known = {
+        "general.architecture": architecture,
+        f"{architecture}.vocab_size": checkpoint.config.vocab_size,
+        **general_metadata(kind),
+    }
     for key in sorted(found):
-        if key in known and known[key] is not None:
+        if key in known:
             yield from _difference(key, known[key], found[key])
-        elif key not in known and not key.startswith(("tokenizer.", f"{architecture}.", "coremill.")):
+        elif key != "general.name" and not key.startswith(("tokenizer.", f"{architecture}.", "coremill.")):
             yield from _difference(key, None, found[key])
 
 
-def _of_vocabulary(llamacpp: LlamaCpp, tokenizer: TextTokenizer) -> Iterator[SettingDifference]:
-    """llama.cpp's own view, which knows some tokens by their names."""
+def _vocabulary_differences(llamacpp: LlamaCpp, tokenizer: TextTokenizer) -> Iterator[SettingDifference]:
+    """llama.cpp's own view of the tokens, some of which it recognises by their names."""
     found = llamacpp.vocabulary()
-    template = tokenizer.chat_template
-    if tokenizer.bos_id is not None:  # else llama.cpp takes another for it, and puts it nowhere
+    template = None if tokenizer.chat_template is None else tokenizer.chat_template.source
+    if tokenizer.bos_id is not None:  # else llama.cpp chooses one that it does not use
         yield from _difference("llama.cpp's beginning token", tokenizer.bos_id, found.bos_id)
-    yield from _difference("llama.cpp's chat template", template and template.source, found.chat_template)
+    yield from _difference("llama.cpp's chat template", template, found.chat_template)
     for token in tokenizer.eos_ids:
         yield from _difference(f"whether token {token} ends an answer", True, token in found.end_ids)
-    # Some end tokens it knows to be control tokens whatever a file says.
+    # llama.cpp treats some end tokens as control tokens, whatever the file declares.
     special = frozenset(added["id"] for added in added_tokens(tokenizer) if added["special"])
     for token in sorted((special - found.control_ids) | (found.control_ids - special - found.end_ids)):
         yield from _difference(f"whether token {token} is special", token in special, token in found.control_ids)
-    begun = [tokenizer.bos_id] if tokenizer.add_bos else []
+    begin = [tokenizer.bos_id] if tokenizer.add_bos else []
     yield from _difference(
-        f"the tokens of {_BEGINNING!r}, begun",
-        [*begun, *tokenizer.encode(_BEGINNING)],
-        llamacpp.tokenize(_BEGINNING, allow_special=False, begin=True),
+        f"the tokens of {_TEXT!r}, with the beginning token",
+        [*begin, *tokenizer.encode(_TEXT)],
+        llamacpp.tokenize(_TEXT, allow_special=False, begin=True),
     )
 
 
 def prompt_differences(llamacpp: LlamaCpp, tokenizer: TextTokenizer) -> Iterator[SettingDifference]:
-    """What llama.cpp's own template engine makes otherwise of the template.
+    """The prompts that differ between llama.cpp's template engine and ours.
 
-    Not every difference is a defect: its server defines variables of its own, such as `date_string` as today. A
-    conversation that ours refuses is left out.
+    Not every difference is a defect: llama.cpp's server defines variables of its own, such as today's
+        `date_string`. A conversation that our engine rejects is skipped.
 
     Raises:
-        GgufError: it does not read the template.
+        GgufError: llama.cpp cannot parse the template.
     """
     if (template := tokenizer.chat_template) is None:
         return
@@ -225,18 +233,21 @@ def prompt_differences(llamacpp: LlamaCpp, tokenizer: TextTokenizer) -> Iterator
         with contextlib.suppress(TokenizerError):
             expected.append((messages, template.render(messages, add_generation_prompt=True)))
     found = render_with_llamacpp(llamacpp.path, [messages for messages, _ in expected])
-    # What begins every text its server takes off a prompt, so that it is not there twice.
-    begun = tokenizer.special_tokens["bos_token"] if tokenizer.add_bos else ""
+    # The server removes the token that begins every text from a prompt, so that it is not there twice.
+    begin = tokenizer.special_tokens["bos_token"] if tokenizer.add_bos else ""
     for (messages, ours), theirs in zip(expected, found, strict=True):
         name = f"llama.cpp's prompt of {len(messages)} messages"
-        yield from _difference(name, ours.removeprefix(begun), theirs.removeprefix(begun))
+        yield from _difference(name, ours.removeprefix(begin), theirs.removeprefix(begin))
 
 
-def _difference(name: str, expected: Any, found: Any) -> Iterator[SettingDifference]:
+_Shown = Value | list[int | None] | list[int] | None
+
+
+def _difference(name: str, expected: _Shown, found: _Shown) -> Iterator[SettingDifference]:
     if found != expected:
         yield SettingDifference(name=name, expected=_shown(expected), found=_shown(found))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: _Shown) -> str:
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

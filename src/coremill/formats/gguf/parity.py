@@ -246,7 +246,7 @@ def _measure_file(kind: GgufType, path: Path, reference: _Reference, plan: _Plan
         if (found := getattr(source.config, name)) != (expected := getattr(reference.config, name)):
             raise GgufError(
                 f"{path} has {found} {what}, the checkpoint's model {expected}",
-                expected="the file that was made of the checkpoint",
+                expected="a file that was made from the checkpoint",
                 run=_REMAKE,
             )
     with LlamaCpp(path, context=plan.context, threads=threads) as llamacpp:

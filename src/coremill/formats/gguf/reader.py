@@ -1,4 +1,4 @@
-"""Weights in GGUF files: architectures llama (and Mistral, which GGUF does not tell apart), qwen2 and qwen3.
+"""Weights in GGUF files: architectures llama (also used for Mistral), qwen2 and qwen3.
 
 Keys of metadata: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and the `gguf` package's constants.
 """
@@ -41,10 +41,12 @@ _READ = frozenset(
         "expert_count", "expert_used_count",
     }
 )  # fmt: skip
-"""The keys of an architecture that are understood here; another one might change what the model computes."""
+"""The supported keys of an architecture. Any other key might change what the model computes."""
 
 
 class GgufWeights(WeightsSource):
+    """The weights of a GGUF file."""
+
     format = "gguf"
 
     def __init__(self, path: Path) -> None:
@@ -86,7 +88,7 @@ class GgufWeights(WeightsSource):
         return sum(self._read_bytes(name) for name in self._names if not self._is_mapped(name))
 
     def kind(self, name: str) -> gguf.GGMLQuantizationType:
-        """What the parameter `name` is stored as."""
+        """The type that the parameter `name` is stored as."""
         return self.file.tensors[self._names[name]].kind
 
     def _read_bytes(self, name: str) -> int:
@@ -97,7 +99,7 @@ class GgufWeights(WeightsSource):
         return self.file.tensors[self._names[name]].kind in _FLOATS and not self._is_permuted(name)
 
     def _is_permuted(self, name: str) -> bool:
-        return (self._permuted and ".q_proj." in name) or (self._permuted and ".k_proj." in name)
+        return self._permuted and (".q_proj." in name or ".k_proj." in name)
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         for name, theirs in self._names.items():
@@ -113,9 +115,9 @@ class GgufWeights(WeightsSource):
 
 
 def from_interleaved(value: Tensor, n_heads: int) -> Tensor:
-    """Rows of Q or K from GGUF's order for `llama`, whose RoPE turns neighbours, to that of rotate-half.
+    """Reorder the rows of Q or K from the order of GGUF's `llama`, whose RoPE rotates neighbours, to rotate-half's.
 
-    Pair i of a head is rows (2i, 2i + 1) there and (i, i + D/2) here.
+    Pair i of a head is in rows (2i, 2i + 1) there and (i, i + D/2) here.
 
     Args:
         value: (n_heads · D, ...), a weight or a bias.
@@ -131,7 +133,7 @@ def to_interleaved(value: Tensor, n_heads: int) -> Tensor:
 
 
 def _is_readable(kind: gguf.GGMLQuantizationType) -> bool:
-    """Whether the gguf package dequantises that type; asked of one block of zeros."""
+    """Whether the gguf package can dequantise `kind`; one block of zeros is tried."""
     if kind in _FLOATS:
         return True
     _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -143,7 +145,12 @@ def _is_readable(kind: gguf.GGMLQuantizationType) -> bool:
 
 
 class _Facts:
-    """The metadata of an architecture, read with the types that they must have."""
+    """The metadata of an architecture, with their types checked.
+
+    Raises:
+        UnsupportedModelError: the architecture or a key of it is not supported.
+        CheckpointContentError: from the methods, for a value that is missing or of another type.
+    """
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
@@ -156,7 +163,7 @@ class _Facts:
         )
         if unknown:
             raise UnsupportedModelError(
-                f"{self.where}: {', '.join(unknown)} is set, and what it changes is not computed here",
+                f"{self.where}: {', '.join(unknown)} is set, which coremill does not support",
                 expected="a model without it",
             )
 
@@ -193,7 +200,7 @@ class _Facts:
 
     @property
     def plausible(self) -> bool:
-        """Whether the file has tensors enough for its layers, so that listing a model's names is worth the time."""
+        """Whether the file has enough tensors for its layers; otherwise listing a model's names might take long."""
         return self.whole("block_count") <= len(self.file.tensors)
 
     def refuse(self, found: str) -> CheckpointContentError:
@@ -203,11 +210,11 @@ class _Facts:
 def _config(facts: _Facts) -> ModelConfig:
     tensors = facts.file.tensors
     if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
-        raise facts.refuse("token_embd.weight is missing, or is no matrix")
+        raise facts.refuse("token_embd.weight is missing, or is not a matrix")
     d_model, n_heads = facts.whole("embedding_length"), facts.whole("attention.head_count")
     max_seq_len = facts.whole("context_length")
     head_size = facts.whole("attention.key_length", d_model // n_heads if n_heads else 0)
-    _refuse_what_is_not_computed(facts, head_size=head_size, max_seq_len=max_seq_len)
+    _check_supported(facts, head_size=head_size, max_seq_len=max_seq_len)
     biased = [name for name in "qkv" if f"blk.0.attn_{name}.bias" in tensors]
     try:
         return ModelConfig(
@@ -231,7 +238,7 @@ def _config(facts: _Facts) -> ModelConfig:
         raise facts.refuse(str(failure)) from failure
 
 
-def _refuse_what_is_not_computed(facts: _Facts, *, head_size: int, max_seq_len: int) -> None:
+def _check_supported(facts: _Facts, *, head_size: int, max_seq_len: int) -> None:
     if (experts := facts.whole("expert_count", 0)) > 0:
         raise UnsupportedModelError(f"{facts.where}: a mixture of {experts} experts", expected="a dense model")
     window = facts.whole("attention.sliding_window", 0)
@@ -251,7 +258,8 @@ def _refuse_what_is_not_computed(facts: _Facts, *, head_size: int, max_seq_len: 
 
 
 def _rope_scaling(facts: _Facts, *, max_seq_len: int) -> RopeScaling | None:
-    """As llama.cpp reads it: a factor without a type is linear, and `rope_freqs.weight` divides besides."""
+    """The scaling as llama.cpp reads it: a factor without a type is linear, and `rope_freqs.weight` has
+    divisors."""
     factor = facts.number("rope.scaling.factor", facts.number("rope.scale_linear", 0.0))
     kind = facts.text("rope.scaling.type", "linear" if factor else "none")
     if kind != "yarn" and (factor_of_attention := facts.number("rope.scaling.attn_factor", 1.0)) != 1:

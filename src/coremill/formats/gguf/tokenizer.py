@@ -1,11 +1,12 @@
 """A tokenizer as the `tokenizer.*` metadata of a GGUF file: the inverse of :meth:`TextTokenizer.from_gguf`.
 
-llama.cpp has no general tokenizer. It knows byte-level BPE of model `gpt2`, and how a text is cut before merges
-apply by a name alone, `pre`; :data:`coremill.text.model_tokenizer.PRE_TOKENIZATIONS` has what the names stand for.
-Of a tokenizer.json that says anything else it would make something near, so that one is refused.
+llama.cpp has no general tokenizer. It supports byte-level BPE as model `gpt2`, and selects how a text is split
+before merges apply by a name alone, `pre`; :data:`coremill.text.model_tokenizer.PRE_TOKENIZATIONS` defines these
+names. For a tokenizer.json with any other rule llama.cpp would only give similar ids, so that such a tokenizer is
+rejected.
 
-Two things are near and not refused. Qwen's tokenizers put a text into Unicode's form NFC first; llama.cpp does not.
-Where a text is cut beside a code point that Unicode leaves unassigned, the tables of the two say different things.
+Two differences are accepted. Qwen's tokenizers normalise a text to NFC first, and llama.cpp does not. Next to a
+code point that Unicode leaves unassigned, the two may split a text differently.
 
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#tokenizer
 """
@@ -13,7 +14,7 @@ Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#tokenizer
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from coremill.core.errors import TokenizerError, VocabularyMismatchError
+from coremill.formats.gguf_file import Value
 from coremill.text.model_tokenizer import (
     CONTROL,
     NORMAL,
@@ -32,25 +34,24 @@ from coremill.text.model_tokenizer import (
 )
 
 _ROLES = {"bos_token": "bos", "unk_token": "unknown", "pad_token": "padding"}
-"""The names of special tokens here and in llama.cpp; an end token is one of several."""
+"""The names of special tokens in tokenizer_config.json and in GGUF, except for the end tokens."""
 _ENDS = ("eos", "eot", "eom")
 """llama.cpp's end tokens: of a text, of a turn, of a message. Each ends an answer."""
-_EXPECTED = f"byte-level BPE that cuts a text as one of {', '.join(PRE_TOKENIZATIONS)}, which llama.cpp has"
+_EXPECTED = f"byte-level BPE with one of llama.cpp's pre-tokenizations: {', '.join(PRE_TOKENIZATIONS)}"
+
+_Json = dict[str, Any]
+"""An object of a tokenizer.json."""
 
 
-def gguf_metadata(tokenizer: TextTokenizer, *, vocab_size: int) -> dict[str, Any]:
-    """The `tokenizer.*` keys of a GGUF file.
+def gguf_metadata(tokenizer: TextTokenizer, *, vocab_size: int) -> dict[str, Value]:
+    """Return the `tokenizer.*` keys of a GGUF file.
 
     Args:
-        vocab_size: rows of the embedding. Those beyond the tokenizer's own tokens, and ids that it leaves out, get
-            tokens of type unused.
-
-    Returns:
-        Numbers, flags, texts, and lists of texts or of numbers, by key.
+        vocab_size: rows of the embedding. Ids that the tokenizer does not use get tokens of type unused.
 
     Raises:
-        TokenizerError: llama.cpp cannot represent the tokenizer; says what it has that llama.cpp has not.
-        VocabularyMismatchError: it has more tokens than `vocab_size`.
+        TokenizerError: llama.cpp cannot represent the tokenizer; names what it does not support.
+        VocabularyMismatchError: the tokenizer has more than `vocab_size` tokens.
     """
     if tokenizer.vocab_size > vocab_size:
         raise VocabularyMismatchError(
@@ -60,13 +61,13 @@ def gguf_metadata(tokenizer: TextTokenizer, *, vocab_size: int) -> dict[str, Any
     described = _Described(tokenizer)
     pre = described.pre()
     tokens, types = described.tokens(vocab_size)
-    metadata: dict[str, Any] = {
+    metadata: dict[str, Value] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": described.merges(),
-        **{f"tokenizer.ggml.{name}_token_id": place for name, place in _special_ids(tokenizer, tokens).items()},
+        **{f"tokenizer.ggml.{name}_token_id": token for name, token in _special_ids(tokenizer, tokens).items()},
         "tokenizer.ggml.add_bos_token": tokenizer.add_bos,
     }
     if tokenizer.chat_template is not None:
@@ -79,20 +80,24 @@ def _special_ids(tokenizer: TextTokenizer, tokens: Sequence[str]) -> dict[str, i
     if not ends:
         raise _refuse(tokenizer, "no token ends an answer", "an end token: llama.cpp would take token 11 for it")
     if len(ends) > len(_ENDS):
-        raise _refuse(tokenizer, f"{len(ends)} tokens end an answer", f"at most {len(_ENDS)}, as llama.cpp has it")
+        raise _refuse(tokenizer, f"{len(ends)} tokens end an answer", f"at most {len(_ENDS)}, as in llama.cpp")
     ids = {name: tokens.index(tokenizer.special_tokens[role]) for role, name in _ROLES.items()
            if role in tokenizer.special_tokens}  # fmt: skip
     return ids | dict(zip(_ENDS, ends, strict=False))
 
 
 class _Described:
-    """What a tokenizer.json says, as the `tokenizers` library writes it: older files leave keys out."""
+    """A tokenizer.json as the `tokenizers` library writes it; older files lack some keys.
+
+    Raises:
+        TokenizerError: llama.cpp cannot represent it.
+    """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
         backend = tokenizers.Tokenizer.from_str(tokenizer.data.decode("utf-8"))
-        self.parts: dict[str, Any] = msgspec.json.decode(backend.to_str())
-        self.model: dict[str, Any] = self.parts["model"]
+        self.parts: _Json = msgspec.json.decode(backend.to_str())
+        self.model: _Json = self.parts["model"]
         self._check_model()
         self._check_added()
         decoder = _steps(self.parts["decoder"], "decoders")
@@ -124,19 +129,19 @@ class _Described:
                 raise self.refuse(f"the added token {added['content']!r} with {flags[0]}")
 
     def pre(self) -> str:
-        """The name of how this tokenizer cuts a text."""
+        """llama.cpp's name for the way in which this tokenizer splits a text."""
         for name, rules in PRE_TOKENIZATIONS.items():
-            if self._cuts_as(rules):
+            if self._splits_as(rules):
                 return name
         normalizer = _steps(self.parts["normalizer"], "normalizers")
         steps = _steps(self.parts["pre_tokenizer"], "pretokenizers")
         raise self.refuse(
-            f"no name of llama.cpp's stands for the normalizer {_shown(normalizer)}, the pre-tokenizer "
+            f"llama.cpp has no name for the normalizer {_shown(normalizer)}, the pre-tokenizer "
             f"{_shown(steps)} and ignore_merges {self.model['ignore_merges']}"
         )
 
-    def _cuts_as(self, rules: PreTokenization) -> bool:
-        """Whether all that `rules` say of the cutting is so here."""
+    def _splits_as(self, rules: PreTokenization) -> bool:
+        """Whether this tokenizer splits a text by `rules`."""
         known = tokenizers.Tokenizer(models.BPE())
         if rules.normalizer is not None:
             known.normalizer = rules.normalizer
@@ -150,14 +155,14 @@ class _Described:
     def tokens(self, vocab_size: int) -> tuple[list[str], list[int]]:
         """The token of each id, and its type."""
         added = {token["content"]: token for token in self.parts["added_tokens"]}
-        places = {place: token for token, place in self.model["vocab"].items()}
-        places |= {token["id"]: token["content"] for token in added.values()}
-        taken = set(places.values())
+        by_id = {token_id: token for token, token_id in self.model["vocab"].items()}
+        by_id |= {token["id"]: token["content"] for token in added.values()}
+        taken = set(by_id.values())
         tokens, types = [], []
-        for place in range(vocab_size):
-            token = places.get(place)
+        for token_id in range(vocab_size):
+            token = by_id.get(token_id)
             if token is None:
-                tokens.append(_unused(place, taken))
+                tokens.append(_unused(token_id, taken))
                 types.append(UNUSED)
                 continue
             tokens.append(token)
@@ -165,10 +170,10 @@ class _Described:
         return tokens, types
 
     def merges(self) -> list[str]:
-        """Each pair with a space between: a byte-level token has none."""
+        """Each pair, separated by a space, which byte-level tokens do not contain."""
         pairs = self.model["merges"]
         if spaced := [part for pair in pairs for part in pair if " " in part]:
-            raise self.refuse(f"a merge of {spaced[0]!r}, which holds a space")
+            raise self.refuse(f"a merge of {spaced[0]!r}, which contains a space")
         return [" ".join(pair) for pair in pairs]
 
 
@@ -176,18 +181,18 @@ def _refuse(tokenizer: TextTokenizer, found: str, expected: str) -> TokenizerErr
     return TokenizerError(f"{tokenizer.where}: {found}", expected=expected)
 
 
-def _unused(place: int, taken: set[str]) -> str:
-    """A token for an id that has none, as llama.cpp's own conversion calls it; it wants no two alike."""
-    token = f"[PAD{place}]"
+def _unused(token_id: int, taken: set[str]) -> str:
+    """A token for an unused id, named as in llama.cpp's own conversion; tokens must be distinct."""
+    token = f"[PAD{token_id}]"
     while token in taken:
         token = f"[{token}]"
     return token
 
 
-def _steps(part: Mapping[str, Any] | None, folded: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or decoder, those of sequences in their place.
+def _steps(part: _Json | None, folded: str) -> list[_Json]:
+    """The steps of a normalizer, pre-tokenizer or decoder, with sequences flattened.
 
-    Without `trim_offsets`, which says where in the text a token begins and is of no account for ids.
+    `trim_offsets` is omitted, since it affects only the offsets of tokens in the text, not their ids.
     """
     if part is None:
         return []
@@ -196,11 +201,11 @@ def _steps(part: Mapping[str, Any] | None, folded: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in part.items() if key != "trim_offsets"}]
 
 
-def _shown(steps: Sequence[Mapping[str, Any]]) -> str:
+def _shown(steps: Sequence[_Json]) -> str:
     return msgspec.json.encode(steps).decode() if steps else "none"
 
 
 @functools.cache
 def _alphabet_of_utf8() -> tuple[str, ...]:
-    """GPT-2's letters for the bytes; in the order of Unicode."""
+    """GPT-2's characters for the bytes, in the order of Unicode."""
     return tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))

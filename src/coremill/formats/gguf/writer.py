@@ -1,22 +1,20 @@
-"""GGUF files, written: architectures llama, qwen2 and qwen3, as llama.cpp and our own reader have them.
+"""Writing GGUF files: architectures llama, qwen2 and qwen3, as llama.cpp and coremill's own reader read them.
 
-Keys of metadata: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; `tokenizer.*` is made by
-:mod:`coremill.formats.gguf.tokenizer`. The halt head is left out, and goes into a file of its own
+Keys of metadata: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The keys `tokenizer.*` come from
+:mod:`coremill.formats.gguf.tokenizer`. The halt head is not written; it goes into a file of its own
 (:mod:`coremill.formats.halt_head`).
 """
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import torch
-from gguf.gguf_writer import WriterState
 from torch import Tensor
 
 from coremill.core.config import (
@@ -31,6 +29,7 @@ from coremill.core.config import (
 from coremill.core.errors import GgufError, UnsupportedModelError, VocabularyMismatchError
 from coremill.core.publish import replacing
 from coremill.formats.gguf.reader import ROPE_FACTORS, to_interleaved
+from coremill.formats.gguf_file import NewTensor, Value, tensor_bytes, write_file
 from coremill.formats.halt_head import HALT_HEAD
 from coremill.formats.llamacpp.library import library
 from coremill.formats.llamacpp.quantize import quantize
@@ -45,7 +44,7 @@ _Kind = gguf.GGMLQuantizationType
 class _Type(NamedTuple):
     matrices: gguf.GGMLQuantizationType
     file: gguf.LlamaFileType
-    """What llama.cpp calls a file of such matrices; it is shown, and nothing follows from it."""
+    """llama.cpp's name for a file of such matrices, which it only displays."""
 
 
 _TYPES: Mapping[GgufType, _Type] = {
@@ -57,104 +56,67 @@ _TYPES: Mapping[GgufType, _Type] = {
     "q5_k": _Type(_Kind.Q5_K, gguf.LlamaFileType.MOSTLY_Q5_K_S),
     "q6_k": _Type(_Kind.Q6_K, gguf.LlamaFileType.MOSTLY_Q6_K),
 }
-logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells the byte order of each file
 
 _NAMED = 3
-"""Matrices that an error names."""
+"""Number of matrices that an error names."""
 _LARGEST = float(np.finfo(np.float16).max)
-"""Beyond it float16 has infinity; it is what the scale of a block is kept in, too."""
+"""The largest float16, which is also the type of a block's scale."""
 
 
 def write_gguf(
     path: Path,
     checkpoint: Checkpoint,
-    tokenizer_metadata: Mapping[str, Any],
+    tokenizer_metadata: Mapping[str, Value],
     *,
     kind: GgufType,
     name: str,
     provenance: Mapping[str, str],
 ) -> None:
-    """Write `checkpoint` as a GGUF file, whole or not at all; what is equal gives equal bytes.
+    """Write `checkpoint` atomically as a GGUF file; equal arguments give equal bytes.
 
-    Matrices are stored as `kind`, the embedding too, and norms and biases in float32; in q8_0 the projections of
-    values as float16.
+    Matrices, the embedding among them, are stored as `kind`, norms and biases in float32. In q8_0 the projections
+    of values are float16.
 
     Args:
-        tokenizer_metadata: the `tokenizer.*` keys, a token for each row of the embedding.
+        tokenizer_metadata: the `tokenizer.*` keys, with a token for each row of the embedding.
         name: `general.name`, for people.
-        provenance: where the file comes from; `checkpoint` becomes the key `coremill.checkpoint`.
+        provenance: the origin of the file; `checkpoint` becomes the key `coremill.checkpoint`.
 
     Raises:
         GgufError: `kind` cannot store the model: its rows, or a value.
         UnsupportedModelError: no architecture of llama.cpp computes the model.
-        VocabularyMismatchError: the tokenizer's metadata is of another size than the embedding.
-        MachineError: there is no llama.cpp to quantise with.
-        OutputError: `path` is in the way, or cannot be written; what was there is left.
+        VocabularyMismatchError: the tokenizer's metadata and the embedding differ in size.
+        MachineError: llama.cpp, which quantises, is not installed.
+        OutputError: `path` is not a regular file, or cannot be written; an earlier file is kept.
     """
     config = checkpoint.config
     check_writable(checkpoint, (kind,))
     architecture = architecture_of(config, checkpoint.model_type)
-    if (tokens := len(tokenizer_metadata["tokenizer.ggml.tokens"])) != config.vocab_size:
+    tokens = tokenizer_metadata["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, list)
+    if len(tokens) != config.vocab_size:
         raise VocabularyMismatchError(
-            f"the tokenizer's metadata has {tokens} tokens, the embedding {config.vocab_size} rows",
+            f"the tokenizer's metadata has {len(tokens)} tokens, the embedding {config.vocab_size} rows",
             expected="a token for each row",
         )
-    metadata = {
-        **general_metadata(name, kind),
+    metadata: dict[str, Value] = {
+        "general.architecture": architecture,
+        "general.type": "model",
+        "general.name": name,
+        **general_metadata(kind),
         **{f"{architecture}.{key}": value for key, value in _hyperparameters(config).items()},
         **tokenizer_metadata,
         **{f"coremill.{key}": value for key, value in provenance.items()},
     }
     with replacing(path) as file:
-        writer = _Writer(file, architecture)
-        for key, value in metadata.items():
-            writer.add_value(key, value)
-        tensors = list(_tensors(checkpoint, architecture, kind))
-        for tensor in tensors:
-            writer.add_tensor_info(
-                tensor.name,
-                tensor.shape,
-                np.dtype(np.float32),
-                _tensor_bytes(tensor.shape, tensor.kind),
-                raw_dtype=tensor.kind,
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in tensors:
-            writer.write_tensor_data(tensor.data())
-
-
-class _Writer(gguf.GGUFWriter):
-    """The package's writer on a file that is open: its own would open one by name, and leave a part of it there."""
-
-    def __init__(self, file: BinaryIO, architecture: str) -> None:
-        super().__init__(None, architecture)
-        self._file = file
-
-    def open_output_file(self, path: Path | None = None) -> None:
-        self.fout = [self._file]
-        self.state = WriterState.EMPTY
-
-    def add_value(self, key: str, value: Any) -> None:
-        """A key of metadata in the type that llama.cpp wants: whole numbers unsigned, but for lists of them."""
-        if isinstance(value, bool):
-            self.add_bool(key, value)
-        elif isinstance(value, int):
-            self.add_uint32(key, value)
-        elif isinstance(value, float):
-            self.add_float32(key, value)
-        elif isinstance(value, str):
-            self.add_string(key, value)
-        else:
-            self.add_array(key, value)
+        write_file(file, metadata, list(_tensors(checkpoint, architecture, kind)))
 
 
 # --- types ------------------------------------------------------------------------------------------
 
 
 def check_writable(checkpoint: Checkpoint, kinds: Iterable[GgufType]) -> None:
-    """Check that :func:`write_gguf` can store `checkpoint` as each of `kinds`; nothing is written.
+    """Check that :func:`write_gguf` can store `checkpoint` as each of `kinds`, without writing.
 
     Raises:
         GgufError, UnsupportedModelError, MachineError: as :func:`write_gguf`.
@@ -164,7 +126,7 @@ def check_writable(checkpoint: Checkpoint, kinds: Iterable[GgufType]) -> None:
     for kind in kinds:
         check_kind(checkpoint.config, kind)
     if any(_block(kind) > 1 for kind in kinds):
-        library()  # that it is there
+        library()  # raises if it is not installed
     if rounded := [kind for kind in kinds if kind != "f32"]:
         _check_values(checkpoint, rounded[0])
 
@@ -182,7 +144,7 @@ def check_kind(config: ModelConfig, kind: GgufType) -> None:
     """Check that each row of each matrix is a whole number of the type's blocks.
 
     Raises:
-        GgufError: names the matrices whose rows are not, their length, and the types that fit.
+        GgufError: names the matrices whose rows are not, their length, and the types that fit the model.
     """
     block = _block(kind)
     if not (odd := {name: size for name, size in _row_lengths(config).items() if size % block}):
@@ -193,34 +155,29 @@ def check_kind(config: ModelConfig, kind: GgufType) -> None:
         other for other in get_args(GgufType) if not any(s % _block(other) for s in _row_lengths(config).values())
     ]
     raise GgufError(
-        f"{kind} stores rows in blocks of {block}, which those of {', '.join(named)}{more} are not",
+        f"{kind} stores rows in blocks of {block}, which do not fit the rows of {', '.join(named)}{more}",
         expected=f"rows of a multiple of {block}, or one of the types that fit this model: {', '.join(fitting)}",
     )
 
 
 def size_bytes(config: ModelConfig, kind: GgufType) -> int:
-    """Bytes of the tensors of a file; its metadata, a few million at most, come on top."""
+    """Bytes of a file's tensors. Its metadata takes a few more, at most some millions."""
     return sum(
-        _tensor_bytes(shape, stored_kind(name, shape, kind))
+        tensor_bytes(shape, stored_kind(name, shape, kind))
         for name, shape in parameter_shapes(config).items()
         if name != HALT_HEAD
     )
 
 
 def stored_kind(name: str, shape: Sequence[int], kind: GgufType) -> gguf.GGMLQuantizationType:
-    """What a file of `kind` stores the parameter `name` as."""
+    """The type that a file of `kind` stores the parameter `name` as."""
     if len(shape) != 2:
         return _Kind.F32
-    # What attention passes on is rounded nowhere as much as here: on SmolLM2-135M this takes a fifth off the KL for
-    # 2 % of the bytes. llama.cpp's own mixtures of few bits have more of them for it, too.
+    # Rounding these costs most: on SmolLM2-135M, float16 here reduces the KL by a fifth for 2 % of the bytes.
+    # llama.cpp's own mixed types also give them more bits.
     if kind == "q8_0" and ".v_proj." in name:
         return _Kind.F16
     return _TYPES[kind].matrices
-
-
-def _tensor_bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
-    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    return int(math.prod(shape) // block_elements * block_bytes)
 
 
 def _block(kind: GgufType) -> int:
@@ -228,7 +185,7 @@ def _block(kind: GgufType) -> int:
 
 
 def _row_lengths(config: ModelConfig) -> dict[str, int]:
-    """Elements in a row, of each matrix that goes into the file."""
+    """The number of elements in a row of each matrix in the file."""
     shapes = parameter_shapes(config).items()
     return {name: shape[1] for name, shape in shapes if len(shape) == 2 and name != HALT_HEAD}
 
@@ -237,13 +194,13 @@ def _row_lengths(config: ModelConfig) -> dict[str, int]:
 
 
 def architecture_of(config: ModelConfig, model_type: str) -> str:
-    """llama.cpp's architecture that computes a model of `config`.
+    """The architecture of llama.cpp that computes a model of `config`.
 
-    It is `model_type` where that is one and computes the model, else the first that does: llama for a toy, and for
-    Mistral.
+    This is `model_type` if that is an architecture that computes the model, else the first one that does: llama for
+    a toy, and for Mistral.
 
     Raises:
-        UnsupportedModelError: none does; names the options that do not go together.
+        UnsupportedModelError: none does; names the options that cannot be combined.
     """
     _check_yarn(config.rope_scaling)
     order = [model_type, *_COMPUTES] if model_type in _COMPUTES else [*_COMPUTES]
@@ -257,7 +214,7 @@ def architecture_of(config: ModelConfig, model_type: str) -> str:
 
 
 def _check_yarn(scaling: RopeScaling | None) -> None:
-    """Of these architectures llama.cpp reads no betas and knows no `truncate`: it would compute another model."""
+    """Check that the scaling has the defaults that llama.cpp uses for these architectures, whatever a file sets."""
     if not isinstance(scaling, YarnScaling):
         return
     own = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
@@ -270,7 +227,7 @@ def _check_yarn(scaling: RopeScaling | None) -> None:
 
 
 def _factors_scale(config: ModelConfig) -> bool:
-    """Whether the frequencies are divided one by one."""
+    """Whether each frequency has a divisor of its own."""
     return isinstance(config.rope_scaling, (Llama3Scaling, FrequencyFactors))
 
 
@@ -283,12 +240,12 @@ _COMPUTES: Mapping[str, Callable[[ModelConfig], bool]] = {
         config.qk_norm and config.attention_bias != "qkvo" and not (config.mlp_bias or _factors_scale(config))
     ),
 }
-"""By architecture, in the order in which they are tried. llama.cpp refuses a file with tensors that its graph does
-not use, so that what it computes was found by loading files."""
+"""By architecture, in the order in which they are tried. They were found by loading files, since llama.cpp rejects
+a file with tensors that its graph does not use."""
 
 
 def _options(config: ModelConfig) -> list[str]:
-    """What a model has of the options that not every architecture computes."""
+    """The model's options that only some architectures compute."""
     options = {
         "`qk_norm`": config.qk_norm,
         f"`attention_bias` {config.attention_bias}": config.attention_bias != "none",
@@ -301,18 +258,17 @@ def _options(config: ModelConfig) -> list[str]:
 # --- metadata ---------------------------------------------------------------------------------------
 
 
-def general_metadata(name: str | None, kind: GgufType) -> dict[str, Any]:
-    """The keys `general.*`, but for the architecture."""
+def general_metadata(kind: GgufType) -> dict[str, Value]:
+    """The keys `general.*`, without the architecture and the name."""
     return {
         "general.type": "model",
-        "general.name": name,
         "general.file_type": int(_TYPES[kind].file),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
 
 
-def _hyperparameters(config: ModelConfig) -> dict[str, Any]:
-    """The keys of an architecture; numbers with a fraction are float32 there."""
+def _hyperparameters(config: ModelConfig) -> dict[str, Value]:
+    """The keys of an architecture."""
     return {
         "vocab_size": config.vocab_size,
         "context_length": config.max_seq_len,
@@ -330,8 +286,8 @@ def _hyperparameters(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
-    """What :func:`coremill.formats.gguf.reader._rope_scaling` reads. Divisors of frequencies are a tensor."""
+def _rope_scaling(config: ModelConfig) -> dict[str, Value]:
+    """The keys of a RoPE scaling. Divisors of frequencies are a tensor instead."""
     scaling = config.rope_scaling
     if isinstance(scaling, LinearScaling):
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
@@ -340,7 +296,7 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": float(scaling.factor),
             "rope.scaling.original_context_length": scaling.original_max_seq_len,
-            # llama.cpp multiplies it by YaRN's own.
+            # llama.cpp multiplies it by YaRN's own factor.
             "rope.scaling.attn_factor": scaling.attention_factor / yarn_attention_factor(scaling.factor),
         }
     return {}
@@ -349,34 +305,24 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
 # --- tensors ----------------------------------------------------------------------------------------
 
 
-class _Stored(NamedTuple):
-    """A tensor of the file, its bytes not yet made."""
-
-    name: str
-    """llama.cpp's."""
-    kind: gguf.GGMLQuantizationType
-    shape: tuple[int, ...]
-    data: Callable[[], np.ndarray[Any, Any]]
-
-
-def _tensors(checkpoint: Checkpoint, architecture: str, kind: GgufType) -> Iterator[_Stored]:
+def _tensors(checkpoint: Checkpoint, architecture: str, kind: GgufType) -> Iterator[NewTensor]:
     config = checkpoint.config
     if _factors_scale(config):
         factors = _frequency_factors(config)
-        yield _Stored(ROPE_FACTORS, _Kind.F32, factors.shape, lambda: factors)
+        yield NewTensor(name=ROPE_FACTORS, kind=_Kind.F32, shape=factors.shape, data=lambda: factors)
     for name, shape in parameter_shapes(config).items():
-        if name == HALT_HEAD:
-            continue
-        stored_as = stored_kind(name, shape, kind)
-        yield _Stored(gguf_name(name), stored_as, shape, _maker(checkpoint, architecture, name, stored_as))
+        if name != HALT_HEAD:
+            stored_as = stored_kind(name, shape, kind)
+            maker = _maker(checkpoint, architecture, name, stored_as)
+            yield NewTensor(name=gguf_name(name), kind=stored_as, shape=shape, data=maker)
 
 
 def _maker(
     checkpoint: Checkpoint, architecture: str, name: str, kind: gguf.GGMLQuantizationType
-) -> Callable[[], np.ndarray[Any, Any]]:
-    """What makes the stored bytes of one tensor, when its turn comes: one is in memory at a time."""
+) -> Callable[[], npt.NDArray[np.generic]]:
+    """A function that makes the stored values of one tensor."""
 
-    def make() -> np.ndarray[Any, Any]:
+    def make() -> npt.NDArray[np.generic]:
         value = checkpoint.state_dict[name].detach().cpu().to(torch.float32)
         if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
             config = checkpoint.config
@@ -386,19 +332,19 @@ def _maker(
     return make
 
 
-def _stored(value: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray[Any, Any]:
+def _stored(value: Tensor, kind: gguf.GGMLQuantizationType) -> npt.NDArray[np.generic]:
     """float32 values as `kind`, rounded as llama.cpp does."""
-    array: np.ndarray[Any, Any] = value.contiguous().numpy()
-    if kind in (_Kind.F32, _Kind.F16):
-        return array.astype(np.float32 if kind == _Kind.F32 else np.float16, copy=False)
-    return quantize(array, kind)
+    array: npt.NDArray[np.float32] = value.contiguous().numpy()
+    if kind == _Kind.F32:
+        return array
+    return array.astype(np.float16) if kind == _Kind.F16 else quantize(array, kind)
 
 
-def _frequency_factors(config: ModelConfig) -> np.ndarray[Any, Any]:
-    """What each frequency is divided by: (D/2,) float32. Llama 3.1's rule is written out, as llama.cpp has none."""
+def _frequency_factors(config: ModelConfig) -> npt.NDArray[np.float32]:
+    """The divisor of each frequency: (D/2,) float32. llama.cpp lacks Llama 3.1's rule, which is written out."""
     if isinstance(config.rope_scaling, FrequencyFactors):
         return np.array(config.rope_scaling.factors, np.float32)
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
     plain = config.rope_theta ** -(half / config.head_dim)
-    factors: np.ndarray[Any, Any] = (plain / inverse_frequencies(config)).to(torch.float32).numpy()
+    factors: npt.NDArray[np.float32] = (plain / inverse_frequencies(config)).to(torch.float32).numpy()
     return factors

@@ -1,7 +1,7 @@
-"""llama.cpp's C API, of the shared library that the `xllamacpp` package carries and that exports all of it.
+"""llama.cpp's C API, from the shared library in the `xllamacpp` package, which exports all of it.
 
-The structs are those of llama.h, of the build that requirements/ pins; the defaults that llama.cpp itself gives
-them tell whether they still are.
+The structs are those of llama.h in the release that requirements/ pins. They are checked when the library is
+loaded, by the defaults that llama.cpp writes into them.
 
 https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
 """
@@ -27,19 +27,18 @@ from ctypes import (
     c_void_p,
 )
 from importlib.machinery import PathFinder
-from typing import Any
 
 from coremill.core.errors import MachineError
 
 _RELEASE = "2026.10.11549"
-"""The release of xllamacpp whose llama.h is declared here: another may have other fields of the same size."""
-_EXPECTED = "the release of xllamacpp in requirements/train.txt"
-_INSTALL = "pip install -r requirements/train.txt"
+"""The release of xllamacpp whose llama.h is declared here. Another may have other fields of the same size."""
+EXPECTED_RELEASE = "the release of xllamacpp in requirements/train.txt"
+INSTALL = "pip install -r requirements/train.txt"
 
 _RESERVE = 32
-"""Words behind each struct: one that grew at its end is not written beyond what is ours, and goes back as it came.
-As an argument a struct of this size lies in memory, by the ABIs of x86-64 and of AArch64: where it is longer than
-llama.cpp's, its end is not read."""
+"""Words after each struct. If llama.cpp's struct has grown at its end, it still fits this memory, and is passed
+back unchanged. The ABIs of x86-64 and AArch64 pass a struct of this size in memory, so that llama.cpp does not read
+the end of one that is longer than its own."""
 
 
 class ModelParams(Structure):
@@ -110,7 +109,7 @@ class ContextParams(Structure):
 
 
 class Batch(Structure):
-    """Tokens to read. Without `pos` and `seq_id` they come after what was read, all in one sequence."""
+    """Tokens to read. Without `pos` and `seq_id` they continue the one sequence."""
 
     _fields_ = (
         ("n_tokens", c_int32),
@@ -129,7 +128,7 @@ LogCallback = ctypes.CFUNCTYPE(None, c_int, ctypes.c_char_p, c_void_p)
 LOG_ERROR = 4
 """`GGML_LOG_LEVEL_ERROR`."""
 
-_FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
+_FUNCTIONS: Mapping[str, tuple[type[ctypes._CData] | None, tuple[type[ctypes._CData], ...]]] = {
     "ggml_quantize_chunk": (
         c_size_t,
         (c_int, c_void_p, c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, c_void_p),
@@ -157,30 +156,34 @@ _FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
         (c_void_p, ctypes.c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool),
     ),
 }
-"""Name: what it returns, and its arguments."""
+"""By name: the types of the result and of the arguments."""
 
-_CONTEXT_DEFAULTS = {
+_CONTEXT_DEFAULTS: Mapping[str, float] = {
     "n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_outputs_max_per_seq": 1, "n_threads": 4,
     "n_threads_batch": 4, "rope_scaling_type": -1, "pooling_type": -1, "attention_type": -1, "flash_attn_type": -1,
     "yarn_ext_factor": -1.0, "yarn_attn_factor": -1.0, "yarn_beta_fast": -1.0, "yarn_beta_slow": -1.0,
     "defrag_thold": -1.0, "type_k": 1, "type_v": 1, "offload_kqv": True, "no_perf": True, "op_offload": True,
     "swa_full": True,
 }  # fmt: skip
-_MODEL_DEFAULTS = {"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "use_extra_bufts": True}
-"""Those that are not 0."""
+_MODEL_DEFAULTS: Mapping[str, float] = {
+    "n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "use_extra_bufts": True,
+}  # fmt: skip
+"""The defaults other than 0."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library, its functions declared.
+    """Return the library, with the types of its functions set.
 
     Raises:
-        MachineError: there is none, or it is not of the build that is declared here.
+        MachineError: it is not installed, or is not of the release that is declared here.
     """
     path = library_path()
     if (release := importlib.metadata.version("xllamacpp")) != _RELEASE:
         raise MachineError(
-            f"xllamacpp is {release}, and what is declared here is {_RELEASE}", expected=_EXPECTED, run=_INSTALL
+            f"xllamacpp is {release}, coremill declares the structs of {_RELEASE}",
+            expected=EXPECTED_RELEASE,
+            run=INSTALL,
         )
     try:
         found = ctypes.CDLL(path)
@@ -189,53 +192,50 @@ def library() -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as failure:
         raise MachineError(
-            f"{path} is no library of llama.cpp: {failure}", expected=_EXPECTED, run=_INSTALL
+            f"{path} is not a library of llama.cpp: {failure}", expected=EXPECTED_RELEASE, run=INSTALL
         ) from failure
     _check_layout(found)
     return found
 
 
 def library_path() -> str:
-    """The path of xllamacpp's extension module; found, not imported.
+    """Return the path of xllamacpp's extension module, without importing it.
 
     Raises:
         MachineError: it is not installed.
     """
     package = importlib.util.find_spec("xllamacpp")
-    folders = list(package.submodule_search_locations or ()) if package is not None else []
-    module = PathFinder.find_spec("xllamacpp", folders)
-    if not folders or module is None or module.origin is None:
+    directories = list(package.submodule_search_locations or ()) if package is not None else []
+    module = PathFinder.find_spec("xllamacpp", directories)
+    if not directories or module is None or module.origin is None:
         raise MachineError(
-            "llama.cpp is not installed here: there is no xllamacpp", expected=_EXPECTED, run=_INSTALL
+            "xllamacpp, which contains llama.cpp, is not installed", expected=EXPECTED_RELEASE, run=INSTALL
         )
     return module.origin
 
 
 def _check_layout(found: ctypes.CDLL) -> None:
-    """Check that llama.cpp's own structs have the fields of ours, by values that it fills in itself."""
+    """Check that llama.cpp's structs have the declared fields, by the values that it writes into them."""
     tokens = (c_int32 * 3)()
     one = found.llama_batch_get_one(tokens, 3)
-    address = ctypes.cast(one.token, c_void_p).value
-    odd = [
-        *_odd_fields(found.llama_model_default_params(), _MODEL_DEFAULTS),
-        *_odd_fields(found.llama_context_default_params(), _CONTEXT_DEFAULTS),
-        *_odd_fields(one, {"n_tokens": 3, "token": address}),
+    wrong = [
+        *_wrong_fields(found.llama_model_default_params(), _MODEL_DEFAULTS),
+        *_wrong_fields(found.llama_context_default_params(), _CONTEXT_DEFAULTS),
+        *_wrong_fields(one, {"n_tokens": 3, "token": ctypes.addressof(tokens)}),
     ]
-    if odd or address != ctypes.addressof(tokens):
+    if wrong:
         raise MachineError(
-            f"xllamacpp is of another build of llama.cpp: {(odd or ['Batch.token is another'])[0]}",
-            expected=_EXPECTED,
-            run=_INSTALL,
+            f"xllamacpp is of another build of llama.cpp: {wrong[0]}", expected=EXPECTED_RELEASE, run=INSTALL
         )
 
 
-def _odd_fields(struct: Structure, expected: Mapping[str, Any]) -> list[str]:
-    """The fields of `struct` that are not as expected, in words; 0 is expected where nothing else is."""
-    odd = []
+def _wrong_fields(struct: Structure, expected: Mapping[str, float]) -> list[str]:
+    """The fields of `struct` whose values are not the expected ones, with both; 0 is the default expectation."""
+    wrong = []
     for name in (field[0] for field in struct._fields_ if field[0] != "reserve"):
         value = getattr(struct, name)
         if isinstance(value, ctypes._Pointer):
             value = ctypes.cast(value, c_void_p).value
         if (value or 0) != expected.get(name, 0):
-            odd.append(f"{type(struct).__name__}.{name} is {value}, not {expected.get(name, 0)}")
-    return odd
+            wrong.append(f"{type(struct).__name__}.{name} is {value}, not {expected.get(name, 0)}")
+    return wrong

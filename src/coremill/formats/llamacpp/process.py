@@ -1,7 +1,7 @@
-"""llama.cpp itself, asked what a GGUF file computes: logits, greedy tokens, its own tokenizer.
+"""llama.cpp with a GGUF file: logits, greedy tokens, tokenization.
 
-It runs in a process of its own (:mod:`coremill.formats.llamacpp.worker`), so that an assertion of llama.cpp ends
-that process and not this one, its messages are there for the error, and closing it frees its memory.
+It runs in a process of its own (:mod:`coremill.formats.llamacpp.worker`), so that an assertion of llama.cpp does
+not end this process, its messages are available for the error, and its memory is freed when it is closed.
 
 Legend: N tokens, V vocabulary.
 """
@@ -9,7 +9,6 @@ Legend: N tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import json
 import operator
 import os
 import subprocess
@@ -18,53 +17,56 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TypeVar
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from coremill.core.errors import CheckpointUnreadableError, GgufError, MachineError
 from coremill.formats.gguf_file import GgufFile
-from coremill.formats.llamacpp.library import library_path
-
-CacheType = Literal["f32", "f16"]
+from coremill.formats.llamacpp.library import EXPECTED_RELEASE, INSTALL, library_path
+from coremill.formats.llamacpp.protocol import (
+    Answer,
+    CacheType,
+    Decode,
+    DescribeVocabulary,
+    Loaded,
+    Logits,
+    Refused,
+    Request,
+    Settings,
+    Tokenize,
+    Tokens,
+    Unavailable,
+    Vocabulary,
+)
 
 _BATCH = 512
 """Tokens that are read at once, at most."""
 _REMAKE = "python -m coremill.conversion.export_gguf --help"
 _EXPECTED = "a whole GGUF file of a model that llama.cpp runs"
+_ENDED = "ended while running"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-    """What llama.cpp makes of a file's tokens; it adds to what the file says what it knows some of them by."""
-
-    bos_id: int | None
-    add_bos: bool
-    """Whether a text begins with `bos_id`."""
-    end_ids: frozenset[int]
-    """Tokens that end an answer."""
-    control_ids: frozenset[int]
-    """Tokens that a text spells only where that is allowed."""
-    chat_template: str | None
+_AnswerT = TypeVar("_AnswerT", Loaded, Logits, Tokens, Vocabulary)
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, on the CPU; a context manager, or to be closed.
+    """A GGUF file in llama.cpp, on the CPU. Close it, or use it as a context manager.
 
-    Settings that change what is computed are explicit; attention and cache are in float32 unless asked otherwise.
+    Settings that affect the results are explicit. By default, attention and the cache are in float32.
 
     Args:
-        context: token positions of the cache: a prompt and all that is generated behind it.
-        threads: of the arithmetic.
-        flash_attention: attention in llama.cpp's fused form, which rounds more.
-        cache_dtype: what keys and values are kept as.
+        context: token positions of the cache, for a prompt and all tokens generated after it.
+        threads: number of threads that compute.
+        flash_attention: use llama.cpp's fused attention, which rounds more.
+        cache_dtype: the type of the cached keys and values.
 
     Raises:
         GgufError: the file is broken, or llama.cpp does not load it.
-        MachineError: there is no llama.cpp, or another build of it.
-        ValueError: `context` is not positive, or beyond the model's.
+        MachineError: llama.cpp is not installed, or is of another build.
+        ValueError: `context` is not positive, or larger than the model's.
     """
 
     def __init__(
@@ -79,25 +81,26 @@ class LlamaCpp:
         self.path = Path(path)
         self.context = context
         library_path()
-        # First, because it names the tensor that is cut and llama.cpp reads some damaged headers as shorter ones.
-        self.vocab_size, longest = _facts(self.path)
+        # Before llama.cpp loads the file: it accepts some damaged headers, and does not name a truncated tensor.
+        self.vocab_size, longest = _sizes(self.path)
         if not 1 <= context <= longest:
             raise ValueError(f"context {context}, the model of {path} has {longest} positions")
         self._worker = _Worker(
-            {
-                "path": str(self.path),
-                "context": context,
-                "batch": min(_BATCH, context),
-                "threads": threads,
-                "flash_attention": flash_attention,
-                "cache_dtype": cache_dtype,
-            },
+            Settings(
+                path=os.fsencode(self.path),
+                context=context,
+                batch=min(_BATCH, context),
+                threads=threads,
+                flash_attention=flash_attention,
+                cache_dtype=cache_dtype,
+            ),
             self.path,
         )
         if self._worker.vocab_size != self.vocab_size:
             self.close()
             raise GgufError(
-                f"llama.cpp has {self._worker.vocab_size} tokens of {self.path}, its metadata {self.vocab_size}",
+                f"llama.cpp reads {self._worker.vocab_size} tokens from {self.path}, its metadata has "
+                f"{self.vocab_size}",
                 expected=_EXPECTED,
                 run=_REMAKE,
             )
@@ -109,17 +112,17 @@ class LlamaCpp:
         self.close()
 
     def close(self) -> None:
-        """End llama.cpp and free its memory; a second time does nothing."""
+        """End llama.cpp and free its memory. Further calls do nothing."""
         self._worker.close()
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
-        """The logits after each of `ids`: (N, V) float32.
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return the logits after each of `ids`: (N, V) float32.
 
         Raises:
-            ValueError: `ids` is empty, longer than `context`, or has an id that the vocabulary lacks.
+            ValueError: `ids` is empty, longer than `context`, or has an id that is not in the vocabulary.
             GgufError: llama.cpp ended, or computes NaN or infinity.
         """
-        ids = self._checked(ids, room=0)
+        ids = self._checked(ids, new_tokens=0)
         out = np.empty((len(ids), self.vocab_size), np.float32)
         with self._worker.lock:
             for start in range(0, len(ids), _BATCH):
@@ -132,78 +135,70 @@ class LlamaCpp:
     def generate(self, ids: Sequence[int], max_new_tokens: int, stop_ids: Collection[int]) -> list[int]:
         """Continue `ids` with the likeliest token each time, until one of `stop_ids` or `max_new_tokens`.
 
-        The end tokens that the file names do not end it unless they are in `stop_ids`.
+        The end tokens of the file have no effect unless they are in `stop_ids`.
 
         Returns:
-            The new tokens alone, the stop id included where one ended them.
+            The new tokens, including the stop id if there is one.
 
         Raises:
-            ValueError: `ids` is empty or has an id that the vocabulary lacks, `max_new_tokens` is below 1, or the
-                two are more than `context`.
+            ValueError: `ids` is empty or has an id that is not in the vocabulary, `max_new_tokens` is below 1, or
+                both together exceed `context`.
             GgufError: llama.cpp ended, or computes NaN or infinity.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-        ids = self._checked(ids, room=max_new_tokens)
-        said: list[int] = []
+        ids = self._checked(ids, new_tokens=max_new_tokens)
+        generated: list[int] = []
         with self._worker.lock:
-            for row in self._greedy(ids, said):
-                said.append(int(row.argmax()))
-                if said[-1] in stop_ids or len(said) == max_new_tokens:
+            for row in self._greedy(ids, generated):
+                generated.append(int(row.argmax()))
+                if generated[-1] in stop_ids or len(generated) == max_new_tokens:
                     break
-        return said
+        return generated
 
-    def _greedy(self, ids: Sequence[int], said: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
-        """The logits, (V,), after `ids`, then after each token that was added to `said` meanwhile."""
+    def _greedy(self, ids: Sequence[int], generated: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+        """The logits, (V,), after `ids`, then after each token that the caller appends to `generated`."""
         row = np.empty((1, self.vocab_size), np.float32)
         for start in range(0, len(ids), _BATCH):
             self._worker.decode(ids[start : start + _BATCH], row, first=start == 0)
         while True:
             if not np.isfinite(row).all():
-                raise self._not_finite(len(ids) + len(said))
+                raise self._not_finite(len(ids) + len(generated))
             yield row[0]
-            self._worker.decode(said[-1:], row, first=False)
+            self._worker.decode(generated[-1:], row, first=False)
 
     def vocabulary(self) -> Vocabulary:
-        """What llama.cpp makes of the file's tokens.
+        """Return llama.cpp's view of the file's tokens.
 
         Raises:
             GgufError: llama.cpp ended.
         """
-        said = self._worker.ask({})
-        return Vocabulary(
-            bos_id=said["bos_id"],
-            add_bos=said["add_bos"],
-            end_ids=frozenset(said["end_ids"]),
-            control_ids=frozenset(said["control_ids"]),
-            chat_template=said["chat_template"],
-        )
+        return self._worker.query(DescribeVocabulary(), Vocabulary)
 
     def tokenize(self, text: str, *, allow_special: bool, begin: bool = False) -> list[int]:
-        """The ids of `text` by llama.cpp's tokenizer of the file.
+        """Return the ids of `text` from llama.cpp's tokenizer of the file.
 
         Args:
-            begin: whether that goes before it which begins every text.
-            allow_special: whether a special token that the text spells is that token.
+            begin: add the tokens that begin every text.
+            allow_special: recognise special tokens in the text.
 
         Raises:
-            ValueError: `text` is no Unicode text.
+            ValueError: `text` has a lone surrogate.
             GgufError: llama.cpp ended, or does not tokenize it.
         """
-        text.encode()  # a lone surrogate is none
-        tokens: list[int] = self._worker.ask({"text": text, "begin": begin, "allow_special": allow_special})[
-            "tokens"
-        ]
-        return tokens
+        text.encode()  # raises for a lone surrogate
+        return self._worker.query(Tokenize(text=text, begin=begin, allow_special=allow_special), Tokens).ids
 
-    def _checked(self, ids: Sequence[int], *, room: int) -> list[int]:
+    def _checked(self, ids: Sequence[int], *, new_tokens: int) -> list[int]:
         ids = [operator.index(token) for token in ids]
         if not ids:
             raise ValueError("there are no tokens")
         if outside := [token for token in ids if not 0 <= token < self.vocab_size]:
             raise ValueError(f"token id {outside[0]} is not in a vocabulary of {self.vocab_size}")
-        if len(ids) + room > self.context:
-            raise ValueError(f"{len(ids)} tokens and {room} to come, the context has {self.context} positions")
+        if len(ids) + new_tokens > self.context:
+            raise ValueError(
+                f"{len(ids)} tokens and {new_tokens} new ones, the context has {self.context} positions"
+            )
         return ids
 
     def _not_finite(self, count: int) -> GgufError:
@@ -214,7 +209,7 @@ class LlamaCpp:
         )
 
 
-def _facts(path: Path) -> tuple[int, int]:
+def _sizes(path: Path) -> tuple[int, int]:
     """(V, the longest context) of the file at `path`."""
     try:
         metadata = GgufFile(path).metadata
@@ -232,25 +227,25 @@ def _facts(path: Path) -> tuple[int, int]:
 
 
 class _Worker:
-    """llama.cpp in a process of its own, which is asked by its standard input.
+    """llama.cpp in a process of its own, which reads requests from its standard input.
 
-    It ends when it is closed, when this object is collected, at exit, and when this process dies: its standard
-    input ends then.
+    The process ends when this object is closed or collected, at exit, and when this process dies, because that ends
+    its standard input.
     """
 
-    def __init__(self, settings: dict[str, Any], path: Path) -> None:
+    def __init__(self, settings: Settings, path: Path) -> None:
         self._path = path
         held = contextlib.ExitStack()
         self._close = weakref.finalize(self, held.close)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the rest; a pipe would block when full
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the rest; a full pipe would block
         held.callback(self._log.close)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "coremill.formats.llamacpp.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            # Threads that wait for work otherwise spin, which starves whoever shares the processor; an assertion of
-            # llama.cpp otherwise starts a debugger.
+            # Without the first, idle threads spin and slow other processes down. Without the second, an assertion
+            # of llama.cpp starts a debugger.
             env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "GGML_NO_BACKTRACE": "1"},
         )
         held.callback(_end, self._process)
@@ -258,39 +253,35 @@ class _Worker:
         assert self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self.lock = threading.RLock()
-        """Held by who asks: what is read in parts is one sequence."""
-        said = self.ask(settings, otherwise="does not load")
-        if "machine" in said:
-            self.close()
-            raise MachineError(
-                str(said["machine"]),
-                expected="the release of xllamacpp in requirements/train.txt",
-                run="pip install -r requirements/train.txt",
-            )
-        self.vocab_size = int(said["vocab_size"])
-
-    def decode(self, ids: Sequence[int], out: np.ndarray[Any, Any], *, first: bool) -> None:
-        """Read `ids`; the logits after the last of them go into `out`, (len(out), V) float32, contiguous."""
+        """Held while a sequence is read in parts."""
         with self._whole_answer():
-            said = self._said({"ids": list(ids), "first": first, "every": len(out) == len(ids)})
-            if "rows" in said:
-                self._read_into(memoryview(out).cast("B"))
-        self._check_taken(said)
+            answer = self._exchange(settings, failure="does not load")
+        if isinstance(answer, Unavailable):
+            self.close()
+            raise MachineError(answer.reason, expected=EXPECTED_RELEASE, run=INSTALL)
+        self.vocab_size = self._expected(answer, Loaded).vocab_size
 
-    def ask(self, request: dict[str, Any], *, otherwise: str = "ended while it ran") -> dict[str, Any]:
-        """The answer to a request.
+    def decode(self, ids: Sequence[int], out: npt.NDArray[np.float32], *, first: bool) -> None:
+        """Read `ids`; write the logits after the last of them into `out`, (len(out), V) float32, contiguous."""
+        with self._whole_answer():
+            answer = self._exchange(Decode(ids=list(ids), first=first, every=len(out) == len(ids)))
+            if isinstance(answer, Logits):
+                self._read_into(memoryview(out).cast("B"))
+        self._expected(answer, Logits)
+
+    def query(self, request: Request, expected: type[_AnswerT]) -> _AnswerT:
+        """Return the answer to a request.
 
         Raises:
-            GgufError: the process ended, which is said by `otherwise`, or refused.
+            GgufError: the process ended, or llama.cpp returned an error.
         """
         with self._whole_answer():
-            said = self._said(request, otherwise=otherwise)
-        self._check_taken(said)
-        return said
+            answer = self._exchange(request)
+        return self._expected(answer, expected)
 
     @contextlib.contextmanager
     def _whole_answer(self) -> Iterator[None]:
-        """Where an answer was not read to its end nothing is asked again: what is left of it would be the next."""
+        """Close the process if an answer is not read to its end: the rest would be taken for the next answer."""
         with self.lock:
             if not self._close.alive:
                 raise ValueError(f"llama.cpp with {self._path} is closed")
@@ -300,40 +291,42 @@ class _Worker:
                 self.close()
                 raise
 
-    def _said(self, request: dict[str, Any], *, otherwise: str = "ended while it ran") -> dict[str, Any]:
-        with contextlib.suppress(BrokenPipeError):  # it ended, and its log says why
-            self._stdin.write(json.dumps(request).encode() + b"\n")
+    def _exchange(self, request: Request | Settings, *, failure: str = _ENDED) -> Answer:
+        with contextlib.suppress(BrokenPipeError):  # the process ended; its log has the reason
+            self._stdin.write(msgspec.json.encode(request) + b"\n")
             self._stdin.flush()
         if not (line := self._stdout.readline()):
-            raise self._failure(otherwise)
-        said: dict[str, Any] = json.loads(line)
-        return said
+            raise self._ended(failure)
+        answer: Answer = msgspec.json.decode(line, type=Answer)
+        return answer
 
-    def _read_into(self, room: memoryview) -> None:
-        while room:
-            if not (count := self._stdout.readinto(room)):  # type: ignore[attr-defined]  # a BufferedReader
-                raise self._failure("ended while it ran")
-            room = room[count:]
+    def _read_into(self, out: memoryview) -> None:
+        while out:
+            if not (count := self._stdout.readinto(out)):  # type: ignore[attr-defined]  # a BufferedReader
+                raise self._ended(_ENDED)
+            out = out[count:]
 
-    def _check_taken(self, said: dict[str, Any]) -> None:
-        if "error" in said:
-            raise GgufError(f"llama.cpp refused {self._path}: {said['error']}", expected=_EXPECTED, run=_REMAKE)
+    def _expected(self, answer: Answer, expected: type[_AnswerT]) -> _AnswerT:
+        if isinstance(answer, Refused):
+            raise GgufError(f"llama.cpp rejected {self._path}: {answer.reason}", expected=_EXPECTED, run=_REMAKE)
+        assert isinstance(answer, expected)
+        return answer
 
-    def _failure(self, what: str) -> GgufError:
-        """What to say of a process that is no longer there: the first line of its log, which has errors alone."""
+    def _ended(self, failure: str) -> GgufError:
+        """The error for a process that ended, with the first line of its log, which has only errors."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         reason = lines[0] if lines else f"exit code {self._process.returncode}"
-        return GgufError(f"llama.cpp {what} {self._path}: {reason}", expected=_EXPECTED, run=_REMAKE)
+        return GgufError(f"llama.cpp {failure} {self._path}: {reason}", expected=_EXPECTED, run=_REMAKE)
 
     def close(self) -> None:
         self._close()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """At once: it holds no file open for writing."""
+    """Kill the process; it has no file open for writing."""
     process.kill()
-    with contextlib.suppress(BrokenPipeError):  # what it was never told
+    with contextlib.suppress(BrokenPipeError):  # unsent input
         process.communicate()

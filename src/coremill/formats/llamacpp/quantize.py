@@ -1,7 +1,6 @@
-"""Quantisation of matrices as llama.cpp itself does it, in the blocks of GGUF.
+"""Quantisation of matrices into the blocks of GGUF, by llama.cpp's own function.
 
-The function is of the shared library that the `xllamacpp` package carries: the `gguf` package, in Python, has no
-K-quants. Of the types that both have, the bytes are the same.
+The `gguf` package, which is in Python, has no K-quants. For the types that both have, the bytes are equal.
 
     size_t ggml_quantize_chunk(enum ggml_type type, const float * src, void * dst,
                                int64_t start, int64_t nrows, int64_t n_per_row, const float * imatrix);
@@ -11,16 +10,15 @@ https://github.com/ggml-org/llama.cpp/blob/master/ggml/include/ggml.h
 
 from __future__ import annotations
 
-from typing import Any
-
 import gguf
 import numpy as np
+import numpy.typing as npt
 
 from coremill.formats.llamacpp.library import library
 
 
-def quantize(matrix: np.ndarray[Any, Any], kind: gguf.GGMLQuantizationType) -> np.ndarray[Any, Any]:
-    """The blocks of `matrix`, each by itself: no importance matrix weighs one value against another.
+def quantize(matrix: npt.NDArray[np.float32], kind: gguf.GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+    """Return the blocks of `matrix`, without an importance matrix.
 
     Args:
         matrix: (R, C) float32, finite; C a multiple of the type's block.
@@ -29,8 +27,8 @@ def quantize(matrix: np.ndarray[Any, Any], kind: gguf.GGMLQuantizationType) -> n
         (R, bytes of a row) uint8.
 
     Raises:
-        MachineError: there is no llama.cpp to ask.
-        ValueError: `matrix` is no such matrix. llama.cpp would end the process.
+        MachineError: llama.cpp is not installed.
+        ValueError: `matrix` is not such a matrix, for which llama.cpp would end the process.
     """
     block_elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     if matrix.ndim != 2 or matrix.dtype != np.float32 or matrix.shape[1] % block_elements:
