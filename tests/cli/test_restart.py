@@ -59,6 +59,10 @@ def test_restarts_in_the_environment_of_the_command(started, tmp_path, command, 
     assert started == [[python, "-m", "coremill", *command.split()]]
 
 
+def test_every_extra_has_environments():
+    assert {each.extra for each in COMMANDS.values() if each.needs} == restart.ENVIRONMENTS.keys()
+
+
 def test_restarts_in_the_first_environment_that_exists(started, monkeypatch, tmp_path):
     toolset = Toolset(tmp_path / "env", "3.11.7", "sha256:0")
     monkeypatch.setattr(restart, "installed", lambda root: {"convert-torch-2.8.0": toolset})

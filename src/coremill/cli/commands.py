@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from coremill.pipeline.environments import CONVERT, TRAIN, Environment
-
-_LANES = tuple(CONVERT.values())
-
 
 class Command(NamedTuple):
     module: str
@@ -16,9 +12,7 @@ class Command(NamedTuple):
     needs: tuple[str, ...] = ()
     """Packages that it imports, beyond those that coremill itself depends on."""
     extra: str = ""
-    """The extra of coremill that installs them."""
-    environments: tuple[Environment, ...] = ()
-    """Environments of a checkout that have them, the preferred one first."""
+    """The extra of coremill that installs them. In a checkout, `coremill.cli.restart` names the environments."""
     quiet: tuple[str, ...] = ()
     """Loggers of which only errors are shown."""
 
@@ -28,17 +22,17 @@ def _light(module: str, purpose: str) -> Command:
 
 
 def _train(module: str, purpose: str, *needs: str) -> Command:
-    return Command(f"coremill.{module}", purpose, needs, "train", (TRAIN,))
+    return Command(f"coremill.{module}", purpose, needs, "train")
 
 
 def _convert(module: str, purpose: str, *needs: str) -> Command:
-    return Command(f"coremill.{module}", purpose, needs, "convert", _LANES)
+    return Command(f"coremill.{module}", purpose, needs, "convert")
 
 
 def _mil(name: str, purpose: str) -> Command:
     needs = ("torch", "coremltools", "numpy")
     # On import, coremltools warns of versions that it has not converted with; here nothing is converted.
-    return Command(f"coremill.mil.commands.{name}", purpose, needs, "mil", _LANES, quiet=("coremltools",))
+    return Command(f"coremill.mil.commands.{name}", purpose, needs, "mil", quiet=("coremltools",))
 
 
 COMMANDS = {

@@ -12,7 +12,6 @@ from types import ModuleType
 
 from coremill import __version__
 from coremill.cli.commands import COMMANDS, GROUPS, Command
-from coremill.cli.restart import restart_where_installed
 from coremill.core.command import exit_on_error
 from coremill.core.errors import OK, USAGE, exit_code_table
 
@@ -55,6 +54,8 @@ def _run_command(name: str, arguments: list[str]) -> int:
     with _only_errors(command.quiet):
         module = _import_for_help(command) if {*_HELP} & {*arguments} else None
         if module is None:
+            from coremill.cli.restart import restart_where_installed  # here, so that --help starts quickly
+
             restart_where_installed(name, command, arguments)
             module = importlib.import_module(command.module)
         return int(module.main(arguments))

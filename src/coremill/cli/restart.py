@@ -13,9 +13,12 @@ from pathlib import Path
 import coremill
 from coremill.cli.commands import Command
 from coremill.core.errors import MachineError
-from coremill.pipeline.environments import CONVERT, Environment, Toolset, installed
+from coremill.pipeline.environments import CONVERT, TRAIN, Environment, Toolset, installed
 
 log = logging.getLogger(__name__)
+
+ENVIRONMENTS = {"train": (TRAIN,), "convert": tuple(CONVERT.values()), "mil": tuple(CONVERT.values())}
+"""The environments of a checkout that have the packages of an extra, the preferred one first."""
 
 
 def restart_where_installed(name: str, command: Command, arguments: Sequence[str]) -> None:
@@ -32,7 +35,7 @@ def restart_where_installed(name: str, command: Command, arguments: Sequence[str
     if not missing:
         return
     preferred = CONVERT.get(_lane(arguments))
-    environments = sorted(command.environments, key=lambda each: each != preferred)
+    environments = sorted(ENVIRONMENTS[command.extra], key=lambda each: each != preferred)
     toolset = _first_existing(environments)
     if toolset is None:
         raise MachineError(
