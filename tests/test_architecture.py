@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
+
+import pytest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -67,3 +70,32 @@ def test_the_top_level_of_the_repository_is_on_the_page():
     listed = {line.split()[0].rstrip("/") for line in fenced_block("noxfile.py")}
     assert all((ROOT / name).exists() for name in listed)
     assert {"configs", "requirements", "docs", "tests", "benchmarks"} <= listed
+
+
+def imports_by_name(file: Path) -> bool:
+    """Whether the module uses importlib.import_module or __import__, which import-linter cannot follow."""
+    names = {
+        getattr(node, "attr", getattr(node, "id", getattr(node, "name", None)))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, (ast.Attribute, ast.Name, ast.alias))
+    }
+    return not names.isdisjoint({"import_module", "__import__"})
+
+
+def test_only_the_cli_and_the_stage_table_import_modules_by_name():
+    found = {file.relative_to(SOURCE).as_posix() for file in SOURCE.rglob("*.py") if imports_by_name(file)}
+    assert found == {"cli/main.py", "pipeline/stages.py"}
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import importlib; importlib.import_module('x')", True),
+        ("from importlib import import_module as load", True),
+        ("__import__('x')", True),
+        ("import importlib.util; importlib.util.find_spec('x')", False),
+    ],
+)
+def test_imports_by_name_are_found(tmp_path: Path, code: str, expected: bool):
+    (tmp_path / "m.py").write_text(code)
+    assert imports_by_name(tmp_path / "m.py") is expected

@@ -6,7 +6,6 @@ definitions. Pillow is taken by its interface, and imported only to make an imag
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -73,7 +72,7 @@ def image_from_array(spec: ImageSpec, array: Array) -> Any:
         MachineError: Pillow is not installed.
     """
     try:
-        pillow = importlib.import_module("PIL.Image")
+        import PIL.Image
     except ImportError as error:
         raise MachineError(
             f"output {spec.name!r} is an image, and Pillow is not installed", run="pip install pillow"
@@ -89,4 +88,4 @@ def image_from_array(spec: ImageSpec, array: Array) -> Any:
             pixels = pixels[::-1]
         mode, pixels = "RGBA", np.concatenate([pixels, np.full_like(pixels[:1], _OPAQUE)])
     _, height, width = pixels.shape
-    return pillow.frombytes(mode, (width, height), pixels.transpose(1, 2, 0).tobytes())
+    return PIL.Image.frombytes(mode, (width, height), pixels.transpose(1, 2, 0).tobytes())

@@ -128,7 +128,8 @@ def _image(name: str, array: Array, color_space: ColorSpace) -> Any:
         raise MachineError(
             f"Pillow is not installed in {sys.prefix}, and input {name!r} is an image", run="pip install pillow"
         )
-    images = importlib.import_module("PIL.Image")
+    import PIL.Image
+
     dtype = _pixel_dtype(color_space)
     sizes = "(height, width)" if color_space.channels == 1 else "(height, width, 3)"
     channels = (3,) if color_space.channels == 3 else ()
@@ -136,7 +137,7 @@ def _image(name: str, array: Array, color_space: ColorSpace) -> Any:
         raise PredictionInputError(
             f"image input {name!r} is {array.dtype} of shape {list(array.shape)}", expected=f"{dtype} {sizes}"
         )
-    return images.fromarray(array.astype(dtype))
+    return PIL.Image.fromarray(array.astype(dtype))
 
 
 def _pixel_dtype(color_space: ColorSpace) -> np.dtype[Any]:
