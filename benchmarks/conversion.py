@@ -27,6 +27,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
+from artifacts import Artifacts
 from tutorial_decoder import TutorialDecoder
 
 from coremill.core import layout
@@ -39,7 +40,7 @@ from coremill.coreml.converter import convert_function, ct, prepared
 from coremill.coreml.diagnostics import Recorder, recording
 from coremill.coreml.graph import Program, as_input, load_program
 from coremill.coreml.package import check_package, write_package
-from coremill.data.prompts import load_prompts, read_some
+from coremill.data.prompts import read_some
 from coremill.mil import MLModel
 from coremill.mil.measures import sqnr_db
 from coremill.model.checkpoint import build_student, load_checkpoint
@@ -53,10 +54,9 @@ SETTINGS = ConvertConfig()
 COMPARED_LENGTH = 512
 
 
-class Build(msgspec.Struct, frozen=True):
+class Build(Artifacts, frozen=True):
     """The artifacts of one lane of a run."""
 
-    run: layout.RunLayout
     torch: str
 
     @property
@@ -66,20 +66,6 @@ class Build(msgspec.Struct, frozen=True):
     @property
     def program(self) -> Path:
         return self.run.stage("export", self.torch) / self.contract.graph
-
-    @property
-    def checkpoint(self) -> Path:
-        stages = [self.run.stage(name) for name in ("training", "import")]
-        return next(path for stage in stages if (path := layout.checkpoint_file(stage, self.run.run)).is_file())
-
-    @property
-    def prompts_dir(self) -> Path:
-        return next(path for name in ("texts", "dataset") if (path := self.run.stage(name)).is_dir())
-
-    @property
-    def tokenizer(self) -> Path:
-        stages = [self.run.stage(name) for name in ("dataset", "import")]
-        return next(path for stage in stages if (path := layout.tokenizer_file(stage)).is_file())
 
     @property
     def package(self) -> Path:
@@ -195,8 +181,7 @@ def _timed(work: Callable[[], None]) -> float:
 
 def _sqnr(package: Path, student: Student, build: Build) -> float:
     """The SQNR of a package's logits on real text, in dB."""
-    prompts = load_prompts(build.tokenizer, build.prompts_dir, rows=64)
-    (ids,) = prompts.packed(COMPARED_LENGTH, 1)
+    (ids,) = build.prompts(rows=64).packed(COMPARED_LENGTH, 1)
     with torch.no_grad():
         expected = student(as_input(ids))[0][0].numpy()
     found = MLModel(package).predict({"input_ids": np.array([ids], np.int32)})["logits"][0]

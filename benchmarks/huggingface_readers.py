@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from artifacts import Artifacts
 
 from coremill.core import layout
 from coremill.core.parity import MAX_RELATIVE_ERR
-from coremill.data.prompts import load_prompts
 from coremill.formats.gguf_file import GgufFile
 from coremill.formats.huggingface.parity import load_model
 from coremill.formats.parity import sequences
@@ -47,11 +47,8 @@ for number, ids in enumerate(json.load(sys.stdin)):
 
 def mlx_differences(run: layout.RunLayout, python: Path) -> Iterator[str]:
     """Describe each sequence whose logits differ by more than the rounding of float32."""
-    imported = run.stage("import").is_dir()
-    source = run.stage("texts" if imported else "dataset")
-    tokenizer = layout.tokenizer_file(run.stage("import") if imported else source)
     model = load_model(run.stage("hf"))
-    ids = sequences(load_prompts(tokenizer, source, rows=ROWS), model.config.max_position_embeddings)[:SEQUENCES]
+    ids = sequences(Artifacts(run).prompts(rows=ROWS), model.config.max_position_embeddings)[:SEQUENCES]
     with tempfile.TemporaryDirectory() as folder:
         command = [str(python), "-c", MLX, str(run.stage("hf")), folder]
         subprocess.run(command, input=json.dumps(ids), text=True, check=True)

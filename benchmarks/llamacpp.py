@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from artifacts import Artifacts
 
 from coremill.core import layout
 from coremill.core.command import exit_on_error
@@ -27,7 +28,6 @@ from coremill.core.config import GgufType
 from coremill.core.digest import file_digest
 from coremill.core.errors import StageError
 from coremill.core.parity import FileParity, ParityFigure
-from coremill.data.prompts import load_prompts
 from coremill.formats.gguf.parity import measure_gguf, require_parity
 from coremill.model.checkpoint import load_checkpoint
 
@@ -82,18 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     run = layout.RunLayout(args.build, args.run)
     files = gguf_files(run, args.types)
-    imported = run.stage("import").is_dir()
-    model = run.stage("import" if imported else "training")
-    source = run.stage("texts" if imported else "dataset")
-    tokenizer = layout.tokenizer_file(model if imported else source)
+    artifacts = Artifacts(run)
     print(f"torch {torch.__version__}, {platform.machine()}, load {os.getloadavg()[0]:.1f}")
     start = time.monotonic()
-    checkpoint = layout.checkpoint_file(model, args.run)
     report = measure_gguf(
         files,
-        load_checkpoint(checkpoint),
-        load_prompts(tokenizer, source, rows=QUESTIONS),
-        checkpoint_digest=file_digest(checkpoint),
+        load_checkpoint(artifacts.checkpoint),
+        artifacts.prompts(rows=QUESTIONS),
+        checkpoint_digest=file_digest(artifacts.checkpoint),
         quick=False,
     )
     for kind, file in report.files.items():

@@ -1,4 +1,4 @@
-"""Conversion: the checks before it, what it leaves, and what a failed one leaves."""
+"""Conversion: its checks, its files, and the files of a failed conversion."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def test_settings_come_from_the_command_line_over_the_configuration(build):
         ("contract with another name", 42, "contract mismatch error: the contract's outputs are tokens float32"),
         ("output is a file", 52, "output error: {package} is a file"),
         ("folder is a file", 52, "output error: cannot write to {package}"),
-        ("output is no package", 52, "output error: {package}.zip does not end in .mlpackage"),
+        ("output is not a package", 52, "output error: {package}.zip does not end in .mlpackage"),
     ],
 )
-def test_bad_input_has_its_own_exit_code_and_leaves_what_was_there(build, capsys, break_it, code, message):
+def test_invalid_input_has_its_own_exit_code_and_changes_no_file(build, capsys, break_it, code, message):
     more: tuple[str, ...] = ()
     contract = build.read_contract()
     match break_it:
@@ -107,12 +107,12 @@ def test_bad_input_has_its_own_exit_code_and_leaves_what_was_there(build, capsys
             write_json(build.contract, msgspec.structs.replace(contract, outputs=outputs))
         case "output is a file":
             more = ("--out", str(build.root / "file.mlpackage"))
-            (build.root / "file.mlpackage").write_text("in the way")
+            (build.root / "file.mlpackage").write_text("a file")
             message = message.replace("{package}", str(build.root / "file.mlpackage"))
         case "folder is a file":
             more = ("--out", str(build.graph / "x.mlpackage"))
             message = message.replace("{package}", str(build.graph))
-        case "output is no package":
+        case "output is not a package":
             more = ("--out", f"{build.package}.zip")
     before = digest(build.root)
     assert convert_here(build, *more) == code
@@ -124,7 +124,7 @@ def test_bad_input_has_its_own_exit_code_and_leaves_what_was_there(build, capsys
 
 
 class Unconvertible(nn.Module):
-    """Runs in TorchScript at any length, and has an operation that coremltools does not convert."""
+    """Runs in TorchScript at any length, but has an operation that coremltools does not support."""
 
     def forward(self, input_ids):
         return (torch.special.bessel_j0(input_ids.float()),)
@@ -132,7 +132,7 @@ class Unconvertible(nn.Module):
 
 @pytest.fixture
 def unconvertible(build):
-    """The build with a graph in its place that does not convert."""
+    """The build, with its graph replaced by one that coremltools cannot convert."""
     data = program_bytes(trace(Unconvertible(), [1] * 96, ["logits"]))
     program = parse_program(data, where="test")
     interface = read_interface(program, [[0] * 80, [0] * 96])
@@ -150,7 +150,7 @@ def unconvertible(build):
     return build
 
 
-def test_a_failed_conversion_is_an_error_and_leaves_the_old_package(unconvertible, capsys):
+def test_a_failed_conversion_is_an_error_and_keeps_the_old_package(unconvertible, capsys):
     before = digest(unconvertible.package)
     assert convert_here(unconvertible) == 43
     error = capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_a_failed_conversion_is_an_error_and_leaves_the_old_package(unconvertibl
     assert "special_bessel_j0" in layout.conversion_log(unconvertible.package.parent).read_text()
 
 
-def test_a_placeholder_is_a_labelled_record_and_no_package(unconvertible, caplog):
+def test_a_placeholder_is_a_record_of_the_failure(unconvertible, caplog):
     out = unconvertible.root / "fresh" / "tiny_ball.mlpackage"
     assert convert_here(unconvertible, "--out", str(out), "--allow-placeholder") == GATES_FAILED
     assert sorted(path.name for path in out.parent.iterdir()) == ["conversion.log", "conversion_failed.json"]
@@ -179,7 +179,7 @@ def test_a_placeholder_is_a_labelled_record_and_no_package(unconvertible, caplog
     assert "no package was written; the failure is recorded in" in caplog.text
 
 
-def test_a_stage_that_fails_leaves_the_record_and_the_log_for_people_to_read(unconvertible):
+def test_a_failed_stage_leaves_the_record_and_the_log(unconvertible):
     context = unconvertible.context("again", "export")
     with pytest.raises(FailedConversionError, match=r"special_bessel_j0"):
         run_stage(context)
@@ -190,7 +190,7 @@ def test_a_stage_that_fails_leaves_the_record_and_the_log_for_people_to_read(unc
 
 
 def test_an_interrupted_publication_keeps_the_old_package(build, monkeypatch):
-    """Ctrl-C right after the old package was renamed away."""
+    """Ctrl-C just after the old package was renamed."""
     before = digest(build.package)
     rename = Path.rename
 
@@ -206,7 +206,7 @@ def test_an_interrupted_publication_keeps_the_old_package(build, monkeypatch):
     check_package(build.package)
 
 
-def test_a_folder_that_holds_something_else_is_not_replaced(build, capsys):
+def test_a_directory_that_is_not_a_package_is_not_replaced(build, capsys):
     notes = build.package.parent / "notes.mlpackage"
     notes.mkdir()
     (notes / "todo.txt").write_text("kept")
@@ -220,20 +220,20 @@ def test_a_folder_that_holds_something_else_is_not_replaced(build, capsys):
     assert [path.name for path in notes.iterdir()] == ["todo.txt"]
 
 
-def test_a_placeholder_does_not_excuse_bad_input(build):
+def test_invalid_input_is_an_error_with_allow_placeholder_too(build):
     build.graph.write_text("no graph")
     assert convert_here(build, "--allow-placeholder") == 41
     assert not layout.placeholder_file(build.package.parent).exists()
 
 
-def test_a_conversion_that_works_removes_the_record_of_one_that_failed(build, capsys):
+def test_a_successful_conversion_removes_the_record_of_an_earlier_failure(build, capsys):
     folder = build.package.parent
     layout.placeholder_file(folder).write_text("{}")
     assert convert_here(build) == 0
     assert not layout.placeholder_file(folder).exists()
 
 
-def test_every_setting_that_the_configuration_admits_is_a_choice(capsys):
+def test_the_options_offer_every_setting_of_the_configuration(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out

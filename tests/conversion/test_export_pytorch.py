@@ -1,4 +1,4 @@
-"""Export: what the contract says is what was saved, and what must not be exported is not."""
+"""Export: the contract describes the saved program, and invalid input is an error."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def export_here(build, *more: str) -> int:
     return exit_on_error(lambda: main(argv))
 
 
-def test_the_command_writes_what_the_stage_writes(build):
+def test_the_command_writes_the_same_contract_as_the_stage(build):
     assert export_here(build) == 0
     new = build.root / "new"
     assert sorted(path.name for path in new.iterdir()) == ["tiny_ball.pt", "tiny_ball_contract.json"]
     contract = read_contract(new / "tiny_ball_contract.json")
     old = build.read_contract()
-    # Class names carry a counter of the process, so that only a first trace has the digest of another first one.
+    # torch counts class names per process, so only first traces in different processes have the same digest.
     assert msgspec.structs.replace(contract, graph_digest=old.graph_digest) == old
 
 
-def test_the_contract_describes_what_was_saved(pristine):
+def test_the_contract_describes_the_saved_program(pristine):
     contract = pristine.read_contract()
     assert contract.graph == pristine.graph.name
     assert contract.graph_digest == file_digest(pristine.graph)
@@ -54,10 +54,10 @@ def test_the_contract_describes_what_was_saved(pristine):
     assert sorted(contract.toolchain.packages) == ["coremltools", "numpy", "tokenizers", "torch"]
     for result in contract.shape_validation.values():
         assert isinstance(result, ShapeOk)
-        assert 0 < result.max_abs_err <= MAX_RELATIVE_ERR * 100  # no logit of it is beyond ±100
+        assert 0 < result.max_abs_err <= MAX_RELATIVE_ERR * 100  # all its logits are within ±100
 
 
-def test_the_program_computes_what_the_checkpoint_computes_at_lengths_it_was_not_traced_at(pristine):
+def test_the_program_matches_the_checkpoint_at_other_lengths_than_the_traced_one(pristine):
     student = build_student(load_checkpoint(pristine.checkpoint))
     program = load_program(pristine.graph)
     prompts = pristine.read_prompts()
@@ -69,7 +69,7 @@ def test_the_program_computes_what_the_checkpoint_computes_at_lengths_it_was_not
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
-def test_a_secondary_shape_that_fails_is_recorded_and_does_not_block(build, caplog):
+def test_a_secondary_shape_that_fails_is_recorded_and_does_not_stop_the_export(build, caplog):
     # 129 is one more than the model's rotary table covers.
     assert export_here(build, "--shapes", "96,129") == 0
     contract = read_contract(build.root / "new" / "tiny_ball_contract.json")
@@ -81,7 +81,7 @@ def test_a_secondary_shape_that_fails_is_recorded_and_does_not_block(build, capl
     assert [spec.shape for spec in contract.outputs] == [(1, 96, 512), (1, 96, 2)]
 
 
-def test_a_primary_shape_beyond_the_context_is_an_error_and_nothing_is_written(build, capsys):
+def test_a_primary_shape_beyond_the_context_is_an_error(build, capsys):
     assert export_here(build, "--shapes", "96,129", "--primary", "129") == ExportError.exit_code
     assert capsys.readouterr().err == (
         "export error: the primary shape T129 is beyond the model's context of 128 tokens\n"
@@ -92,15 +92,15 @@ def test_a_primary_shape_beyond_the_context_is_an_error_and_nothing_is_written(b
 
 
 class Specialised(Main):
-    """A graph that holds the length at which it was traced, as a careless reshape leaves it."""
+    """A graph that contains the length at which it was traced, because of a careless reshape."""
 
     def forward(self, input_ids):
         logits, halt_logits = super().forward(input_ids)
         return logits.reshape(1, int(input_ids.shape[1]), -1), halt_logits
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python integer")  # what the careless do not read
-def test_a_graph_that_was_specialised_to_the_traced_length_is_found_out(build, monkeypatch):
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python integer")
+def test_a_graph_specialised_to_the_traced_length_is_detected(build, monkeypatch):
     monkeypatch.setattr(export, "Main", Specialised)
     assert export_here(build) == 0
     contract = read_contract(build.root / "new" / "tiny_ball_contract.json")
@@ -111,7 +111,7 @@ def test_a_graph_that_was_specialised_to_the_traced_length_is_found_out(build, m
         )
 
 
-def test_a_program_that_differs_from_the_model_or_is_not_finite_fails(pristine):
+def test_a_program_that_differs_from_the_model_fails_validation(pristine):
     ckpt = load_checkpoint(pristine.checkpoint)
     program = load_program(pristine.graph)
     sequences = pristine.read_prompts().packed(80, 2)
@@ -135,11 +135,11 @@ def test_a_program_that_differs_from_the_model_or_is_not_finite_fails(pristine):
         ("no tokenizer", 21, "tokenizer error: cannot read "),
         ("no held-out set", 20, "dataset error: "),
         ("production checkpoint", 31, "toy refused error: --toy with a checkpoint of model type 'production'"),
-        ("output in the way", 52, "output error: cannot write "),
-        ("old python", 30, "version gate error: Python 3.12.1 ("),
+        ("output directory is a file", 52, "output error: cannot write "),
+        ("old python", 30, "version gate error: export and conversion do not support Python 3.12.1 ("),
     ],
 )
-def test_bad_input_has_its_own_exit_code_and_leaves_what_was_there(
+def test_invalid_input_has_its_own_exit_code_and_changes_no_file(
     build, capsys, monkeypatch, break_it, code, message
 ):
     before = {path: path.read_bytes() for path in (build.graph, build.contract)}
@@ -158,7 +158,7 @@ def test_bad_input_has_its_own_exit_code_and_leaves_what_was_there(
         case "production checkpoint":
             ckpt = load_checkpoint(build.checkpoint)
             save_checkpoint(build.checkpoint, dataclasses.replace(ckpt, model_type="production"))
-        case "output in the way":
+        case "output directory is a file":
             (build.root / "new").write_text("a file")
         case "old python":
             versions = Versions(python="3.12.1", torch="2.9.1", coremltools="9.0", numpy="2.3.5")
@@ -176,17 +176,17 @@ def test_bad_input_has_its_own_exit_code_and_leaves_what_was_there(
         ("512", None, ShapeSet(primary=512, all=(512,))),
     ],
 )
-def test_shapes_as_text(text, primary, expected):
+def test_shapes_are_parsed(text, primary, expected):
     assert parse_shapes(text, primary) == expected
 
 
 @pytest.mark.parametrize(("text", "primary"), [("64,x", 64), ("64,64", 64), ("64,128", 256), ("", 1)])
-def test_shapes_that_are_none(text, primary):
+def test_invalid_shapes_are_an_error(text, primary):
     with pytest.raises(ConfigError, match=f"^--shapes {text} --primary {primary}: ") as caught:
         parse_shapes(text, primary)
     assert caught.value.expected == "lengths such as 64,128,256, and --primary one of them"
 
 
-def test_several_shapes_name_their_primary():
+def test_several_shapes_need_a_primary_one():
     with pytest.raises(ConfigError, match=r"^--shapes 64,128 without --primary"):
         parse_shapes("64,128", None)

@@ -1,4 +1,4 @@
-"""The graphs that are exported compute what the student computes, float16 included."""
+"""The exported graphs match the student, also in float16."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAIN = ModelConfig(
 )
 OPTIONS = {
     "plain": {},
-    "as many key/value heads": {"n_kv_heads": 4},
+    "as many key/value heads as heads": {"n_kv_heads": 4},
     "one key/value head": {"n_kv_heads": 1},
     "heads of another size": {"head_size": 12},
     "biases": {"attention_bias": "qkvo", "mlp_bias": True},
@@ -56,7 +56,7 @@ def ids_of(length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
-def test_every_function_computes_what_the_student_computes(changes):
+def test_every_function_matches_the_student(changes):
     student = student_of(**changes)
     decoder = Decoder(student, CONTEXT).eval()
     ids = ids_of(CONTEXT)
@@ -69,14 +69,14 @@ def test_every_function_computes_what_the_student_computes(changes):
         padded = torch.cat([ids[:, :7], torch.full((1, 9), 5, dtype=torch.int32)], dim=1)
         for found, wanted in zip(prefill(padded, torch.tensor([7])), expected, strict=True):
             torch.testing.assert_close(found[0, 0], wanted[0, 6], rtol=0, atol=1e-5)
-        for place in range(7, CONTEXT):
-            outputs = decode(ids[:, place : place + 1], torch.tensor([place]))
+        for position in range(7, CONTEXT):
+            outputs = decode(ids[:, position : position + 1], torch.tensor([position]))
             for found, wanted in zip(outputs, expected, strict=True):
-                torch.testing.assert_close(found[0, 0], wanted[0, place], rtol=0, atol=1e-5)
+                torch.testing.assert_close(found[0, 0], wanted[0, position], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [OPTIONS["plain"], OPTIONS["a halt head and its own unembedding"]])
-def test_a_trace_at_one_length_computes_every_other(changes):
+def test_a_trace_at_one_length_matches_the_student_at_others(changes):
     student = student_of(**changes)
     traced = torch.jit.trace(Main(Decoder(student, CONTEXT)).eval(), ids_of(16))
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_a_trace_at_one_length_computes_every_other(changes):
                 torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
-def test_an_exported_program_is_not_bound_to_the_longest_length():
+def test_an_exported_program_accepts_every_length():
     student = student_of()
     seq_len = torch.export.Dim("T", min=2, max=CONTEXT)
     main = Main(Decoder(student, CONTEXT)).eval()
@@ -98,15 +98,15 @@ def test_an_exported_program_is_not_bound_to_the_longest_length():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("score", [-1.0e4, 0.0, 1.0e4])
-def test_a_masked_score_vanishes_beside_the_lowest_visible_one(score, dtype):
+def test_a_masked_score_has_no_weight_next_to_the_lowest_visible_one(score, dtype):
     masked = torch.tensor(score, dtype=dtype) + torch.tensor(MASKED_SCORE, dtype=dtype)
     assert torch.isfinite(masked)
     assert torch.stack((torch.tensor(-1.0e4, dtype=dtype), masked)).softmax(0).tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 300.0, 6e4])
-def test_the_norm_in_float16_has_the_precision_of_float16_at_every_size(size):
-    """Squares of 300 and more are beyond float16, and those of 1e-3 vanish in it."""
+def test_the_float16_norm_is_precise_at_every_magnitude(size):
+    """In float16, squares of 300 and more overflow, and those of 1e-3 underflow."""
     norm = RMSNorm(64, 1e-5)
     x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(1))
     x = (x / x.abs().max() * size).half()
@@ -120,14 +120,14 @@ def test_the_norm_in_float16_has_the_precision_of_float16_at_every_size(size):
     )
 
 
-def test_the_norm_of_nothing_is_nothing():
-    """A padding token's embedding may be zeros."""
+def test_the_norm_of_zeros_is_zeros():
+    """The embedding of a padding token may be zeros."""
     found = ScaledRMSNorm(RMSNorm(8, 1e-5)).half()(torch.zeros(1, 2, 8, dtype=torch.float16))
     assert found.tolist() == torch.zeros(1, 2, 8).tolist()
 
 
-def test_one_outlier_channel_leaves_the_others_their_precision():
-    """As trained models have them: one channel of 25,000 beside ones of 1."""
+def test_an_outlier_channel_does_not_reduce_the_precision_of_others():
+    """Trained models have such channels: one of 25,000 and others of about 1."""
     norm = RMSNorm(64, 1e-5)
     x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(3))
     x[..., 11] = 25_000.0

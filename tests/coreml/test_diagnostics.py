@@ -1,4 +1,4 @@
-"""What the converter says is recorded, kept from the terminal, and sorted."""
+"""The converter's messages are recorded, hidden from the terminal, and sorted."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ UNTESTED = (
 )
 
 
-def test_all_four_voices_are_recorded_in_order_and_nothing_is_shown(capfd):
+def test_all_messages_are_recorded_in_order_and_hidden(capfd):
     recorder = Recorder()
     with recording(recorder):
         logging.getLogger("coremltools").warning("logged %d", 1)
-        logging.getLogger("coremltools").info("narrated")
+        logging.getLogger("coremltools").info("progress")
         warnings.warn("warned", FutureWarning, stacklevel=1)
         sys.stdout.write("printed\nwith lines\n")
         sys.stderr.write("printed to stderr\n")
@@ -39,26 +39,26 @@ def test_all_four_voices_are_recorded_in_order_and_nothing_is_shown(capfd):
     assert as_log(recorder.messages).count("\n") == 6
 
 
-def test_what_is_for_developers_is_not_the_users(recwarn):
+def test_warnings_for_developers_are_ignored(recwarn):
     recorder = Recorder()
     with recording(recorder):
-        compile(r"'\_'", "a module that was never compiled before", "eval")
-        warnings.warn("an interface of numpy will go", DeprecationWarning, stacklevel=1)
+        compile(r"'\_'", "a new module", "eval")
+        warnings.warn("an interface of numpy will be removed", DeprecationWarning, stacklevel=1)
         warnings.warn("a value overflows", RuntimeWarning, stacklevel=1)
     assert [message.text for message in recorder.messages] == ["a value overflows"]
     assert not recwarn.list
 
 
-def _speak_and_raise():
+def _print_and_raise():
     sys.stdout.write("before")
     raise OSError("from inside")
 
 
-def test_everything_is_put_back_when_the_block_raises(capsys):
+def test_streams_and_handlers_are_restored_if_the_block_raises(capsys):
     handlers, show = logging.getLogger().handlers, warnings.showwarning
     recorder = Recorder()
     with pytest.raises(OSError, match=r"^from inside$"), recording(recorder):
-        _speak_and_raise()
+        _print_and_raise()
     sys.stdout.write("after\n")
     assert logging.getLogger().handlers is handlers
     assert warnings.showwarning is show
@@ -66,7 +66,7 @@ def test_everything_is_put_back_when_the_block_raises(capsys):
     assert [message.text for message in recorder.messages] == ["before"]
 
 
-def test_a_real_progress_bar_leaves_its_last_state_without_rates():
+def test_of_a_progress_bar_the_last_state_is_recorded_without_rates():
     recorder = Recorder()
     with recording(recorder):
         for _ in tqdm(range(95), desc="Running MIL default pipeline", unit=" passes"):
@@ -99,7 +99,7 @@ def test_a_real_progress_bar_leaves_its_last_state_without_rates():
         (Message("logging:coremltools", "CRITICAL", "Failed to load _MLModelProxy: fatal"), NoticeKind.ERROR),
     ],
 )
-def test_messages_are_sorted_and_what_is_not_known_is_a_warning(message, kind):
+def test_messages_are_sorted_and_unknown_ones_are_warnings(message, kind):
     (notice,) = sort_messages([message])
     assert (notice.kind, notice.source, notice.text, notice.count) == (kind, message.source, message.text, 1)
     assert (notice.why is not None) == (kind is NoticeKind.HARMLESS)
@@ -112,7 +112,7 @@ def test_equal_messages_are_one_notice_with_a_count():
     assert count_notices(notices) == {"harmless": 0, "compatibility": 0, "warning": 4, "error": 0}
 
 
-def test_documents_refuse_what_contradicts_itself(pristine):
+def test_contradictory_documents_are_an_error(pristine):
     with pytest.raises(ValueError, match="is harmless without a reason"):
         Notice(kind=NoticeKind.HARMLESS, source="stderr", text="x", count=1)
     with pytest.raises(ValueError, match=r"`counts` is .*, and the notices are"):

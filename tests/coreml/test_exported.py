@@ -1,4 +1,4 @@
-"""The other front end, `torch.export`: the same model, the same numbers, and its own errors."""
+"""The front end `torch.export`: the same interface and numbers as the traced program, and its own errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from coremill.coreml.interface import differences, package_interfaces
 from coremill.coreml.package import read_spec
 from coremill.mil import MLModel
 
-# coremltools' reader of exported programs calls a function that coremltools deprecates.
+# coremltools' reader of exported programs calls a deprecated function of coremltools.
 pytestmark = pytest.mark.filterwarnings("ignore:Function _TORCH_OPS_REGISTRY:DeprecationWarning")
 
 SHAPES = ShapeSet(primary=96, all=(80, 96, 128))
@@ -47,7 +47,7 @@ def package(exported, tmp_path_factory):
     return out
 
 
-def test_the_contract_says_how_the_program_was_taken(exported, pristine):
+def test_the_contract_names_the_front_end(exported, pristine):
     contract = read_contract(exported[1])
     traced = pristine.read_contract()
     assert (contract.frontend, traced.frontend) == ("torch-export", "torchscript")
@@ -55,7 +55,7 @@ def test_the_contract_says_how_the_program_was_taken(exported, pristine):
     assert all(isinstance(result, ShapeOk) for result in contract.shape_validation.values())
 
 
-def test_the_two_front_ends_compute_the_same(exported, pristine):
+def test_both_front_ends_give_the_same_outputs(exported, pristine):
     ours, theirs = load_program(exported[0], "torch-export"), load_program(pristine.graph)
     for length in (1, 2, 80, 97, 128):
         ids = list(range(20, 20 + length))
@@ -65,7 +65,7 @@ def test_the_two_front_ends_compute_the_same(exported, pristine):
     assert describe(interface.outputs) == "logits float32 (1, T, 512), halt_logits float32 (1, T, 2)"
 
 
-def test_the_packages_of_both_agree(package, pristine, exported):
+def test_the_packages_of_both_front_ends_agree(package, pristine, exported):
     assert differences(read_contract(exported[1]).package_functions, package_interfaces(read_spec(package))) == ()
     ours, theirs = MLModel(package), MLModel(pristine.package)
     for length in SHAPES.all:
@@ -75,7 +75,7 @@ def test_the_packages_of_both_agree(package, pristine, exported):
             np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=0.05)
 
 
-def test_another_process_exports_the_same_bytes_without_a_path_of_this_machine(pristine, exported, tmp_path):
+def test_another_process_exports_the_same_bytes_without_local_paths(pristine, exported, tmp_path):
     script = (
         "import sys; from pathlib import Path; from types import SimpleNamespace as N\n"
         "from coremill.coreml import export\n"
@@ -94,12 +94,12 @@ def test_another_process_exports_the_same_bytes_without_a_path_of_this_machine(p
     assert b"site-packages" not in everything
 
 
-def test_a_length_beyond_what_was_exported_is_an_error(exported):
+def test_a_length_beyond_the_exported_ones_is_an_error(exported):
     with pytest.raises(RuntimeError, match="128"):
         run_program(load_program(exported[0], "torch-export"), [0] * 129)
 
 
-def test_what_is_no_such_program_is_said_so(exported, pristine, tmp_path):
+def test_a_file_of_another_format_is_an_error(exported, pristine, tmp_path):
     with pytest.raises(TorchScriptError) as caught:
         load_program(pristine.graph, "torch-export")
     assert caught.value.found == f"{pristine.graph} is a TorchScript program, not a torch.export program"

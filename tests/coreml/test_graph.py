@@ -1,4 +1,4 @@
-"""The TorchScript program: what is saved, and what is read off it."""
+"""The TorchScript program: its archive, and its interface."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from coremill.coreml.graph import (
 
 
 class Doubled(nn.Module):
-    """Returns something half as long again as its input."""
+    """Returns twice as many values as its input has."""
 
     def forward(self, input_ids):
         return (torch.cat([input_ids, input_ids], dim=1).float(),)
 
 
 class Baked(nn.Module):
-    """Whatever the length, it returns the first four tokens."""
+    """Its first output is the first four tokens, whatever the length."""
 
     def forward(self, input_ids):
         return input_ids[:, :4].float(), input_ids.to(torch.float16)
@@ -47,14 +47,14 @@ def saved(model: nn.Module, names: list[str], length: int = 6):
     return parse_program(program_bytes(trace(model, list(range(length)), names)), where="test")
 
 
-def test_names_dtypes_and_shapes_are_read_off_the_program(pristine):
+def test_the_interface_is_read_from_the_program(pristine):
     program = load_program(pristine.graph)
     interface = read_interface(program, [[0] * 80, [0] * 96, [0] * 7])
     assert describe(interface.inputs) == "input_ids int32 (1, T)"
     assert describe(interface.outputs) == "logits float32 (1, T, 512), halt_logits float32 (1, T, 2)"
 
 
-def test_what_does_not_follow_the_length_is_a_number():
+def test_a_dimension_that_is_the_same_at_every_length_is_a_number():
     program = saved(Baked(), ["first", "all_of_them"])
     interface = read_interface(program, [[0] * 6, [0] * 9])
     assert interface.outputs == (
@@ -63,19 +63,19 @@ def test_what_does_not_follow_the_length_is_a_number():
     )
 
 
-def test_with_one_length_nothing_is_claimed_to_vary():
+def test_with_one_length_every_dimension_is_a_number():
     interface = read_interface(saved(Baked(), ["first", "rest"]), [[0] * 6])
     assert [spec.shape for spec in interface.outputs] == [(1, 4), (1, 6)]
     assert interface.inputs[0].shape == (1, 6)
 
 
-def test_a_dimension_that_follows_otherwise_is_refused():
+def test_a_dimension_that_varies_otherwise_is_an_error():
     with pytest.raises(ContractMismatchError) as caught:
         read_interface(saved(Doubled(), ["twice"]), [[0] * 6, [0] * 9])
     assert caught.value.found == "a dimension of `twice` is [12, 18] at lengths [6, 9]"
 
 
-def test_an_output_of_another_dtype_is_refused():
+def test_an_output_of_an_unsupported_dtype_is_an_error():
     with pytest.raises(ContractMismatchError, match=r"^output `ids` is torch\.int64"):
         read_interface(saved(Long(), ["ids"]), [[0] * 6, [0] * 9])
 
@@ -85,41 +85,41 @@ class TwoInputs(nn.Module):
         return (input_ids * mask).float()
 
 
-class Shrinking(nn.Module):
-    """Runs at six tokens and more."""
+class SixTokens(nn.Module):
+    """Runs at six tokens only."""
 
     def forward(self, input_ids):
         return (input_ids.view(1, 2, 3).float(),)
 
 
-def test_a_graph_of_two_inputs_is_refused():
+def test_a_graph_with_two_inputs_is_an_error():
     ids = torch.ones(1, 6, dtype=torch.int32)
     program = torch.jit.trace(TwoInputs(), (ids, ids))
     with pytest.raises(ContractMismatchError, match=r"^the graph has 2 inputs: input_ids, mask"):
         read_interface(program, [[0] * 6])
 
 
-def test_a_graph_that_does_not_run_at_a_length_is_refused():
+def test_a_graph_that_fails_at_a_length_is_an_error():
     with pytest.raises(ContractMismatchError, match=r"^the graph does not run at length 9: .*\[1, 2, 3\]"):
-        read_interface(saved(Shrinking(), ["halves"]), [[0] * 6, [0] * 9])
+        read_interface(saved(SixTokens(), ["halves"]), [[0] * 6, [0] * 9])
 
 
-def test_as_many_names_as_outputs():
+def test_every_output_needs_a_name():
     with pytest.raises(ValueError, match=r"^the model returns 2 tensors, the names are \['logits'\]$"):
         trace(Baked(), [1, 2, 3, 4, 5], ["logits"])
 
 
-def test_the_archive_holds_no_path_of_this_machine(pristine):
+def test_the_archive_has_no_local_paths(pristine):
     with zipfile.ZipFile(pristine.graph) as archive:
         names = archive.namelist()
         everything = b"".join(archive.read(name) for name in names)
     assert not [name for name in names if name.endswith(".debug_pkl") or "serialization_id" in name]
     assert b"site-packages" not in everything
     assert b"student.py" not in everything
-    assert b"tiny_ball" not in everything  # nor the file's own name
+    assert b"tiny_ball" not in everything  # nor the name of the file
 
 
-def test_the_saved_program_is_what_was_traced():
+def test_the_saved_program_gives_the_traced_outputs():
     program = saved(Baked(), ["first", "all_of_them"])
     first, rest = run_program(program, [7, 8, 9, 10, 11])
     assert first.tolist() == [[7.0, 8.0, 9.0, 10.0]]
@@ -148,7 +148,7 @@ def _zip_bytes() -> bytes:
         (_zip_bytes(), r"f\.pt is a zip archive, not a TorchScript program"),
     ],
 )
-def test_what_is_no_program_is_said_so(tmp_path, data, message):
+def test_a_file_that_is_not_a_program_is_an_error(tmp_path, data, message):
     path = tmp_path / "f.pt"
     path.write_bytes(data)
     with pytest.raises(TorchScriptError, match=message) as caught:
@@ -157,7 +157,7 @@ def test_what_is_no_program_is_said_so(tmp_path, data, message):
     assert caught.value.run == "python -m coremill.conversion.export_pytorch --help"
 
 
-def test_a_missing_a_truncated_and_a_damaged_program(build):
+def test_a_missing_truncated_or_damaged_program_is_an_error(build):
     data = build.graph.read_bytes()
     build.graph.write_bytes(data[: len(data) // 2])
     with pytest.raises(TorchScriptError, match="is not a TorchScript program: File is not a zip file"):
@@ -203,7 +203,7 @@ def test_a_missing_a_truncated_and_a_damaged_program(build):
         ({"outputs": ()}, r"^the contract has use_halt_head true, and no output `halt_logits`"),
     ],
 )
-def test_a_contract_that_disagrees_with_the_graph(pristine, change, message):
+def test_a_contract_that_differs_from_the_graph_is_an_error(pristine, change, message):
     contract = pristine.read_contract()
     changed = msgspec.structs.replace(contract, **change)
     program, sequences = load_program(pristine.graph), [[0] * 80, [0] * 96]

@@ -1,4 +1,4 @@
-"""The interface that a saved specification has, and each way in which it can differ from the contract."""
+"""The interface of a saved specification, and each difference from the contract."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_the_saved_specification_has_the_contracts_interface(pristine):
     assert differences(pristine.read_contract().package_functions, (found,)) == ()
 
 
-def test_the_lengths_are_truly_enumerated(pristine):
+def test_the_lengths_are_enumerated_shapes(pristine):
     (feature,) = read_spec(pristine.package).description.input
     array = feature.type.multiArrayType
     assert array.WhichOneof("ShapeFlexibility") == "enumeratedShapes"
@@ -58,20 +58,20 @@ def _other_default(surgery, spec):
         (_other_default, "default length: the contract has 96; the package has 128"),
     ],
 )
-def test_each_difference_is_named(pristine, surgery, change, difference):
+def test_each_difference_is_described(pristine, surgery, change, difference):
     spec = read_spec(pristine.package)
     change(surgery, spec)
     assert differences(pristine.read_contract().package_functions, package_interfaces(spec)) == (difference,)
 
 
-def test_a_fixed_shape_is_one_length(pristine):
+def test_a_fixed_shape_has_one_length(pristine):
     spec = read_spec(pristine.package)
     spec.description.input[0].type.multiArrayType.ClearField("enumeratedShapes")
     (found,) = package_interfaces(spec)
     assert (found.lengths, found.default, found.inputs[0].shape) == ((96,), 96, (1, 96))
 
 
-def test_what_is_no_ml_program_or_admits_a_range_is_refused(pristine):
+def test_another_type_of_model_and_a_range_of_shapes_are_errors(pristine):
     spec = read_spec(pristine.package)
     ranges = spec.description.input[0].type.multiArrayType.shapeRange.sizeRanges
     ranges.add(lowerBound=1, upperBound=1)

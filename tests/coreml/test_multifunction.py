@@ -1,10 +1,11 @@
-"""A package of several functions: `main`, one `prefill` a length, and `decode`; one cache, one set of weights."""
+"""A package of several functions: `main`, one `prefill` per length, and `decode`, with shared weights and cache."""
 
 from __future__ import annotations
 
 import collections
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -16,7 +17,7 @@ from coremill.core.config import ConvertConfig
 from coremill.core.contract import Contract, read_contract
 from coremill.core.digest import digest, file_digest
 from coremill.core.errors import ContractMismatchError, ExportError, PackageError, PredictionInputError
-from coremill.coreml.converter import convert_function, ct, decoder_passes, prepared
+from coremill.coreml.converter import convert_function, ct, prepared
 from coremill.coreml.graph import as_input, check_contract, describe, load_program
 from coremill.coreml.interface import differences, package_interfaces
 from coremill.coreml.package import WEIGHT_FILE, check_package, read_spec
@@ -25,7 +26,7 @@ from coremill.mil import MLModel
 from coremill.mil.measures import sqnr_db
 from coremill.model.checkpoint import build_student, load_checkpoint
 
-# Both from inside ct.convert: `_cast` of traced sizes does what numpy refuses from 2.4 on.
+# From ct.convert: its `_cast` of traced sizes uses a conversion that numpy 2.4 removes.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"
 )
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings(
 class Cached(msgspec.Struct, frozen=True):
     """The toy, exported and converted with a cache of 128 positions."""
 
-    folder: object
+    folder: Path
 
     @property
     def graph(self):
@@ -68,18 +69,18 @@ def cached(pristine, tmp_path_factory) -> Cached:
 
 
 @pytest.fixture(scope="module")
-def talk(pristine) -> list[int]:
+def tokens(pristine) -> list[int]:
     """128 real tokens: held-out conversations, one after another."""
     tokenizer = pristine.read_tokenizer()
     return [token for row in pristine.read_rows() for token in conversation(row, tokenizer)][:128]
 
 
 @pytest.fixture(scope="module")
-def expected(pristine, talk):
-    """The checkpoint's own outputs (128, …) for the talk."""
+def expected(pristine, tokens):
+    """The checkpoint's own outputs (128, …) for the tokens."""
     student = build_student(load_checkpoint(pristine.checkpoint))
     with torch.no_grad():
-        logits, halt_logits = student(as_input(talk))
+        logits, halt_logits = student(as_input(tokens))
     return {"logits": logits[0].numpy(), "halt_logits": halt_logits[0].numpy()}
 
 
@@ -98,7 +99,7 @@ def test_the_contract_describes_all_functions(cached):
     assert all(0 <= each.max_abs_err < 1e-4 for each in contract.functions)
 
 
-def test_the_package_has_the_contracts_functions(cached):
+def test_the_package_has_the_functions_of_the_contract(cached):
     interfaces = package_interfaces(read_spec(cached.package))
     assert [each.name for each in interfaces] == ["main", "prefill_T80", "prefill_T96", "prefill_T128", "decode"]
     assert differences(cached.contract.package_functions, interfaces) == ()
@@ -107,7 +108,7 @@ def test_the_package_has_the_contracts_functions(cached):
 
 
 def test_the_functions_share_their_weights(cached, pristine):
-    """Five functions: what they do not share are rotary tables of their lengths."""
+    """Five functions; only the rotary tables of their lengths are not shared."""
     alone = (pristine.package / "Data" / WEIGHT_FILE).stat().st_size
     assert (cached.package / "Data" / WEIGHT_FILE).stat().st_size < 1.1 * alone
 
@@ -120,32 +121,32 @@ def predict(package, name, state, **inputs):
 @pytest.mark.parametrize(
     ("n", "function", "seq_len"), [(1, "prefill_T80", 80), (63, "prefill_T80", 80), (96, "prefill_T96", 96)]
 )
-def test_a_prompt_and_then_one_token_at_a_time_are_the_sequence(cached, talk, expected, n, function, seq_len):
+def test_prefill_and_decode_match_the_checkpoint(cached, tokens, expected, n, function, seq_len):
     state = MLModel(cached.package, function_name="decode").make_state()
-    padded = [*talk[:n], *[3] * (seq_len - n)]
+    padded = [*tokens[:n], *[3] * (seq_len - n)]
     outputs = predict(cached.package, function, state, input_ids=[padded], length=[n])
     assert sqnr_db(expected["logits"][n - 1], outputs["logits"][0, 0]) > 45
     np.testing.assert_allclose(outputs["halt_logits"][0, 0], expected["halt_logits"][n - 1], atol=0.02)
     decode = MLModel(cached.package, function_name="decode")
-    for place in range(n, n + 12):
-        inputs = {"input_ids": np.array([[talk[place]]], np.int32), "position": np.array([place], np.int32)}
+    for position in range(n, n + 12):
+        inputs = {"input_ids": np.array([[tokens[position]]], np.int32), "position": np.array([position], np.int32)}
         outputs = decode.predict(inputs, state)
-        assert sqnr_db(expected["logits"][place], outputs["logits"][0, 0]) > 45, place
-        np.testing.assert_allclose(outputs["halt_logits"][0, 0], expected["halt_logits"][place], atol=0.02)
+        assert sqnr_db(expected["logits"][position], outputs["logits"][0, 0]) > 45, position
+        np.testing.assert_allclose(outputs["halt_logits"][0, 0], expected["halt_logits"][position], atol=0.02)
 
 
-def test_from_an_empty_cache_to_its_last_position_and_not_beyond(cached, talk, expected):
+def test_decode_fills_the_cache_and_fails_beyond_it(cached, tokens, expected):
     decode = MLModel(cached.package, function_name="decode")
     state = decode.make_state()
-    for place, token in enumerate(talk):
-        inputs = {"input_ids": np.array([[token]], np.int32), "position": np.array([place], np.int32)}
+    for position, token in enumerate(tokens):
+        inputs = {"input_ids": np.array([[token]], np.int32), "position": np.array([position], np.int32)}
         outputs = decode.predict(inputs, state)
     assert sqnr_db(expected["logits"][127], outputs["logits"][0, 0]) > 45
     with pytest.raises(PredictionInputError, match=r"slice_update.*for a slice of shape \[1, 1, 2, 0, 16\]"):
         decode.predict({**inputs, "position": np.array([128], np.int32)}, state)
 
 
-def test_coremltools_reads_the_joined_program_and_leaves_its_bytes(cached):
+def test_coremltools_reads_the_joined_program_without_changing_it(cached):
     from coremltools.converters.mil.frontend.milproto.load import load
 
     before = digest(cached.package)
@@ -156,7 +157,7 @@ def test_coremltools_reads_the_joined_program_and_leaves_its_bytes(cached):
     assert digest(cached.package) == before
 
 
-def test_another_process_makes_the_same_bytes(cached, pristine, tmp_path):
+def test_another_process_gives_the_same_bytes(cached, pristine, tmp_path):
     export = [sys.executable, "-m", "coremill.conversion.export_pytorch", *export_arguments(pristine, tmp_path)]
     subprocess.run(export, check=True)
     second = tmp_path / "second"
@@ -168,11 +169,10 @@ def test_another_process_makes_the_same_bytes(cached, pristine, tmp_path):
     assert digest(out) == digest(cached.package)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Exception ignored in"
-)  # coremltools leaves its temporary folders to the collector
-def test_the_passes_that_are_left_out_find_nothing_in_these_graphs(cached, talk, monkeypatch):
-    """coremltools' whole pipeline makes the same operations, and the same numbers."""
+# coremltools leaves its temporary directories to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Exception ignored in")
+def test_the_excluded_passes_change_nothing(cached, tokens, monkeypatch):
+    """coremltools' default pipeline gives the same operations and the same numbers."""
     contract, settings = cached.contract, ConvertConfig()
     ready = prepared(load_program(cached.graph), settings)
     for function in contract.package_functions:
@@ -183,17 +183,10 @@ def test_the_passes_that_are_left_out_find_nothing_in_these_graphs(cached, talk,
         counts = [collections.Counter(_operations(model)) for model in (chosen, everything)]
         assert counts[0] == counts[1], function.name
         if function.name == "main":
-            ids = {"input_ids": np.array([talk[:96]], np.int32)}
+            ids = {"input_ids": np.array([tokens[:96]], np.int32)}
             np.testing.assert_array_equal(
                 MLModel(chosen).predict(ids)["logits"], MLModel(everything).predict(ids)["logits"]
             )
-
-
-def test_the_passes_are_a_third_of_the_default_ones_in_their_order():
-    every = iter(ct.PassPipeline.DEFAULT.passes)
-    chosen = decoder_passes().passes
-    assert all(name in every for name in chosen)  # each is looked for behind the one before
-    assert 20 < len(chosen) < len(ct.PassPipeline.DEFAULT.passes) / 3
 
 
 def _operations(model) -> list[str]:
@@ -202,7 +195,7 @@ def _operations(model) -> list[str]:
     return [operation.type for operation in block.operations if operation.type != "const"]
 
 
-def test_a_program_whose_weights_float16_does_not_hold_stays_float32(cached):
+def test_a_program_with_weights_beyond_float16_stays_float32(cached):
     program = load_program(cached.graph)
     with torch.no_grad():
         program.main.decoder.norm.weight[3] = 70_000.0
@@ -215,7 +208,7 @@ def test_a_program_whose_weights_float16_does_not_hold_stays_float32(cached):
     assert prepared(program, ConvertConfig()).main.decoder.norm.weight.dtype == torch.float16
 
 
-def test_a_contract_with_other_functions_than_the_program(cached, pristine):
+def test_a_contract_with_other_functions_than_the_program_is_an_error(cached, pristine):
     contract, sequences = cached.contract, [[0] * 80, [0] * 96]
     check_contract(contract, load_program(cached.graph), graph_digest=contract.graph_digest, sequences=sequences)
     fewer = msgspec.structs.replace(contract, functions=contract.functions[:1])
@@ -250,7 +243,7 @@ def test_a_contract_with_other_functions_than_the_program(cached, pristine):
         ),
     ],
 )
-def test_each_difference_of_a_function_is_named(cached, change, difference):
+def test_each_difference_of_a_function_is_described(cached, change, difference):
     spec = read_spec(cached.package)
     change(spec)
     if difference is None:
@@ -262,7 +255,7 @@ def test_each_difference_of_a_function_is_named(cached, change, difference):
     assert differences(cached.contract.package_functions, package_interfaces(spec)) == (difference,)
 
 
-def test_a_package_without_one_of_the_functions(cached):
+def test_a_missing_function_is_a_difference(cached):
     interfaces = package_interfaces(read_spec(cached.package))
     assert differences(cached.contract.package_functions, interfaces[:4]) == (
         "functions: the contract has main, prefill_T80, prefill_T96, prefill_T128, decode; "
@@ -270,7 +263,7 @@ def test_a_package_without_one_of_the_functions(cached):
     )
 
 
-def test_a_cache_beyond_the_models_context_is_refused_before_any_work(pristine, tmp_path):
+def test_a_cache_beyond_the_context_of_the_model_is_an_error_before_any_work(pristine, tmp_path):
     from coremill.core.config import ExportConfig
     from coremill.core.contract import ShapeSet
     from coremill.coreml import export
