@@ -1,17 +1,15 @@
-"""The noxfile: its table of contents, its pins, and the traps of missing interpreters."""
+"""The noxfile: its sessions, their interpreters, and the arguments of builds."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from coremill.infra.interpreters import interpreter_directories
 from coremill.pipeline.environments import CONVERT_PYTHON, LANES, TRAIN_PYTHON
 
 ROOT = Path(__file__).parents[1]
@@ -35,25 +33,25 @@ def sessions():
     return listed()
 
 
-def test_the_table_of_contents(sessions):
-    """A session that is renamed or lost is a difference in a checked-in file."""
+def test_sessions_of_the_default_run(sessions):
+    """Renaming or removing a session changes a checked-in file."""
     golden = ROOT / "tests" / "golden" / "sessions.txt"
     assert "".join(f"{name}\n" for name in sessions) == golden.read_text()
 
 
-def test_the_table_of_contents_of_a_run_that_imports_its_model():
+def test_sessions_of_an_imported_run():
     golden = ROOT / "tests" / "golden" / "sessions-imported.txt"
     found = listed("--", "--config", "configs/smollm2-135m.toml")
     assert "".join(f"{name}\n" for name in found) == golden.read_text()
     assert [name for name, session in found.items() if not session["description"]] == []
 
 
-def test_a_configuration_that_cannot_be_read_still_lists_every_session(sessions):
+def test_all_sessions_are_listed_without_a_configuration(sessions):
     found = listed("--", "--config", "configs/none.toml")
     assert found.keys() == {*sessions, "texts", "import"}
 
 
-def test_every_session_says_what_it_is(sessions):
+def test_every_session_has_a_description(sessions):
     assert [name for name, session in sessions.items() if not session["description"]] == []
 
 
@@ -63,8 +61,8 @@ def test_interpreters_are_pinned(sessions):
     assert all(pin == CONVERT_PYTHON == "3.11" for name, pin in pins.items() if "train" not in name)
 
 
-def test_a_missing_interpreter_fails_and_what_needs_it_does_not_run(tmp_path):
-    """Nox's own default is to skip such a session with exit code 0 and to go on with the next."""
+def test_missing_interpreter_fails_its_session_and_skips_dependent_ones(tmp_path):
+    """By default nox skips such a session with exit code 0 and runs the next one."""
     noxfile = tmp_path / "noxfile.py"
     text = (ROOT / "noxfile.py").read_text()
     assert "nox.options.error_on_missing_interpreters = True" in text
@@ -82,30 +80,13 @@ def test_a_missing_interpreter_fails_and_what_needs_it_does_not_run(tmp_path):
     assert "ran on stale inputs" not in ended.stderr
 
 
-def test_a_broken_shim_in_front_of_path_is_passed_over(tmp_path):
-    """A pyenv shim exists for versions that are not selected, and fails when it is run."""
-    shims = tmp_path / "shims"
-    shims.mkdir()
-    for version in (TRAIN_PYTHON, CONVERT_PYTHON):
-        shim = shims / f"python{version}"
-        shim.write_text("#!/bin/sh\necho 'pyenv: command not found' >&2\nexit 127\n")
-        shim.chmod(0o755)
-    environ = {**os.environ, "PATH": f"{shims}{os.pathsep}{os.environ['PATH']}"}
-    folders = interpreter_directories([TRAIN_PYTHON, CONVERT_PYTHON], environ)
-    path = os.pathsep.join([*map(str, folders), environ["PATH"]])
-    for version in (TRAIN_PYTHON, CONVERT_PYTHON):
-        found = shutil.which(f"python{version}", path=path)
-        answer = subprocess.run([found, "--version"], capture_output=True, text=True, check=True)
-        assert answer.stdout.startswith(f"Python {version}.")
-
-
-def test_flags_for_pytest_are_not_taken_for_the_builds(tmp_path):
+def test_pytest_flags_are_not_parsed_as_build_options(tmp_path):
     ended = nox("-s", "tests-light", "--", "--co", "--fa", "-q", "tests/cli/test_main.py")
     assert "unrecognized arguments: --fa" in ended.stderr + ended.stdout
     assert "would fill" not in ended.stderr
 
 
-def test_an_unknown_argument_behind_the_dashes_is_refused(tmp_path):
+def test_unknown_build_option_is_rejected(tmp_path):
     ended = nox("-s", "dataset", "--", "--build-dir", str(tmp_path), "--forced", "--dry-run")
     assert ended.returncode == 1
     assert "unrecognized arguments: --forced" in ended.stderr
@@ -113,7 +94,7 @@ def test_an_unknown_argument_behind_the_dashes_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_key_in_the_configuration_stops_the_build_at_once(tmp_path):
+def test_unknown_key_in_the_configuration_stops_the_build(tmp_path):
     config = tmp_path / "magic-8-ball.toml"
     config.write_text((ROOT / "configs/magic-8-ball.toml").read_text().replace("epochs =", "epoch ="))
     ended = nox("-s", "dataset", "--", "--build-dir", str(tmp_path / "build"), "--config", str(config), "--dry-run")
@@ -123,13 +104,13 @@ def test_an_unknown_key_in_the_configuration_stops_the_build_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("session", ["import", "pipeline"])
-def test_a_configuration_that_is_not_there_is_named_whatever_was_asked_for(tmp_path, session):
+def test_missing_configuration_is_reported(tmp_path, session):
     ended = nox("-s", session, "--", "--build-dir", str(tmp_path), "--config", "configs/none.toml", "--dry-run")
     assert ended.returncode == 1
     assert "aborted: cannot read configs/none.toml: No such file or directory" in ended.stderr
 
 
-def test_a_stage_that_the_run_has_not_cannot_be_forced(tmp_path):
+def test_stage_of_another_kind_of_run_cannot_be_forced(tmp_path):
     ended = nox("-s", "dataset", "--", "--build-dir", str(tmp_path), "--force", "import", "--dry-run")
     assert ended.returncode == 1
     assert (
@@ -142,7 +123,7 @@ FIRST_STAGES = {"magic-8-ball": ["dataset", "training"], "smollm2-135m": ["texts
 
 
 @pytest.mark.parametrize("run", FIRST_STAGES)
-def test_a_dry_run_says_what_would_run_and_runs_nothing(tmp_path, run):
+def test_dry_run_lists_stages_and_runs_none(tmp_path, run):
     options = ("--config", f"configs/{run}.toml", "--build-dir", str(tmp_path / "build"), "--dry-run")
     ended = nox("-s", "pipeline", "--", *options)
     assert ended.returncode == 0, ended.stderr
@@ -153,7 +134,7 @@ def test_a_dry_run_says_what_would_run_and_runs_nothing(tmp_path, run):
 
 
 @pytest.mark.parametrize("run", FIRST_STAGES)
-def test_the_matrix_runs_what_lanes_share_once_and_the_rest_in_every_lane(tmp_path, run):
+def test_matrix_runs_shared_stages_once(tmp_path, run):
     options = ("--config", f"configs/{run}.toml", "--build-dir", str(tmp_path / "build"), "--dry-run")
     ended = nox("-s", "matrix", "--", *options)
     assert ended.returncode == 0, ended.stderr
@@ -162,7 +143,7 @@ def test_the_matrix_runs_what_lanes_share_once_and_the_rest_in_every_lane(tmp_pa
         assert ended.stderr.count(f"Running session {stage}\n") == 1
 
 
-def test_the_lane_chooses_the_sessions(tmp_path):
+def test_lane_determines_the_sessions(tmp_path):
     ended = nox("-s", "pipeline", "--", "--build-dir", str(tmp_path / "build"), "--dry-run", "--torch", LANES[1])
     assert ended.returncode == 0, ended.stderr
     assert f"Running session verify(torch='{LANES[1]}')" in ended.stderr

@@ -1,4 +1,4 @@
-"""Whole builds through nox, each stage in its own interpreter, in a build folder of the test's own."""
+"""Whole builds through nox, each stage in its own interpreter, in a temporary build directory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def nox_build() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`nox_build(session, build_dir, *arguments)`: what `nox -s SESSION -- …` prints and returns."""
+    """Run `nox -s SESSION -- --build-dir BUILD_DIR ARGUMENTS` in the checkout `root`; its output is in `stdout`."""
 
-    def run(session: str, build_dir: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "nox", "-f", str(ROOT / "noxfile.py"), "-s", session]
+    def run(session: str, build_dir: Path, *arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "nox", "-f", str(root / "noxfile.py"), "-s", session]
         command += ["--", "--build-dir", str(build_dir), *arguments]
-        environ = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **env}
+        environ = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120"}
         ended = subprocess.run(
             command,
-            cwd=ROOT,
+            cwd=root,
             env=environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -39,9 +39,9 @@ def nox_build() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory) -> Path:
-    """The toy with so little data and training that a build takes seconds; its answers are nonsense."""
+    """A configuration with little data and training: the build takes seconds, and the answers are nonsense."""
     text = (ROOT / "configs" / "magic-8-ball.toml").read_text()
-    for knob, value in [
+    for key, value in [
         ("name", '"tiny"'),
         ("n", "256"),
         ("heldout_n", "64"),
@@ -52,8 +52,8 @@ def tiny_config(tmp_path_factory) -> Path:
         ("sampled_answers", "4"),
         ("min_distinct_sampled", "1"),
     ]:
-        text, found = re.subn(rf"^{knob} = .*$", f"{knob} = {value}", text, flags=re.MULTILINE)
-        assert found == 1, knob
+        text, found = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
+        assert found == 1, key
     path = tmp_path_factory.mktemp("config") / "tiny.toml"
     path.write_text(text)
     return path

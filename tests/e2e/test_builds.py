@@ -1,4 +1,4 @@
-"""Builds that meet trouble: the same build twice, damage, a killed stage, two builds at once, a lane that fails."""
+"""Reproducible builds, and builds with altered outputs, killed stages, other builds and failed conversions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONVERT = f"convert(torch='{PRIMARY_LANE}')"
 
 @pytest.fixture(scope="module")
 def build(nox_build, tiny_config, tmp_path_factory):
-    """A tiny build up to the package, and how to run more of it."""
+    """Build the tiny run up to the package; return the function that runs its sessions."""
     layout = RunLayout(build=tmp_path_factory.mktemp("build"), run="tiny")
 
     def run(session=CONVERT, *arguments, build_dir=layout.build):
@@ -50,7 +50,7 @@ def digests(layout):
     return found
 
 
-def test_two_builds_of_one_seed_give_the_same_bytes(build, tmp_path):
+def test_builds_are_reproducible(build, tmp_path):
     assert build(build_dir=tmp_path).returncode == 0
     first, second = digests(build.layout), digests(RunLayout(build=tmp_path, run="tiny"))
     assert first["dataset"] == second["dataset"]
@@ -59,7 +59,7 @@ def test_two_builds_of_one_seed_give_the_same_bytes(build, tmp_path):
     assert first["convert"]["tiny.mlpackage"] == second["convert"]["tiny.mlpackage"]
 
 
-def test_an_altered_output_is_made_again_and_what_it_gives_is_the_same(build):
+def test_altered_output_is_rebuilt_with_the_same_bytes(build):
     before = digests(build.layout)
     folder = build.layout.stage("training")
     checkpoint = names.checkpoint_file(folder, "tiny")
@@ -72,7 +72,7 @@ def test_an_altered_output_is_made_again_and_what_it_gives_is_the_same(build):
     after = digests(build.layout)
     assert after["training"]["tiny.ckpt"] == before["training"]["tiny.ckpt"]
     assert after["convert"] == before["convert"]
-    # Equal bytes came out, so what rests on them is still fresh.
+    # The rebuilt output has the same bytes, so the stages that read it are fresh.
     assert ended.stdout.count("nox > fresh") == 3
 
 
@@ -80,7 +80,7 @@ def left_behind(layout):
     return list(layout.root.glob(".training.new-*"))
 
 
-def test_a_stage_killed_while_it_works_leaves_the_last_good_artifact(build, tiny_config):
+def test_killed_stage_leaves_the_last_good_output(build, tiny_config):
     before = digests(build.layout)
     python = installed(ROOT)["train"].python
     command = [python, "-m", "coremill", "stage", "training", "--force", "--config", tiny_config]
@@ -101,7 +101,7 @@ def test_a_stage_killed_while_it_works_leaves_the_last_good_artifact(build, tiny
     assert digests(build.layout) == before
 
 
-def test_a_second_build_of_the_same_run_is_refused(build):
+def test_second_build_of_a_run_is_rejected(build):
     before = digests(build.layout)
     with RunLock(build.layout):
         ended = build(CONVERT, "--force")
@@ -110,15 +110,15 @@ def test_a_second_build_of_the_same_run_is_refused(build):
     assert digests(build.layout) == before
 
 
-def test_a_stage_in_the_wrong_interpreter_is_refused(build, tiny_config):
+def test_stage_in_another_interpreter_is_rejected(build, tiny_config):
     command = [sys.executable, "-m", "coremill", "stage", "training", "--config", tiny_config]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 32
     assert "expected: the environment 'train' (Python 3.13)\n  run: nox -s env-train" in ended.stderr
 
 
-def test_a_failed_conversion_falls_back_to_the_other_lane_and_the_report_says_so(tiny_config, tmp_path):
-    """In a copy of the project whose conversion fails in the primary lane, with environments of its own."""
+def test_fallback_to_the_other_lane_is_reported(nox_build, tiny_config, tmp_path):
+    """Uses a copy of the project, with its own environments, whose conversion fails in the primary lane."""
     copy = tmp_path / "project"
     leave = shutil.ignore_patterns(".git", ".nox", ".venv", "build", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, copy, ignore=leave)
@@ -133,29 +133,18 @@ def test_a_failed_conversion_falls_back_to_the_other_lane_and_the_report_says_so
     assert found == 1
     module.write_text(text)
 
-    def nox(*arguments):
-        command = [sys.executable, "-m", "nox", "-f", str(copy / "noxfile.py"), "-s", "pipeline", "--"]
-        command += ["--config", str(tiny_config), *arguments]
-        environ = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120"}
-        return subprocess.run(
-            command,
-            cwd=copy,
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
+    def run(*arguments):
+        return nox_build("pipeline", copy / "build", "--config", str(tiny_config), *arguments, root=copy)
 
-    refused = nox()
-    assert refused.returncode == 1
-    assert "conversion error: a planted failure" in refused.stdout
+    failed = run()
+    assert failed.returncode == 1
+    assert "conversion error: a planted failure" in failed.stdout
     layout = RunLayout(build=copy / "build", run="tiny")
     assert not layout.stage("convert", PRIMARY_LANE).exists()
     assert not layout.stage("report").exists()
 
-    fallen = nox("--fallback")
-    assert f"conversion failed with torch {PRIMARY_LANE}: building with torch {OTHER_LANE}" in fallen.stdout
+    fallen_back = run("--fallback")
+    assert f"conversion failed with torch {PRIMARY_LANE}: building with torch {OTHER_LANE}" in fallen_back.stdout
     summary = read_json(names.summary_file(layout.stage("report")), RunSummary)
     assert summary.fell_back_from == PRIMARY_LANE
     assert [lane.lane for lane in summary.lanes] == [OTHER_LANE]
@@ -164,4 +153,4 @@ def test_a_failed_conversion_falls_back_to_the_other_lane_and_the_report_says_so
     assert PRIMARY_LANE in names.status_file(layout.stage("report")).read_text()
     # A tiny model's answers are nonsense: its must-gates fail, and so does the build.
     assert not summary.gates_ok
-    assert fallen.returncode == 1
+    assert fallen_back.returncode == 1

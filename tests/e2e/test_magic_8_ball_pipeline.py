@@ -1,4 +1,4 @@
-"""The whole build of the toy, for real: dataset, training, export, conversion, verification, report."""
+"""The whole build of the toy: dataset, training, export, conversion, verification, report."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_magic_8_ball_pipeline_e2e(nox_build, tmp_path):
 
 
 def check_stages(layout):
-    """Every stage ran in the interpreter of its own, and its outputs are what its manifest says."""
+    """Every stage ran in its own interpreter, and its outputs match its manifest."""
     for name, lane in STAGES:
         folder = layout.stage(name, lane)
         manifest = read_manifest(folder)
@@ -127,19 +127,19 @@ print(json.dumps([judge(row, text).exact and end for row, text, end in zip(rows,
 
 
 def check_answers_of_llama_cpp(layout):
-    """The files are there, and llama.cpp answers questions that the student never saw as the teacher would."""
+    """The files exist, and with them llama.cpp answers held-out questions exactly."""
     folder, dataset = layout.stage("gguf"), layout.stage("dataset")
     kinds = read_config(ROOT / "configs" / f"{RUN}.toml").gguf.types
     assert {"f32", "f16", "q8_0", "q4_0"} == set(kinds)
     for kind in kinds:
         assert names.gguf_file(folder, RUN, kind).read_bytes()[:4] == b"GGUF"
     assert names.halt_head_file(folder, RUN).is_file()
-    proved = read_json(names.parity_report(folder), GgufParity).files
-    assert {file.positions for file in proved.values()} == {2052}
-    assert proved["f32"].figure("max_abs_err").measured <= 1e-4
-    assert proved["f16"].figure("max_abs_err").measured <= 5e-2
-    assert proved["q8_0"].figure("kl_nats").measured <= 5e-3
-    assert proved["f32"].figure("heldout_exact").measured == proved["f16"].figure("heldout_exact").measured == 1
+    measured = read_json(names.parity_report(folder), GgufParity).files
+    assert {file.positions for file in measured.values()} == {2052}
+    assert measured["f32"].figure("max_abs_err").measured <= 1e-4
+    assert measured["f16"].figure("max_abs_err").measured <= 5e-2
+    assert measured["q8_0"].figure("kl_nats").measured <= 5e-3
+    assert measured["f32"].figure("heldout_exact").measured == measured["f16"].figure("heldout_exact").measured == 1
     python = str(installed(ROOT)[TRAIN.name].python)
     files = (names.gguf_file(folder, RUN, "f16"), names.tokenizer_file(dataset), names.heldout_file(dataset))
     answered = subprocess.run(
@@ -151,7 +151,7 @@ def check_answers_of_llama_cpp(layout):
 
 
 def check_huggingface_directory(layout):
-    """transformers itself, which the stage has asked already, loads the directory; here its files are looked at."""
+    """The files exist; the stage itself runs the directory with transformers."""
     folder = layout.stage("hf")
     config = json.loads((folder / "config.json").read_text())
     assert (config["architectures"], config["vocab_size"]) == (["LlamaForCausalLM"], 512)
