@@ -1,8 +1,8 @@
-"""Whether GGUF files compute what their checkpoint computes: llama.cpp itself beside torch, on real prompts.
+"""Compares GGUF files under llama.cpp with the checkpoint in torch, on real prompts.
 
-A file is asked for logits, for greedy tokens, for the ids of texts and, of a model that was distilled, for answers
-to held-out questions. What is stored in float32 has to agree to rounding; what is quantised has to say nearly the
-same, and how nearly is reported. And it is read back: :mod:`coremill.formats.gguf.contents`.
+Compared are logits, greedy tokens, the ids of texts and, for a distilled model, the answers to held-out questions.
+The outputs of a float32 file must match up to rounding; those of a quantised file may differ, and by how much is
+reported. The contents of each file are compared as well: :mod:`coremill.formats.gguf.contents`.
 
 Legend: N tokens, V vocabulary.
 """
@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from coremill.core.config import GgufType
@@ -50,15 +51,15 @@ from coremill.text.student_tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 COPIES = 3
-"""How often the weights are in memory for each file that is measured: as it is, in float32, and in a model."""
+"""Copies of the weights in memory for each file that is measured: as stored, in float32, and in a model."""
 LISTED = 8
-"""Mismatches of a tokenizer that are listed."""
+"""The number of tokenizer mismatches that a report lists."""
 _ARITHMETIC_POSITIONS = 512
-"""Positions, about, whose arithmetic is judged apart: torch runs the model again for them, for each file."""
+"""The approximate number of positions for `arithmetic_kl_nats`: torch runs the model again for each file."""
 _ROWS = 32
-"""Positions at a time whose logits are there in float64."""
+"""Positions whose logits are converted to float64 at a time."""
 MAX_NEW_TOKENS = 96
-"""No answer of a toy's teacher is longer; one that does not end by then is not exact."""
+"""No answer of a toy's teacher is longer; an answer that does not end by then is not exact."""
 
 _REMAKE = "python -m coremill.conversion.export_gguf --help"
 
@@ -67,7 +68,7 @@ def require_parity(report: GgufParity) -> None:
     """Check that every figure is within its bound.
 
     Raises:
-        ParityError: names each that is not.
+        ParityError: names each figure that is not.
     """
     if failures := list(report.failures()):
         raise ParityError(
@@ -75,7 +76,7 @@ def require_parity(report: GgufParity) -> None:
         )
 
 
-# --- what is allowed --------------------------------------------------------------------------------
+# --- bounds --------------------------------------------------------------------------------
 
 
 class _Bound(NamedTuple):
@@ -83,12 +84,12 @@ class _Bound(NamedTuple):
     source: str
 
 
-_FLOAT32 = "float32's rounding, as at export"
+_FLOAT32 = "float32's rounding, as in the export to Core ML"
 _FLOAT16 = "float16's rounding, of weights and of activations: measured 4.4e-6 on SmolLM2-135M"
-_CONTRACT = "what is promised of the format"
+_CONTRACT = "specified for this type"
 _ACTIVATIONS = "llama.cpp rounds activations to 8 bits there: measured 8e-4 on the toy, 2.7e-3 on SmolLM2-135M"
 _STORED = "the rounding of the type"
-_RUINED = "generous, few bits cost what they cost: a file with Q and K in the wrong order has 1.8 or more"
+_RUINED = "allows for few bits: a file with Q and K in the wrong order has 1.8 or more"
 _QUANTISED: tuple[GgufType, ...] = ("q8_0", "q4_0", "q4_k", "q5_k", "q6_k")
 BOUNDS: Mapping[tuple[GgufType, Measure], _Bound] = {
     ("f32", "relative_err"): _Bound(MAX_RELATIVE_ERR, _FLOAT32),
@@ -97,10 +98,11 @@ BOUNDS: Mapping[tuple[GgufType, Measure], _Bound] = {
     ("q8_0", "kl_nats"): _Bound(5e-3, _CONTRACT),
     **{(kind, "arithmetic_kl_nats"): _Bound(1e-2, _ACTIVATIONS) for kind in _QUANTISED},
 }
-"""Rounding grows with the logits, so that float32's is bounded as a share of them, the same of every model. The
-largest error of float16 grows with the layers too, and is reported; its mean cost is bounded."""
+"""Rounding errors are proportional to the logits, so that float32's have a relative bound, the same for every
+model. The largest error of float16 also grows with the number of layers; it is only reported, and the mean KL has a
+bound."""
 _EXACT: frozenset[GgufType] = frozenset({"f32", "f16"})
-"""The types whose answers are to be the checkpoint's."""
+"""The types whose answers must equal the checkpoint's."""
 _AT_LEAST: frozenset[Measure] = frozenset({"top1_agreement", "heldout_exact"})
 
 
@@ -117,11 +119,12 @@ def _figure(name: Measure, measured: float, bound: _Bound | None) -> ParityFigur
     )
 
 
-# --- what is asked ----------------------------------------------------------------------------------
+# --- inputs, and the checkpoint's outputs
+# ----------------------------------------------------------------------------------
 
 
 class _Scope(NamedTuple):
-    """How much is asked of each file."""
+    """How much of each file is compared."""
 
     greedy_prompts: int
     greedy_tokens: int
@@ -134,12 +137,12 @@ _FULL = _Scope(20, 256, 1024)
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What every file is asked, with what the checkpoint says to it."""
+    """The inputs for every file, and the checkpoint's outputs."""
 
     sequences: list[list[int]]
-    """Ids."""
-    logits: list[Any]
-    """The checkpoint's: (N, V) float32 for each sequence."""
+    """Token ids."""
+    logits: list[npt.NDArray[np.float32]]
+    """The checkpoint's, for each sequence: (N, V)."""
     prompts: list[list[int]]
     greedy_tokens: int
     texts: list[str]
@@ -155,14 +158,14 @@ def measure_gguf(
     """Run each file in llama.cpp and compare it with the checkpoint's model in torch's float32.
 
     Args:
-        files: by the type that their matrices are stored as.
+        files: by the type of their matrices.
         prompts: of the checkpoint's own tokenizer.
-        checkpoint_digest: of the checkpoint's file.
-        quick: a few greedy tokens and held-out questions, as a build can afford.
+        checkpoint_digest: the digest of the checkpoint's file.
+        quick: compare only a few greedy tokens and held-out questions, for a build.
 
     Raises:
         CheckpointUnreadableError, CheckpointContentError, UnsupportedModelError: a file is broken.
-        GgufError: llama.cpp does not load a file, or it is of another model.
+        GgufError: llama.cpp does not load a file, or the file is of another model.
         DatasetError: the texts are too short.
     """
     scope = _QUICK if quick else _FULL
@@ -170,15 +173,15 @@ def measure_gguf(
     plan = _plan(scope, reference, prompts)
     measured: dict[str, FileParity] = {}
     at_once = _at_once(len(files), checkpoint)
-    threads = max(1, (os.cpu_count() or 1) // at_once)  # of llama.cpp, a process for each file
+    threads = max(1, (os.cpu_count() or 1) // at_once)  # for each process of llama.cpp
     with ThreadPoolExecutor(max_workers=at_once) as pool:
         found = pool.map(
             lambda file: _measure_file(file[0], Path(file[1]), reference, plan, threads), files.items()
         )
         for (kind, path), file in zip(files.items(), found, strict=True):
             measured[kind] = file
-            said = ", ".join(f"{figure.name} {figure.measured:.3g}" for figure in file.figures)
-            log.info("%s: %s", path.name, said)
+            figures = ", ".join(f"{figure.name} {figure.measured:.3g}" for figure in file.figures)
+            log.info("%s: %s", path.name, figures)
             for prompt in file.prompts:
                 log.warning("%s: %s is %s, not %s", path.name, prompt.name, prompt.found, prompt.expected)
     return GgufParity(
@@ -192,7 +195,7 @@ def measure_gguf(
 
 
 def _at_once(count: int, checkpoint: Checkpoint) -> int:
-    """How many of `count` files are measured at a time: as many as there are processors, and memory for."""
+    """How many of `count` files are measured at a time, limited by the number of processors and by memory."""
     weights = 4 * sum(tensor.numel() for tensor in checkpoint.state_dict.values())
     fitting = available_memory_bytes() // (COPIES * weights)
     return int(max(1, min(count, os.cpu_count() or 1, fitting)))
@@ -206,28 +209,28 @@ class _Reference:
         self.config = checkpoint.config
         self._student = build_student(checkpoint)
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """(N, V) float32."""
         with torch.no_grad():
-            logits: np.ndarray[Any, Any] = self._student(torch.tensor([list(ids)]))[0][0].numpy()
+            logits: npt.NDArray[np.float32] = self._student(torch.tensor([list(ids)]))[0][0].numpy()
         return logits
 
-    def next_logits(self, ids: list[int]) -> np.ndarray[Any, Any]:
-        """(V,): of the token after `ids`."""
-        row: np.ndarray[Any, Any] = self.logits(ids)[-1]
+    def next_logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """The logits after `ids`: (V,)."""
+        row: npt.NDArray[np.float32] = self.logits(ids)[-1]
         return row
 
 
 def _plan(scope: _Scope, reference: _Reference, prompts: Prompts) -> _Plan:
     context = reference.config.max_seq_len
     compared = sequences(prompts, context)
-    asked = questions(prompts, context, scope.greedy_prompts)
+    prompt_ids = questions(prompts, context, scope.greedy_prompts)
     own = prompts.tokenizer
-    longest = max(*map(len, compared), *(len(ids) + max(scope.greedy_tokens, MAX_NEW_TOKENS) for ids in asked))
+    longest = max(*map(len, compared), *(len(ids) + max(scope.greedy_tokens, MAX_NEW_TOKENS) for ids in prompt_ids))
     return _Plan(
         sequences=compared,
         logits=[reference.logits(ids) for ids in compared],
-        prompts=asked,
+        prompts=prompt_ids,
         greedy_tokens=scope.greedy_tokens,
         texts=texts(prompts, prompts.text_tokenizer),
         tokenizer=prompts.text_tokenizer,
@@ -259,7 +262,7 @@ def _measure_file(kind: GgufType, path: Path, reference: _Reference, plan: _Plan
         figures = [_figure(name, value, BOUNDS.get((kind, name))) for name, value in compared.items()]
         figures.append(_figure("weights_err", weights, _Bound(1, _STORED)))
         figures.append(_figure("settings", len(settings), _Bound(0, "the checkpoint and its tokenizer")))
-        differences, said = _greedy(llamacpp, reference, plan) if kind == "f32" else ([], 0)
+        differences, greedy_tokens = _greedy(llamacpp, reference, plan) if kind == "f32" else ([], 0)
         if kind == "f32":
             beyond = sum(not difference.is_tie for difference in differences)
             figures.append(_figure("greedy_differences", beyond, _Bound(0, "torch's own greedy tokens")))
@@ -274,7 +277,7 @@ def _measure_file(kind: GgufType, path: Path, reference: _Reference, plan: _Plan
         size_bytes=path.stat().st_size,
         positions=sum(map(len, plan.sequences)),
         greedy_prompts=len(plan.prompts) if kind == "f32" else 0,
-        greedy_tokens=said,
+        greedy_tokens=greedy_tokens,
         heldout_questions=len(plan.rows),
         figures=tuple(figures),
         differences=tuple(differences),
@@ -285,13 +288,13 @@ def _measure_file(kind: GgufType, path: Path, reference: _Reference, plan: _Plan
 
 
 def _with_weights(checkpoint: Checkpoint, stored: Mapping[str, torch.Tensor], path: Path) -> _Reference:
-    """The checkpoint's model in torch with the weights that a file has, dequantised."""
+    """The checkpoint's model in torch with the weights of a file, dequantised."""
     state = {**checkpoint.state_dict, **stored}
     return _Reference(replace(checkpoint, state_dict=state, where=str(path), run=_REMAKE))
 
 
 def _compare(llamacpp: LlamaCpp, own: _Reference | None, plan: _Plan) -> dict[Measure, float]:
-    """The figures of logits; those of the file's own weights too, where it has rounded ones."""
+    """The figures of the logits; `own` is the model with the file's own weights, if these are rounded."""
     error, largest, kl, same = 0.0, 0.0, 0.0, 0
     own_kl, own_count = 0.0, 0
     for ids, expected in zip(plan.sequences, plan.logits, strict=True):
@@ -315,58 +318,63 @@ def _compare(llamacpp: LlamaCpp, own: _Reference | None, plan: _Plan) -> dict[Me
     return figures
 
 
-def _kl_nats(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> float:
-    """KL(expected ‖ found) of logits (N, V), the sum over positions; in float64, as it may be 1e-12."""
+def _kl_nats(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
+    """KL(expected ‖ found) of logits (N, V), summed over positions; in float64, since it may be 1e-12."""
     total = 0.0
-    for ours, theirs in zip(
-        torch.from_numpy(expected).split(_ROWS), torch.from_numpy(found).split(_ROWS), strict=True
-    ):
-        log_p, log_q = (torch.log_softmax(logits, -1, dtype=torch.float64) for logits in (ours, theirs))
+    for start in range(0, len(expected), _ROWS):
+        log_p, log_q = (
+            torch.log_softmax(torch.from_numpy(logits[start : start + _ROWS]), -1, dtype=torch.float64)
+            for logits in (expected, found)
+        )
         total += float(torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
     return total
 
 
 def _greedy(llamacpp: LlamaCpp, reference: _Reference, plan: _Plan) -> tuple[list[TokenDifference], int]:
-    """Where a greedy token is not torch's choice after the same tokens, and how many tokens there were."""
+    """The greedy tokens that are not torch's choice after the same tokens, and the number of all greedy tokens."""
     found: list[TokenDifference] = []
-    said = 0
+    count = 0
     for number, ids in enumerate(plan.prompts):
         tokens = llamacpp.generate(ids, min(plan.greedy_tokens, plan.context - len(ids)), ())
         found += greedy_differences(number, ids, tokens, reference.logits([*ids, *tokens[:-1]]))
-        said += len(tokens)
-    return found, said
+        count += len(tokens)
+    return found, count
 
 
 def _heldout(llamacpp: LlamaCpp, reference: _Reference, plan: _Plan, *, bounded: bool) -> ParityFigure:
-    """The share of held-out questions whose answer is exact; at least the checkpoint's own share, where bounded."""
+    """The share of held-out questions whose answer is exact; if `bounded`, at least the checkpoint's own share."""
     assert plan.student_tokenizer is not None  # there are rows
     tokenizer = plan.student_tokenizer
     exact, own = 0, 0
     for row in plan.rows:
         prompt = tokenizer.encode_prompt(row.prompt)
-        room = min(MAX_NEW_TOKENS, plan.context - len(prompt))
-        answer = llamacpp.generate(prompt, room, {tokenizer.end_id})
+        max_new_tokens = min(MAX_NEW_TOKENS, plan.context - len(prompt))
+        answer = llamacpp.generate(prompt, max_new_tokens, {tokenizer.end_id})
         is_exact = judge(row, tokenizer.decode_answer(answer)).exact
         exact += is_exact
         if bounded:
-            own += is_exact if _is_own(reference, prompt, answer) else _own_exact(reference, row, tokenizer, room)
+            own += (
+                is_exact
+                if _is_own(reference, prompt, answer)
+                else _own_exact(reference, row, tokenizer, max_new_tokens)
+            )
     share = exact / len(plan.rows)
     bound = _Bound(own / len(plan.rows), "the checkpoint's own share in torch") if bounded else None
     return _figure("heldout_exact", share, bound)
 
 
 def _is_own(reference: _Reference, prompt: list[int], answer: list[int]) -> bool:
-    """Whether the checkpoint answers the same: each token is its choice after those before."""
+    """Whether the checkpoint gives the same answer: each token is its choice after the ones before."""
     best = reference.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :].argmax(-1)
     return bool((best == answer).all())
 
 
-def _own_exact(reference: _Reference, row: Row, tokenizer: Tokenizer, room: int) -> bool:
+def _own_exact(reference: _Reference, row: Row, tokenizer: Tokenizer, max_new_tokens: int) -> bool:
     answer = generate(
         reference.next_logits,
         tokenizer.encode_prompt(row.prompt),
         stop_ids={tokenizer.end_id},
-        max_new_tokens=room,
+        max_new_tokens=max_new_tokens,
         sampler=greedy,
     )
     return judge(row, tokenizer.decode_answer(answer)).exact
@@ -377,7 +385,7 @@ def _own_exact(reference: _Reference, row: Row, tokenizer: Tokenizer, room: int)
 
 def _mismatches(llamacpp: LlamaCpp, plan: _Plan) -> Iterator[TokenizerMismatch]:
     for given in plan.texts:
-        text = plan.tokenizer.normalize(given)  # llama.cpp has no Unicode forms
+        text = plan.tokenizer.normalize(given)  # llama.cpp does not normalise Unicode
         for allow_special in (False, True):
             ours = plan.tokenizer.encode(text, allow_special=allow_special)
             theirs = llamacpp.tokenize(text, allow_special=allow_special)
