@@ -47,5 +47,8 @@ def test_example_is_valid(parser):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_module_has_a_main(command):
-    assert callable(importlib.import_module(COMMANDS[command].module).main)
+def test_module_of_a_command_matches_the_table(command):
+    """A module that checks its packages itself, for `python -m`, checks the same ones."""
+    module = importlib.import_module(COMMANDS[command].module)
+    assert callable(module.main)
+    assert getattr(module, "NEEDS", COMMANDS[command].needs) == COMMANDS[command].needs

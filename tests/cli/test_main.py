@@ -78,6 +78,16 @@ def test_module_of_a_command_exists(command):
     assert (Path(__file__).parents[2] / "src" / path).is_file()
 
 
+def test_help_imports_no_dependency():
+    """It starts in a fraction of the time that they take."""
+    code = (
+        "import sys\nfrom coremill.cli.main import main\nmain(['--help'])\n"
+        "sys.exit(' '.join({'msgspec', 'packaging', 'rich'} & sys.modules.keys()) or 0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_importing_a_light_module_imports_nothing_heavy():
     """Where none of the heavy packages is installed, an import of one would be an error in itself."""
     modules = [

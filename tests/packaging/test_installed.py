@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 from coremill.pipeline.environments import CONVERT_PYTHON
 
@@ -15,14 +14,10 @@ def test_light_installation_has_no_torch(light):
     assert ended.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'torch'"
 
 
-def test_light_installation_starts_quickly(light):
-    durations = []
-    for _ in range(10):
-        start = time.perf_counter()
-        ended = light.run("coremill", "--help")
-        durations.append(time.perf_counter() - start)
-        assert (ended.returncode, ended.stderr) == (0, "")
-    assert min(durations) <= 0.2
+def test_light_installation_prints_the_help(light):
+    ended = light.run("coremill", "--help")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("usage: coremill <command>")
 
 
 def test_doctor_of_a_light_installation_names_the_extras(light):

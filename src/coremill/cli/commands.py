@@ -62,12 +62,12 @@ COMMANDS = {
     "gguf": _train(
         "conversion.export_gguf",
         "write GGUF files and run them with llama.cpp",
-        *("torch", "numpy", "tokenizers", "gguf", "xllamacpp", "jinja2"),
+        *("torch", "numpy", "tokenizers", "safetensors", "gguf", "xllamacpp"),
     ),
     "hf": _train(
         "conversion.export_hf",
         "write a Hugging Face directory and run it with transformers",
-        *("torch", "numpy", "tokenizers", "safetensors", "transformers", "jinja2"),
+        *("torch", "numpy", "tokenizers", "safetensors", "transformers"),
     ),
     "ollama": _light("formats.ollama.server", "run a GGUF export with Ollama"),
     "agree": _convert(

@@ -61,7 +61,7 @@ def parse_types(text: str) -> tuple[GgufType, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("gguf", __doc__, example="--checkpoint ball.ckpt --out ball-gguf --types f16,q8_0")
+    parser = command_parser("gguf", __doc__, example="--checkpoint magic_8_ball.ckpt --out gguf --types f16,q8_0")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint, *.ckpt")
     parser.add_argument(
         "--tokenizer", type=Path, help="the tokenizer (default: tokenizer.json next to the checkpoint)"

@@ -228,7 +228,7 @@ def _own_files(report: Path) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("hf", __doc__, example="--checkpoint ball.ckpt --out ball-hf")
+    parser = command_parser("hf", __doc__, example="--checkpoint magic_8_ball.ckpt --out hf")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint, *.ckpt")
     parser.add_argument(
         "--tokenizer", type=Path, help="the tokenizer (default: tokenizer.json next to the checkpoint)"

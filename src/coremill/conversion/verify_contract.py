@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         __doc__,
         example="--package convert/magic_8_ball.mlpackage --contract export/magic_8_ball_contract.json "
-        "--checkpoint magic_8_ball.ckpt --dataset-dir dataset --out verification_report.json",
+        "--checkpoint magic_8_ball.ckpt --dataset-dir . --out verification_report.json",
     )
     parser.add_argument("--package", type=Path, required=True, help="the package, *.mlpackage")
     parser.add_argument("--contract", type=Path, required=True, help="its *_contract.json")

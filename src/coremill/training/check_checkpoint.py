@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser(
         "check-checkpoint",
         "Check a checkpoint's structure, arch flags, step, vocabulary and a forward pass.",
-        example="build/magic-8-ball/training/magic_8_ball.ckpt",
+        example="magic_8_ball.ckpt",
     )
     parser.add_argument("checkpoint", type=Path, help="the checkpoint, *.ckpt")
     parser.add_argument(
