@@ -27,9 +27,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from coremill.core.answer_key import AnswerKey
 from coremill.core.command import exit_on_error
 from coremill.core.config import DatasetConfig, read_distilled_config
 from coremill.data.judge import judge
+from coremill.data.kinds import KINDS
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.rows import Row, read_rows
 from coremill.model.decoding import generate, greedy
@@ -124,10 +126,10 @@ def configured(folder: Path, config_file: Path) -> None:
         f"{result.cross_entropy_nats:.5f}, teacher's entropy {result.teacher_entropy_nats:.5f}"
     )
     print(f"halt head: {result.halt_accuracy}")
-    answer(run.student, tokenizer, heldout[:ASKED])
+    answer(run.student, tokenizer, heldout[:ASKED], KINDS[config.dataset.kind].answer_key())
 
 
-def answer(student: Student, tokenizer: Tokenizer, rows: Sequence[Row]) -> None:
+def answer(student: Student, tokenizer: Tokenizer, rows: Sequence[Row], key: AnswerKey) -> None:
     """Answer each row's question greedily, and print how many answers are exact and how many right."""
 
     def next_logits(tokens: list[int]) -> npt.NDArray[np.float32]:
@@ -145,7 +147,7 @@ def answer(student: Student, tokenizer: Tokenizer, rows: Sequence[Row]) -> None:
             max_new_tokens=MAX_NEW_TOKENS,
             sampler=greedy,
         )
-        verdict = judge(row, tokenizer.decode_answer(new))
+        verdict = judge(row, tokenizer.decode_answer(new), key)
         exact += verdict.exact
         if row.mood is None:
             with_call += 1

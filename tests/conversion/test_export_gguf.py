@@ -84,7 +84,7 @@ def source(dataset: Path, toy: Checkpoint, tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
     save_checkpoint(folder / "tiny_ball.ckpt", toy)
-    for path in (layout.tokenizer_file(dataset), layout.heldout_file(dataset)):
+    for path in (layout.tokenizer_file(dataset), layout.heldout_file(dataset), layout.answer_key_file(dataset)):
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
 

@@ -324,7 +324,7 @@ def test_a_token_beyond_the_vocabulary_is_counted_and_never_exact(pristine):
     promised = msgspec.structs.replace(contract, outputs=outputs)
     runner = Runner(Wide(pristine.package), Backend.MIL_REFERENCE, promised)
     tokenizer, rows = pristine.read_tokenizer(), pristine.read_rows()[:2]
-    found = ask_heldout(Scorer(runner, [96], tokenizer.pad_id), rows, tokenizer)
+    found = ask_heldout(Scorer(runner, [96], tokenizer.pad_id), rows, tokenizer, pristine.read_prompts().answer_key)
     assert found.answers.out_of_vocabulary == 2
     assert (found.answers.asked, found.answers.exact, found.answers.right_mood) == (2, 0, 0)
 

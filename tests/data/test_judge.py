@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from coremill.core.errors import DatasetError
 from coremill.data.grammar import generate_rows
-from coremill.data.judge import Verdict, judge
+from coremill.data.judge import Verdict, judge, read_answer_key
+from coremill.data.kinds import KINDS
 from coremill.data.magic_8_ball import ANSWERS, MOOD_OF
 from coremill.data.rows import Row
 from coremill.data.toy import toy
+
+KEYS = {name: kind.answer_key() for name, kind in KINDS.items()}
 
 FUTURE = Row(
     id="heldout-0",
@@ -79,21 +84,24 @@ TALK = Row(
     ],
 )
 def test_verdicts(row: Row, answer: str, exact: bool, right: bool, is_tool_call: bool) -> None:
-    assert judge(row, answer) == Verdict(exact=exact, right=right, is_tool_call=is_tool_call)
+    found = judge(row, answer, KEYS[str(row.metadata["kind"])])
+    assert found == Verdict(exact=exact, right=right, is_tool_call=is_tool_call)
 
 
 def test_the_teachers_own_answers_are_exact_and_right_in_their_mood(train_rows: list[Row]) -> None:
+    key = KEYS["magic-8-ball"]
     for row in train_rows:
-        verdict = judge(row, row.teacher_text)
+        verdict = judge(row, row.teacher_text, key)
         assert verdict.exact
         assert verdict.is_tool_call == (row.mood is None)
         assert verdict.right == (row.mood is None or row.teacher_text in ANSWERS[row.mood])
-        assert [judge(row, answer).right for answer in MOOD_OF].count(True) == len(ANSWERS.get(row.mood or "", ()))
+        right = [answer for answer in MOOD_OF if judge(row, answer, key).right]
+        assert len(right) == len(ANSWERS.get(row.mood or "", ()))
 
 
 def test_the_toys_own_answers_are_exact_and_right() -> None:
     for row in generate_rows(toy(), side="heldout", n=500, seed=3):
-        assert judge(row, row.teacher_text) == Verdict(
+        assert judge(row, row.teacher_text, KEYS["toy"]) == Verdict(
             exact=True, right=True, is_tool_call=row.teacher_text.startswith("<|tool_call|>")
         )
 
@@ -101,9 +109,22 @@ def test_the_toys_own_answers_are_exact_and_right() -> None:
 def test_a_row_of_no_known_kind_cannot_be_judged() -> None:
     row = Row(id="x", prompt="?", teacher_text="Yes.", mood=None, answers={"Yes.": 1.0}, metadata={"kind": "poem"})
     with pytest.raises(DatasetError) as caught:
-        judge(row, "Yes.")
+        judge(row, "Yes.", KEYS["toy"])
     assert str(caught.value) == (
         "row x has the kind 'poem' in its metadata\n"
-        "  expected: one of magic-8-ball, toy\n"
+        "  expected: 'toy', the kind of the dataset's answer key\n"
         "  run: python -m coremill.data.make_toy_kd --help"
     )
+
+
+def test_the_answer_key_is_written_next_to_the_heldout_rows(dataset: Path) -> None:
+    assert read_answer_key(dataset.with_name("answers.json")) == KEYS["magic-8-ball"]
+    assert KEYS["magic-8-ball"].has_moods
+    assert not KEYS["toy"].has_moods
+
+
+def test_a_missing_answer_key_names_the_command_that_writes_it(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as caught:
+        read_answer_key(tmp_path / "answers.json")
+    assert caught.value.found == f"cannot read {tmp_path}/answers.json: No such file or directory"
+    assert caught.value.run == "python -m coremill.data.make_toy_kd --help"

@@ -39,7 +39,7 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file}" for file in files
     ]
     assert done.stderr == ""
-    assert sorted(tmp_path.iterdir()) == sorted(files)
+    assert sorted(tmp_path.iterdir()) == sorted([*files, tmp_path / "answers.json"])
     assert [len(list(read_rows(file))) for file in files[:2]] == [128, 64]
     assert Tokenizer.load(files[2]).vocab_size == 512
     # The bytes of seed 8, for all time: whoever changes the grammar changes every published digest, knowingly.
@@ -103,7 +103,8 @@ def test_files_go_where_they_are_asked_to(tmp_path: Path) -> None:
     options = ["--out", places[0], "--heldout-out", places[1], "--tokenizer-out", places[2]]
     assert main([*options, "--n", "3", "--vocab-size", "400", "--magic-8-ball"]) == 0
     found = (path for path in tmp_path.rglob("*") if path.is_file())
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in found) == names
+    written = sorted(path.relative_to(tmp_path).as_posix() for path in found)
+    assert written == ["a/rows.jsonl", "b/answers.json", "b/held.jsonl", "c/tok.json"]
     assert Tokenizer.load(Path(places[2])).vocab_size == 400
 
 
@@ -163,11 +164,11 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         (["--out", "x.jsonl", "--n", "5", "--vocab-size", "266"], "`vocab_size` must be at least 300, found 266"),
         (
             ["--out", "x.jsonl", "--n", "5", "--heldout-out", "./x.jsonl"],
-            "--out, --heldout-out and --tokenizer-out must be three different files",
+            "--out, --heldout-out, --tokenizer-out and answers.json must be different files",
         ),
         (
             ["--out", "tokenizer.json", "--n", "5"],
-            "--out, --heldout-out and --tokenizer-out must be three different files",
+            "--out, --heldout-out, --tokenizer-out and answers.json must be different files",
         ),
     ],
 )
@@ -182,7 +183,7 @@ def test_wrong_usage_exits_with_2_and_writes_nothing(
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"python -m coremill.data.make_toy_kd: error: {message}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"coremill dataset: error: {message}"
     assert list(tmp_path.iterdir()) == []
 
 

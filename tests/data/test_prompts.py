@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coremill.core.errors import DatasetError
-from coremill.core.layout import chat_prompts_file, heldout_file, texts_file
+from coremill.core.layout import answer_key_file, chat_prompts_file, heldout_file, texts_file
 from coremill.data.prompts import (
     Chat,
     RowPrompts,
@@ -27,7 +27,7 @@ PAD, BOS, END = 0, 1, 2
 
 @pytest.fixture(scope="module")
 def rows(pristine) -> RowPrompts:
-    return RowPrompts(pristine.read_rows(), pristine.read_tokenizer())
+    return RowPrompts(pristine.read_rows(), pristine.read_tokenizer(), answer_key_file(pristine.dataset))
 
 
 @pytest.fixture(scope="module")

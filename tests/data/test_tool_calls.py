@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from coremill.data.tool_calls import ToolCall, fits, parse, render
 
-TOOLS = {"lamp": {"room": str, "on": bool}, "timer": {"minutes": int}, "stop": {}}
+TOOLS = {"lamp": {"room": "string", "on": "boolean"}, "timer": {"minutes": "integer"}, "stop": {}}
 
 calls = st.builds(
     ToolCall,

@@ -110,19 +110,20 @@ def check_verification(layout):
 ANSWER = """
 import json, sys
 from pathlib import Path
-from coremill.data.judge import judge
+from coremill.data.judge import judge, read_answer_key
 from coremill.data.rows import read_rows
 from coremill.text.student_tokenizer import Tokenizer
 from coremill.formats.llamacpp.process import LlamaCpp
 
-file, tokenizer, heldout, count = sys.argv[1:]
+file, tokenizer, heldout, answers, count = sys.argv[1:]
 tokenizer = Tokenizer.load(Path(tokenizer))
+key = read_answer_key(Path(answers))
 rows = [row for row, _ in zip(read_rows(Path(heldout)), range(int(count)))]
 with LlamaCpp(Path(file), context=256) as model:
     ids = [model.generate(tokenizer.encode_prompt(row.prompt), 96, {tokenizer.end_id}) for row in rows]
 texts = [tokenizer.decode_answer(each) for each in ids]
 ended = [each[-1] == tokenizer.end_id for each in ids]
-print(json.dumps([judge(row, text).exact and end for row, text, end in zip(rows, texts, ended)]))
+print(json.dumps([judge(row, text, key).exact and end for row, text, end in zip(rows, texts, ended)]))
 """
 
 
@@ -141,7 +142,10 @@ def check_answers_of_llama_cpp(layout):
     assert measured["q8_0"].figure("kl_nats").measured <= 5e-3
     assert measured["f32"].figure("heldout_exact").measured == measured["f16"].figure("heldout_exact").measured == 1
     python = str(installed(ROOT)[TRAIN.name].python)
-    files = (names.gguf_file(folder, RUN, "f16"), names.tokenizer_file(dataset), names.heldout_file(dataset))
+    files = (
+        names.gguf_file(folder, RUN, "f16"),
+        *(name(dataset) for name in (names.tokenizer_file, names.heldout_file, names.answer_key_file)),
+    )
     answered = subprocess.run(
         [python, "-c", ANSWER, *map(str, files), "64"], capture_output=True, text=True, check=False
     )

@@ -56,7 +56,7 @@ def untrained_toy(folder: Path) -> Toy:
     tokenizer = Tokenizer.load(files.tokenizer)
     rows = list(read_rows(files.train))
     checkpoint = _checkpoint(new_student(CONFIG, seed=3), tokenizer, step=0)
-    heldout = RowPrompts(list(read_rows(files.heldout)), tokenizer)
+    heldout = RowPrompts(list(read_rows(files.heldout)), tokenizer, files.answers)
     return Toy(checkpoint=checkpoint, tokenizer=tokenizer, prompts=heldout, rows=rows)
 
 

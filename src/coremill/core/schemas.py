@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from coremill.core.answer_key import AnswerKey
 from coremill.core.config import DistilledRun, ImportedRun
 from coremill.core.contract import Contract
 from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure
@@ -25,6 +26,7 @@ FORMATS: list[type[Document]] = [
     VerificationReport,
     RunSummary,
     AgreementMatrix,
+    AnswerKey,
     HuggingFaceParity,
     GgufParity,
 ]

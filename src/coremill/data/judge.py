@@ -1,49 +1,64 @@
-"""Whether an answer is one that the toy can give, and whether it is right for the question."""
+"""Whether an answer is one that the dataset accepts, and whether it is right for the question.
+
+The dataset's own code is not needed: its answer key holds all that differs between kinds of dataset.
+"""
 
 from __future__ import annotations
 
-from coremill.core.documents import Record
+from pathlib import Path
+
+from coremill.core.answer_key import AnswerKey
+from coremill.core.documents import Record, read_json
 from coremill.core.errors import DatasetError
-from coremill.data.kinds import KINDS
-from coremill.data.magic_8_ball import MOOD_OF
 from coremill.data.rows import Row
 from coremill.data.tool_calls import fits, parse
 
+_MAKE_ONE = "python -m coremill.data.make_toy_kd --help"
+
 
 class Verdict(Record):
-    """What an answer is worth."""
+    """The result of judging one answer."""
 
     exact: bool
-    """One of the dataset's plain answers to the letter, or a valid call of one of its tools."""
+    """The answer equals one in the answer key, or is a valid call of one of its tools."""
     right: bool
-    """In the mood of the question; or the very tool call asked for; or one of the replies the teacher gives."""
+    """The answer has the mood of the question, or is the expected tool call, or is one of the teacher's answers."""
     is_tool_call: bool
-    """A valid call of one of the dataset's tools."""
+    """The answer is a valid call of one of the dataset's tools."""
 
 
-def judge(row: Row, answer: str) -> Verdict:
-    """Judge `answer`, the text of a decoded answer without its end token, to the question of `row`.
+def read_answer_key(path: Path) -> AnswerKey:
+    """Read the answer key of a dataset.
 
     Raises:
-        DatasetError: the row does not say of which kind of dataset it is, so no answer can be judged.
+        DatasetError: the file is missing or is not an answer key.
     """
-    kind = KINDS.get(str(row.metadata.get("kind")))
-    if kind is None:
+    return read_json(path, AnswerKey, error=DatasetError, run=_MAKE_ONE)
+
+
+def judge(row: Row, answer: str, key: AnswerKey) -> Verdict:
+    """Judge `answer`, the text of a decoded answer without its end token, to the question of `row`.
+
+    Args:
+        key: the answer key of the row's dataset.
+
+    Raises:
+        DatasetError: the row is of another kind than the key.
+    """
+    if row.metadata.get("kind") != key.kind:
         raise DatasetError(
             f"row {row.id} has the kind {row.metadata.get('kind')!r} in its metadata",
-            expected="one of " + ", ".join(KINDS),
-            run="python -m coremill.data.make_toy_kd --help",
+            expected=f"{key.kind!r}, the kind of the dataset's answer key",
+            run=_MAKE_ONE,
         )
     call = parse(answer)
-    if call is not None and not fits(call, kind.tools):
+    if call is not None and not fits(call, key.tools):
         call = None
     wanted = parse(row.teacher_text)
     if row.mood is not None:
-        right = MOOD_OF.get(answer) == row.mood
+        right = key.answers.get(answer) == row.mood
     elif wanted is not None:
         right = call == wanted
     else:
         right = answer in row.answers
-    return Verdict(
-        exact=answer in kind.plain_answers or call is not None, right=right, is_tool_call=call is not None
-    )
+    return Verdict(exact=answer in key.answers or call is not None, right=right, is_tool_call=call is not None)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from coremill.core.answer_key import Tools
 from coremill.data.grammar import ArgumentValues, Grammar, Question, Section, Teacher, tool_section
-from coremill.data.tool_calls import Tools
 
 KIND: Final = "magic-8-ball"
 
@@ -172,10 +172,10 @@ _TIMES = (
 )
 
 TOOLS: Tools = {
-    "weather": {"city": str, "day": str},
-    "clock": {"city": str},
-    "moon": {"phase": str, "season": str},
-    "miles": {"km": int},
+    "weather": {"city": "string", "day": "string"},
+    "clock": {"city": "string"},
+    "moon": {"phase": "string", "season": "string"},
+    "miles": {"km": "integer"},
 }
 """The tools that a question of fact may need."""
 

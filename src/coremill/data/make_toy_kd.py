@@ -15,7 +15,8 @@ from rich.progress import Progress
 
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import DatasetConfig, DistilledRun
-from coremill.core.layout import dataset_file, heldout_file, tokenizer_file
+from coremill.core.documents import write_json
+from coremill.core.layout import answer_key_file, dataset_file, heldout_file, tokenizer_file
 from coremill.core.publish import check_replaceable
 from coremill.core.stage import Figures, StageContext
 from coremill.data import magic_8_ball, toy
@@ -42,6 +43,11 @@ class DatasetFiles(msgspec.Struct, frozen=True, kw_only=True):
     heldout: Path
     tokenizer: Path
 
+    @property
+    def answers(self) -> Path:
+        """The answer key, next to the held-out rows, whose answers it judges."""
+        return answer_key_file(self.heldout.parent)
+
 
 def make_dataset(config: DatasetConfig, files: DatasetFiles, *, watch: Watch | None = None) -> Figures:
     """Write the dataset that `config` asks for to `files`; each is written whole or not at all.
@@ -54,13 +60,14 @@ def make_dataset(config: DatasetConfig, files: DatasetFiles, *, watch: Watch | N
         TokenizerError: the rows do not yield a vocabulary of that size.
         OutputError: a file cannot be written.
     """
-    grammar = KINDS[config.kind].grammar()
+    kind = KINDS[config.kind]
+    grammar = kind.grammar()
 
     def rows(side: Side, n: int) -> Iterable[Row]:
         made = generate_rows(grammar, side=side, n=n, seed=config.seed)
         return made if watch is None else watch(made, f"{side} rows", n)
 
-    for path in (files.train, files.heldout, files.tokenizer):
+    for path in (files.train, files.heldout, files.tokenizer, files.answers):
         check_replaceable(path)
     # First, so that a vocabulary that cannot be had leaves all files as they were.
     fewest, most = TOKENIZER_ROWS
@@ -70,6 +77,7 @@ def make_dataset(config: DatasetConfig, files: DatasetFiles, *, watch: Watch | N
     train_digest = write_rows(files.train, rows("train", config.n))
     heldout_digest = write_rows(files.heldout, rows("heldout", config.heldout_n))
     tokenizer.save(files.tokenizer)
+    write_json(files.answers, kind.answer_key())
     lengths = [
         len(tokenizer.encode_prompt(row.prompt)) + len(tokenizer.encode_answer(row.teacher_text)) for row in sample
     ]
@@ -100,7 +108,7 @@ def _train_tokenizer(sample: Iterable[Row], answers: Iterable[str], vocab_size: 
 
 
 def run_stage(context: StageContext[DistilledRun]) -> Figures:
-    """The dataset stage of a pipeline: writes the three files into `context.out`."""
+    """The dataset stage of a pipeline: writes the files into `context.out`."""
     files = DatasetFiles(
         train=dataset_file(context.out),
         heldout=heldout_file(context.out),
@@ -147,8 +155,8 @@ def _parse_args(argv: list[str] | None) -> tuple[DatasetConfig, DatasetFiles]:
         heldout=args.heldout_out or args.out.with_name(f"{args.out.stem}.heldout.jsonl"),
         tokenizer=args.tokenizer_out or args.out.with_name("tokenizer.json"),
     )
-    if len({path.resolve() for path in (files.train, files.heldout, files.tokenizer)}) < 3:
-        parser.error("--out, --heldout-out and --tokenizer-out must be three different files")
+    if len({path.resolve() for path in (files.train, files.heldout, files.tokenizer, files.answers)}) < 4:
+        parser.error(f"--out, --heldout-out, --tokenizer-out and {files.answers.name} must be different files")
     try:
         config = DatasetConfig(
             kind=magic_8_ball.KIND if args.magic_8_ball else toy.KIND,

@@ -15,8 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from coremill.core.answer_key import AnswerKey
 from coremill.core.errors import DatasetError
-from coremill.core.layout import chat_prompts_file, texts_file
+from coremill.core.layout import answer_key_file, chat_prompts_file, texts_file
+from coremill.data.judge import read_answer_key
 from coremill.data.rows import Row, read_rows
 from coremill.data.texts import ChatPrompt, Text, read_chat_prompts, read_texts
 from coremill.text.model_tokenizer import TextTokenizer
@@ -106,9 +108,15 @@ class RowPrompts(Prompts):
 
     tokenizer: Tokenizer
 
-    def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer) -> None:
+    def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, answer_key: Path) -> None:
         self.rows = rows
         self.tokenizer = tokenizer
+        self._answer_key = answer_key
+
+    @functools.cached_property
+    def answer_key(self) -> AnswerKey:
+        """The answers that the rows' dataset accepts. Raises as :func:`read_answer_key` does."""
+        return read_answer_key(self._answer_key)
 
     def packed(self, seq_len: int, count: int) -> list[list[int]]:
         """Each sequence is of whole conversations, one after another, and the next begins with another one.
@@ -260,7 +268,7 @@ def load_prompts(tokenizer: Path, source: Path, *, rows: int) -> Prompts:
     if not texts.is_file():
         heldout = find_heldout(source) if source.is_dir() or not source.exists() else source
         backend = Tokenizer.load(tokenizer)
-        return RowPrompts(read_some(heldout, rows), backend)
+        return RowPrompts(read_some(heldout, rows), backend, answer_key_file(heldout.parent))
     if heldout_too := sorted(source.glob(HELDOUT_PATTERN)):
         raise DatasetError(f"{source} has {texts.name} and {heldout_too[0].name}", expected="one of them")
     return TextPrompts(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Final
 
 import msgspec
 
+from coremill.core.answer_key import ArgumentType, Tools
 from coremill.core.documents import Record
 from coremill.text.student_tokenizer import TOOL_CALL
 
-ArgumentType = type[str] | type[int] | type[bool]
-
-Tools = Mapping[str, Mapping[str, ArgumentType]]
-"""The tools of a dataset: each one's name, and the names and types of its arguments, all of them required."""
+_TYPES: Final[Mapping[ArgumentType, type]] = {"string": str, "integer": int, "boolean": bool}
 
 
 class ToolCall(Record):
@@ -44,5 +43,5 @@ def fits(call: ToolCall, tools: Tools) -> bool:
     return (
         arguments is not None
         and call.args.keys() == arguments.keys()
-        and all(type(call.args[name]) is kind for name, kind in arguments.items())
+        and all(type(call.args[name]) is _TYPES[kind] for name, kind in arguments.items())
     )

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from coremill.core.answer_key import Tools
 from coremill.data.grammar import ArgumentValues, Grammar, Question, Section, Teacher, tool_section
-from coremill.data.tool_calls import Tools
 
 KIND: Final = "toy"
 
 TOOLS: Tools = {
-    "lamp": {"room": str, "on": bool},
-    "timer": {"minutes": int},
-    "play": {"genre": str},
-    "heat": {"room": str, "degrees": int},
+    "lamp": {"room": "string", "on": "boolean"},
+    "timer": {"minutes": "integer"},
+    "play": {"genre": "string"},
+    "heat": {"room": "string", "degrees": "integer"},
 }
 """The tools that an action may need."""
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from coremill.core.command import command_parser, exit_on_error
-from coremill.core.config import DistilledRun, read_distilled_config
+from coremill.core.config import TOY_MODEL_TYPES, DistilledRun, read_distilled_config
 from coremill.core.contract import TokenizerRef
 from coremill.core.digest import file_digest
 from coremill.core.errors import ConfigError, TrainingError, VocabularyMismatchError
@@ -24,7 +24,6 @@ from coremill.core.layout import checkpoint_file, dataset_file, heldout_file, me
 from coremill.core.outputs import check_writable
 from coremill.core.publish import check_apart, check_replaceable
 from coremill.core.stage import Figures, StageContext
-from coremill.data.kinds import KINDS
 from coremill.data.rows import Row, read_rows
 from coremill.model.checkpoint import checkpoint_of, save_checkpoint
 from coremill.text.student_tokenizer import Tokenizer
@@ -127,7 +126,7 @@ def _check_kind(rows: Iterable[Row], path: Path, model_type: str) -> None:
     Raises:
         TrainingError: the rows are of another of coremill's kinds.
     """
-    kinds = {row.metadata["kind"] for row in rows if row.metadata.get("kind") in KINDS}
+    kinds = {row.metadata["kind"] for row in rows if row.metadata.get("kind") in TOY_MODEL_TYPES}
     if wrong := sorted(kinds - {model_type}):
         raise TrainingError(
             f"{path} contains rows of kind {wrong[0]!r}, but the model_type is {model_type!r}",

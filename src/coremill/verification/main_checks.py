@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import torch
 
-from coremill.core.config import DistilledVerify
+from coremill.core.answer_key import AnswerKey
 from coremill.core.errors import ContractMismatchError, CoremillError
 from coremill.core.reports import Answer, HeldoutAnswers, ShapeError, ShapeMeasured, ShapeReport
 from coremill.coreml.graph import LOGITS, as_input
@@ -22,7 +22,7 @@ from coremill.data.prompts import Probe, Prompts, conversation
 from coremill.data.rows import Row
 from coremill.data.teacher import entropy, halt_labels, teacher_targets
 from coremill.mil.measures import log_softmax, max_abs_err, sqnr_db
-from coremill.model.decoding import TemperatureSampler, greedy
+from coremill.model.decoding import Sampler, greedy
 from coremill.model.student import Student, output_names
 from coremill.text.student_tokenizer import TOOL_CALL, Tokenizer
 from coremill.verification.agreement import Agreement, Comparison
@@ -146,7 +146,7 @@ class Heldout(msgspec.Struct, frozen=True, kw_only=True):
     """Share of halt decisions, from the prompt's last token on, that are the label; None without a halt head."""
 
 
-def ask_heldout(scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer) -> Heldout | None:
+def ask_heldout(scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer, key: AnswerKey) -> Heldout | None:
     """Answer each question greedily through the package, and score the teacher's answer to it.
 
     An id is beyond the vocabulary where the package's logits have no entry for it, or the tokenizer no token. It is
@@ -170,7 +170,7 @@ def ask_heldout(scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer) -> He
         ids = answer_question(scorer, row.prompt, tokenizer, greedy)
         unknown = _beyond(ids, limit)
         tally["beyond"] += unknown
-        verdict = judge(row, _text(ids, tokenizer))
+        verdict = judge(row, _text(ids, tokenizer), key)
         is_whole = ids[-1:] == [tokenizer.end_id] and not unknown
         tally["exact"] += verdict.exact and is_whole
         if kind is not None:
@@ -241,14 +241,13 @@ def _halt_decisions(scored: ScoredAnswer) -> list[bool]:
 
 
 def ask_sampled(
-    scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer, config: DistilledVerify
+    scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer, key: AnswerKey, sampler: Sampler
 ) -> tuple[Answer, ...]:
-    """Answer each question through the package, sampled at temperature 1 with the configuration's seed."""
-    sampler = TemperatureSampler(1.0, config.sampling_seed)
+    """Answer each question through the package with `sampler`."""
     answers = []
     for row in rows:
         ids = answer_question(scorer, row.prompt, tokenizer, sampler)
         text = _text(ids, tokenizer)
-        right = judge(row, text).right and not _beyond(ids, tokenizer.vocab_size)
+        right = judge(row, text, key).right and not _beyond(ids, tokenizer.vocab_size)
         answers.append(Answer(prompt=row.prompt, answer=text, mood=row.mood, right=right))
     return tuple(answers)

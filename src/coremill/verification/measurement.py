@@ -25,6 +25,7 @@ from coremill.core.reports import (
 )
 from coremill.data.prompts import Prompts, RowPrompts, TextPrompts
 from coremill.mil.measures import sqnr_db
+from coremill.model.decoding import TemperatureSampler
 from coremill.verification.backends import (
     Runner,
     core_ml_runner,
@@ -105,8 +106,10 @@ def measure(
     heldout = None
     if isinstance(prompts, RowPrompts) and isinstance(config, DistilledVerify):
         scorer = Scorer(runner, shapes.running, prompts.pad_id)
-        heldout = ask_heldout(scorer, prompts.rows[: config.heldout_answers], prompts.tokenizer)
-        answers = ask_sampled(scorer, prompts.rows[: config.sampled_answers], prompts.tokenizer, config)
+        heldout = ask_heldout(scorer, prompts.rows[: config.heldout_answers], prompts.tokenizer, prompts.answer_key)
+        sampler = TemperatureSampler(1.0, config.sampling_seed)
+        questions = prompts.rows[: config.sampled_answers]
+        answers = ask_sampled(scorer, questions, prompts.tokenizer, prompts.answer_key, sampler)
     core_ml_sqnr_db, core_ml_problem = core_ml.result()
     return Measurement(
         shapes=shapes.reports,

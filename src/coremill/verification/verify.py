@@ -24,7 +24,6 @@ from coremill.core.stage import Figures
 from coremill.coreml.graph import check_main
 from coremill.coreml.interface import differences, package_interfaces
 from coremill.coreml.package import PackageFacts, check_package, read_spec
-from coremill.data import magic_8_ball
 from coremill.data.prompts import Prompts, RowPrompts, TextPrompts, load_prompts
 from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
 from coremill.model.memory import check_shape_memory
@@ -82,8 +81,7 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
         imported=isinstance(prompts, TextPrompts),
         stateful=bool(contract.functions) if subject.stateful is None else subject.stateful,
         has_halt_head=checkpoint.model_arch.use_halt_head,
-        asks_moods=isinstance(prompts, RowPrompts)
-        and any(row.metadata.get("kind") == magic_8_ball.KIND for row in prompts.rows),
+        asks_moods=isinstance(prompts, RowPrompts) and prompts.answer_key.has_moods,
     )
     if (record := find_failure(subject.package)) is not None:
         return _report_failure(subject, config, contract, record, facts, lane)

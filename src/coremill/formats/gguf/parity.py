@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from coremill.core.answer_key import AnswerKey
 from coremill.core.config import GgufType
 from coremill.core.digest import file_digest
 from coremill.core.errors import GgufError, ParityError
@@ -148,6 +149,8 @@ class _Plan:
     texts: list[str]
     tokenizer: TextTokenizer
     rows: Sequence[Row]
+    answer_key: AnswerKey | None
+    """Of the dataset; None without rows."""
     student_tokenizer: Tokenizer | None
     context: int
 
@@ -235,6 +238,7 @@ def _plan(scope: _Scope, reference: _Reference, prompts: Prompts) -> _Plan:
         texts=texts(prompts, prompts.text_tokenizer),
         tokenizer=prompts.text_tokenizer,
         rows=prompts.rows[: scope.questions] if isinstance(prompts, RowPrompts) else (),
+        answer_key=prompts.answer_key if isinstance(prompts, RowPrompts) else None,
         student_tokenizer=own if isinstance(own, Tokenizer) else None,
         context=min(context, longest),
     )
@@ -344,19 +348,20 @@ def _greedy(llamacpp: LlamaCpp, reference: _Reference, plan: _Plan) -> tuple[lis
 def _heldout(llamacpp: LlamaCpp, reference: _Reference, plan: _Plan, *, bounded: bool) -> ParityFigure:
     """The share of held-out questions whose answer is exact; if `bounded`, at least the checkpoint's own share."""
     assert plan.student_tokenizer is not None  # there are rows
-    tokenizer = plan.student_tokenizer
+    assert plan.answer_key is not None
+    tokenizer, key = plan.student_tokenizer, plan.answer_key
     exact, own = 0, 0
     for row in plan.rows:
         prompt = tokenizer.encode_prompt(row.prompt)
         max_new_tokens = min(MAX_NEW_TOKENS, plan.context - len(prompt))
         answer = llamacpp.generate(prompt, max_new_tokens, {tokenizer.end_id})
-        is_exact = judge(row, tokenizer.decode_answer(answer)).exact
+        is_exact = judge(row, tokenizer.decode_answer(answer), key).exact
         exact += is_exact
         if bounded:
             own += (
                 is_exact
                 if _is_own(reference, prompt, answer)
-                else _own_exact(reference, row, tokenizer, max_new_tokens)
+                else _own_exact(reference, row, tokenizer, key, max_new_tokens)
             )
     share = exact / len(plan.rows)
     bound = _Bound(own / len(plan.rows), "the checkpoint's own share in torch") if bounded else None
@@ -369,7 +374,7 @@ def _is_own(reference: _Reference, prompt: list[int], answer: list[int]) -> bool
     return bool((best == answer).all())
 
 
-def _own_exact(reference: _Reference, row: Row, tokenizer: Tokenizer, max_new_tokens: int) -> bool:
+def _own_exact(reference: _Reference, row: Row, tokenizer: Tokenizer, key: AnswerKey, max_new_tokens: int) -> bool:
     answer = generate(
         reference.next_logits,
         tokenizer.encode_prompt(row.prompt),
@@ -377,7 +382,7 @@ def _own_exact(reference: _Reference, row: Row, tokenizer: Tokenizer, max_new_to
         max_new_tokens=max_new_tokens,
         sampler=greedy,
     )
-    return judge(row, tokenizer.decode_answer(answer)).exact
+    return judge(row, tokenizer.decode_answer(answer), key).exact
 
 
 # --- tokenizers -------------------------------------------------------------------------------------
