@@ -1,4 +1,4 @@
-"""The export to GGUF: all types at once, the halt head beside them; nothing is written that cannot be whole."""
+"""The export to GGUF: every type, the halt head, the Modelfile; an error leaves earlier files unchanged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 import pytest
@@ -25,6 +25,7 @@ from coremill.core.documents import read_json
 from coremill.core.errors import (
     CheckpointUnreadableError,
     ConfigError,
+    CoremillError,
     DatasetError,
     GgufError,
     MachineError,
@@ -43,13 +44,14 @@ from coremill.formats.gguf_file import GgufFile
 from coremill.formats.llamacpp.process import LlamaCpp
 from coremill.formats.weights import open_weights
 from coremill.model.checkpoint import IMPORTED_FROM, Checkpoint, build_student, checkpoint_of, save_checkpoint
-from coremill.model.student import new_student
+from coremill.model.student import Student, new_student
 from coremill.text.model_tokenizer import STUDENT_TEMPLATE, TextTokenizer
 from coremill.text.student_tokenizer import Tokenizer
 
 torch.set_num_threads(1)
 
 NAME = "tiny-ball"
+ErrorT = TypeVar("ErrorT", bound=CoremillError)
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = ModelConfig(
     vocab_size=400, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=96, max_seq_len=128,
@@ -80,7 +82,7 @@ def toy(dataset: Path) -> Checkpoint:
 
 @pytest.fixture
 def source(dataset: Path, toy: Checkpoint, tmp_path: Path) -> Path:
-    """A folder with the toy's checkpoint and its tokenizer, for a test to change."""
+    """A directory with the toy's checkpoint and its tokenizer, which a test may change."""
     folder = tmp_path / "source"
     folder.mkdir()
     save_checkpoint(folder / "tiny_ball.ckpt", toy)
@@ -123,7 +125,7 @@ def test_every_type_and_the_halt_head(
         assert (found["general.name"], found["tokenizer.chat_template"]) == (NAME, STUDENT_TEMPLATE)
 
 
-def test_the_same_bytes_in_another_folder(source: Path, tmp_path: Path) -> None:
+def test_the_bytes_do_not_depend_on_the_directory(source: Path, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         assert run(source, tmp_path / folder, "--types", "q8_0") == 0
     first, second = (sorted((tmp_path / folder).iterdir()) for folder in ("a", "b"))
@@ -131,24 +133,22 @@ def test_the_same_bytes_in_another_folder(source: Path, tmp_path: Path) -> None:
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
-def test_what_llama_cpp_says_is_what_torch_says(
-    source: Path, toy: Checkpoint, dataset: Path, tmp_path: Path
-) -> None:
+def test_llama_cpps_answers_match_torch(source: Path, toy: Checkpoint, dataset: Path, tmp_path: Path) -> None:
     assert run(source, tmp_path / "gguf", "--types", "f32") == 0
     student, tokenizer = build_student(toy), Tokenizer.load(layout.tokenizer_file(dataset))
     with LlamaCpp(tmp_path / "gguf" / "tiny_ball-f32.gguf", context=128) as llamacpp:
         for row in list(read_rows(layout.heldout_file(dataset)))[:3]:
             ids = tokenizer.encode_prompt(row.prompt)
-            expected = student_says(student, ids)
+            expected = student_tokens(student, ids)
             assert llamacpp.generate(ids, len(expected), ()) == expected
 
 
-def student_says(student: Any, ids: list[int]) -> list[int]:
-    said = list(ids)
+def student_tokens(student: Student, ids: list[int]) -> list[int]:
+    tokens = list(ids)
     with torch.no_grad():
-        while len(said) < len(ids) + 24:
-            said.append(int(student(torch.tensor([said]))[0][0, -1].argmax()))
-    return said[len(ids) :]
+        while len(tokens) < len(ids) + 24:
+            tokens.append(int(student(torch.tensor([tokens]))[0][0, -1].argmax()))
+    return tokens[len(ids) :]
 
 
 def test_an_imported_model_brings_its_own_tokenizer(source: Path, toy: Checkpoint, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_an_imported_model_brings_its_own_tokenizer(source: Path, toy: Checkpoin
     arch = ModelArch(use_halt_head=False, tie_embeddings=True)
     weights = {name: value for name, value in toy.state_dict.items() if name != "halt_head.weight"}
     imported = replace(
-        toy, model_type="llama", model_arch=arch, config=ModelConfig(**{**as_options(CONFIG), "arch": arch}),
+        toy, model_type="llama", model_arch=arch, config=msgspec.structs.replace(CONFIG, arch=arch),
         state_dict=weights, training={IMPORTED_FROM: {"files": {}}}, where="checkpoint", run=None,
     )  # fmt: skip
     save_checkpoint(source / "tiny_ball.ckpt", imported)
@@ -173,7 +173,7 @@ def test_an_imported_model_brings_its_own_tokenizer(source: Path, toy: Checkpoin
 
 
 def some_texts(source: Path, folder: Path) -> str:
-    """What an imported model is run on: the toy's own words, as running text."""
+    """The prompts of an imported model: the toy's own words as text."""
     folder.mkdir()
     words = " ".join(f"{row.prompt} {row.teacher_text}" for row in read_rows(layout.heldout_file(source)))
     write_texts(layout.texts_file(folder), [Text(id="a", source="here", licence=None, text=words)])
@@ -181,11 +181,7 @@ def some_texts(source: Path, folder: Path) -> str:
     return str(folder)
 
 
-def as_options(config: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__struct_fields__}
-
-
-def test_the_files_are_run_and_what_was_found_is_written(source: Path, tmp_path: Path) -> None:
+def test_the_files_are_run_and_the_report_is_written(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "gguf"
     assert run(source, out, "--types", "f32,q8_0") == 0
     report = read_json(layout.parity_report(out), GgufParity)
@@ -198,7 +194,7 @@ def test_the_files_are_run_and_what_was_found_is_written(source: Path, tmp_path:
     assert layout.modelfile(out).read_text().splitlines()[0] == "FROM ./tiny_ball-f32.gguf"
 
 
-def test_the_stage_says_why_ollama_was_not_run(
+def test_the_stage_reports_why_ollama_was_not_run(
     toy: Checkpoint, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -216,7 +212,7 @@ def test_the_stage_says_why_ollama_was_not_run(
     assert figures["f16_tokenizer_mismatches"] == 0
 
 
-def test_a_file_that_computes_something_else_is_not_there(
+def test_a_file_that_differs_from_the_checkpoint_is_not_published(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coremill.formats.gguf.writer.to_interleaved", lambda value, n_heads: value)
@@ -225,10 +221,10 @@ def test_a_file_that_computes_something_else_is_not_there(
     assert not (tmp_path / "gguf").exists()
 
 
-def test_a_chat_format_that_is_not_known_leaves_the_modelfile_out(
+def test_an_unknown_chat_format_gives_no_modelfile(
     source: Path, toy: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """That of an earlier export is not left either."""
+    """The Modelfile of an earlier export is removed."""
     out = tmp_path / "gguf"
     assert run(source, out, "--types", "f32") == 0
     assert layout.modelfile(out).exists()
@@ -245,10 +241,10 @@ def test_a_chat_format_that_is_not_known_leaves_the_modelfile_out(
     assert "no Modelfile: the chat template writes none of the known chat formats" in caplog.text
 
 
-# --- what is refused, and that nothing is written then ----------------------------------------------
+# --- errors, after which nothing is written ----------------------------------------------
 
 
-def refusal(kind: type[Exception], source: Path, out: Path, *options: str) -> Any:
+def refusal(kind: type[ErrorT], source: Path, out: Path, *options: str) -> ErrorT:
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} if out.exists() else {}
     with pytest.raises(kind) as caught:
         run(source, out, *options)
@@ -258,7 +254,7 @@ def refusal(kind: type[Exception], source: Path, out: Path, *options: str) -> An
     return caught.value
 
 
-def test_a_type_that_does_not_fit_behind_one_that_does(source: Path, tmp_path: Path) -> None:
+def test_every_type_is_checked_before_one_is_written(source: Path, tmp_path: Path) -> None:
     error = refusal(GgufError, source, tmp_path / "gguf", "--types", "f32,q4_k")
     assert str(error) == (
         "q4_k stores rows in blocks of 256, which do not fit the rows of embed_tokens.weight (64), "
@@ -267,7 +263,7 @@ def test_a_type_that_does_not_fit_behind_one_that_does(source: Path, tmp_path: P
     )
 
 
-def test_a_folder_of_another_s_files_is_left(source: Path, tmp_path: Path) -> None:
+def test_a_directory_with_third_party_files_is_kept(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "gguf"
     out.mkdir()
     layout.modelfile(out).write_text("FROM mine\n")
@@ -286,7 +282,7 @@ def test_a_folder_of_another_s_files_is_left(source: Path, tmp_path: Path) -> No
         (lambda out: layout.modelfile(out).write_text("FROM mine\n"), "Modelfile, which has changed since"),
     ],
 )
-def test_what_was_added_or_changed_in_an_export_is_left(
+def test_an_export_with_changes_is_kept(
     source: Path, tmp_path: Path, change: Callable[[Path], int], found: str
 ) -> None:
     out = tmp_path / "gguf"
@@ -296,31 +292,31 @@ def test_what_was_added_or_changed_in_an_export_is_left(
 
 
 @pytest.mark.parametrize("name", ["../escaped", "a/b", "..", "a b", "-f", "a\nb", "a\udcffb"])
-def test_a_name_that_is_no_file_name(source: Path, tmp_path: Path, name: str) -> None:
+def test_an_invalid_name_is_rejected(source: Path, tmp_path: Path, name: str) -> None:
     error = refusal(ConfigError, source, tmp_path / "gguf", f"--name={name}")
     assert error.found == f"--name {name!r}"
 
 
-def test_too_little_memory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 5 * (source / "tiny_ball.ckpt").stat().st_size + 300_000_000
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: needed - 1)
     error = refusal(MachineError, source, tmp_path / "gguf")
     assert error.expected == f"{needed / 1e6:,.0f} MB, for the weights, and for a file compared with them"
 
 
-def test_too_little_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_reported(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = size_bytes(CONFIG, "f32")
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, whole - 1))
     error = refusal(OutputError, source, tmp_path / "gguf", "--types", "f32")
     assert error.expected == f"{whole / 1e6:,.0f} MB, for the files"
 
 
-def test_prompts_that_are_not_there_are_told_before_the_work(source: Path, tmp_path: Path) -> None:
+def test_missing_prompts_are_reported_before_the_export(source: Path, tmp_path: Path) -> None:
     error = refusal(DatasetError, source, tmp_path / "gguf", "--prompts", str(tmp_path / "none"))
     assert error.found == f"{tmp_path}/none has no held-out set"
 
 
-def test_an_imported_model_is_not_run_on_a_held_out_set(source: Path, toy: Checkpoint, tmp_path: Path) -> None:
+def test_a_held_out_set_for_an_imported_model_is_rejected(source: Path, toy: Checkpoint, tmp_path: Path) -> None:
     imported = replace(toy, training={IMPORTED_FROM: {"format": "gguf"}}, where="toy", run=None)
     save_checkpoint(source / "tiny_ball.ckpt", imported)
     error = refusal(DatasetError, source, tmp_path / "gguf")
@@ -329,24 +325,24 @@ def test_an_imported_model_is_not_run_on_a_held_out_set(source: Path, toy: Check
     )
 
 
-def test_an_output_that_is_the_input(source: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_the_input_is_rejected(source: Path, tmp_path: Path) -> None:
     assert "is read and would be overwritten" in refusal(OutputError, source, source).found
 
 
-def test_a_tokenizer_of_another_model(source: Path, toy: Checkpoint, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_rejected(source: Path, toy: Checkpoint, tmp_path: Path) -> None:
     path = layout.tokenizer_file(source)
     path.write_bytes(path.read_bytes() + b"\n")
     error = refusal(VocabularyMismatchError, source, tmp_path / "gguf")
     assert error.found == f"the tokenizer is {file_digest(path)}, the model was trained with {toy.tokenizer.digest}"
 
 
-def test_no_tokenizer(source: Path, tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_reported(source: Path, tmp_path: Path) -> None:
     layout.tokenizer_file(source).unlink()
     error = refusal(TokenizerError, source, tmp_path / "gguf")
     assert error.found == f"cannot read {source}/tokenizer.json: No such file or directory"
 
 
-def test_no_checkpoint(source: Path, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_reported(source: Path, tmp_path: Path) -> None:
     (source / "tiny_ball.ckpt").unlink()
     error = refusal(CheckpointUnreadableError, source, tmp_path / "gguf")
     assert error.found == f"cannot read {source}/tiny_ball.ckpt: No such file or directory"
@@ -360,17 +356,17 @@ def test_no_checkpoint(source: Path, tmp_path: Path) -> None:
         ("f32,f16,f32", "--types f32,f16,f32: `types` contains a type twice, found ['f32', 'f16', 'f32']"),
     ],
 )
-def test_types_that_are_none(text: str, found: str) -> None:
+def test_invalid_types_are_rejected(text: str, found: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_types(text)
     assert (caught.value.found, caught.value.expected) == (found, "some of f32,f16,q8_0,q4_0,q4_k,q5_k,q6_k")
 
 
-def test_types_in_their_order() -> None:
+def test_types_keep_their_order() -> None:
     assert parse_types("q8_0, f32") == ("q8_0", "f32")
 
 
-def test_nothing_heavy_is_imported_for_a_wrong_option() -> None:
+def test_the_module_imports_nothing_heavy() -> None:
     code = (
         "import sys; import coremill.conversion.export_gguf; "
         "print([name for name in ('torch', 'numpy', 'gguf', 'tokenizers') if name in sys.modules])"

@@ -1,4 +1,4 @@
-"""A small model that answers, and GGUF files of it, right and wrong ones, written without coremill's own writer."""
+"""A small model that answers, and correct and defective GGUF files of it, not written by coremill's writer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import gguf
 import msgspec
@@ -19,6 +18,7 @@ from coremill.core.contract import ModelArch, TokenizerRef
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.prompts import RowPrompts, conversation
 from coremill.data.rows import Row, read_rows
+from coremill.formats.gguf_file import Value
 from coremill.formats.source import gguf_name
 from coremill.model.checkpoint import Checkpoint, checkpoint_of
 from coremill.model.student import Student, new_student
@@ -46,7 +46,7 @@ class Toy:
 
 
 def untrained_toy(folder: Path) -> Toy:
-    """The model as it is made, with a real dataset and its tokenizer."""
+    """An untrained model, with a real dataset and its tokenizer."""
     files = DatasetFiles(
         train=folder / "magic_8_ball.jsonl",
         heldout=folder / "magic_8_ball.heldout.jsonl",
@@ -61,20 +61,20 @@ def untrained_toy(folder: Path) -> Toy:
 
 
 def train_toy(folder: Path) -> Toy:
-    """The same, once it has learned to give every question the same answer: a few seconds of work."""
+    """The same model, trained for a few seconds to give every question the same answer."""
     toy = untrained_toy(folder)
     answer = next(row.teacher_text for row in toy.rows if row.mood is not None)
     student = new_student(CONFIG, seed=3)
     weights = [weight for name, weight in student.named_parameters() if "halt" not in name]
-    sure = [msgspec.structs.replace(row, teacher_text=answer, answers={answer: 1.0}) for row in toy.rows]
-    talks = [conversation(row, toy.tokenizer)[:LENGTH] for row in sure]
+    sure_rows = [msgspec.structs.replace(row, teacher_text=answer, answers={answer: 1.0}) for row in toy.rows]
+    conversations = [conversation(row, toy.tokenizer)[:LENGTH] for row in sure_rows]
     pad_id = toy.tokenizer.pad_id
     for step in range(STEPS):
-        batch = [talks[(BATCH * step + number) % len(talks)] for number in range(BATCH)]
-        ids = torch.tensor([[*talk, *[pad_id] * (LENGTH - len(talk))] for talk in batch])
+        batch = [conversations[(BATCH * step + number) % len(conversations)] for number in range(BATCH)]
+        ids = torch.tensor([[*each, *[pad_id] * (LENGTH - len(each))] for each in batch])
         logits = student(ids)[0][:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=pad_id)
-        # Signs of gradients do for this; the first step of one of torch's optimizers imports for four seconds.
+        # The signs of the gradients suffice; the first step of one of torch's optimizers imports for four seconds.
         gradients = torch.autograd.grad(loss, weights)
         with torch.no_grad():
             for weight, gradient in zip(weights, gradients, strict=True):
@@ -99,22 +99,19 @@ def write_toy(
     nan: bool = False,
     without: str | None = None,
     end: int = Tokenizer.end_id,
-    says: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Value] | None = None,
     always: int | None = None,
     sure: float = 30.0,
 ) -> Path:
     """The toy as GGUF.
 
     Args:
-        permute: whether the rows of Q and K are put into the order that llama.cpp's RoPE wants.
-        rope_theta: another than the model's.
-        merges: the share of the tokenizer's merges that is written.
-        scaled: a tensor, by llama.cpp's name, whose values are written a tenth larger.
-        nan: whether a value is NaN.
-        without: a tensor that is left out.
-        end: the id of the end token, as the file says it.
-        says: of the keys, less `tokenizer.` where they begin with it, with what they say instead.
-        always: a token that is always the likeliest, its logit ahead of all others by about `sure`.
+        permute: whether the rows of Q and K are reordered for llama.cpp's RoPE. rope_theta: written instead of the
+        model's. merges: the share of the tokenizer's merges that are written. scaled: a tensor, by llama.cpp's
+        name, whose values are multiplied by 1.1. nan: whether one value is NaN. without: a tensor that is omitted.
+        end: the id of the end token in the file. metadata: keys to add or replace; the prefix `tokenizer.` is added
+        to those that do not begin with `general.`. always: a token that is always the likeliest, by about `sure`
+        logits.
     """
     config = toy.checkpoint.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -127,7 +124,7 @@ def write_toy(
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta if rope_theta is None else rope_theta)
     writer.add_rope_dimension_count(config.head_dim)
-    _add_tokenizer(writer, toy.tokenizer, merges, end, says or {})
+    _add_tokenizer(writer, toy.tokenizer, merges, end, metadata or {})
     for theirs, value in _tensors(toy.checkpoint, permute=permute, always=always, sure=sure):
         if theirs == without:
             continue
@@ -151,14 +148,14 @@ def _tensors(
 ) -> list[tuple[str, np.ndarray]]:
     config, found = checkpoint.config, []
     for name, tensor in checkpoint.state_dict.items():
-        if name == "halt_head.weight":  # GGUF has no place for it
+        if name == "halt_head.weight":  # GGUF files have none
             continue
         value = tensor.numpy()
         if permute and (".q_proj." in name or ".k_proj." in name):
             heads = config.n_heads if ".q_proj." in name else config.n_kv_heads
             value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
         if always is not None and name == "embed_tokens.weight":
-            # Every token is embedded far along one direction, which the unembedding of one token alone looks along.
+            # Every embedding is large in one direction, in which only the unembedding of that token is not zero.
             value = np.concatenate([np.full((len(value), 1), 1e4, np.float32), value[:, 1:]], axis=1)
             unembedding = np.zeros_like(value)
             unembedding[always, 0] = sure / config.d_model**0.5
@@ -168,23 +165,23 @@ def _tensors(
 
 
 def _add_tokenizer(
-    writer: gguf.GGUFWriter, tokenizer: Tokenizer, share: float, end: int, says: Mapping[str, Any]
+    writer: gguf.GGUFWriter, tokenizer: Tokenizer, share: float, end: int, metadata: Mapping[str, Value]
 ) -> None:
     model = json.loads(tokenizer.data)["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    keys: dict[str, Any] = {
+    keys: dict[str, Value] = {
         "ggml.model": "gpt2",
         "ggml.pre": "gpt-2",
         "ggml.tokens": tokens,
-        "ggml.token_type": [3 if place < len(SPECIAL_TOKENS) else 1 for place in range(len(tokens))],
+        "ggml.token_type": [3 if token < len(SPECIAL_TOKENS) else 1 for token in range(len(tokens))],
         "ggml.merges": merges[: int(len(merges) * share)],
         "ggml.bos_token_id": tokenizer.bos_id,
         "ggml.eos_token_id": end,
         "ggml.padding_token_id": tokenizer.pad_id,
         "ggml.add_bos_token": False,
         "chat_template": STUDENT_TEMPLATE,
-        **says,
+        **metadata,
     }
     for key, value in keys.items():
         add = {

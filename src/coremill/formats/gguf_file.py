@@ -55,7 +55,7 @@ class GgufTensor:
 
 
 class GgufFile:
-    """A whole GGUF file. Its tensors are read on request.
+    """A complete GGUF file. Its tensors are read on request.
 
     Raises:
         CheckpointUnreadableError: the file is unreadable, not GGUF, of another version, truncated or damaged.
@@ -104,7 +104,7 @@ class _FormatError(Exception):
 
 
 def _damaged(path: Path, found: str) -> CheckpointUnreadableError:
-    return CheckpointUnreadableError(f"{path} {found}", expected="a whole GGUF file of version 2 or 3")
+    return CheckpointUnreadableError(f"{path} {found}", expected="a complete GGUF file of version 2 or 3")
 
 
 class _Cursor:

@@ -1,4 +1,4 @@
-"""GGUF files beside their checkpoint: right ones pass, and each planted defect shows in a figure that names it."""
+"""GGUF files compared with their checkpoint: correct files pass, and each planted defect fails a figure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gguf
 import msgspec
@@ -29,6 +28,7 @@ from coremill.formats.gguf.contents import MOST_WEIGHTS_ERR, prompt_differences,
 from coremill.formats.gguf.parity import measure_gguf, require_parity
 from coremill.formats.gguf.reader import GgufWeights
 from coremill.formats.gguf.writer import write_gguf
+from coremill.formats.gguf_file import Value
 from coremill.formats.llamacpp.process import LlamaCpp
 from coremill.model.checkpoint import checkpoint_of
 from coremill.model.student import new_student
@@ -93,7 +93,7 @@ def test_right_files_pass(right: GgufParity) -> None:
     }
 
 
-def test_the_figures_are_those_of_each_type(right: GgufParity) -> None:
+def test_the_figures_of_each_type_are_within_its_rounding(right: GgufParity) -> None:
     files = right.files
     assert files["f32"].figure("max_abs_err").measured < 4e-5
     assert 1e-3 < files["f16"].figure("max_abs_err").measured < 5e-2
@@ -140,7 +140,7 @@ DEFECTS: dict[str, tuple[Callable[[Path, Toy, gguf.GGMLQuantizationType], Path],
 @pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_0"])
 @pytest.mark.parametrize("defect", DEFECTS)
 @pytest.mark.usefixtures("fewer_texts")
-def test_a_planted_defect_shows_in_a_figure(toy: Toy, tmp_path: Path, defect: str, kind: GgufType) -> None:
+def test_a_planted_defect_fails_its_figure(toy: Toy, tmp_path: Path, defect: str, kind: GgufType) -> None:
     write, expected = DEFECTS[defect]
     path = write(tmp_path / "bad.gguf", toy, KINDS[kind])
     report = measure_gguf({kind: path}, toy.checkpoint, toy.prompts, checkpoint_digest=DIGEST, quick=True)
@@ -176,7 +176,7 @@ CHANGES: dict[str, tuple[str, Callable[[torch.Tensor], None]]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_weight_that_is_off_by_more_than_rounding_shows_in_every_type(
+def test_a_weight_that_is_off_by_more_than_rounding_is_found_in_every_type(
     toy: Toy, tmp_path: Path, change: str, kind: GgufType
 ) -> None:
     source = GgufWeights(write_toy(tmp_path / "bad.gguf", _with(toy, *CHANGES[change]), KINDS[kind]))
@@ -196,7 +196,7 @@ def test_a_weight_that_is_off_by_more_than_rounding_shows_in_every_type(
         lambda value: value.add_(0.04 * value.abs().max() * torch.randn(value.shape, generator=SEEDED)),
     ],
 )
-def test_weights_of_a_searched_type_are_what_llama_cpp_makes_of_them(
+def test_weights_of_a_searched_type_equal_llama_cpps_quantisation(
     tmp_path: Path, kind: GgufType, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     config = msgspec.structs.replace(CONFIG, d_model=256, d_ff=256, n_layers=1)
@@ -213,7 +213,7 @@ def test_weights_of_a_searched_type_are_what_llama_cpp_makes_of_them(
         assert (found == 0) if is_right else (found > 100)
 
 
-SAYS: dict[str, tuple[dict[str, Any], set[str]]] = {
+WRONG_METADATA: dict[str, tuple[dict[str, Value], set[str]]] = {
     "another beginning token": (
         {"ggml.bos_token_id": 9},
         {"tokenizer.ggml.bos_token_id is 9, not 1", "llama.cpp's beginning token is 9, not 1"},
@@ -232,21 +232,21 @@ SAYS: dict[str, tuple[dict[str, Any], set[str]]] = {
             "llama.cpp's chat template is '{{ messages }}', not ",
         },
     ),
-    "a special token that is none": (
+    "a special token declared as a normal one": (
         {"ggml.token_type": [*[3] * 3, 1, *[3] * 6, *[1] * 502]},
         {"tokenizer.ggml.token_type[3] is 1, not 3", "whether token 3 is special is False, not True"},
     ),
-    "a token that is special": (
+    "a normal token declared as special": (
         {"ggml.token_type": [*[3] * 10, *[1] * 296, 3, *[1] * 205]},
         {"tokenizer.ggml.token_type[306] is 3, not 1", "whether token 306 is special is True, not False"},
     ),
-    "another way to cut texts": ({"ggml.pre": "smollm"}, {"tokenizer.ggml.pre is 'smollm', not 'gpt-2'"}),
-    "a word on sampling": (
+    "another pre-tokenization": ({"ggml.pre": "smollm"}, {"tokenizer.ggml.pre is 'smollm', not 'gpt-2'"}),
+    "a key for sampling": (
         {"general.sampling.temp": 5.0},
         {"general.sampling.temp is 5.0, not None"},
     ),
     "another type in its name": ({"general.file_type": 2}, {"general.file_type is 2, not 7"}),
-    "a key that is none of ours": (
+    "a key that coremill does not write": (
         {"ggml.add_eos_token": True},
         {
             "tokenizer.ggml.add_eos_token is True, not None",
@@ -261,19 +261,19 @@ CHANGES_PROMPTS = {
     "a beginning token before every text",
     "another chat template",
 }
-"""They show in what llama.cpp's server makes of conversations, too."""
+"""These change the prompts of llama.cpp's server as well."""
 
 
-@pytest.mark.parametrize("what", SAYS)
+@pytest.mark.parametrize("what", WRONG_METADATA)
 @pytest.mark.usefixtures("fewer_texts")
-def test_what_a_file_says_wrongly_is_named(toy: Toy, tmp_path: Path, what: str) -> None:
-    says, expected = SAYS[what]
-    path = write_toy(tmp_path / "bad.gguf", toy, Kind.Q8_0, says=says)
+def test_wrong_metadata_is_named(toy: Toy, tmp_path: Path, what: str) -> None:
+    metadata, expected = WRONG_METADATA[what]
+    path = write_toy(tmp_path / "bad.gguf", toy, Kind.Q8_0, metadata=metadata)
     report = measure_gguf({"q8_0": path}, toy.checkpoint, toy.prompts, checkpoint_digest=DIGEST, quick=True)
     found = [f"{each.name} is {each.found}, not {each.expected}" for each in report.files["q8_0"].settings]
     assert len(found) == len(expected)
     assert bool(report.files["q8_0"].prompts) == (what in CHANGES_PROMPTS)
-    assert all(any(said.startswith(start) for said in found) for start in expected), found
+    assert all(any(difference.startswith(start) for difference in found) for start in expected), found
     assert report.files["q8_0"].figure("settings").outcome == "failed"
     with pytest.raises(ParityError, match="q8_0: settings is "):
         require_parity(report)
@@ -288,8 +288,8 @@ def test_what_a_file_says_wrongly_is_named(toy: Toy, tmp_path: Path, what: str) 
     ],
 )
 @pytest.mark.usefixtures("fewer_texts")
-def test_what_a_file_says_of_another_model_is_named(
-    toy: Toy, tmp_path: Path, config: dict[str, Any], expected: set[str]
+def test_a_wrong_configuration_is_named(
+    toy: Toy, tmp_path: Path, config: dict[str, float], expected: set[str]
 ) -> None:
     other = msgspec.structs.replace(CONFIG, **config)
     changed = replace(toy, checkpoint=replace(toy.checkpoint, config=other, where="changed", run=None))
@@ -300,17 +300,17 @@ def test_what_a_file_says_of_another_model_is_named(
 
 @pytest.mark.parametrize(("kind", "stored"), [("q8_0", "f32"), ("q4_0", "q8_0"), ("f16", "f32")])
 @pytest.mark.usefixtures("fewer_texts")
-def test_a_file_of_another_type_is_none_of_that_type(
+def test_a_file_of_another_type_differs_in_its_settings(
     toy: Toy, tmp_path: Path, kind: GgufType, stored: GgufType
 ) -> None:
     path = write_toy(tmp_path / "renamed.gguf", toy, KINDS[stored])
     report = measure_gguf({kind: path}, toy.checkpoint, toy.prompts, checkpoint_digest=DIGEST, quick=True)
-    said = [f"{each.name} is {each.found}, not {each.expected}" for each in report.files[kind].settings]
-    assert f"the type of embed_tokens.weight is '{stored.upper()}', not '{kind.upper()}'" in said
+    found = [f"{each.name} is {each.found}, not {each.expected}" for each in report.files[kind].settings]
+    assert f"the type of embed_tokens.weight is '{stored.upper()}', not '{kind.upper()}'" in found
 
 
 @pytest.mark.usefixtures("fewer_texts")
-def test_a_type_that_is_not_written_here_is_none_of_ours(toy: Toy, tmp_path: Path) -> None:
+def test_a_type_that_coremill_does_not_write_fails(toy: Toy, tmp_path: Path) -> None:
     path = write_toy(tmp_path / "other.gguf", toy, Kind.Q5_0)
     report = measure_gguf({"q8_0": path}, toy.checkpoint, toy.prompts, checkpoint_digest=DIGEST, quick=True)
     assert report.files["q8_0"].figure("weights_err").outcome == "failed"
@@ -318,8 +318,8 @@ def test_a_type_that_is_not_written_here_is_none_of_ours(toy: Toy, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("fewer_texts")
-def test_texts_are_compared_in_the_form_that_the_tokenizer_puts_them_into(toy: Toy, tmp_path: Path) -> None:
-    """Qwen's form NFC, which llama.cpp does not know of."""
+def test_texts_are_normalised_before_they_are_compared(toy: Toy, tmp_path: Path) -> None:
+    """Qwen's tokenizers normalise to NFC; llama.cpp does not."""
     parts = json.loads(toy.tokenizer.data)
     backend = PRE_TOKENIZATIONS["qwen2"]
     parts["normalizer"] = json.loads(backend.normalizer.__getstate__())
@@ -334,19 +334,19 @@ def test_texts_are_compared_in_the_form_that_the_tokenizer_puts_them_into(toy: T
         [ChatPrompt(id="1", text="Will it rain?")],
         tokenizer,
     )
-    path = write_toy(tmp_path / "toy.gguf", toy, says={"ggml.pre": "qwen2", "chat_template": "x"})
+    path = write_toy(tmp_path / "toy.gguf", toy, metadata={"ggml.pre": "qwen2", "chat_template": "x"})
     file = measure_gguf({"f32": path}, toy.checkpoint, prompts, checkpoint_digest=DIGEST, quick=True).files["f32"]
     assert file.figure("tokenizer_mismatches").measured == 0
 
 
-def test_a_template_that_reads_a_variable_of_llama_cpp_s_server_is_reported(toy: Toy, tmp_path: Path) -> None:
-    """As Llama 3.1's does, which has a date where none is given: the server gives today's."""
+def test_a_template_with_a_variable_of_llama_cpps_server_is_reported(toy: Toy, tmp_path: Path) -> None:
+    """As in Llama 3.1's template, which has a default date; the server provides today's."""
     template = "{{ 'no day' if date_string is not defined else 'a day' }}{{ messages[0].content }}"
     (tmp_path / "tokenizer.json").write_bytes(toy.tokenizer.data)
     (tmp_path / "chat_template.jinja").write_text(template)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
     tokenizer = TextTokenizer.load(tmp_path / "tokenizer.json")
-    path = write_toy(tmp_path / "toy.gguf", toy, says={"chat_template": template})
+    path = write_toy(tmp_path / "toy.gguf", toy, metadata={"chat_template": template})
     with LlamaCpp(path, context=32) as llamacpp:
         found = list(prompt_differences(llamacpp, tokenizer))
     assert len(found) == 3
@@ -354,8 +354,8 @@ def test_a_template_that_reads_a_variable_of_llama_cpp_s_server_is_reported(toy:
 
 
 @pytest.mark.usefixtures("fewer_texts")
-def test_a_beginning_token_that_is_put_before_every_text_is_there_once(toy: Toy, tmp_path: Path) -> None:
-    """As Llama 3 has it: the template writes it too, and llama.cpp's server takes it off again."""
+def test_a_beginning_token_before_every_text_is_compared_once(toy: Toy, tmp_path: Path) -> None:
+    """As in Llama 3: the template writes it as well, and llama.cpp's server removes it."""
     (tmp_path / "tokenizer.json").write_bytes(toy.tokenizer.data)
     (tmp_path / "chat_template.jinja").write_text(STUDENT_TEMPLATE)
     special = {"eos_token": "<|end|>", "bos_token": "<|bos|>", "pad_token": "<|pad|>", "add_bos_token": True}
@@ -364,13 +364,13 @@ def test_a_beginning_token_that_is_put_before_every_text_is_there_once(toy: Toy,
     words = " ".join(row.prompt for row in toy.rows)
     texts = [Text(id="a", source="here", licence=None, text=words)]
     prompts = TextPrompts(texts, [ChatPrompt(id="1", text="Will it rain?")], tokenizer)
-    path = write_toy(tmp_path / "toy.gguf", toy, says={"ggml.add_bos_token": True})
+    path = write_toy(tmp_path / "toy.gguf", toy, metadata={"ggml.add_bos_token": True})
     file = measure_gguf({"f32": path}, toy.checkpoint, prompts, checkpoint_digest=DIGEST, quick=True).files["f32"]
     assert (file.settings, file.prompts) == ((), ())
 
 
 @pytest.mark.usefixtures("fewer_texts")
-def test_a_model_that_answers_worse_than_its_checkpoint_is_named(toy: Toy, tmp_path: Path) -> None:
+def test_a_model_that_answers_worse_than_its_checkpoint_fails(toy: Toy, tmp_path: Path) -> None:
     fresh = new_student(CONFIG, seed=3).state_dict()
     untrained = replace(toy, checkpoint=replace(toy.checkpoint, state_dict=fresh, where="untrained", run=None))
     mute = write_toy(tmp_path / "bad.gguf", untrained, Kind.F16)
@@ -386,7 +386,7 @@ def test_a_model_that_answers_worse_than_its_checkpoint_is_named(toy: Toy, tmp_p
 
 
 @pytest.mark.usefixtures("fewer_texts")
-def test_a_mismatch_of_the_tokenizer_is_listed(toy: Toy, tmp_path: Path) -> None:
+def test_tokenizer_mismatches_are_listed(toy: Toy, tmp_path: Path) -> None:
     path = write_toy(tmp_path / "bad.gguf", toy, merges=0.5)
     file = measure_gguf({"f32": path}, toy.checkpoint, toy.prompts, checkpoint_digest=DIGEST, quick=True).files[
         "f32"
@@ -398,7 +398,7 @@ def test_a_mismatch_of_the_tokenizer_is_listed(toy: Toy, tmp_path: Path) -> None
 
 
 def with_twin(toy: Toy, first: int, twin: int, scale: float) -> Toy:
-    """The toy, the token `twin` embedded as `first` is, times `scale`."""
+    """The toy, with the embedding of the token `twin` set to that of `first`, times `scale`."""
     embedding = toy.checkpoint.state_dict["embed_tokens.weight"].clone()
     embedding[twin] = embedding[first] * scale
     state = {**toy.checkpoint.state_dict, "embed_tokens.weight": embedding}
@@ -410,9 +410,9 @@ def with_twin(toy: Toy, first: int, twin: int, scale: float) -> Toy:
 def test_a_difference_at_a_near_tie_is_listed_and_allowed(
     toy: Toy, tmp_path: Path, change: float, is_near: bool
 ) -> None:
-    """Two tokens of all but one embedding: the first a little likelier to torch, the other to llama.cpp."""
-    asked = toy.tokenizer.encode_prompt(toy.prompts.rows[0].prompt)
-    first = int(gguf_parity._Reference(toy.checkpoint).next_logits(asked).argmax())
+    """Two tokens with almost the same embedding: torch prefers the first one slightly, llama.cpp the other."""
+    prompt = toy.tokenizer.encode_prompt(toy.prompts.rows[0].prompt)
+    first = int(gguf_parity._Reference(toy.checkpoint).next_logits(prompt).argmax())
     twin = toy.tokenizer.encode("~")[0]  # no question has it
     path = write_toy(tmp_path / "twin.gguf", with_twin(toy, first, twin, 1 + change))
     ours = with_twin(toy, first, twin, 1 - change)
@@ -427,14 +427,14 @@ def test_a_difference_at_a_near_tie_is_listed_and_allowed(
     assert (beyond == 0) is is_near
 
 
-def test_a_file_of_another_context_is_refused(toy: Toy, tmp_path: Path) -> None:
+def test_a_file_with_another_context_is_rejected(toy: Toy, tmp_path: Path) -> None:
     other = msgspec.structs.replace(CONFIG, max_seq_len=128)
     path = write_toy(tmp_path / "toy.gguf", replace(toy, checkpoint=replace(toy.checkpoint, config=other)))
     with pytest.raises(GgufError, match=rf"^{path} has 128 positions, the checkpoint's model 160\n"):
         measure_gguf({"f32": path}, toy.checkpoint, toy.prompts, checkpoint_digest=DIGEST, quick=True)
 
 
-def test_a_file_of_another_vocabulary_is_refused(toy: Toy, tmp_path: Path) -> None:
+def test_a_file_with_another_vocabulary_is_rejected(toy: Toy, tmp_path: Path) -> None:
     config = msgspec.structs.replace(CONFIG, vocab_size=520)
     state = dict(toy.checkpoint.state_dict)
     state["embed_tokens.weight"] = torch.cat([state["embed_tokens.weight"], torch.zeros(8, CONFIG.d_model)])
@@ -448,7 +448,7 @@ def test_a_file_of_another_vocabulary_is_refused(toy: Toy, tmp_path: Path) -> No
     )
 
 
-def test_a_file_of_other_tensors_is_refused(toy: Toy, tmp_path: Path) -> None:
+def test_a_file_with_other_tensors_is_rejected(toy: Toy, tmp_path: Path) -> None:
     path = write_toy(tmp_path / "toy.gguf", toy, Kind.Q8_0, always=77)
     with pytest.raises(GgufError) as caught:
         measure_gguf({"q8_0": path}, toy.checkpoint, toy.prompts, checkpoint_digest=DIGEST, quick=True)
@@ -458,7 +458,7 @@ def test_a_file_of_other_tensors_is_refused(toy: Toy, tmp_path: Path) -> None:
     )
 
 
-def test_a_truncated_file_is_refused(toy: Toy, tmp_path: Path) -> None:
+def test_a_truncated_file_is_rejected(toy: Toy, tmp_path: Path) -> None:
     path = write_toy(tmp_path / "toy.gguf", toy)
     path.write_bytes(path.read_bytes()[:-4096])
     with pytest.raises(CheckpointUnreadableError, match=rf"^{path} is truncated: "):
@@ -466,8 +466,8 @@ def test_a_truncated_file_is_refused(toy: Toy, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fewer_texts")
-def test_an_imported_model_is_asked_about_texts(toy: Toy, tmp_path: Path) -> None:
-    """Its chat questions first; the beginnings of texts where these are too few."""
+def test_an_imported_model_is_compared_on_texts(toy: Toy, tmp_path: Path) -> None:
+    """Its chat prompts come first, then the beginnings of texts if there are too few."""
     words = " ".join(row.prompt for row in toy.rows)
     texts = [
         Text(id=name, source="here", licence=None, text=words[start:]) for name, start in (("a", 0), ("b", 50))
@@ -510,12 +510,12 @@ def a_figure(**options) -> ParityFigure:
         ({"source": None}, "`kl_nats` has the bound 2.0 and the source None"),
     ],
 )
-def test_a_figure_does_not_contradict_its_bound(options, problem: str) -> None:
+def test_a_figure_that_contradicts_its_bound_is_rejected(options, problem: str) -> None:
     with pytest.raises(ValueError, match=f"^{problem}$"):
         a_figure(**options)
 
 
-def test_a_report_does_not_contradict_its_figures(right: GgufParity) -> None:
+def test_a_report_that_contradicts_its_figures_is_rejected(right: GgufParity) -> None:
     with pytest.raises(ValueError, match=r"^`passed` is False, which contradicts the figures$"):
         msgspec.structs.replace(right, passed=False)
     with pytest.raises(ValueError, match=r"^`files` is empty$"):
@@ -537,7 +537,7 @@ def test_a_failure_is_reported_with_its_bound(right: GgufParity) -> None:
 @pytest.mark.parametrize(
     ("available", "files", "expected"), [(10**12, 1, 1), (10**12, 99, os.cpu_count()), (0, 4, 1), (10**6, 4, 1)]
 )
-def test_as_many_files_are_measured_at_once_as_there_is_memory_for(
+def test_memory_limits_how_many_files_are_measured_at_once(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, available: int, files: int, expected: int
 ) -> None:
     monkeypatch.setattr(gguf_parity, "available_memory_bytes", lambda: available)

@@ -1,4 +1,4 @@
-"""GGUF files as the `gguf` package writes them: the weights and logits that went in; broken ones are refused."""
+"""GGUF files written by the `gguf` package: weights and logits match; broken files are rejected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coremill.core.config import FrequencyFactors, LinearScaling, YarnScaling
+from coremill.core.config import FrequencyFactors, LinearScaling, RopeScaling, YarnScaling
 from coremill.core.errors import (
     CheckpointContentError,
     CheckpointUnreadableError,
@@ -22,13 +22,13 @@ from coremill.core.errors import (
     UnsupportedModelError,
 )
 from coremill.formats.gguf.reader import from_interleaved
-from coremill.formats.gguf_file import GgufFile
+from coremill.formats.gguf_file import GgufFile, Value
 from coremill.formats.weights import GgufWeights, open_weights
 from coremill.model.student import Student
 
 Kind = gguf.GGMLQuantizationType
 
-SIZES: dict[str, Any] = {
+SIZES: dict[str, int] = {
     "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -68,7 +68,7 @@ def a_model(architecture: str, **options: Any) -> transformers.PreTrainedModel:
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows as llama.cpp's conversion orders those of Q and K."""
+    """The rows of Q and K in the order of llama.cpp's conversion."""
     return (
         weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
         .swapaxes(1, 2)
@@ -76,7 +76,9 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-def write(path: Path, model: transformers.PreTrainedModel, kind: Kind = Kind.F32, **keys: Any) -> Path:
+def write(
+    path: Path, model: transformers.PreTrainedModel, kind: Kind = Kind.F32, **keys: Value | np.ndarray
+) -> Path:
     """The model as a GGUF file; matrices as `kind`, vectors in float32. `keys` add to the metadata."""
     config = model.config
     arch = config.model_type
@@ -109,7 +111,7 @@ def write(path: Path, model: transformers.PreTrainedModel, kind: Kind = Kind.F32
     return path
 
 
-def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add(writer: gguf.GGUFWriter, key: str, value: Value | np.ndarray) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -199,7 +201,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+def test_logits_match_transformers(tmp_path: Path, name: str) -> None:
     architecture, options, keys = MODELS[name]
     model = a_model(architecture, **options)
     source = check_same(model, write(tmp_path / "model.gguf", model, **keys))
@@ -207,8 +209,8 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     assert source.dtypes == ("F32",)
 
 
-def test_llama3_scaling_comes_as_factors(tmp_path: Path) -> None:
-    """llama.cpp's conversion writes Llama 3.1's rule out, as a divisor of each frequency."""
+def test_llama3_scaling_is_read_from_factors(tmp_path: Path) -> None:
+    """llama.cpp's conversion writes Llama 3.1's rule as a divisor of each frequency."""
     rope = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -226,7 +228,7 @@ def test_llama3_scaling_comes_as_factors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1])
-def test_every_type_reads_as_the_gguf_package_has_it(tmp_path: Path, kind: Kind) -> None:
+def test_every_type_is_read_as_the_gguf_package_stores_it(tmp_path: Path, kind: Kind) -> None:
     model = a_model("Llama")
     source = opened(write(tmp_path / "model.gguf", model, kind))
     assert source.dtypes == (kind.name, "F32")
@@ -241,7 +243,7 @@ def test_every_type_reads_as_the_gguf_package_has_it(tmp_path: Path, kind: Kind)
     assert source.size_bytes == sum(tensor.nbytes for tensor in read.values())
 
 
-def test_what_is_dequantised_in_parts_is_what_is_dequantised_at_once(tmp_path: Path) -> None:
+def test_a_tensor_dequantised_in_parts_equals_one_dequantised_at_once(tmp_path: Path) -> None:
     model = a_model("Llama", vocab_size=9000)  # the embedding takes more than one part
     path = write(tmp_path / "model.gguf", model, Kind.Q4_0)
     reader = gguf.GGUFReader(path)
@@ -252,7 +254,7 @@ def test_what_is_dequantised_in_parts_is_what_is_dequantised_at_once(tmp_path: P
         assert np.array_equal(file.dequantized(tensor.name), expected), tensor.name
 
 
-def test_metadata_is_what_the_gguf_package_reads(tmp_path: Path) -> None:
+def test_metadata_equals_what_the_gguf_package_reads(tmp_path: Path) -> None:
     keys = {
         "a.flag": True,
         "a.text": "Ünïcode",
@@ -305,11 +307,13 @@ def test_the_permutation_is_undone(heads: int, half: int, columns: int) -> None:
         ),
     ],
 )
-def test_scalings_are_read_as_llama_cpp_reads_them(tmp_path: Path, keys: dict[str, Any], expected: Any) -> None:
+def test_scalings_are_read_as_llama_cpp_reads_them(
+    tmp_path: Path, keys: dict[str, Value], expected: RopeScaling | None
+) -> None:
     assert opened(write(tmp_path / "model.gguf", a_model("Llama"), **keys)).config.rope_scaling == expected
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------
 
 
 def refusal(path: Path, kind: type[CoremillError]) -> str:
@@ -337,7 +341,7 @@ def refusal(path: Path, kind: type[CoremillError]) -> str:
         ({"llama.logit_scale": 2.0}, "llama.logit_scale is set, which coremill does not support"),
     ],
 )
-def test_what_is_not_computed_is_refused_by_name(tmp_path: Path, keys: dict[str, Any], found: str) -> None:
+def test_an_unsupported_option_is_named(tmp_path: Path, keys: dict[str, Value], found: str) -> None:
     path = write(
         tmp_path / "model.gguf", a_model("Llama"), **{k: v for k, v in keys.items() if k[:8] != "general."}
     )
@@ -349,7 +353,8 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path: Path, keys: dict[str,
 
 
 def rename_value(path: Path, old: str, new: str) -> None:
-    """Replace the value of general.architecture; the space up to the tensors takes the difference."""
+    """Replace the value of general.architecture; the padding before the tensors absorbs the difference in
+    length."""
     data = path.read_bytes()
     key = b"general.architecture" + struct.pack("<I", 8)
     start = data.index(key) + len(key)
@@ -362,14 +367,14 @@ def rename_value(path: Path, old: str, new: str) -> None:
     path.write_bytes(changed + data[first:])
 
 
-def test_a_type_that_is_not_dequantised(tmp_path: Path) -> None:
+def test_a_type_that_cannot_be_dequantised_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", a_model("Llama"), **{"rope_freqs.weight": np.ones(8, np.int32)})
     assert refusal(path, UnsupportedModelError) == (
         f"{path}: rope_freqs.weight is of type I32, which the gguf package does not dequantise"
     )
 
 
-def test_an_unsupported_architecture_is_told_what_is_supported(tmp_path: Path) -> None:
+def test_the_error_for_an_architecture_lists_the_supported_ones(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", a_model("Llama"))
     rename_value(path, "llama", "phi3")
     with pytest.raises(UnsupportedModelError) as caught:
@@ -379,7 +384,7 @@ def test_an_unsupported_architecture_is_told_what_is_supported(tmp_path: Path) -
     )
 
 
-def test_a_truncated_file_names_the_tensor(tmp_path: Path) -> None:
+def test_the_error_for_a_truncated_file_names_the_tensor(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", a_model("Llama"))
     file = GgufFile(path)
     last = max(file.tensors, key=lambda name: file.tensors[name].start)
@@ -399,17 +404,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_truncated_anywhere(small: bytes, tmp_path: Path, share: float) -> None:
+def test_a_file_truncated_anywhere_is_rejected(small: bytes, tmp_path: Path, share: float) -> None:
     path = tmp_path / "part.gguf"
-    data = small.rstrip(b"\0")  # what pads the end is not missed
+    data = small.rstrip(b"\0")  # the padding at the end may be missing
     path.write_bytes(data[: int(len(data) * share)])
     refusal(path, CheckpointUnreadableError)
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_damaged_header_is_refused_or_read(small: bytes, tmp_path: Path, data: st.DataObject) -> None:
-    """Whatever a byte of the header says, the answer comes at once, and it is one of ours."""
+def test_a_damaged_header_is_read_or_rejected(small: bytes, tmp_path: Path, data: st.DataObject) -> None:
+    """Whatever a byte of the header is, the file is read or rejected at once, with one of our errors."""
     damaged = bytearray(small)
     damaged[data.draw(st.integers(0, 3000))] = data.draw(st.integers(0, 255))
     path = tmp_path / "damaged.gguf"
@@ -431,24 +436,24 @@ def test_a_damaged_header_is_refused_or_read(small: bytes, tmp_path: Path, data:
         (b"GGUF" + struct.pack("<IQ", 3, 5), "is truncated: 16 bytes end within its header"),
     ],
 )
-def test_a_file_of_something_else(tmp_path: Path, data: bytes, found: str) -> None:
+def test_a_file_of_another_format_is_rejected(tmp_path: Path, data: bytes, found: str) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(data)
     assert refusal(path, CheckpointUnreadableError) == f"{path} {found}"
 
 
-def test_a_list_as_long_as_the_universe_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_list_longer_than_the_file_is_rejected_at_once(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     key = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 0, 2**62)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key)
     assert refusal(path, CheckpointUnreadableError) == f"{path} is truncated: 49 bytes end within its header"
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.gguf", CheckpointUnreadableError) == f"there is no {tmp_path}/none.gguf"
 
 
-def test_shapes_that_the_metadata_contradicts(tmp_path: Path) -> None:
+def test_shapes_that_contradict_the_metadata_are_rejected(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", a_model("Llama"), **{"llama.feed_forward_length": 128})
     assert refusal(path, CheckpointContentError) == (
         f"{path}: layers.0.mlp.gate_proj.weight has shape (96, 64), where the model that it describes has (128, 64)"
@@ -470,6 +475,6 @@ def test_shapes_that_the_metadata_contradicts(tmp_path: Path) -> None:
         ({"blk.0.extra.weight": np.ones(4, np.float32)}, "blk.0.extra.weight is not part of the model"),
     ],
 )
-def test_metadata_that_cannot_be(tmp_path: Path, keys: dict[str, Any], found: str) -> None:
+def test_invalid_metadata_is_rejected(tmp_path: Path, keys: dict[str, Value], found: str) -> None:
     path = write(tmp_path / "model.gguf", a_model("Llama"), **keys)
     assert refusal(path, CheckpointContentError).startswith(f"{path}: {found}")

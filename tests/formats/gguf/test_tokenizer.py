@@ -1,4 +1,4 @@
-"""Tokenizers as GGUF metadata: what is read back tokenizes alike; what llama.cpp has not is refused by name."""
+"""Tokenizers as GGUF metadata: they give the same ids when read back; what llama.cpp lacks is named."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prose() -> list[str]:
 
 @pytest.fixture(scope="session")
 def texts(prose: list[str]) -> list[str]:
-    """1,000: half of them real, half of random Unicode."""
+    """1,000 texts: half are real, half are random Unicode."""
     rng = random.Random(11)
     noise = [
         "".join(chr(rng.randrange(*rng.choice(RANGES))) for _ in range(rng.randrange(1, 60))) for _ in range(480)
@@ -49,7 +49,11 @@ def texts(prose: list[str]) -> list[str]:
 
 
 def trained(
-    prose: list[str], pre: pre_tokenizers.PreTokenizer, *, normalizer: Any = None, ignore_merges: bool = False
+    prose: list[str],
+    pre: pre_tokenizers.PreTokenizer,
+    *,
+    normalizer: normalizers.Normalizer | None = None,
+    ignore_merges: bool = False,
 ) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
     if normalizer is not None:
@@ -73,7 +77,7 @@ def saved(backend: tokenizers.Tokenizer, folder: Path, **settings: Any) -> TextT
     return TextTokenizer.load(folder / "tokenizer.json")
 
 
-def bytes_(**options: Any) -> pre_tokenizers.PreTokenizer:
+def bytes_(**options: bool) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **options})
 
 
@@ -94,7 +98,9 @@ KINDS: dict[str, Callable[[list[str]], tokenizers.Tokenizer]] = {
 
 
 @pytest.mark.parametrize("pre", KINDS)
-def test_what_is_read_back_tokenizes_alike(prose: list[str], texts: list[str], tmp_path: Path, pre: str) -> None:
+def test_a_tokenizer_that_is_read_back_gives_the_same_ids(
+    prose: list[str], texts: list[str], tmp_path: Path, pre: str
+) -> None:
     backend = KINDS[pre](prose)
     backend.add_tokens([AddedToken("<tool name>", normalized=False), AddedToken("  ", normalized=False)])
     ours = saved(backend, tmp_path, chat_template="{{ messages[0].content }}", add_bos_token=True)
@@ -113,7 +119,7 @@ def test_what_is_read_back_tokenizes_alike(prose: list[str], texts: list[str], t
 
 
 @pytest.mark.parametrize("pre", KINDS)
-def test_llama_cpp_tokenizes_alike(prose: list[str], texts: list[str], tmp_path: Path, pre: str) -> None:
+def test_llama_cpp_gives_the_same_ids(prose: list[str], texts: list[str], tmp_path: Path, pre: str) -> None:
     backend = KINDS[pre](prose)
     backend.add_tokens([AddedToken("<tool name>", normalized=False), AddedToken("  ", normalized=False)])
     ours = saved(backend, tmp_path)
@@ -127,7 +133,7 @@ def test_llama_cpp_tokenizes_alike(prose: list[str], texts: list[str], tmp_path:
     write_gguf(path, checkpoint, metadata, kind="f32", name="a", provenance={})
     with LlamaCpp(path, context=32) as llamacpp:
         for text in texts:
-            if pre == "qwen2":  # which ours puts into this form, and llama.cpp does not
+            if pre == "qwen2":  # as ours does, and llama.cpp does not
                 text = unicodedata.normalize("NFC", text)
             for allow_special in (False, True):
                 ids = ours.encode(text, allow_special=allow_special)
@@ -154,7 +160,7 @@ def test_the_keys_of_a_student(prose: list[str]) -> None:
     assert all(merge.count(" ") == 1 for merge in lists["merges"])
 
 
-def test_several_tokens_end_an_answer(prose: list[str], tmp_path: Path) -> None:
+def test_several_end_tokens_are_written(prose: list[str], tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3, 0]}')
     ours = saved(KINDS["gpt-2"](prose), tmp_path)
     metadata = gguf_metadata(ours, vocab_size=420)
@@ -162,7 +168,7 @@ def test_several_tokens_end_an_answer(prose: list[str], tmp_path: Path) -> None:
     assert TextTokenizer.from_gguf(metadata, where="").eos_ids == ours.eos_ids == (2, 3, 0)
 
 
-def test_a_place_that_is_unused_gets_a_token_that_no_other_has(prose: list[str], tmp_path: Path) -> None:
+def test_an_unused_id_gets_a_distinct_token(prose: list[str], tmp_path: Path) -> None:
     backend = KINDS["gpt-2"](prose)
     backend.add_tokens([AddedToken("[PAD421]", normalized=False)])
     tokens = gguf_metadata(saved(backend, tmp_path), vocab_size=423)["tokenizer.ggml.tokens"]
@@ -175,16 +181,17 @@ def refusal(tokenizer: TextTokenizer) -> TokenizerError:
     return caught.value
 
 
-def changed(
-    change: Callable[[dict[str, Any]], None], prose: list[str], folder: Path, **settings: Any
-) -> TextTokenizer:
+Change = Callable[[dict[str, Any]], None]
+
+
+def changed(change: Change, prose: list[str], folder: Path, **settings: Any) -> TextTokenizer:
     parts = json.loads(KINDS["gpt-2"](prose).to_str())
     change(parts)
     return saved(tokenizers.Tokenizer.from_str(json.dumps(parts)), folder, **settings)
 
 
-def put(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
-    def change(parts: Any) -> None:
+def put(*keys: str | int, value: Any) -> Change:
+    def change(parts) -> None:
         for key in keys[:-1]:
             parts = parts[key]
         parts[keys[-1]] = value
@@ -192,13 +199,13 @@ def put(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def prefixed(parts: dict[str, Any]) -> None:
-    """Without merges: the library ends in a panic over those that have no prefix."""
+def prefixed(parts) -> None:
+    """Without merges: the library panics for merges that have no prefix."""
     parts["model"] |= {"continuing_subword_prefix": "##", "merges": []}
 
 
-def steps(pre: Any) -> Any:
-    return json.loads(pre.__getstate__())
+def steps(part):
+    return json.loads(part.__getstate__())
 
 
 NONE = "llama.cpp has no name for the normalizer"
@@ -242,7 +249,7 @@ SPACED = BYTES.replace('prefix_space":false', 'prefix_space":true')
         ),
     ],
 )
-def test_what_llama_cpp_has_not(prose: list[str], tmp_path: Path, change: Any, found: str) -> None:
+def test_a_rule_that_llama_cpp_lacks_is_named(prose: list[str], tmp_path: Path, change: Change, found: str) -> None:
     error = refusal(changed(change, prose, tmp_path))
     assert (error.found, error.expected) == (f"{tmp_path}/tokenizer.json: {found}", EXPECTED)
 
@@ -255,14 +262,14 @@ def test_what_llama_cpp_has_not(prose: list[str], tmp_path: Path, change: Any, f
         (models.WordLevel({"[UNK]": 0, "<|end|>": 1}, unk_token="[UNK]"), "WordLevel"),
     ],
 )
-def test_other_models(tmp_path: Path, model: Any, kind: str) -> None:
+def test_another_tokenizer_model_is_rejected(tmp_path: Path, model: models.Model, kind: str) -> None:
     backend = tokenizers.Tokenizer(model)
     error = refusal(saved(backend, tmp_path, bos_token=None, pad_token=None))
     assert error.found == f"{tmp_path}/tokenizer.json: a tokenizer of model {kind}"
 
 
-def test_a_byte_for_which_there_is_an_unknown_token(prose: list[str], tmp_path: Path) -> None:
-    def without(parts: dict[str, Any]) -> None:
+def test_an_unknown_token_for_a_byte_is_rejected(prose: list[str], tmp_path: Path) -> None:
+    def without(parts) -> None:
         vocab = parts["model"]["vocab"]
         last = max(vocab, key=vocab.get)  # so that ids stay without a gap
         parts["model"]["merges"] = [pair for pair in parts["model"]["merges"] if "".join(pair) != last]
@@ -281,15 +288,15 @@ def test_a_byte_for_which_there_is_an_unknown_token(prose: list[str], tmp_path: 
         ({}, [2, 3, 0, 1], "4 tokens end an answer", "at most 3, as in llama.cpp"),
     ],
 )
-def test_end_tokens(
-    prose: list[str], tmp_path: Path, settings: dict[str, Any], ends: list[int], found: str, expected: str
+def test_an_unsupported_number_of_end_tokens_is_rejected(
+    prose: list[str], tmp_path: Path, settings: dict[str, str | None], ends: list[int], found: str, expected: str
 ) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     error = refusal(saved(KINDS["gpt-2"](prose), tmp_path, **settings))
     assert (error.found, error.expected) == (f"{tmp_path}/tokenizer.json: {found}", expected)
 
 
-def test_more_tokens_than_the_embedding_has_rows(prose: list[str]) -> None:
+def test_more_tokens_than_rows_of_the_embedding_are_rejected(prose: list[str]) -> None:
     with pytest.raises(VocabularyMismatchError) as caught:
         gguf_metadata(TextTokenizer.of_student(Tokenizer.train(prose, 300)), vocab_size=299)
     assert caught.value.found == "the student's tokenizer: 300 tokens, the embedding has 299 rows"

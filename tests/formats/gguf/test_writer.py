@@ -24,7 +24,7 @@ from coremill.core.contract import ModelArch, TokenizerRef
 from coremill.core.errors import GgufError, OutputError, UnsupportedModelError, VocabularyMismatchError
 from coremill.formats.gguf.tokenizer import gguf_metadata
 from coremill.formats.gguf.writer import architecture_of, check_kind, check_writable, size_bytes, write_gguf
-from coremill.formats.gguf_file import GgufFile
+from coremill.formats.gguf_file import GgufFile, Value
 from coremill.formats.llamacpp.process import LlamaCpp
 from coremill.formats.weights import open_weights
 from coremill.model.checkpoint import Checkpoint, checkpoint_of
@@ -61,7 +61,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3-qkv": ("qwen3", {"qk_norm": True, "attention_bias": "qkv"}, "qwen3"),
     "toy-with-norms": ("toy", {"qk_norm": True}, "qwen3"),
 }
-"""Model type, options, and the architecture that it is written as."""
+"""Model type, options, and the architecture in the file."""
 
 
 def a_config(**options: Any) -> ModelConfig:
@@ -71,7 +71,7 @@ def a_config(**options: Any) -> ModelConfig:
 
 
 def a_student(config: ModelConfig) -> Student:
-    """Weights of a size that makes each option count: logits within 0.1 of another's would prove little."""
+    """A student with large weights, so that each option has a large effect on the logits."""
     student = new_student(config, seed=5).eval()
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
@@ -95,17 +95,19 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def metadata(tokenizer: Tokenizer) -> dict[str, Any]:
+def metadata(tokenizer: Tokenizer) -> dict[str, Value]:
     return gguf_metadata(TextTokenizer.of_student(tokenizer), vocab_size=ROWS)
 
 
-def write(path: Path, checkpoint: Checkpoint, metadata: dict[str, Any], kind: GgufType = "f32") -> Path:
+def write(path: Path, checkpoint: Checkpoint, metadata: dict[str, Value], kind: GgufType = "f32") -> Path:
     write_gguf(path, checkpoint, metadata, kind=kind, name="a model", provenance={"checkpoint_digest": "sha256:1"})
     return path
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_read_back_is_the_checkpoint(tmp_path: Path, metadata: dict[str, Any], name: str) -> None:
+def test_a_file_that_is_read_back_equals_the_checkpoint(
+    tmp_path: Path, metadata: dict[str, Value], name: str
+) -> None:
     model_type, options, architecture = MODELS[name]
     ours = of(a_student(a_config(**options)), model_type)
     source = open_weights(write(tmp_path / "model.gguf", ours, metadata))
@@ -142,8 +144,8 @@ def largest_difference(path: Path, student: Student, ids: list[int]) -> float:
 @pytest.mark.parametrize(
     "name", [name for name in MODELS if name not in ("llama", "mistral", "qwen2-without-biases")]
 )
-def test_llama_cpp_computes_what_torch_does(
-    tmp_path: Path, tokenizer: Tokenizer, metadata: dict[str, Any], name: str
+def test_llama_cpps_logits_match_torch(
+    tmp_path: Path, tokenizer: Tokenizer, metadata: dict[str, Value], name: str
 ) -> None:
     model_type, options, _ = MODELS[name]
     student = a_student(a_config(**options))
@@ -152,7 +154,9 @@ def test_llama_cpp_computes_what_torch_does(
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k"])
-def test_matrices_are_stored_as_the_type_says(tmp_path: Path, metadata: dict[str, Any], kind: GgufType) -> None:
+def test_matrices_are_stored_as_the_type_specifies(
+    tmp_path: Path, metadata: dict[str, Value], kind: GgufType
+) -> None:
     config = a_config(d_model=256, d_ff=256, n_layers=1, attention_bias="qkv")
     ours = of(a_student(config))
     path = write(tmp_path / "model.gguf", ours, metadata, kind)
@@ -171,14 +175,14 @@ def test_matrices_are_stored_as_the_type_says(tmp_path: Path, metadata: dict[str
         assert error == 0 if expected.dim() == 1 else 0 < error < limits[kind], (name, error)
 
 
-def test_a_checkpoint_in_half_precision(tmp_path: Path, metadata: dict[str, Any]) -> None:
+def test_a_checkpoint_in_half_precision_is_written_as_float32(tmp_path: Path, metadata: dict[str, Value]) -> None:
     ours = of(a_student(a_config()))
     half = replace(ours, state_dict={name: tensor.bfloat16() for name, tensor in ours.state_dict.items()})
     for name, value in open_weights(write(tmp_path / "model.gguf", half, metadata)).read():
         assert torch.equal(value, half.state_dict[name].float()), name
 
 
-def test_metadata(tmp_path: Path, metadata: dict[str, Any]) -> None:
+def test_the_metadata_of_a_file(tmp_path: Path, metadata: dict[str, Value]) -> None:
     config = a_config(rope_scaling=YARN)
     file = GgufFile(write(tmp_path / "model.gguf", of(a_student(config)), metadata, "q8_0"))
     found = {key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.")}
@@ -209,7 +213,7 @@ def test_metadata(tmp_path: Path, metadata: dict[str, Any]) -> None:
     }
 
 
-def test_equal_checkpoints_give_equal_bytes(tmp_path: Path, metadata: dict[str, Any]) -> None:
+def test_equal_checkpoints_give_equal_bytes(tmp_path: Path, metadata: dict[str, Value]) -> None:
     config = a_config()
     first = write(tmp_path / "a.gguf", of(a_student(config)), metadata, "q4_0").read_bytes()
     path = write(tmp_path / "b.gguf", of(a_student(config)), dict(metadata), "q4_0")
@@ -219,18 +223,18 @@ def test_equal_checkpoints_give_equal_bytes(tmp_path: Path, metadata: dict[str, 
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------
 
 
-def test_a_folder_in_the_way(tmp_path: Path, metadata: dict[str, Any]) -> None:
+def test_an_existing_directory_is_rejected(tmp_path: Path, metadata: dict[str, Value]) -> None:
     with pytest.raises(OutputError) as caught:
         write(tmp_path, of(a_student(a_config())), metadata)
     assert caught.value.found == f"{tmp_path} is not a regular file"
     assert not any(tmp_path.iterdir())
 
 
-def test_what_was_there_stays_where_writing_fails(
-    tmp_path: Path, metadata: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_an_earlier_file_is_kept_if_writing_fails(
+    tmp_path: Path, metadata: dict[str, Value], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"before")
@@ -264,8 +268,8 @@ def test_what_was_there_stays_where_writing_fails(
         ),
     ],
 )
-def test_rows_that_rule_a_type_out(
-    tmp_path: Path, metadata: dict[str, Any], kind: GgufType, sizes: dict[str, int], found: str, expected: str
+def test_a_type_whose_blocks_do_not_fit_the_rows_is_rejected(
+    tmp_path: Path, metadata: dict[str, Value], kind: GgufType, sizes: dict[str, int], found: str, expected: str
 ) -> None:
     config = a_config(**sizes)
     for check in (
@@ -278,7 +282,7 @@ def test_rows_that_rule_a_type_out(
     assert not any(tmp_path.iterdir())
 
 
-def test_the_halt_head_rules_nothing_out() -> None:
+def test_the_halt_head_is_not_checked() -> None:
     student = a_student(a_config(arch=ModelArch(use_halt_head=True, tie_embeddings=True)))
     with torch.no_grad():
         student.halt_head.weight[0, 0] = 7e4
@@ -315,13 +319,15 @@ def test_the_halt_head_rules_nothing_out() -> None:
         ),
     ],
 )
-def test_options_that_llama_cpp_does_not_compute(options: dict[str, Any], found: str, expected: str) -> None:
+def test_options_that_llama_cpp_does_not_compute_are_named(
+    options: dict[str, Any], found: str, expected: str
+) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         architecture_of(a_config(**options), "qwen3")
     assert (caught.value.found, caught.value.expected) == (found, expected)
 
 
-def test_values_beyond_float16() -> None:
+def test_values_beyond_float16_are_rejected() -> None:
     student = a_student(a_config())
     with torch.no_grad():
         student.layers[1].mlp.up_proj.weight[3, 4] = -7e4
@@ -334,7 +340,7 @@ def test_values_beyond_float16() -> None:
     )
 
 
-def test_a_tokenizer_of_another_size(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_tokenizer_of_another_size_is_rejected(tmp_path: Path, tokenizer: Tokenizer) -> None:
     metadata = gguf_metadata(TextTokenizer.of_student(tokenizer), vocab_size=329)
     with pytest.raises(VocabularyMismatchError) as caught:
         write(tmp_path / "model.gguf", of(a_student(a_config())), metadata)

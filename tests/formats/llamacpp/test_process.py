@@ -1,4 +1,4 @@
-"""llama.cpp itself, on a small model's GGUF file: torch's logits, its tokens; files that do not load."""
+"""llama.cpp with a small model's GGUF file: logits and tokens match torch; broken files are reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from coremill.model.checkpoint import build_student
 IDS = [1, 3, 100, 201, 302, 4, 54, 88]
 CONTEXT = 160
 REMAKE = "\n  run: python -m coremill.conversion.export_gguf --help"
-LOADS = "\n  expected: a whole GGUF file of a model that llama.cpp runs" + REMAKE
+EXPECTED = "\n  expected: a complete GGUF file of a model that llama.cpp runs" + REMAKE
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,14 @@ def torch_logits(toy: Toy, ids: list[int]) -> np.ndarray:
         return build_student(toy.checkpoint)(torch.tensor([ids]))[0][0].numpy()
 
 
-def test_it_says_the_logits_after_every_token(llamacpp: LlamaCpp, toy: Toy) -> None:
+def test_the_logits_after_every_token_match_torch(llamacpp: LlamaCpp, toy: Toy) -> None:
     found = llamacpp.logits(IDS)
     assert found.shape == (8, 512)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, torch_logits(toy, IDS), atol=2e-5)
 
 
-def test_what_was_asked_before_is_forgotten(llamacpp: LlamaCpp) -> None:
+def test_a_request_does_not_depend_on_earlier_ones(llamacpp: LlamaCpp) -> None:
     first = llamacpp.logits(IDS)
     llamacpp.logits([7, 7, 7])
     llamacpp.generate(IDS, 5, ())
@@ -68,7 +68,7 @@ def test_the_whole_context_is_read(llamacpp: LlamaCpp, toy: Toy) -> None:
         llamacpp.logits([*ids, 1])
 
 
-def test_a_text_that_is_read_in_parts_is_one_text(
+def test_tokens_that_are_read_in_parts_are_one_sequence(
     llamacpp: LlamaCpp, toy: Toy, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coremill.formats.llamacpp.process._BATCH", 3)
@@ -77,24 +77,24 @@ def test_a_text_that_is_read_in_parts_is_one_text(
         assert by_three.generate(IDS, 9, ()) == llamacpp.generate(IDS, 9, ())
 
 
-def test_greedy_tokens_are_those_of_the_logits(llamacpp: LlamaCpp, toy: Toy) -> None:
+def test_greedy_tokens_have_the_largest_logits(llamacpp: LlamaCpp, toy: Toy) -> None:
     ids = list(IDS)
     for _ in range(12):
         ids.append(int(torch_logits(toy, ids)[-1].argmax()))
-    said = ids[len(IDS) :]
-    assert llamacpp.generate(IDS, 12, ()) == said
-    assert llamacpp.generate(IDS, 12, {said[3]}) == said[: said.index(said[3]) + 1]
-    assert llamacpp.generate(IDS, 1, ()) == said[:1]
+    tokens = ids[len(IDS) :]
+    assert llamacpp.generate(IDS, 12, ()) == tokens
+    assert llamacpp.generate(IDS, 12, {tokens[3]}) == tokens[: tokens.index(tokens[3]) + 1]
+    assert llamacpp.generate(IDS, 1, ()) == tokens[:1]
 
 
-def test_an_end_token_of_the_file_ends_nothing_by_itself(tmp_path: Path, toy: Toy, llamacpp: LlamaCpp) -> None:
-    said = llamacpp.generate(IDS, 6, ())
-    with LlamaCpp(write_toy(tmp_path / "ends.gguf", toy, end=said[0]), context=CONTEXT) as ends:
-        assert ends.generate(IDS, 6, ()) == said
-        assert ends.generate(IDS, 6, {said[0]}) == said[:1]
+def test_an_end_token_of_the_file_does_not_stop_generation(tmp_path: Path, toy: Toy, llamacpp: LlamaCpp) -> None:
+    tokens = llamacpp.generate(IDS, 6, ())
+    with LlamaCpp(write_toy(tmp_path / "ends.gguf", toy, end=tokens[0]), context=CONTEXT) as ends:
+        assert ends.generate(IDS, 6, ()) == tokens
+        assert ends.generate(IDS, 6, {tokens[0]}) == tokens[:1]
 
 
-def test_tokens_that_are_part_of_a_character_are_said(tmp_path: Path, toy: Toy) -> None:
+def test_tokens_that_are_part_of_a_character_are_generated(tmp_path: Path, toy: Toy) -> None:
     byte = toy.tokenizer.encode("é")[0]
     with LlamaCpp(write_toy(tmp_path / "byte.gguf", toy, always=byte), context=CONTEXT) as opened:
         assert opened.generate(IDS, 5, ()) == [byte] * 5
@@ -108,11 +108,11 @@ def test_the_whole_context_can_be_filled(llamacpp: LlamaCpp) -> None:
 
 
 @pytest.mark.parametrize("text", ["Will it rain?", "  naïve 漢字\t🎱\x00 ", "", "<|end|>"])
-def test_it_tokenizes_as_we_do(llamacpp: LlamaCpp, toy: Toy, text: str) -> None:
+def test_the_ids_of_a_text_match_our_tokenizers(llamacpp: LlamaCpp, toy: Toy, text: str) -> None:
     assert llamacpp.tokenize(text, allow_special=False) == toy.tokenizer.encode(text)
 
 
-def test_a_special_token_that_a_text_spells_is_one_where_allowed(llamacpp: LlamaCpp, toy: Toy) -> None:
+def test_a_special_token_in_a_text_is_recognised_if_allowed(llamacpp: LlamaCpp, toy: Toy) -> None:
     assert llamacpp.tokenize("<|end|>", allow_special=True) == [toy.tokenizer.end_id]
 
 
@@ -128,7 +128,7 @@ def test_a_special_token_that_a_text_spells_is_one_where_allowed(llamacpp: Llama
         (lambda it: LlamaCpp(it.path, context=0), "context 0, the model of .* has 160 positions"),
     ],
 )
-def test_a_caller_s_mistake_is_a_value_error(llamacpp: LlamaCpp, call, problem: str) -> None:
+def test_an_invalid_argument_is_a_value_error(llamacpp: LlamaCpp, call, problem: str) -> None:
     with pytest.raises(ValueError, match=f"^{problem}$"):
         call(llamacpp)
 
@@ -150,30 +150,30 @@ def broken(data: bytes) -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize("what", broken(b""))
-def test_what_is_no_whole_file_is_refused(path: Path, tmp_path: Path, what: str) -> None:
+def test_an_incomplete_file_is_rejected(path: Path, tmp_path: Path, what: str) -> None:
     data, problem = broken(path.read_bytes())[what]
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(data)
     with pytest.raises(GgufError, match=rf"^{bad}{problem}") as caught:
         LlamaCpp(bad, context=CONTEXT)
-    assert str(caught.value).endswith(LOADS)
+    assert str(caught.value).endswith(EXPECTED)
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(GgufError) as caught:
         LlamaCpp(tmp_path / "none.gguf", context=CONTEXT)
-    assert str(caught.value) == f"cannot read {tmp_path}/none.gguf: No such file or directory" + LOADS
+    assert str(caught.value) == f"cannot read {tmp_path}/none.gguf: No such file or directory" + EXPECTED
 
 
-def test_a_whole_file_that_llama_cpp_does_not_load_is_refused_with_its_reason(tmp_path: Path, toy: Toy) -> None:
+def test_the_error_for_a_file_that_does_not_load_has_llama_cpps_reason(tmp_path: Path, toy: Toy) -> None:
     bad = write_toy(tmp_path / "no_norm.gguf", toy, without="output_norm.weight")
     with pytest.raises(GgufError) as caught:
         LlamaCpp(bad, context=CONTEXT)
     reason = "llama_model_load: error loading model: check_tensor_dims: tensor 'output_norm.weight' not found"
-    assert str(caught.value) == f"llama.cpp does not load {bad}: {reason}" + LOADS
+    assert str(caught.value) == f"llama.cpp does not load {bad}: {reason}" + EXPECTED
 
 
-def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_a_tokenizer_is_rejected(tmp_path: Path) -> None:
     bad = tmp_path / "bare.gguf"
     writer = gguf.GGUFWriter(bad, "llama")
     writer.add_context_length(CONFIG.max_seq_len)
@@ -182,7 +182,7 @@ def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(GgufError) as caught:
         LlamaCpp(bad, context=CONTEXT)
-    assert str(caught.value) == f"{bad} has no tokenizer in its metadata" + LOADS
+    assert str(caught.value) == f"{bad} has no tokenizer in its metadata" + EXPECTED
 
 
 def test_nan_is_an_error(tmp_path: Path, toy: Toy) -> None:
@@ -191,20 +191,24 @@ def test_nan_is_an_error(tmp_path: Path, toy: Toy) -> None:
         pytest.raises(GgufError) as caught,
     ):
         opened.logits(IDS)
-    assert str(caught.value) == f"llama.cpp computes NaN or infinity after 1 tokens of {tmp_path}/nan.gguf" + LOADS
+    assert (
+        str(caught.value) == f"llama.cpp computes NaN or infinity after 1 tokens of {tmp_path}/nan.gguf" + EXPECTED
+    )
 
 
-def test_an_end_of_llama_cpp_is_an_error_and_no_end_of_ours(path: Path) -> None:
+def test_the_end_of_llama_cpps_process_is_an_error(path: Path) -> None:
     with LlamaCpp(path, context=CONTEXT) as opened:
         opened._worker._process.kill()
         opened._worker._process.wait()
         with pytest.raises(GgufError) as caught:
             opened.logits(IDS)
-    assert str(caught.value) == f"llama.cpp ended while running {path}: exit code -9" + LOADS
+    assert str(caught.value) == f"llama.cpp ended while running {path}: exit code -9" + EXPECTED
 
 
-def test_an_answer_that_was_not_read_to_its_end_is_the_last(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left of it would be taken for the next one."""
+def test_the_process_is_closed_if_an_answer_is_not_read_to_its_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of it would be taken for the next answer."""
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -217,7 +221,7 @@ def test_an_answer_that_was_not_read_to_its_end_is_the_last(path: Path, monkeypa
             opened.logits(IDS)
 
 
-def test_several_threads_may_ask(llamacpp: LlamaCpp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads_can_send_requests(llamacpp: LlamaCpp, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coremill.formats.llamacpp.process._BATCH", 2)
     expected = {length: llamacpp.logits(IDS[:length]) for length in range(1, 9)}
     with ThreadPoolExecutor(4) as pool:
@@ -226,7 +230,7 @@ def test_several_threads_may_ask(llamacpp: LlamaCpp, monkeypatch: pytest.MonkeyP
         np.testing.assert_array_equal(logits, expected[length])
 
 
-def test_ids_of_numpy_are_ids(llamacpp: LlamaCpp) -> None:
+def test_ids_may_be_a_numpy_array(llamacpp: LlamaCpp) -> None:
     np.testing.assert_array_equal(llamacpp.logits(np.array(IDS)), llamacpp.logits(IDS))
 
 
@@ -240,7 +244,7 @@ def test_closing_ends_the_process(path: Path) -> None:
         opened.logits(IDS)
 
 
-def test_what_is_forgotten_is_closed(path: Path) -> None:
+def test_an_object_that_is_collected_is_closed(path: Path) -> None:
     opened = LlamaCpp(path, context=CONTEXT)
     process = opened._worker._process
     del opened
@@ -248,7 +252,7 @@ def test_what_is_forgotten_is_closed(path: Path) -> None:
     assert process.returncode == -9
 
 
-def test_an_interpreter_that_does_not_close_it_ends(path: Path) -> None:
+def test_the_process_ends_with_the_interpreter(path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from coremill.formats.llamacpp.process import LlamaCpp\n"
         f"opened = LlamaCpp(Path({str(path)!r}), context=32); print(opened._worker._process.pid)"

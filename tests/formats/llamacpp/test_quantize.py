@@ -1,4 +1,4 @@
-"""llama.cpp's own quantiser: the bytes of the gguf package where that has the type, else values near the matrix."""
+"""llama.cpp's quantiser: bytes equal those of the gguf package, and values are near the matrix."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Kind = gguf.GGMLQuantizationType
 
 
 def a_matrix(rows: int = 33, columns: int = 512) -> np.ndarray:
-    """Rows of very different sizes, one of zeros."""
+    """A matrix whose rows differ in magnitude; one is zero."""
     values = np.random.default_rng(4).standard_normal((rows, columns)) * np.logspace(-3, 2, rows)[:, None]
     values[1] = 0
     return values.astype(np.float32)
 
 
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0])
-def test_bytes_are_those_of_the_gguf_package(kind: Kind) -> None:
+def test_bytes_equal_those_of_the_gguf_package(kind: Kind) -> None:
     matrix = a_matrix()
     assert np.array_equal(quantize(matrix, kind), gguf.quants.quantize(matrix, kind))
 
@@ -28,7 +28,7 @@ def test_bytes_are_those_of_the_gguf_package(kind: Kind) -> None:
     ("kind", "relative"),
     [(Kind.Q8_0, 6e-3), (Kind.Q4_0, 0.1), (Kind.Q4_K, 0.08), (Kind.Q5_K, 0.04), (Kind.Q6_K, 0.025)],
 )
-def test_values_are_near(kind: Kind, relative: float) -> None:
+def test_values_are_within_the_types_rounding(kind: Kind, relative: float) -> None:
     matrix = a_matrix()
     values = gguf.quants.dequantize(quantize(matrix, kind), kind)
     assert not values[1].any()
@@ -37,7 +37,7 @@ def test_values_are_near(kind: Kind, relative: float) -> None:
     assert relative / 4 < error.max() < relative
 
 
-def test_a_matrix_that_is_a_view() -> None:
+def test_a_matrix_may_be_a_view() -> None:
     matrix = a_matrix()
     assert np.array_equal(quantize(matrix.T.copy().T[::2], Kind.Q6_K), quantize(matrix, Kind.Q6_K)[::2])
 
@@ -50,6 +50,6 @@ def test_a_matrix_that_is_a_view() -> None:
         (np.zeros((2, 256)), r"float64 of shape \(2, 256\), Q4_K has blocks of 256"),
     ],
 )
-def test_what_llama_cpp_would_end_the_process_for(matrix: np.ndarray, found: str) -> None:
+def test_a_matrix_of_another_shape_or_type_is_rejected(matrix: np.ndarray, found: str) -> None:
     with pytest.raises(ValueError, match=found):
         quantize(matrix, Kind.Q4_K)

@@ -103,7 +103,7 @@ def weights_err(source: GgufWeights, stored: Mapping[str, Tensor], checkpoint: C
             run="python -m coremill.conversion.export_gguf --help",
         )
     shares = [_share(*_rounded_so_far(ours[name], source.kind(name)), stored[name]) for name in ours]
-    largest = float(torch.stack(shares).max())  # NaN where there is one
+    largest = float(torch.stack(shares).max())  # NaN if one of them is NaN
     return min(largest, MOST_WEIGHTS_ERR) if math.isfinite(largest) else MOST_WEIGHTS_ERR
 
 

@@ -183,13 +183,13 @@ class _Facts:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.file.metadata.get(f"{self.architecture}.{key}", default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.refuse(f"{self.architecture}.{key} is {'missing' if value is None else repr(value)}")
+            raise self.error(f"{self.architecture}.{key} is {'missing' if value is None else repr(value)}")
         return value
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None) -> int:
         value = self.number(key, default)
         if not isinstance(value, int):
-            raise self.refuse(f"{self.architecture}.{key} is {value!r}")
+            raise self.error(f"{self.architecture}.{key} is {value!r}")
         return value
 
     def text(self, key: str, default: str) -> str:
@@ -201,30 +201,30 @@ class _Facts:
     @property
     def plausible(self) -> bool:
         """Whether the file has enough tensors for its layers; otherwise listing a model's names might take long."""
-        return self.whole("block_count") <= len(self.file.tensors)
+        return self.integer("block_count") <= len(self.file.tensors)
 
-    def refuse(self, found: str) -> CheckpointContentError:
-        return CheckpointContentError(f"{self.where}: {found}", expected="the metadata of a whole model")
+    def error(self, found: str) -> CheckpointContentError:
+        return CheckpointContentError(f"{self.where}: {found}", expected="the metadata of a complete model")
 
 
 def _config(facts: _Facts) -> ModelConfig:
     tensors = facts.file.tensors
     if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
-        raise facts.refuse("token_embd.weight is missing, or is not a matrix")
-    d_model, n_heads = facts.whole("embedding_length"), facts.whole("attention.head_count")
-    max_seq_len = facts.whole("context_length")
-    head_size = facts.whole("attention.key_length", d_model // n_heads if n_heads else 0)
+        raise facts.error("token_embd.weight is missing, or is not a matrix")
+    d_model, n_heads = facts.integer("embedding_length"), facts.integer("attention.head_count")
+    max_seq_len = facts.integer("context_length")
+    head_size = facts.integer("attention.key_length", d_model // n_heads if n_heads else 0)
     _check_supported(facts, head_size=head_size, max_seq_len=max_seq_len)
     biased = [name for name in "qkv" if f"blk.0.attn_{name}.bias" in tensors]
     try:
         return ModelConfig(
             vocab_size=tensors["token_embd.weight"].shape[0],
             d_model=d_model,
-            n_layers=facts.whole("block_count"),
+            n_layers=facts.integer("block_count"),
             n_heads=n_heads,
-            n_kv_heads=facts.whole("attention.head_count_kv", n_heads),
+            n_kv_heads=facts.integer("attention.head_count_kv", n_heads),
             head_size=None if head_size * n_heads == d_model else head_size,
-            d_ff=facts.whole("feed_forward_length"),
+            d_ff=facts.integer("feed_forward_length"),
             max_seq_len=max_seq_len,
             rope_theta=facts.number("rope.freq_base", 10_000.0),
             rope_scaling=_rope_scaling(facts, max_seq_len=max_seq_len),
@@ -235,23 +235,23 @@ def _config(facts: _Facts) -> ModelConfig:
             arch=ModelArch(use_halt_head=False, tie_embeddings="output.weight" not in tensors),
         )
     except ValueError as failure:
-        raise facts.refuse(str(failure)) from failure
+        raise facts.error(str(failure)) from failure
 
 
 def _check_supported(facts: _Facts, *, head_size: int, max_seq_len: int) -> None:
-    if (experts := facts.whole("expert_count", 0)) > 0:
+    if (experts := facts.integer("expert_count", 0)) > 0:
         raise UnsupportedModelError(f"{facts.where}: a mixture of {experts} experts", expected="a dense model")
-    window = facts.whole("attention.sliding_window", 0)
+    window = facts.integer("attention.sliding_window", 0)
     if 0 < window < max_seq_len:
         raise UnsupportedModelError(
             f"{facts.where}: a sliding window of {window} positions in a context of {max_seq_len}",
             expected="attention over the whole context",
         )
-    if (values := facts.whole("attention.value_length", head_size)) != head_size:
+    if (values := facts.integer("attention.value_length", head_size)) != head_size:
         raise UnsupportedModelError(
             f"{facts.where}: heads of {head_size} for keys and {values} for values", expected="heads of one size"
         )
-    if (rotated := facts.whole("rope.dimension_count", head_size)) != head_size:
+    if (rotated := facts.integer("rope.dimension_count", head_size)) != head_size:
         raise UnsupportedModelError(
             f"{facts.where}: RoPE on {rotated} of a head's {head_size} dimensions", expected="RoPE on all of them"
         )
@@ -272,7 +272,7 @@ def _rope_scaling(facts: _Facts, *, max_seq_len: int) -> RopeScaling | None:
     if kind == "yarn":
         scaling = YarnScaling(
             factor=factor,
-            original_max_seq_len=facts.whole("rope.scaling.original_context_length", max_seq_len),
+            original_max_seq_len=facts.integer("rope.scaling.original_context_length", max_seq_len),
             beta_fast=facts.number("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=facts.number("rope.scaling.yarn_beta_slow", 1.0),
             attention_factor=facts.number("rope.scaling.attn_factor", 1.0) * yarn_attention_factor(factor),

@@ -78,9 +78,9 @@ def gguf_metadata(tokenizer: TextTokenizer, *, vocab_size: int) -> dict[str, Val
 def _special_ids(tokenizer: TextTokenizer, tokens: Sequence[str]) -> dict[str, int]:
     ends = tokenizer.eos_ids
     if not ends:
-        raise _refuse(tokenizer, "no token ends an answer", "an end token: llama.cpp would take token 11 for it")
+        raise _error(tokenizer, "no token ends an answer", "an end token: llama.cpp would take token 11 for it")
     if len(ends) > len(_ENDS):
-        raise _refuse(tokenizer, f"{len(ends)} tokens end an answer", f"at most {len(_ENDS)}, as in llama.cpp")
+        raise _error(tokenizer, f"{len(ends)} tokens end an answer", f"at most {len(_ENDS)}, as in llama.cpp")
     ids = {name: tokens.index(tokenizer.special_tokens[role]) for role, name in _ROLES.items()
            if role in tokenizer.special_tokens}  # fmt: skip
     return ids | dict(zip(_ENDS, ends, strict=False))
@@ -102,23 +102,23 @@ class _Described:
         self._check_added()
         decoder = _steps(self.parts["decoder"], "decoders")
         if [step["type"] for step in decoder] != ["ByteLevel"]:
-            raise self.refuse(f"the decoder {_shown(decoder)}")
+            raise self.error(f"the decoder {_shown(decoder)}")
 
-    def refuse(self, found: str) -> TokenizerError:
-        return _refuse(self.tokenizer, found, _EXPECTED)
+    def error(self, found: str) -> TokenizerError:
+        return _error(self.tokenizer, found, _EXPECTED)
 
     def _check_model(self) -> None:
         model = self.model
         if model["type"] != "BPE":
-            raise self.refuse(f"a tokenizer of model {model['type']}")
+            raise self.error(f"a tokenizer of model {model['type']}")
         for flag in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model[flag]:
-                raise self.refuse(f"BPE with {flag} {model[flag]!r}")
+                raise self.error(f"BPE with {flag} {model[flag]!r}")
         missing = [char for char in _alphabet_of_utf8() if char not in model["vocab"]]
         if missing and model["unk_token"] is not None:
-            raise self.refuse(f"BPE with unk_token {model['unk_token']!r}, for bytes such as {missing[0]!r}")
+            raise self.error(f"BPE with unk_token {model['unk_token']!r}, for bytes such as {missing[0]!r}")
         if not model["merges"]:
-            raise self.refuse("BPE without merges")
+            raise self.error("BPE without merges")
 
     def _check_added(self) -> None:
         for added in self.parts["added_tokens"]:
@@ -126,7 +126,7 @@ class _Described:
             if added["normalized"] and self.parts["normalizer"] is not None:
                 flags.append("normalized")
             if flags:
-                raise self.refuse(f"the added token {added['content']!r} with {flags[0]}")
+                raise self.error(f"the added token {added['content']!r} with {flags[0]}")
 
     def pre(self) -> str:
         """llama.cpp's name for the way in which this tokenizer splits a text."""
@@ -135,7 +135,7 @@ class _Described:
                 return name
         normalizer = _steps(self.parts["normalizer"], "normalizers")
         steps = _steps(self.parts["pre_tokenizer"], "pretokenizers")
-        raise self.refuse(
+        raise self.error(
             f"llama.cpp has no name for the normalizer {_shown(normalizer)}, the pre-tokenizer "
             f"{_shown(steps)} and ignore_merges {self.model['ignore_merges']}"
         )
@@ -173,11 +173,11 @@ class _Described:
         """Each pair, separated by a space, which byte-level tokens do not contain."""
         pairs = self.model["merges"]
         if spaced := [part for pair in pairs for part in pair if " " in part]:
-            raise self.refuse(f"a merge of {spaced[0]!r}, which contains a space")
+            raise self.error(f"a merge of {spaced[0]!r}, which contains a space")
         return [" ".join(pair) for pair in pairs]
 
 
-def _refuse(tokenizer: TextTokenizer, found: str, expected: str) -> TokenizerError:
+def _error(tokenizer: TextTokenizer, found: str, expected: str) -> TokenizerError:
     return TokenizerError(f"{tokenizer.where}: {found}", expected=expected)
 
 

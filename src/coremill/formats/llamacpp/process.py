@@ -46,7 +46,7 @@ from coremill.formats.llamacpp.protocol import (
 _BATCH = 512
 """Tokens that are read at once, at most."""
 _REMAKE = "python -m coremill.conversion.export_gguf --help"
-_EXPECTED = "a whole GGUF file of a model that llama.cpp runs"
+_EXPECTED = "a complete GGUF file of a model that llama.cpp runs"
 _ENDED = "ended while running"
 
 _AnswerT = TypeVar("_AnswerT", Loaded, Logits, Tokens, Vocabulary)

@@ -1,1 +1,1 @@
-"""Ollama: the Modelfile beside a GGUF file, and one answer from an Ollama server where there is one."""
+"""Ollama: the Modelfile of a GGUF file, and an answer from Ollama where it is installed."""
