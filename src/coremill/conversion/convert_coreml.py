@@ -84,10 +84,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     settings = read_config(options.config).convert if options.config else ConvertConfig()
-    asked = {name: getattr(options, name) for name in ("deployment_target", "compute_precision")}
-    settings = msgspec.structs.replace(settings, **{name: value for name, value in asked.items() if value})
-    beside = [layout.diagnostics_file(options.out.parent), layout.conversion_log(options.out.parent)]
-    check_apart([options.out, *beside], [options.graph, options.contract, options.config])
+    given = {name: getattr(options, name) for name in ("deployment_target", "compute_precision")}
+    settings = msgspec.structs.replace(settings, **{name: value for name, value in given.items() if value})
+    records = [layout.diagnostics_file(options.out.parent), layout.conversion_log(options.out.parent)]
+    check_apart([options.out, *records], [options.graph, options.contract, options.config])
     _check_environment(toy=options.toy)
     from coremill.coreml.convert import FailedConversionError, convert, record_failure
 

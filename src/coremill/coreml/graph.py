@@ -19,7 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from coremill.core.contract import MAIN, Contract, Dim, DType, Frontend, StatefulFunction, TensorSpec
+from coremill.core.contract import MAIN, Contract, Dim, DType, Frontend, TensorSpec
 from coremill.core.documents import Record
 from coremill.core.errors import ContractMismatchError, TorchScriptError
 from coremill.coreml.exported import ExportedMain, load_main
@@ -27,7 +27,6 @@ from coremill.coreml.exported import ExportedMain, load_main
 Program: TypeAlias = torch.jit.ScriptModule | ExportedMain
 
 SEQ_DIM = "T"
-INPUT_NAME = "input_ids"
 LOGITS, HALT_LOGITS = "logits", "halt_logits"
 PREFILL, DECODE = "prefill", "decode"
 CACHES = ("key_cache", "value_cache")
@@ -261,13 +260,9 @@ def read_interface(program: Program, sequences: Sequence[Sequence[int]]) -> Func
             expected="one input, the token ids",
             run=_EXPORT,
         )
-    output_names = _output_names(main)
-    runs = [_run_for_shapes(program, ids, len(output_names)) for ids in sequences]
-    lengths = [len(ids) for ids in sequences]
-    outputs = _output_specs(output_names, runs, lengths)
-    seq_dim = _dim(tuple(lengths), lengths, INPUT_NAME)
-    inputs = tuple(TensorSpec(name=name, dtype=DType.INT32, shape=(1, seq_dim)) for name in input_names)
-    return FunctionInterface(name=MAIN, inputs=inputs, outputs=outputs)
+    n_outputs = len(_output_names(main))
+    runs = [_run_for_shapes(program, ids, n_outputs) for ids in sequences]
+    return _interface(program, MAIN, ((1, SEQ_DIM),), runs, [len(ids) for ids in sequences])
 
 
 def read_stateful(program: Program, sequences: Sequence[Sequence[int]]) -> tuple[FunctionInterface, ...]:
@@ -276,24 +271,31 @@ def read_stateful(program: Program, sequences: Sequence[Sequence[int]]) -> tuple
         return ()
     stateful = StatefulProgram(program)
     lengths = [len(ids) for ids in sequences]
-    seq_dim = _dim(tuple(lengths), lengths, INPUT_NAME)
-    runs = {
-        PREFILL: [stateful.prefill(ids, len(ids)) for ids in sequences],
-        DECODE: [stateful.decode(ids[0], 0) for ids in sequences],
-    }
-    shapes: dict[str, tuple[tuple[Dim, ...], ...]] = {PREFILL: ((1, seq_dim), (1,)), DECODE: ((1, 1), (1,))}
-    found = []
-    for name, outputs in runs.items():
-        function = find_function(program, name)
-        inputs = zip(_input_names(function), shapes[name], strict=True)
-        found.append(
-            FunctionInterface(
-                name=name,
-                inputs=tuple(TensorSpec(name=each, dtype=DType.INT32, shape=shape) for each, shape in inputs),
-                outputs=_output_specs(_output_names(function), outputs, lengths),
-            )
-        )
-    return tuple(found)
+    prefilled = [stateful.prefill(ids, len(ids)) for ids in sequences]
+    decoded = [stateful.decode(ids[0], 0) for ids in sequences]
+    return (
+        _interface(program, PREFILL, ((1, SEQ_DIM), (1,)), prefilled, lengths),
+        _interface(program, DECODE, ((1, 1), (1,)), decoded, lengths),
+    )
+
+
+def _interface(
+    program: Program,
+    name: str,
+    shapes: Sequence[tuple[Dim, ...]],
+    runs: Sequence[Sequence[Tensor]],
+    lengths: Sequence[int],
+) -> FunctionInterface:
+    """The interface of a function, given the shapes of its inputs and its outputs at each of `lengths`."""
+    function = find_function(program, name)
+    if len(set(lengths)) == 1:
+        shapes = [tuple(lengths[0] if dim == SEQ_DIM else dim for dim in shape) for shape in shapes]
+    inputs = zip(_input_names(function), shapes, strict=True)
+    return FunctionInterface(
+        name=name,
+        inputs=tuple(TensorSpec(name=each, dtype=DType.INT32, shape=shape) for each, shape in inputs),
+        outputs=_output_specs(_output_names(function), runs, lengths),
+    )
 
 
 def read_states(program: Program) -> tuple[TensorSpec, ...]:
@@ -346,41 +348,25 @@ def check_contract(
             run=_EXPORT,
         )
     check_main(contract)
-    _check_tensors(contract, read_interface(program, sequences), "the contract", "the graph")
-    _check_stateful(contract, program, sequences)
+    main, functions = read_interface(program, sequences), read_stateful(program, sequences)
+    _check_same("inputs", describe(contract.inputs), describe(main.inputs))
+    _check_same("outputs", describe(contract.outputs), describe(main.outputs))
+    _check_same("states", describe(contract.states), describe(read_states(program)))
+    _check_same(
+        "functions", *(", ".join(function.name for function in each) for each in (contract.functions, functions))
+    )
+    for promised, found in zip(contract.functions, functions, strict=True):
+        _check_same(f"inputs of `{found.name}`", describe(promised.inputs), describe(found.inputs))
+        _check_same(f"outputs of `{found.name}`", describe(promised.outputs), describe(found.outputs))
 
 
-def _check_stateful(contract: Contract, program: Program, sequences: Sequence[Sequence[int]]) -> None:
-    """Check that the contract's states and functions are the program's."""
-    states, functions = read_states(program), read_stateful(program, sequences)
-    for kind, promised, seen in (
-        ("states", describe(contract.states), describe(states)),
-        ("functions", _names(contract.functions), _names(functions)),
-    ):
-        if promised != seen:
-            raise ContractMismatchError(
-                f"the contract's {kind} are {promised or 'none'}, the graph's are {seen or 'none'}",
-                expected="a contract that describes the graph",
-                run=_EXPORT,
-            )
-    for function, found in zip(contract.functions, functions, strict=True):
-        name = function.name
-        _check_tensors(function, found, f"the contract's `{name}`", f"the graph's `{name}`")
-
-
-def _names(functions: Sequence[StatefulFunction | FunctionInterface]) -> str:
-    return ", ".join(function.name for function in functions)
-
-
-def _check_tensors(promised: Contract | StatefulFunction, found: FunctionInterface, whose: str, other: str) -> None:
-    for kind in ("inputs", "outputs"):
-        expected, seen = getattr(promised, kind), getattr(found, kind)
-        if expected != seen:
-            raise ContractMismatchError(
-                f"{whose}'s {kind} are {describe(expected)}, {other}'s are {describe(seen)}",
-                expected="a contract that describes the graph",
-                run=_EXPORT,
-            )
+def _check_same(what: str, promised: str, found: str) -> None:
+    if promised != found:
+        raise ContractMismatchError(
+            f"the contract's {what} are {promised or 'none'}, the graph's are {found or 'none'}",
+            expected="a contract that describes the graph",
+            run=_EXPORT,
+        )
 
 
 def check_main(contract: Contract) -> None:

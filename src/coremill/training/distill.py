@@ -166,13 +166,9 @@ def _step(
     )
 
 
+@torch.no_grad()
 def evaluate(student: Student, examples: Sequence[Example], *, step: int, pad_id: int) -> HeldoutMetrics:
     """Measure the distance of `student` from its teacher on `examples`."""
-    with torch.no_grad():
-        return _evaluate(student, examples, step=step, pad_id=pad_id)
-
-
-def _evaluate(student: Student, examples: Sequence[Example], *, step: int, pad_id: int) -> HeldoutMetrics:
     was_training = student.training
     student.eval()
     kl = entropy = halted = 0.0

@@ -216,10 +216,10 @@ def _parser() -> argparse.ArgumentParser:
 def _heldout(args: argparse.Namespace) -> Path | None:
     if args.heldout is not None:
         return Path(args.heldout)
-    beside = Path(args.rows).with_name(f"{args.rows.stem}.heldout.jsonl")
-    if beside.exists():
-        return beside
-    log.warning("there is no %s: the student is not evaluated on held-out rows", beside)
+    default = Path(args.rows).with_name(f"{args.rows.stem}.heldout.jsonl")
+    if default.exists():
+        return default
+    log.warning("there is no %s: the student is not evaluated on held-out rows", default)
     return None
 
 
