@@ -106,12 +106,15 @@ def write_toy(
     """The toy as GGUF.
 
     Args:
-        permute: whether the rows of Q and K are reordered for llama.cpp's RoPE. rope_theta: written instead of the
-        model's. merges: the share of the tokenizer's merges that are written. scaled: a tensor, by llama.cpp's
-        name, whose values are multiplied by 1.1. nan: whether one value is NaN. without: a tensor that is omitted.
-        end: the id of the end token in the file. metadata: keys to add or replace; the prefix `tokenizer.` is added
-        to those that do not begin with `general.`. always: a token that is always the likeliest, by about `sure`
-        logits.
+        permute: whether the rows of Q and K are reordered for llama.cpp's RoPE.
+        rope_theta: written instead of the model's.
+        merges: the share of the tokenizer's merges that are written.
+        scaled: a tensor, by llama.cpp's name, whose values are multiplied by 1.1.
+        nan: whether one value is NaN.
+        without: a tensor that is omitted.
+        end: the id of the end token in the file.
+        metadata: keys to add or replace; those that do not begin with `general.` get the prefix `tokenizer.`.
+        always: a token that is always the likeliest, by about `sure` logits.
     """
     config = toy.checkpoint.config
     writer = gguf.GGUFWriter(path, "llama")

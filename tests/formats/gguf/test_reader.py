@@ -353,8 +353,7 @@ def test_an_unsupported_option_is_named(tmp_path: Path, keys: dict[str, Value], 
 
 
 def rename_value(path: Path, old: str, new: str) -> None:
-    """Replace the value of general.architecture; the padding before the tensors absorbs the difference in
-    length."""
+    """Replace the value of general.architecture; the padding before the tensors absorbs the change in length."""
     data = path.read_bytes()
     key = b"general.architecture" + struct.pack("<I", 8)
     start = data.index(key) + len(key)

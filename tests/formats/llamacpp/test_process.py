@@ -133,13 +133,6 @@ def test_an_invalid_argument_is_a_value_error(llamacpp: LlamaCpp, call, problem:
         call(llamacpp)
 
 
-def test_the_cache_in_float16_and_flash_attention_round_more(path: Path, toy: Toy) -> None:
-    expected = torch_logits(toy, IDS)
-    with LlamaCpp(path, context=64, flash_attention=True, cache_dtype="f16") as opened:
-        off = np.abs(opened.logits(IDS) - expected).max()
-    assert 2e-5 < off < 0.1
-
-
 def broken(data: bytes) -> dict[str, tuple[bytes, str]]:
     return {
         "cut": (data[:300_000], " is truncated: "),

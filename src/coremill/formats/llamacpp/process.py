@@ -29,7 +29,6 @@ from coremill.formats.gguf_file import GgufFile
 from coremill.formats.llamacpp.library import EXPECTED_RELEASE, INSTALL, library_path
 from coremill.formats.llamacpp.protocol import (
     Answer,
-    CacheType,
     Decode,
     DescribeVocabulary,
     Loaded,
@@ -55,13 +54,11 @@ _AnswerT = TypeVar("_AnswerT", Loaded, Logits, Tokens, Vocabulary)
 class LlamaCpp:
     """A GGUF file in llama.cpp, on the CPU. Close it, or use it as a context manager.
 
-    Settings that affect the results are explicit. By default, attention and the cache are in float32.
+    Attention and its cache are in float32.
 
     Args:
         context: token positions of the cache, for a prompt and all tokens generated after it.
         threads: number of threads that compute.
-        flash_attention: use llama.cpp's fused attention, which rounds more.
-        cache_dtype: the type of the cached keys and values.
 
     Raises:
         GgufError: the file is broken, or llama.cpp does not load it.
@@ -75,8 +72,6 @@ class LlamaCpp:
         *,
         context: int,
         threads: int = 1,
-        flash_attention: bool = False,
-        cache_dtype: CacheType = "f32",
     ) -> None:
         self.path = Path(path)
         self.context = context
@@ -91,8 +86,6 @@ class LlamaCpp:
                 context=context,
                 batch=min(_BATCH, context),
                 threads=threads,
-                flash_attention=flash_attention,
-                cache_dtype=cache_dtype,
             ),
             self.path,
         )

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
-
-CacheType = Literal["f32", "f16"]
 
 
 class _Message(msgspec.Struct, kw_only=True, tag=True):
@@ -17,7 +13,7 @@ class _Message(msgspec.Struct, kw_only=True, tag=True):
 
 
 class Settings(_Message):
-    """The first message: the file to load, and all that affects the results."""
+    """The first message: the file to load, and how."""
 
     path: bytes
     context: int
@@ -25,8 +21,6 @@ class Settings(_Message):
     batch: int
     """Tokens read at once, at most."""
     threads: int
-    flash_attention: bool
-    cache_dtype: CacheType
 
 
 class Decode(_Message):

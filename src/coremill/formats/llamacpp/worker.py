@@ -33,8 +33,8 @@ from coremill.formats.llamacpp.protocol import (
     Vocabulary,
 )
 
-_CACHE = {"f32": 0, "f16": 1}
-"""`enum ggml_type`."""
+_F32 = 0
+"""`GGML_TYPE_F32`."""
 
 
 class _Model:
@@ -59,13 +59,13 @@ class _Model:
         self.vocab_size = int(self._library.llama_vocab_n_tokens(self._vocab))
 
     def _context_params(self, settings: Settings) -> ContextParams:
-        """The parameters, with everything that affects the results set explicitly."""
+        """The parameters; all that affect the results are set explicitly."""
         params: ContextParams = self._library.llama_context_default_params()
         params.n_ctx = settings.context
         params.n_batch = params.n_ubatch = settings.batch
         params.n_threads = params.n_threads_batch = settings.threads
-        params.flash_attn_type = int(settings.flash_attention)
-        params.type_k = params.type_v = _CACHE[settings.cache_dtype]
+        params.flash_attn_type = 0  # off: it rounds more
+        params.type_k = params.type_v = _F32
         return params
 
     def decode(self, request: Decode) -> npt.NDArray[np.float32]:
