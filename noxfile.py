@@ -1,4 +1,4 @@
-"""Sessions and interpreter pins; the work is library code in src/coremill.
+"""Sessions, and the Python that each runs in. The work itself is library code in src/coremill.
 
 Tags: `environment` (make or update one environment), `build` (a stage), `check` (tests, style, types),
 `upkeep` (locks, schemas, measurements).
@@ -46,23 +46,23 @@ from coremill.pipeline.status import run_status
 nox.needs_version = ">=2026.10.20"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
-# Without this a missing interpreter skips its session with exit code 0, and what requires it runs on.
+# Otherwise a missing interpreter skips its session with exit code 0, and the sessions that require it still run.
 nox.options.error_on_missing_interpreters = True
 nox.options.sessions = ["pipeline"]
-# A reused environment would ignore a changed pin otherwise.
+# Otherwise a reused environment ignores a changed Python version.
 os.environ["NOX_ENABLE_STALENESS_CHECK"] = "1"
 
 ROOT = Path(__file__).parent
 UV = uv.find_uv_bin()
 
-# A pyenv shim may exist and fail; the real interpreters go in front of it.
+# The real interpreters come before pyenv's shims, which may exist but fail.
 os.environ["PATH"] = os.pathsep.join(
     [*map(str, interpreter_directories([TRAIN_PYTHON, CONVERT_PYTHON])), os.environ["PATH"]]
 )
-# Imports are most of a short stage's time, and bytecode halves them.
+# Imports take most of the time of a short stage, and bytecode halves it.
 SESSION_ENV = {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPATH": None}
 
-# No abbreviations: what is meant for pytest or a benchmark passes by here too.
+# No abbreviations, because this also sees the arguments of pytest and of benchmarks.
 parser = argparse.ArgumentParser(prog="nox -s pipeline --", allow_abbrev=False)
 add_run_options(parser)
 parser.add_argument("--torch", choices=LANES, default=PRIMARY_LANE, help="the lane to build (default: %(default)s)")
@@ -70,14 +70,14 @@ parser.add_argument(
     "--force", nargs="?", const="all", choices=["all", *(stage.name for stage in EVERY_STAGE)],
     help="run every stage, or the named one, even if it is fresh",
 )  # fmt: skip
-parser.add_argument("--dry-run", action="store_true", help="say what would run, and why, and run nothing")
+parser.add_argument("--dry-run", action="store_true", help="report what would run, and why, without running it")
 parser.add_argument(
     "--fallback",
     action="store_true",
-    help="if the lane's conversion fails, build the other lane instead, and say so",
+    help="if the lane's conversion fails, build the other lane instead, and report it",
 )
-# Read leniently here, where every session's arguments pass by, to know the run and the lane; each build session is
-# strict.
+# The run and the lane must be known before the sessions are defined. The arguments may be those of any session, so
+# unknown ones are ignored here; each build session then parses its own strictly.
 POSARGS = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
 CHOSEN = parser.parse_known_args([] if {"-h", "--help"} & set(POSARGS) else POSARGS)[0]
 LANE: str = CHOSEN.torch
@@ -85,7 +85,7 @@ OTHER_LANE = next(lane for lane in LANES if lane != LANE)
 
 
 def chosen_stages() -> tuple[Stage, ...]:
-    """Those of the chosen run; where its configuration cannot be read every stage there is, each to say so."""
+    """The stages of the chosen run, or all stages if its configuration cannot be read: each then reports that."""
     try:
         return stages_of(read_config(CHOSEN.config))
     except CoremillError:
@@ -99,12 +99,12 @@ STAGES = chosen_stages()
 
 
 def fill(session: nox.Session, environment: Environment) -> None:
-    """Install the environment's lock and coremill itself, unless its stamp says that both are there."""
+    """Install the environment's lock and coremill itself, unless its stamp shows that both are up to date."""
     folder = Path(session.virtualenv.location)
     if is_current(ROOT, environment, folder):
         return
     if CHOSEN.dry_run:
-        session.log(f"would fill it from requirements/{environment.name}.txt")
+        session.log(f"would install requirements/{environment.name}.txt")
         return
     (folder / STAMP).unlink(missing_ok=True)
     pip = (UV, "pip")
@@ -140,21 +140,23 @@ _fell_back: list[str] = []
 
 
 def build_options(session: nox.Session) -> argparse.Namespace:
-    """The strict reading of what came behind `--`."""
+    """Parse the arguments after `--` strictly."""
     try:
         options = parser.parse_args(session.posargs)
     except SystemExit as stop:
         if stop.code:
-            session.error("the arguments behind `--` were not understood")
+            session.error("invalid arguments after `--`")
         session.skip("printed the help")
     forceable = ["all", *(stage.name for stage in STAGES)]
     if options.force is not None and options.force not in forceable:
-        session.error(f"--force {options.force}: {options.config} has no such stage, but {', '.join(forceable)}")
+        session.error(
+            f"--force {options.force}: {options.config} has no such stage; expected one of {', '.join(forceable)}"
+        )
     return options
 
 
 def hold_run(session: nox.Session, layout: RunLayout) -> RunLock:
-    """Take the run lock once for this whole nox process; a second build of the run is refused."""
+    """Acquire the run lock once per nox process; fails if another process is building the run."""
     if layout.lock not in _held:
         try:
             _held[layout.lock] = RunLock(layout)
@@ -169,7 +171,7 @@ def run_stage(session: nox.Session, stage: Stage, lane: str | None) -> None:
     try:
         config, layout = chosen_run(options)
         if options.dry_run:
-            return say_what_would_run(session, options, stage, lane)
+            return report_dry_run(session, options, stage, lane)
         lock = hold_run(session, layout)
         recover(stage_folder(layout, stage, lane))
         toolset = installed(ROOT)[stage.environment(lane).name]
@@ -185,13 +187,13 @@ def run_stage(session: nox.Session, stage: Stage, lane: str | None) -> None:
     command += ["--build-dir", str(options.build_dir)]
     command += ["--torch", lane] if lane else []
     command += ["--force"] if forced else []
-    # Threads of torch that spin while they wait take the cores from one another: on a machine with other work a
-    # verification took 774 s of CPU instead of 282.
+    # By default, threads of torch spin while they wait, and so compete for the cores: on a busy machine, a
+    # verification took 774 s of CPU time instead of 282 s.
     env = {**SESSION_ENV, TOKEN_VARIABLE: lock.token, "OMP_WAIT_POLICY": "PASSIVE"}
     session.run(str(toolset.python), *command, env=env, external=True)
 
 
-def say_what_would_run(session: nox.Session, options: argparse.Namespace, stage: Stage, lane: str | None) -> None:
+def report_dry_run(session: nox.Session, options: argparse.Namespace, stage: Stage, lane: str | None) -> None:
     config, layout = chosen_run(options)
     states = run_status(ROOT, config, layout, [lane or LANE])
     state = next(each for each in states if each.stage == stage.name)
@@ -200,7 +202,7 @@ def say_what_would_run(session: nox.Session, options: argparse.Namespace, stage:
 
 
 def run_lane(session: nox.Session, lane: str) -> bool:
-    """Run a lane's stages one after another; whether all of them ran."""
+    """Run a lane's stages in order, until one fails; returns whether all of them ran."""
     for stage in STAGES:
         if stage.per_lane:
             try:
@@ -211,7 +213,7 @@ def run_lane(session: nox.Session, lane: str) -> bool:
 
 
 def conversion_failed(session: nox.Session, lane: str) -> bool:
-    """Whether the lane's conversion itself failed: not a full disk, an altered input or a held lock."""
+    """Whether the conversion itself failed, rather than because of a full disk, a changed input or a held lock."""
     _, layout = chosen_run(build_options(session))
     folder = layout.failed_stage("convert", lane)
     return (folder / MANIFEST).is_file() and read_manifest(folder).error_kind == ConversionError.kind
@@ -242,7 +244,9 @@ def register_stage(stage: Stage, lane: str | None) -> None:
         except CommandFailed:
             if not (CHOSEN.fallback and lane == LANE and conversion_failed(session, lane)):
                 raise
-            session.warn(f"conversion failed with torch {lane}: building with torch {OTHER_LANE}, and saying so")
+            session.warn(
+                f"conversion failed with torch {lane}: building with torch {OTHER_LANE}, and the report shows it"
+            )
             if not run_lane(session, OTHER_LANE):
                 raise
             _fell_back.append(lane)
@@ -256,7 +260,7 @@ for _stage in STAGES:
 
 
 def report(session: nox.Session, *lanes: str) -> None:
-    """Print the run's tables; fails unless every must-gate passed."""
+    """Print the run's tables; fails unless all must-gates passed."""
     options = build_options(session)
     if options.dry_run:
         return
@@ -293,7 +297,7 @@ def pipeline(session: nox.Session) -> None:
 )
 def matrix(session: nox.Session) -> None:
     """Export, convert and verify in every lane, and compare them."""
-    # In a loop, not by `requires`: a lane that fails is a row of the comparison, not the end of it.
+    # A loop, not `requires`: a lane that fails must be shown in the comparison, not end it.
     for lane in LANES:
         run_lane(session, lane)
     report(session, *LANES)
@@ -335,11 +339,11 @@ TESTS = {
         ["core", "pipeline", "infra", "cli", "report", "test_noxfile.py", "test_architecture.py"],
     ),
 }
-"""Each test session's environment, and its paths below tests/; the longest first, since two run side by side."""
-# A file that is listed by name belongs to that session alone.
+"""Each test session's environment, and its paths below tests/; the longest first, because two run in parallel."""
+# A file that is listed by name runs only in that session.
 NAMED_FILES = {part for _, parts in TESTS.values() for part in parts if part.endswith(".py")}
 OTHER_LANE_TESTS = "tests-convert-other-lane"
-"""For CI's matrix; `tests` leaves it out."""
+"""For CI's matrix; not part of `tests`."""
 
 
 def register_tests(name: str, environment_name: str, parts: list[str]) -> None:
@@ -375,7 +379,7 @@ register_tests(OTHER_LANE_TESTS, f"tests-convert-torch-{LANES[1]}", TESTS["tests
 
 @nox.session(venv_backend="none", requires=[*TESTS], tags=["check"], default=False)
 def tests(session: nox.Session) -> None:
-    """All tests, each package's in the environment that it runs in."""
+    """All tests, each in the environment of its package."""
 
 
 CONFORMANCE = next(each for each in ENVIRONMENTS if each.name == f"tests-convert-torch-{PRIMARY_LANE}")
@@ -383,7 +387,7 @@ CONFORMANCE = next(each for each in ENVIRONMENTS if each.name == f"tests-convert
 
 @nox.session(venv_backend="none", requires=[CONFORMANCE.session], tags=["check"], default=False)
 def conformance(session: nox.Session) -> None:
-    """coremltools' own operation tests against coremill.mil (an hour; one that was stopped goes on)."""
+    """coremltools' own operation tests against coremill.mil (takes an hour; resumes if it was interrupted)."""
     python = str(installed(ROOT)[CONFORMANCE.name].python)
     session.run(python, "-m", "tests.conformance", *session.posargs, env=SESSION_ENV, external=True)
 
@@ -400,7 +404,7 @@ TYPED = {
         *(BENCHES / f"{name}.py" for name in ("mil", "conversion", "tutorial_decoder")),
     ],
 }
-"""What mypy checks, by the environment that has the libraries it imports."""
+"""The paths that mypy checks, by the environment with the libraries that they import."""
 
 
 @nox.session(
@@ -410,12 +414,12 @@ TYPED = {
     default=False,
 )
 def types(session: nox.Session) -> None:
-    """Types (mypy), each package's against the libraries of the environment that it runs in."""
+    """Types (mypy), each package with the libraries of its environment."""
     environments = installed(ROOT)
     mypy = str(environments[LINT.name].folder / "bin" / "mypy")
     for environment in ENVIRONMENTS:
         if environment.name in TYPED:
-            # The lint environment stands for the lowest Python that the light packages support.
+            # The light packages support Pythons older than that of the lint environment.
             python = "3.10" if environment is LINT else environment.python
             session.run(
                 mypy, "--python-executable", str(environments[environment.name].python),
@@ -450,7 +454,7 @@ def format(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", tags=["upkeep"], default=False)
 def lock(session: nox.Session) -> None:
-    """Remake the hashed locks from requirements/*.in; `-- --upgrade` takes newer versions."""
+    """Recreate the hashed locks from requirements/*.in; `-- --upgrade` uses newer versions."""
     pythons = {environment.name: environment.python for environment in ENVIRONMENTS} | {"tools": "3.10"}
     for name, python in pythons.items():
         session.run(
@@ -484,7 +488,7 @@ BENCHMARKS = {
     default=False,
 )
 def bench(session: nox.Session) -> None:
-    """Measurements, by hand: `nox -s bench -- training`, `conversion` or `mil`, and the benchmark's own options."""
+    """Run a benchmark (training, conversion, mil, llamacpp, huggingface_readers): `nox -s bench -- NAME …`."""
     if not session.posargs or session.posargs[0] not in BENCHMARKS:
         session.error(f"expected one of {', '.join(BENCHMARKS)}: nox -s bench -- {next(iter(BENCHMARKS))}")
     name, *arguments = session.posargs

@@ -40,6 +40,7 @@ from coremill.coreml.converter import convert_function, ct, prepared
 from coremill.coreml.diagnostics import Recorder, recording
 from coremill.coreml.graph import Program, as_input, load_program
 from coremill.coreml.package import check_package, write_package
+from coremill.data.judge import read_answer_key
 from coremill.data.prompts import read_some
 from coremill.mil import MLModel
 from coremill.mil.measures import sqnr_db
@@ -84,7 +85,7 @@ def answers(build: Build, options: argparse.Namespace) -> None:
     load_s = time.perf_counter() - start
     scorer = Scorer(runner, contract.shapes.all, tokenizer.pad_id)
     start = time.perf_counter()
-    result = ask_heldout(scorer, rows, tokenizer)
+    result = ask_heldout(scorer, rows, tokenizer, read_answer_key(layout.answer_key_file(dataset)))
     answer_s = time.perf_counter() - start
     if result is None:
         raise VocabularyMismatchError(f"every question of {dataset} has tokens outside the package's vocabulary")
@@ -127,7 +128,8 @@ def convert(build: Build, options: argparse.Namespace) -> None:
         ratio = found["coremill"] / found["bare ct.convert"]
         print(f"ratio                {ratio:.2f} (at most 0.7; the goal is 0.5)")
         for name, package in (("coremill", ours), ("bare ct.convert", theirs)):
-            print(f"{name:20} SQNR {_sqnr(package, student, build):.1f} dB at T = {COMPARED_LENGTH}")
+            length = min(COMPARED_LENGTH, max(lengths))
+            print(f"{name:20} SQNR {_sqnr(package, student, build, length):.1f} dB at T = {length}")
 
 
 def shapes(build: Build, options: argparse.Namespace) -> None:
@@ -179,9 +181,9 @@ def _timed(work: Callable[[], None]) -> float:
         return time.perf_counter() - start
 
 
-def _sqnr(package: Path, student: Student, build: Build) -> float:
-    """The SQNR of a package's logits on real text, in dB."""
-    (ids,) = build.prompts(rows=64).packed(COMPARED_LENGTH, 1)
+def _sqnr(package: Path, student: Student, build: Build, length: int) -> float:
+    """The SQNR of a package's logits on `length` tokens of real text, in dB."""
+    (ids,) = build.prompts(rows=64).packed(length, 1)
     with torch.no_grad():
         expected = student(as_input(ids))[0][0].numpy()
     found = MLModel(package).predict({"input_ids": np.array([ids], np.int32)})["logits"][0]
