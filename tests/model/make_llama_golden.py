@@ -1,11 +1,11 @@
-"""Make llama_golden.json: logits of transformers' LlamaForCausalLM for weights that a formula gives.
+"""Make llama_golden.json: logits of transformers' LlamaForCausalLM for weights from a formula.
 
-Not a test, and needs an environment of its own:
+This is not a test. It needs its own environment:
 
     uv venv golden-venv && uv pip install -p golden-venv torch==2.9.1 transformers==5.23.0 numpy
     golden-venv/bin/python tests/model/make_llama_golden.py > tests/model/llama_golden.json
 
-`tests/model/test_student.py` fills a Student by the same formula and compares.
+`tests/model/test_student.py` fills a Student by the same formula and compares the logits.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ MAX_SEQ_LEN = 32
 N_TOKENS = 20
 
 
-def weight(place: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The weights of the parameter at `place` in the sorted list of names: sines, none of them alike."""
+def weight(index: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the weights of the parameter at `index` in the sorted list of names: sines that all differ."""
     count = int(torch.tensor(shape).prod())
-    values = torch.sin((torch.arange(count, dtype=torch.float64) + 1) * (0.37 + 0.11 * place)).reshape(shape)
+    values = torch.sin((torch.arange(count, dtype=torch.float64) + 1) * (0.37 + 0.11 * index)).reshape(shape)
     return (1 + 0.3 * values if len(shape) == 1 else 0.4 * values).float()
 
 
 def token_ids(vocab_size: int) -> list[int]:
-    return [(7 * place * place + 3 * place + 1) % vocab_size for place in range(N_TOKENS)]
+    return [(7 * index * index + 3 * index + 1) % vocab_size for index in range(N_TOKENS)]
 
 
 def golden(name: str) -> dict[str, object]:
@@ -58,8 +58,8 @@ def golden(name: str) -> dict[str, object]:
     # By the Student's names, sorted: without `model.`, and with the tied head once.
     named = {key.removeprefix("model."): value for key, value in model.named_parameters()}
     with torch.no_grad():
-        for place, key in enumerate(sorted(named)):
-            named[key].copy_(weight(place, tuple(named[key].shape)))
+        for index, key in enumerate(sorted(named)):
+            named[key].copy_(weight(index, tuple(named[key].shape)))
         logits = model(torch.tensor([token_ids(sizes["vocab_size"])])).logits[0]
     return {"logits": [[float(f"{value:.7g}") for value in row] for row in logits.tolist()]}
 

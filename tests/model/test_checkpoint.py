@@ -1,4 +1,4 @@
-"""The checkpoint format: what is written is read, equal contents give equal bytes, and bad files are told apart."""
+"""The checkpoint format: round trips, equal bytes for equal contents, and an error for each kind of bad file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -22,7 +22,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coremill.core.config import FrequencyFactors, LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
+from coremill.core.config import (
+    FrequencyFactors,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    RopeScaling,
+    YarnScaling,
+)
 from coremill.core.contract import ModelArch, TokenizerRef
 from coremill.core.errors import (
     CheckpointContentError,
@@ -32,6 +39,7 @@ from coremill.core.errors import (
     UnsafeCheckpointError,
     VocabularyMismatchError,
 )
+from coremill.core.plain import Plain
 from coremill.model import checkpoint as checkpoint_module
 from coremill.model.checkpoint import (
     Checkpoint,
@@ -74,8 +82,8 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Read a checkpoint's plain dict, change it, and save it again as torch does."""
+def rewrite(path: Path, change: Callable[[dict[str, Plain]], None]) -> None:
+    """Read the dict of a checkpoint, change it, and save it again with torch."""
     value = torch.load(path, weights_only=True)
     changed = change(value)
     torch.save(value if changed is None else changed, path)
@@ -90,7 +98,7 @@ def refusal(path: Path, kind: type[CoremillError]) -> str:
     return caught.value.found
 
 
-def test_what_is_saved_is_loaded(saved: Path) -> None:
+def test_a_checkpoint_round_trips(saved: Path) -> None:
     ckpt, loaded = a_checkpoint(), load_checkpoint(saved)
     for name in ("model_type", "model_arch", "config", "step", "tokenizer", "training"):
         assert getattr(loaded, name) == getattr(ckpt, name), name
@@ -98,7 +106,7 @@ def test_what_is_saved_is_loaded(saved: Path) -> None:
     assert all(torch.equal(loaded.state_dict[name], ckpt.state_dict[name]) for name in ckpt.state_dict)
 
 
-def test_the_file_is_the_documented_dict(saved: Path) -> None:
+def test_the_file_contains_the_documented_dict(saved: Path) -> None:
     value = torch.load(saved, weights_only=True)
     assert sorted(value) == [
         "config",
@@ -115,7 +123,7 @@ def test_the_file_is_the_documented_dict(saved: Path) -> None:
     assert (value["model_type"], value["schema_version"], value["step"]) == ("toy", "1.0", 7)
 
 
-def test_the_built_model_computes_what_the_saved_one_did(saved: Path) -> None:
+def test_the_built_model_has_the_outputs_of_the_saved_one(saved: Path) -> None:
     ids = torch.arange(16, dtype=torch.int32).unsqueeze(0)
     built = build_student(load_checkpoint(saved))
     assert not built.training
@@ -124,7 +132,7 @@ def test_the_built_model_computes_what_the_saved_one_did(saved: Path) -> None:
             assert torch.equal(expected, found)
 
 
-def test_a_checkpoint_does_not_follow_its_student() -> None:
+def test_later_changes_of_a_student_do_not_change_its_checkpoint() -> None:
     student = new_student(CONFIG, seed=4)
     ckpt = checkpoint_of(student, model_type="toy", step=0, tokenizer=TOKENIZER)
     with torch.no_grad():
@@ -132,8 +140,8 @@ def test_a_checkpoint_does_not_follow_its_student() -> None:
     assert ckpt.state_dict["norm.weight"].tolist() == [1.0] * 8
 
 
-def test_equal_contents_give_equal_bytes_whatever_the_name_and_the_objects(saved: Path, tmp_path: Path) -> None:
-    # Views into a larger storage, another order of keys, and strings that are equal without being the same.
+def test_equal_contents_give_equal_bytes(saved: Path, tmp_path: Path) -> None:
+    # Views of a larger storage, another order of keys, and equal strings of different identity.
     big = {name: torch.cat((tensor, tensor)) for name, tensor in a_checkpoint().state_dict.items()}
     views = {name: big[name][: len(big[name]) // 2] for name in sorted(big, reverse=True)}
     training = {"seed": 4, "".join(["lo", "ss"]): {"".join(["la", "st"]): 1.25, "first": 3.5}}
@@ -146,8 +154,8 @@ def test_equal_contents_give_equal_bytes_whatever_the_name_and_the_objects(saved
     assert other.read_bytes() != saved.read_bytes()
 
 
-def test_strings_that_are_equal_and_not_the_same_give_equal_bytes(tmp_path: Path) -> None:
-    """Pickle writes a string once and refers to it after that, if it is the same object."""
+def test_equal_strings_of_different_identity_give_equal_bytes(tmp_path: Path) -> None:
+    """Pickle writes a string once, and then a reference to it if it is the same object."""
     once = "".join(["a ", "word"])
     paths = [tmp_path / "same.ckpt", tmp_path / "equal.ckpt"]
     save_checkpoint(paths[0], a_checkpoint(training={"first": once, "second": [once, {once: 1}]}))
@@ -164,14 +172,14 @@ def test_a_failed_save_leaves_the_old_file(saved: Path) -> None:
     assert [entry.name for entry in saved.parent.iterdir()] == ["toy.ckpt"]
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
     found = refusal(tmp_path / "none.ckpt", CheckpointUnreadableError)
     assert found == f"cannot read {tmp_path}/none.ckpt: No such file or directory"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_a_truncated_file(saved: Path, tmp_path: Path, share: float) -> None:
+def test_a_truncated_file_is_rejected(saved: Path, tmp_path: Path, share: float) -> None:
     data = saved.read_bytes()
     part = tmp_path / "part.ckpt"
     part.write_bytes(data[: int(len(data) * share)])
@@ -180,8 +188,8 @@ def test_a_truncated_file(saved: Path, tmp_path: Path, share: float) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_flipped_bit_is_refused_or_changes_nothing(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """Some bytes of a zip archive mean nothing; wherever a bit flips, other weights are never read."""
+def test_a_flipped_bit_is_rejected_or_harmless(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Some bytes of a zip archive have no effect, but no flipped bit changes the weights that are read."""
     damaged = bytearray(saved.read_bytes())
     damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     path = tmp_path / "damaged.ckpt"
@@ -207,8 +215,8 @@ def test_a_damaged_tensor_is_named(saved: Path) -> None:
     )
 
 
-def test_a_tensor_that_torch_would_take_for_a_directory(saved: Path) -> None:
-    """torch.load leaves such a tensor uninitialised, without a word."""
+def test_a_tensor_with_the_directory_attribute_is_rejected(saved: Path) -> None:
+    """torch.load leaves such a tensor uninitialised and does not report it."""
     data = bytearray(saved.read_bytes())
     entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"archive/data/0"))
     data[entry + 38] |= 0x10  # external attributes of the entry in the central directory
@@ -219,8 +227,8 @@ def test_a_tensor_that_torch_would_take_for_a_directory(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("offset", range(4, 20))
-def test_a_damaged_end_of_the_archive(saved: Path, offset: int) -> None:
-    """What zipfile says of a broken end record depends on the byte and on the Python; here it is one error.
+def test_a_damaged_end_of_the_archive_is_rejected(saved: Path, offset: int) -> None:
+    """The error of zipfile for a broken end record depends on the byte and on the Python version; ours does not.
 
     A number of another disk may be read past: in an archive of one disk it means nothing.
     """
@@ -245,13 +253,13 @@ def archive_payload(path: Path, member: str) -> bytes:
         (b"PK\x03\x04" + bytes(50), "is truncated: 54 bytes"),
     ],
 )
-def test_a_file_of_something_else(tmp_path: Path, data: bytes, found: str) -> None:
+def test_a_file_of_another_format_is_rejected(tmp_path: Path, data: bytes, found: str) -> None:
     path = tmp_path / "else.ckpt"
     path.write_bytes(data)
     assert refusal(path, CheckpointUnreadableError) == f"{path} {found}"
 
 
-def test_a_zip_archive_of_something_else(tmp_path: Path) -> None:
+def test_a_zip_archive_of_another_format_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "else.ckpt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
@@ -265,33 +273,33 @@ def test_a_torchscript_program_is_not_a_checkpoint(tmp_path: Path) -> None:
 
 
 class Payload:
-    """Unpickling this runs a command that leaves a file behind."""
+    """Unpickling this runs a command that creates a file."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
         return os.system, (f"touch {self.witness}",)
 
 
-@pytest.mark.parametrize("place", ["state_dict", "training", "model_type", "extra"])
+@pytest.mark.parametrize("key", ["state_dict", "training", "model_type", "extra"])
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_hostile_checkpoint_is_refused_and_not_executed(
-    saved: Path, tmp_path: Path, place: str, protocol: int
+def test_a_hostile_checkpoint_is_rejected_and_not_executed(
+    saved: Path, tmp_path: Path, key: str, protocol: int
 ) -> None:
     witness = tmp_path / "executed"
     value = torch.load(saved, weights_only=True)
-    value[place] = Payload(witness)
+    value[key] = Payload(witness)
     torch.save(value, saved, pickle_protocol=protocol)
     assert refusal(saved, UnsafeCheckpointError) == f"{saved} names posix.system"
     assert not witness.exists()
-    # The payload is a real one: what refuses it is the reader.
+    # The payload works: it is the reader that rejects it.
     torch.load(saved, weights_only=False)
     assert witness.exists()
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_bare_hostile_pickle_is_refused_and_not_executed(tmp_path: Path, protocol: int) -> None:
+def test_a_bare_hostile_pickle_is_rejected_and_not_executed(tmp_path: Path, protocol: int) -> None:
     witness = tmp_path / "executed"
     path = tmp_path / "bare.ckpt"
     path.write_bytes(pickle.dumps({"state_dict": Payload(witness)}, protocol=protocol))
@@ -308,7 +316,7 @@ def test_a_pickled_module_is_not_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ["2.0", "0.9", "soon"])
-def test_a_version_that_is_not_known(saved: Path, version: str) -> None:
+def test_an_unknown_major_version_is_rejected(saved: Path, version: str) -> None:
     rewrite(saved, lambda value: value.update(schema_version=version))
     assert refusal(saved, SchemaVersionError) == f"{saved}: schema_version {version!r}"
 
@@ -320,13 +328,13 @@ def test_a_newer_minor_version_is_read_with_a_warning(saved: Path, caplog: pytes
 
 
 @pytest.mark.parametrize("key", ["model_type", "model_arch", "config", "step", "tokenizer", "training"])
-def test_a_part_that_is_missing_is_named(saved: Path, key: str) -> None:
+def test_a_missing_part_is_named(saved: Path, key: str) -> None:
     rewrite(saved, lambda value: value.pop(key) and None)
     found = refusal(saved, CheckpointContentError)
     assert found == f"{saved}: Object missing required field `{key}` at `$`"
 
 
-def test_a_missing_version(saved: Path) -> None:
+def test_a_missing_version_is_rejected(saved: Path) -> None:
     rewrite(saved, lambda value: value.pop("schema_version") and None)
     assert refusal(saved, CheckpointContentError) == f"{saved}: no `schema_version` at `$`"
 
@@ -342,17 +350,20 @@ def test_a_missing_version(saved: Path) -> None:
         (lambda v: v["model_arch"].update(use_halt_head=False), "`model_arch` is ModelArch(use_halt_head=False"),
         (lambda v: v["tokenizer"].update(vocab_size=21), "`config.vocab_size` is 20, `tokenizer.vocab_size` is 21"),
         (lambda v: v.pop("state_dict"), "`state_dict` is missing"),
-        (lambda v: v.update(state_dict=[1]), "`state_dict` holds something but tensors"),
-        (lambda v: v["state_dict"].update({"norm.weight": 1.0}), "`state_dict` holds something but tensors"),
+        (lambda v: v.update(state_dict=[1]), "`state_dict` contains something other than tensors"),
+        (
+            lambda v: v["state_dict"].update({"norm.weight": 1.0}),
+            "`state_dict` contains something other than tensors",
+        ),
         (lambda v: v["state_dict"].pop("norm.weight"), "`state_dict` lacks norm.weight"),
         (
-            # An attacker's size: found before a module is made for each layer.
+            # An attacker's size: rejected before the shapes of each layer are computed.
             lambda v: v["config"].update(n_layers=10**9),
-            "`state_dict` holds 12 tensors, fewer than `config` has layers",
+            "`state_dict` contains 12 tensors, fewer than `config` has layers",
         ),
         (
             lambda v: v["state_dict"].update({"lm_head.weight": torch.zeros(20, 8)}),
-            "`state_dict` holds lm_head.weight, which the model does not have",
+            "`state_dict` contains lm_head.weight, which the model does not have",
         ),
         (
             lambda v: v["state_dict"].update({"norm.weight": torch.ones(9)}),
@@ -368,24 +379,26 @@ def test_a_missing_version(saved: Path) -> None:
         ),
     ],
 )
-def test_contents_that_contradict_are_named(saved: Path, change: Callable[[Any], Any], found: str) -> None:
+def test_contradicting_contents_are_named(
+    saved: Path, change: Callable[[dict[str, Plain]], None], found: str
+) -> None:
     rewrite(saved, lambda value: [change(value), None][1])
     assert refusal(saved, CheckpointContentError).startswith(f"{saved}: {found}")
 
 
-def test_a_checkpoint_that_is_not_a_dict(saved: Path) -> None:
+def test_a_checkpoint_that_is_not_a_dict_is_rejected(saved: Path) -> None:
     rewrite(saved, lambda value: [1, 2])
     assert refusal(saved, CheckpointContentError) == f"{saved}: found list"
 
 
 def test_a_checkpoint_is_checked_before_it_is_written() -> None:
-    with pytest.raises(CheckpointContentError, match=r"^checkpoint: `state_dict` holds 0 tensors, fewer than"):
+    with pytest.raises(CheckpointContentError, match=r"^checkpoint: `state_dict` contains 0 tensors, fewer than"):
         a_checkpoint(state_dict={})
     with pytest.raises(CheckpointContentError, match="`model_arch` is"):
         a_checkpoint(model_arch=ModelArch(use_halt_head=False, tie_embeddings=True))
 
 
-def test_the_vocabulary_is_the_tokenizer_s() -> None:
+def test_check_vocabulary_compares_size_and_digest() -> None:
     ckpt = a_checkpoint()
     check_vocabulary(ckpt, TOKENIZER)
     with pytest.raises(VocabularyMismatchError, match=r"^the tokenizer has 32002 tokens, the model 20\n"):
@@ -413,7 +426,7 @@ SCALINGS = [
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_the_options_of_the_family_are_kept(tmp_path: Path, scaling: Any) -> None:
+def test_options_of_the_family_round_trip(tmp_path: Path, scaling: RopeScaling | None) -> None:
     config = msgspec.structs.replace(
         CONFIG, head_size=4, rope_scaling=scaling, attention_bias="qkvo", mlp_bias=True, qk_norm=True
     )
@@ -433,17 +446,17 @@ def test_the_options_of_the_family_are_kept(tmp_path: Path, scaling: Any) -> Non
         ({"kind": "linear", "factor": -1.0}, "`factor` must be positive, found -1.0 at `$.config.rope_scaling`"),
     ],
 )
-def test_a_scaling_that_is_not_one(saved: Path, change: dict[str, Any], found: str) -> None:
+def test_an_invalid_scaling_is_rejected(saved: Path, change: dict[str, Plain], found: str) -> None:
     rewrite(saved, lambda value: value["config"].update(rope_scaling=change))
     assert refusal(saved, CheckpointContentError) == f"{saved}: {found}"
 
 
-def test_what_was_imported_says_so() -> None:
+def test_imported_is_read_from_training() -> None:
     assert not a_checkpoint().imported
     assert a_checkpoint(step=0, training={"imported_from": {"format": "gguf"}}).imported
 
 
-def test_half_precision_keeps_its_type_and_is_built_in_float32(tmp_path: Path) -> None:
+def test_half_precision_is_saved_as_it_is_and_built_in_float32(tmp_path: Path) -> None:
     halves = {name: tensor.bfloat16() for name, tensor in a_checkpoint().state_dict.items()}
     save_checkpoint(tmp_path / "half.ckpt", a_checkpoint(state_dict=halves))
     loaded = load_checkpoint(tmp_path / "half.ckpt")
@@ -452,8 +465,8 @@ def test_half_precision_keeps_its_type_and_is_built_in_float32(tmp_path: Path) -
     assert {parameter.dtype for parameter in build_student(loaded).parameters()} == {torch.float32}
 
 
-def test_tensors_of_one_storage_are_written_apart_and_not_copied(saved: Path, tmp_path: Path) -> None:
-    """Tensors mapped from a file may share its storage; the archive has each by itself, and nothing twice."""
+def test_tensors_that_share_a_storage_are_written_separately(saved: Path, tmp_path: Path) -> None:
+    """Tensors mapped from a file may share its storage; the archive contains each separately, and nothing twice."""
     state = a_checkpoint().state_dict
     everything = torch.cat([state[name].reshape(-1) for name in state])
     parts = everything.split([state[name].numel() for name in state])
@@ -468,16 +481,18 @@ def test_tensors_of_one_storage_are_written_apart_and_not_copied(saved: Path, tm
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_values_that_are_not_finite_are_counted(value: float, dtype: torch.dtype) -> None:
-    tensor = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)  # their sum overflows, and they are finite
+    tensor = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)  # finite, but their sum overflows
     assert checkpoint_module._not_finite(tensor) == 0
     tensor[1, 2] = tensor[2, 4] = value
     assert checkpoint_module._not_finite(tensor) == 2
     assert checkpoint_module._not_finite(tensor.T) == 2
 
 
-@pytest.mark.parametrize("vocab_size", [20, 4000])  # it is full when the file is closed, or while torch writes
+@pytest.mark.parametrize(
+    "vocab_size", [20, 4000]
+)  # the disk is full when the file is closed, or while torch writes
 def test_a_full_disk_is_named_and_leaves_the_old_file(saved: Path, vocab_size: int) -> None:
-    """A limit on the size of files stands for the disk; the tensors are what does not fit."""
+    """A limit on the size of files simulates the disk; the tensors do not fit."""
     student = new_student(msgspec.structs.replace(CONFIG, vocab_size=vocab_size), seed=4)
     save_checkpoint(saved, checkpoint_of(student, model_type="toy", step=7, tokenizer=TOKENIZER))
     before = saved.read_bytes()
@@ -496,12 +511,12 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(saved: Path, vocab_size: i
     assert [entry.name for entry in saved.parent.iterdir()] == ["toy.ckpt"]
 
 
-def test_a_checkpoint_replaced_while_it_is_read_is_the_one_that_was_checked(
+def test_a_checkpoint_that_is_replaced_while_it_is_read_has_no_effect(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = checkpoint_module._pickle_in_archive
 
-    def check_and_replace(path: Path, file: Any) -> bytes:
+    def check_and_replace(path: Path, file: BinaryIO) -> bytes:
         pickled = check(path, file)
         save_checkpoint(path, a_checkpoint(step=99))
         return pickled
@@ -510,7 +525,7 @@ def test_a_checkpoint_replaced_while_it_is_read_is_the_one_that_was_checked(
     assert load_checkpoint(saved).step == 7
 
 
-def test_the_archive_does_not_hold_the_file_s_name(saved: Path) -> None:
-    """torch.save to a path writes the stem into the archive, and the digest then depends on the name."""
+def test_the_archive_does_not_contain_the_name_of_the_file(saved: Path) -> None:
+    """Given a path, torch.save writes its stem into the archive, which makes the digest depend on the name."""
     with zipfile.ZipFile(io.BytesIO(saved.read_bytes())) as archive:
         assert {name.split("/")[0] for name in archive.namelist()} == {"archive"}

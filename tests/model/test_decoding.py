@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from coremill.model.decoding import TemperatureSampler, generate, greedy
+from coremill.model.decoding import Sampler, TemperatureSampler, generate, greedy
 
 VOCAB = 11
 logit_vectors = arrays(np.float32, st.integers(1, 40), elements=st.floats(-30, 30, width=32))
@@ -16,12 +16,12 @@ prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8)
 
 
 def next_is_sum(tokens: list[int]) -> np.ndarray:
-    """A model whose next token is the sum of all before it, modulo the vocabulary."""
+    """Return the logits of a model whose next token is the sum of all tokens, modulo the vocabulary."""
     return np.eye(VOCAB, dtype=np.float32)[sum(tokens) % VOCAB]
 
 
 @given(prompts, st.integers(1, 30), st.sets(st.integers(0, VOCAB - 1)))
-def test_generate_follows_the_model_until_a_stop_or_the_limit(
+def test_generate_follows_the_model_until_a_stop_id_or_the_limit(
     prompt: list[int], limit: int, stops: set[int]
 ) -> None:
     expected: list[int] = []
@@ -35,7 +35,7 @@ def test_generate_follows_the_model_until_a_stop_or_the_limit(
     assert prompt == before
 
 
-def test_generate_shows_the_model_every_token_so_far() -> None:
+def test_generate_passes_every_token_so_far_to_the_model() -> None:
     seen: list[list[int]] = []
 
     def next_logits(tokens: list[int]) -> np.ndarray:
@@ -47,23 +47,23 @@ def test_generate_shows_the_model_every_token_so_far() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1])
-def test_generate_refuses_to_make_nothing(limit: int) -> None:
+def test_generate_rejects_a_limit_below_1(limit: int) -> None:
     with pytest.raises(ValueError, match=rf"^max_new_tokens must be at least 1, found {limit}$"):
         generate(next_is_sum, [1], stop_ids=(), max_new_tokens=limit, sampler=greedy)
 
 
-def test_generate_refuses_an_empty_prompt() -> None:
+def test_generate_rejects_an_empty_prompt() -> None:
     with pytest.raises(ValueError, match=r"^the prompt is empty$"):
         generate(next_is_sum, [], stop_ids=(), max_new_tokens=1, sampler=greedy)
 
 
 @given(logit_vectors)
-def test_greedy_takes_the_lowest_id_of_the_highest_logit(logits: np.ndarray) -> None:
+def test_greedy_returns_the_lowest_id_with_the_highest_logit(logits: np.ndarray) -> None:
     assert greedy(logits) == min(i for i, value in enumerate(logits) if value == max(logits))
 
 
 @given(logit_vectors, st.floats(0.1, 5), st.integers(0, 2**32))
-def test_a_sampler_repeats_itself_for_a_seed(logits: np.ndarray, temperature: float, seed: int) -> None:
+def test_a_sampler_is_deterministic_for_a_seed(logits: np.ndarray, temperature: float, seed: int) -> None:
     first, again = TemperatureSampler(temperature, seed), TemperatureSampler(temperature, seed)
     draws = [first(logits) for _ in range(5)]
     assert draws == [again(logits) for _ in range(5)]
@@ -83,7 +83,7 @@ def test_draws_follow_the_softmax_at_the_temperature(temperature: float) -> None
 
 
 @pytest.mark.parametrize(("draw", "expected"), [(0.0, 1), (np.nextafter(1.0, 0.0), 2)])
-def test_the_ends_of_the_unit_interval_draw_no_masked_id(
+def test_the_ends_of_the_unit_interval_never_draw_a_masked_id(
     monkeypatch: pytest.MonkeyPatch, draw: float, expected: int
 ) -> None:
     class Fixed:
@@ -95,13 +95,13 @@ def test_the_ends_of_the_unit_interval_draw_no_masked_id(
     assert TemperatureSampler(1.0, seed=0)(logits) == expected
 
 
-def test_a_nearly_cold_sampler_is_greedy() -> None:
+def test_a_sampler_at_a_low_temperature_is_greedy() -> None:
     logits = np.array([1.0, 1.5, 1.4], dtype=np.float32)
     assert {TemperatureSampler(1e-3, seed)(logits) for seed in range(50)} == {1}
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_a_temperature_is_positive(temperature: float) -> None:
+def test_a_temperature_that_is_not_positive_is_rejected(temperature: float) -> None:
     with pytest.raises(ValueError, match=r"^temperature must be positive, found"):
         TemperatureSampler(temperature, seed=0)
 
@@ -110,13 +110,13 @@ def test_a_temperature_is_positive(temperature: float) -> None:
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
-        (np.array([0.0, np.nan, 1.0]), r"^logits hold NaN"),
-        (np.array([0.0, np.inf]), r"^logits hold NaN, \+inf"),
-        (np.array([-np.inf, -np.inf]), r"nothing but -inf$"),
+        (np.array([0.0, np.nan, 1.0]), r"^logits contain NaN"),
+        (np.array([0.0, np.inf]), r"^logits contain NaN or \+inf"),
+        (np.array([-np.inf, -np.inf]), r"or are all -inf$"),
         (np.zeros((1, 4)), r"^logits must be a vector, found shape \(1, 4\)$"),
         (np.zeros(0), r"^logits must be a vector, found shape \(0,\)$"),
     ],
 )
-def test_broken_logits_are_refused(sampler: object, logits: np.ndarray, message: str) -> None:
+def test_invalid_logits_are_rejected(sampler: Sampler, logits: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sampler(logits)  # type: ignore[operator]
+        sampler(logits)

@@ -1,9 +1,9 @@
-"""Frequencies against the published formulas, written out another way, and against transformers' own in float32."""
+"""Frequencies, compared with independent implementations of the published formulas."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from coremill.core.config import (
     YarnScaling,
 )
 from coremill.core.contract import ModelArch
+from coremill.core.plain import Plain
 from coremill.model.rope import attention_factor, inverse_frequencies, rotary_tables, yarn_attention_factor
 
 
@@ -38,18 +39,18 @@ def config(scaling: RopeScaling | None, *, head_size: int = 64, theta: float = 1
     )
 
 
-def test_plain_frequencies() -> None:
+def test_frequencies_without_scaling() -> None:
     assert inverse_frequencies(config(None, head_size=4, theta=100.0)).tolist() == [1.0, 0.1]
     assert attention_factor(config(None)) == 1.0
 
 
-def test_linear_scaling_divides_them_all() -> None:
+def test_linear_scaling_divides_every_frequency() -> None:
     plain, scaled = inverse_frequencies(config(None)), inverse_frequencies(config(LinearScaling(factor=4.0)))
     assert torch.equal(scaled, plain / 4)
 
 
-def test_factors_divide_each() -> None:
-    factors = tuple(float(place) for place in range(1, 33))
+def test_frequency_factors_divide_each_frequency() -> None:
+    factors = tuple(float(index) for index in range(1, 33))
     plain, scaled = (
         inverse_frequencies(config(None)),
         inverse_frequencies(config(FrequencyFactors(factors=factors))),
@@ -64,15 +65,17 @@ def test_factors_divide_each() -> None:
     original=st.integers(16, 8192),
     theta=st.sampled_from([500.0, 1e4, 5e5]),
 )
-def test_llama3_by_wavelengths(factor: float, low: float, width: float, original: int, theta: float) -> None:
-    """Frequency by frequency, as Meta's reference has it: by wavelengths and not by turns."""
+def test_llama3_scaling_matches_its_definition_by_wavelengths(
+    factor: float, low: float, width: float, original: int, theta: float
+) -> None:
+    """One frequency at a time, as in Meta's reference: by wavelengths, not by rotations."""
     high = low + width
     scaling = Llama3Scaling(
         factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_seq_len=original
     )
     found = inverse_frequencies(config(scaling, theta=theta))
-    for place, frequency in enumerate(found.tolist()):
-        plain = theta ** (-2 * place / 64)
+    for index, frequency in enumerate(found.tolist()):
+        plain = theta ** (-2 * index / 64)
         wavelength = 2 * math.pi / plain
         if wavelength < original / high:
             expected = plain
@@ -85,9 +88,7 @@ def test_llama3_by_wavelengths(factor: float, low: float, width: float, original
 
 
 @given(factor=st.floats(1, 64), original=st.integers(64, 32768), theta=st.sampled_from([500.0, 1e4, 1e6]))
-def test_yarn_keeps_what_turns_fast_and_interpolates_what_turns_slowly(
-    factor: float, original: int, theta: float
-) -> None:
+def test_yarn_keeps_high_frequencies_and_interpolates_low_ones(factor: float, original: int, theta: float) -> None:
     scaling = YarnScaling(factor=factor, original_max_seq_len=original, attention_factor=1.0, truncate=False)
     plain, found = inverse_frequencies(config(None, theta=theta)), inverse_frequencies(config(scaling, theta=theta))
     for before, after in zip(plain.tolist(), found.tolist(), strict=True):
@@ -101,8 +102,8 @@ def test_yarn_keeps_what_turns_fast_and_interpolates_what_turns_slowly(
             assert after <= before * (1 + 1e-12)
 
 
-def test_yarn_of_a_model_that_uses_it() -> None:
-    """Qwen2.5 at four times its context: factor 4, 32,768 positions, θ 1e6, heads of 128; worked out by hand.
+def test_yarn_of_qwen2_5_matches_a_calculation_by_hand() -> None:
+    """Qwen2.5 at four times its context: factor 4, 32,768 positions, θ 1e6, heads of 128.
 
     Pairs up to floor(128 ln(32768 / 64π) / 2 ln 1e6) = 23 are kept, those from ceil(… / 2π …) = 40 divided by 4.
     """
@@ -118,8 +119,8 @@ def test_yarn_of_a_model_that_uses_it() -> None:
 def test_the_attention_factor_scales_both_tables() -> None:
     scaling = YarnScaling(factor=1.0, original_max_seq_len=32, attention_factor=1.5)
     positions = torch.arange(9)
-    plain, heated = rotary_tables(config(None), positions), rotary_tables(config(scaling), positions)
-    for before, after in zip(plain, heated, strict=True):
+    plain, scaled = rotary_tables(config(None), positions), rotary_tables(config(scaling), positions)
+    for before, after in zip(plain, scaled, strict=True):
         assert torch.allclose(after, before * 1.5)
         assert after.dtype == torch.float32
 
@@ -128,7 +129,7 @@ def test_the_attention_factor_scales_both_tables() -> None:
     ("factor", "mscale", "expected"),
     [(1.0, 1.0, 1.0), (0.5, 1.0, 1.0), (math.e, 1.0, 1.1), (math.e**2, 0.5, 1.1)],
 )
-def test_yarn_s_attention_factor(factor: float, mscale: float, expected: float) -> None:
+def test_yarn_attention_factor(factor: float, mscale: float, expected: float) -> None:
     assert yarn_attention_factor(factor, mscale) == pytest.approx(expected)
 
 
@@ -151,7 +152,7 @@ def test_yarn_s_attention_factor(factor: float, mscale: float, expected: float) 
         ),
     ],
 )
-def test_impossible_options(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_rejected(options: dict[str, Plain], message: str) -> None:
     sizes = {
         "vocab_size": 8,
         "d_model": 8,
@@ -182,6 +183,6 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
         ),
     ],
 )
-def test_impossible_scalings(make: Any, message: str) -> None:
+def test_invalid_scalings_are_rejected(make: Callable[[], RopeScaling], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         make()

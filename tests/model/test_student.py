@@ -1,4 +1,4 @@
-"""The student against transformers' Llama, its causality, and its graph at lengths that it was not traced at."""
+"""The student: compared with transformers' Llama, causality, and the shapes of its outputs and parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 from coremill.core.config import ModelConfig, read_config
 from coremill.core.contract import ModelArch
+from coremill.core.plain import Plain
 from coremill.model.student import Student, new_student, output_names, parameter_shapes
 
 HERE = Path(__file__).parent
@@ -23,7 +23,7 @@ CONFIGS = HERE.parents[1] / "configs"
 GOLDEN = json.loads((HERE / "llama_golden.json").read_text())
 
 
-def config(*, halt: bool = True, tied: bool = True, **changes: Any) -> ModelConfig:
+def config(*, halt: bool = True, tied: bool = True, **changes: Plain) -> ModelConfig:
     sizes = {
         "vocab_size": 40,
         "d_model": 24,
@@ -40,10 +40,10 @@ def random_ids(*shape: int, seed: int = 0, dtype: torch.dtype = torch.int32) -> 
     return torch.randint(0, 40, shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def formula_weight(place: int, shape: tuple[int, ...]) -> torch.Tensor:
+def formula_weight(index: int, shape: tuple[int, ...]) -> torch.Tensor:
     """As in make_llama_golden.py."""
     count = int(torch.tensor(shape).prod())
-    values = torch.sin((torch.arange(count, dtype=torch.float64) + 1) * (0.37 + 0.11 * place)).reshape(shape)
+    values = torch.sin((torch.arange(count, dtype=torch.float64) + 1) * (0.37 + 0.11 * index)).reshape(shape)
     return (1 + 0.3 * values if len(shape) == 1 else 0.4 * values).float()
 
 
@@ -58,11 +58,11 @@ def formula_weight(place: int, shape: tuple[int, ...]) -> torch.Tensor:
         ),
     ],
 )
-def test_logits_are_those_of_transformers_llama(name: str, changes: dict[str, Any]) -> None:
+def test_logits_match_those_of_transformers_llama(name: str, changes: dict[str, Plain]) -> None:
     model = Student(config(halt=False, tied=name == "tied", **changes)).eval()
     with torch.no_grad():
-        for place, (_, parameter) in enumerate(sorted(model.named_parameters())):
-            parameter.copy_(formula_weight(place, tuple(parameter.shape)))
+        for index, (_, parameter) in enumerate(sorted(model.named_parameters())):
+            parameter.copy_(formula_weight(index, tuple(parameter.shape)))
         golden = torch.tensor(GOLDEN[name]["logits"])
         ids = torch.tensor([[(7 * i * i + 3 * i + 1) % changes["vocab_size"] for i in range(golden.shape[0])]])
         (logits,) = model(ids)
@@ -71,21 +71,21 @@ def test_logits_are_those_of_transformers_llama(name: str, changes: dict[str, An
     assert (logits[0] - golden).abs().max() <= 1e-5
 
 
-def test_the_toy_has_the_parameters_that_its_config_promises() -> None:
+def test_the_toy_has_about_600_000_parameters() -> None:
     model = Student(read_config(CONFIGS / "magic-8-ball.toml").model)
     assert 500_000 <= model.n_parameters <= 700_000
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("halt", [True, False])
-def test_outputs_have_the_names_and_shapes_of_the_interface(halt: bool, dtype: torch.dtype) -> None:
+def test_outputs_have_the_documented_names_and_shapes(halt: bool, dtype: torch.dtype) -> None:
     outputs = new_student(config(halt=halt), seed=0).eval()(random_ids(3, 7, dtype=dtype))
     expected = {"logits": (3, 7, 40)} | ({"halt_logits": (3, 7, 2)} if halt else {})
     names = output_names(config(halt=halt))
     assert {name: tuple(value.shape) for name, value in zip(names, outputs, strict=True)} == expected
 
 
-def test_weights_alone_are_in_the_state_dict() -> None:
+def test_the_state_dict_contains_only_weights() -> None:
     state = new_student(config(), seed=0).state_dict()
     assert sorted(name for name in state if not name.startswith("layers.")) == [
         "embed_tokens.weight",
@@ -103,25 +103,25 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_generator_al
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def leaks_backwards(model: Student, ids: torch.Tensor, place: int) -> float:
-    """How far changing the token at `place` moves any output before it."""
+def leak_backwards(model: Student, ids: torch.Tensor, index: int) -> float:
+    """Return the largest change of any output before `index` when the token at `index` changes."""
     changed = ids.clone()
-    changed[:, place] = (ids[:, place] + 1) % 40
+    changed[:, index] = (ids[:, index] + 1) % 40
     with torch.no_grad():
         return max(
-            float((before[:, :place] - after[:, :place]).abs().max())
+            float((before[:, :index] - after[:, :index]).abs().max())
             for before, after in zip(model(ids), model(changed), strict=True)
         )
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_a_token_does_not_reach_the_positions_before_it(data: st.DataObject) -> None:
+def test_a_token_does_not_affect_the_positions_before_it(data: st.DataObject) -> None:
     length = data.draw(st.integers(2, 32))
-    place = data.draw(st.integers(1, length - 1))
+    index = data.draw(st.integers(1, length - 1))
     model = new_student(config(), seed=data.draw(st.integers(0, 5))).eval()
     ids = random_ids(2, length, seed=data.draw(st.integers(0, 5)))
-    assert leaks_backwards(model, ids, place) <= 1e-6
+    assert leak_backwards(model, ids, index) <= 1e-6
 
 
 def test_the_causality_check_finds_a_missing_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,21 +131,21 @@ def test_the_causality_check_finds_a_missing_mask(monkeypatch: pytest.MonkeyPatc
         "scaled_dot_product_attention",
         lambda q, k, v, *, is_causal, enable_gqa: attention(q, k, v, enable_gqa=True),
     )
-    assert leaks_backwards(new_student(config(), seed=0).eval(), random_ids(1, 16), 8) > 1e-2
+    assert leak_backwards(new_student(config(), seed=0).eval(), random_ids(1, 16), 8) > 1e-2
 
 
-def test_every_token_before_reaches_the_last_position() -> None:
+def test_every_token_affects_the_last_position() -> None:
     model = new_student(config(), seed=0).eval()
     ids = random_ids(1, 12)
     with torch.no_grad():
         last = model(ids)[0][0, -1]
-        for place in range(12):
+        for index in range(12):
             changed = ids.clone()
-            changed[:, place] = (ids[:, place] + 1) % 40
-            assert (model(changed)[0][0, -1] - last).abs().max() > 1e-5, place
+            changed[:, index] = (ids[:, index] + 1) % 40
+            assert (model(changed)[0][0, -1] - last).abs().max() > 1e-5, index
 
 
-def test_right_padding_changes_nothing_before_it() -> None:
+def test_right_padding_does_not_change_the_outputs_before_it() -> None:
     model = new_student(config(), seed=0).eval()
     ids = random_ids(1, 9)
     padded = torch.cat((ids, torch.zeros(1, 23, dtype=torch.int32)), dim=1)
@@ -154,7 +154,7 @@ def test_right_padding_changes_nothing_before_it() -> None:
             assert (short - long[:, :9]).abs().max() <= 1e-5
 
 
-def test_order_matters() -> None:
+def test_the_order_of_tokens_matters() -> None:
     """Without positions, the last output would be the same for any order of the tokens before it."""
     model = new_student(config(), seed=0).eval()
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_order_matters() -> None:
 
 
 @pytest.mark.parametrize("halt", [True, False])
-def test_scores_at_some_positions_are_those_of_the_whole(halt: bool) -> None:
+def test_score_at_matches_forward(halt: bool) -> None:
     model = new_student(config(halt=halt), seed=0).eval()
     ids, positions = random_ids(3, 10), torch.tensor([29, 0, 7, 10, 7])
     with torch.no_grad():
@@ -174,12 +174,12 @@ def test_scores_at_some_positions_are_those_of_the_whole(halt: bool) -> None:
         assert (expected.flatten(0, 1)[positions] - found).abs().max() <= 1e-6
 
 
-def test_too_long_a_sequence_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^33 tokens, the model's max_seq_len is 32$"):
+def test_a_sequence_beyond_max_seq_len_is_rejected() -> None:
+    with pytest.raises(ValueError, match=r"^33 tokens exceed the model's max_seq_len of 32$"):
         new_student(config(), seed=0)(random_ids(1, 33))
 
 
-def test_rotary_angles_are_those_of_the_paper() -> None:
+def test_rotary_angles_match_the_paper() -> None:
     model = Student(config(d_model=24, n_heads=6, rope_theta=100.0))  # D = 4: frequencies 1 and 1/10
     position = 7
     expected = torch.tensor([7.0, 0.7, 7.0, 0.7], dtype=torch.float64)
@@ -192,14 +192,14 @@ def test_rotary_angles_are_those_of_the_paper() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("bias", ["none", "qkv", "qkvo"])
 @pytest.mark.parametrize("others", [{}, {"mlp_bias": True}, {"qk_norm": True}, {"head_size": 10, "d_model": 25}])
-def test_parameter_shapes_are_those_of_a_model(halt: bool, tied: bool, bias: str, others: dict[str, Any]) -> None:
+def test_parameter_shapes_match_the_state_dict(halt: bool, tied: bool, bias: str, others: dict[str, Plain]) -> None:
     options = config(halt=halt, tied=tied, attention_bias=bias, **others)
     state = Student(options).state_dict()
     assert list(parameter_shapes(options).items()) == [(name, tuple(value.shape)) for name, value in state.items()]
 
 
-def test_loading_shapes_imports_nothing_slow() -> None:
-    """torch's "meta" device brings sympy and 800 other modules along: two seconds of every command."""
+def test_parameter_shapes_import_nothing_slow() -> None:
+    """torch's "meta" device imports sympy and 800 other modules, which takes two seconds."""
     script = (
         "import sys, torch; from coremill.core.config import read_config; from pathlib import Path;"
         "from coremill.model.student import Student, parameter_shapes;"

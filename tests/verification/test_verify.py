@@ -133,7 +133,7 @@ def test_logits_that_are_not_finite_in_an_answer_alone_are_a_failure_and_no_cras
 
     monkeypatch.setattr("coremill.verification.measurement.answer_greedily", answer_by)
     report = verified(imported)
-    error = "no answer to a question: ValueError: logits hold NaN, +inf or nothing but -inf"
+    error = "no answer to a question: ValueError: logits contain NaN or +inf, or are all -inf"
     assert (report.stateful.error, report.sampled) == (error, ())
     assert set(bad_gates(report).values()) == {error}
     assert len(bad_gates(report)) == 7

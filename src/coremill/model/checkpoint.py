@@ -1,7 +1,8 @@
-"""The checkpoint format: a `torch.save` archive of plain types and tensors; nothing else in it is unpickled."""
+"""The checkpoint format: a `torch.save` archive of plain types and tensors; nothing else is unpickled."""
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import pickle
@@ -13,7 +14,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import msgspec
 import torch
@@ -31,35 +32,40 @@ from coremill.core.errors import (
 from coremill.core.publish import replacing
 from coremill.model.student import Student, parameter_shapes
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 _RETRAIN = "python -m coremill.training.run_toy_distill --help"
 _TENSOR_NAMES = re.compile(r"torch\._utils\._rebuild_tensor_v2|torch\.\w+Storage|collections\.OrderedDict")
-"""What the pickle of a plain tensor names."""
+"""The names that the pickle of a plain tensor imports."""
 
 _CHECKED_ELEMENTS = 1 << 20
 
 IMPORTED_FROM = "imported_from"
-"""The key of `training` under which an imported checkpoint says where it came from."""
+"""The key of `training` that holds the origin of an imported checkpoint."""
+
+Training = dict[str, Any]
+"""How a checkpoint was made, in plain types: the losses, the seed, the dataset's digest and so on; or what it was
+imported from."""
 
 
 class CheckpointHead(Document):
-    """What a checkpoint says beside its tensors; its keys are those of the archive's dict, less `state_dict`."""
+    """The contents of a checkpoint without its tensors: the keys of the archive's dict, except `state_dict`."""
 
     model_type: str
     model_arch: ModelArch
     config: ModelConfig
     step: int
-    """Optimizer steps taken here; 0 is an untrained model, or an imported one."""
+    """Optimizer steps taken by coremill; 0 for an untrained or an imported model."""
     tokenizer: TokenizerRef
-    training: dict[str, Any]
-    """How it came about, in plain types: the ends of the loss curve, seed, dataset digest; or what it was imported
-    from."""
+    training: Training
 
     def __post_init__(self) -> None:
         if self.step < 0:
             raise ValueError(f"`step` must not be negative, found {self.step}")
         if self.config.arch != self.model_arch:
             raise ValueError(f"`model_arch` is {self.model_arch}, `config.arch` is {self.config.arch}")
-        # More rows than tokens are padding of the embedding, which models are trained with for the sake of speed.
+        # Rows beyond the tokens are padding, which makes the embedding a size that trains faster.
         if self.config.vocab_size < self.tokenizer.vocab_size:
             raise ValueError(
                 f"`config.vocab_size` is {self.config.vocab_size}, `tokenizer.vocab_size` is "
@@ -73,7 +79,7 @@ class Checkpoint:
 
     Raises:
         CheckpointContentError: the parts contradict each other, a tensor is missing, unexpected, of the wrong
-            shape or not of floats, or holds NaN or infinite values.
+            shape or not of floats, or contains NaN or infinite values.
     """
 
     model_type: str
@@ -82,15 +88,15 @@ class Checkpoint:
     step: int
     tokenizer: TokenizerRef
     state_dict: Mapping[str, Tensor]
-    training: Mapping[str, Any] = field(default_factory=dict)
+    training: Training = field(default_factory=dict)
     where: InitVar[str] = "checkpoint"
-    """What errors call it."""
+    """The name of the checkpoint in errors, such as its path."""
     run: InitVar[str | None] = _RETRAIN
-    """What errors say mends it."""
+    """The command that errors suggest."""
 
     @property
     def imported(self) -> bool:
-        """Whether its weights came from elsewhere, trained there: `step` says nothing of them then."""
+        """Whether the weights were trained elsewhere and imported; `step` is then 0."""
         return IMPORTED_FROM in self.training
 
     def __post_init__(self, where: str, run: str | None) -> None:
@@ -111,9 +117,9 @@ def checkpoint_of(
     model_type: str,
     step: int,
     tokenizer: TokenizerRef,
-    training: Mapping[str, Any] | None = None,
+    training: Training | None = None,
 ) -> Checkpoint:
-    """A checkpoint of `student` as it is now; later changes to the student do not reach it."""
+    """Return a checkpoint of `student` as it is now; later changes to the student do not affect it."""
     return Checkpoint(
         model_type=model_type,
         model_arch=student.config.arch,
@@ -126,59 +132,60 @@ def checkpoint_of(
 
 
 def save_checkpoint(path: Path, ckpt: Checkpoint) -> None:
-    """Write `ckpt` to `path`, whole or not at all; equal checkpoints give equal bytes, whatever the file's name.
+    """Write `ckpt` to `path` atomically; equal checkpoints give equal bytes, whatever the file's name.
 
     Raises:
-        OutputError: `path` cannot be written; what was there is left.
+        OutputError: `path` cannot be written; an existing file is left unchanged.
     """
     head = _canonical(msgspec.to_builtins(_head(ckpt, where=str(path))))
     tensors = {sys.intern(name): _apart(ckpt.state_dict[name]) for name in sorted(ckpt.state_dict)}
     with replacing(path) as file:
         out = _Outlet(file)
         try:
-            # torch.save writes the stem of a path into the archive, but no name for an open file.
+            # Given a path, torch.save would write its stem into the archive.
             torch.save({**head, "state_dict": tensors}, out)
         except Exception:
-            if out.failure is not None:  # torch says of a full disk that a position was unexpected
+            if out.failure is not None:  # torch reports a full disk as an unexpected position
                 raise out.failure from None
             raise
 
 
-class _Outlet:
-    """A file that remembers why it could not be written."""
+class _Outlet(io.BytesIO):
+    """Passes what is written to a file, and keeps the error if it cannot be written.
+
+    Of io.BytesIO it only has the type, which torch.save declares.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
         self._file = file
         self.failure: OSError | None = None
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: ReadableBuffer, /) -> int:
         try:
             return self._file.write(data)
         except OSError as failure:
             self.failure = failure
             raise
 
-    def flush(self) -> None:
-        """The file is flushed, and synchronised, where it is closed."""
-
 
 def _apart(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous and with a storage of its own that is no larger; the same memory where it can be.
+    """Return the tensor, contiguous and with its own storage of the same size; not a copy if it is that already.
 
-    A view would drag its whole storage into the archive, and two on one storage be written once.
+    A view would write its whole storage into the archive, and two views of one storage would be written once.
     """
     value = tensor.detach().cpu().contiguous()
     return torch.from_numpy(value.reshape(-1).view(torch.uint8).numpy()).view(value.dtype).view(value.shape)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and check the checkpoint at `path`; tensors come to the CPU as they were saved.
+    """Read and check the checkpoint at `path`; its tensors are loaded to the CPU in the dtypes they were saved in.
 
     Raises:
-        CheckpointUnreadableError: missing, truncated, damaged, or not a checkpoint.
-        UnsafeCheckpointError: it holds more than plain types and tensors; none of that was executed.
-        SchemaVersionError: of an unknown major version.
-        CheckpointContentError: something in it is missing or contradicts the rest.
+        CheckpointUnreadableError: the file is missing, truncated, damaged, or not a checkpoint.
+        UnsafeCheckpointError: it contains more than plain types and tensors; none of that was executed.
+        SchemaVersionError: its major version is unknown.
+        CheckpointContentError: a part is missing, or contradicts the others.
     """
     value = _read_plain(Path(path))
     if not isinstance(value, dict):
@@ -201,7 +208,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def build_student(ckpt: Checkpoint) -> Student:
-    """The checkpoint's model in float32, in evaluation mode; its weights are copies."""
+    """Return the checkpoint's model in float32 and evaluation mode, with copies of the weights."""
     student = Student(ckpt.config)
     student.load_state_dict(ckpt.state_dict)
     student.eval()
@@ -212,7 +219,7 @@ def check_vocabulary(ckpt: Checkpoint, tokenizer: TokenizerLike) -> None:
     """Check that `tokenizer` is the one that the model was trained with.
 
     Raises:
-        VocabularyMismatchError: its size or its digest is another.
+        VocabularyMismatchError: its size or its digest differs.
     """
     if tokenizer.vocab_size != ckpt.tokenizer.vocab_size:
         raise VocabularyMismatchError(
@@ -229,7 +236,7 @@ def check_vocabulary(ckpt: Checkpoint, tokenizer: TokenizerLike) -> None:
 
 
 def _head(ckpt: Checkpoint, *, where: str) -> CheckpointHead:
-    """The checkpoint's head, checked as if it had been read."""
+    """Return the checkpoint's head, checked as if it had been read."""
     value = {
         "schema_version": CheckpointHead.format_version,
         "model_type": ckpt.model_type,
@@ -243,10 +250,10 @@ def _head(ckpt: Checkpoint, *, where: str) -> CheckpointHead:
 
 
 def _canonical(value: Any) -> Any:
-    """`value` with sorted keys, interned strings and no shared containers.
+    """Return `value` with sorted keys, interned strings and no shared containers.
 
-    Pickle writes an object that it has seen before as a reference, so that equal values made of different
-    objects have different bytes.
+    Pickle writes an object that it has seen before as a reference, so that without this, equal values that consist
+    of different objects would have different bytes.
     """
     if isinstance(value, dict):
         return {sys.intern(key): _canonical(value[key]) for key in sorted(value)}
@@ -256,17 +263,17 @@ def _canonical(value: Any) -> Any:
 
 
 def _read_plain(path: Path) -> Any:
-    """What the archive at `path` holds: plain types and tensors, nothing else."""
+    """Return the contents of the archive at `path`, which are plain types and tensors."""
     try:
         file = path.open("rb")
     except OSError as failure:
         raise CheckpointUnreadableError(
             f"cannot read {path}: {failure.strerror}", expected="a readable checkpoint", run=_RETRAIN
         ) from failure
-    # One open file for all of it: what was checked is what torch reads, should another take its name.
+    # The file is opened once, so that torch reads what was checked even if the path is replaced meanwhile.
     with file:
         pickled = _pickle_in_archive(path, file)
-        # torch's own reader refuses these names too; this one knows every pickle protocol and names them all.
+        # torch's reader refuses these names too, but this check handles every pickle protocol and lists them all.
         if names := [name for name in _names_in(pickled) if not _TENSOR_NAMES.fullmatch(name)]:
             raise _unsafe(path, f"names {', '.join(names)}")
         if pickled[:2] != b"\x80\x02":
@@ -277,12 +284,12 @@ def _read_plain(path: Path) -> Any:
         except pickle.UnpicklingError as failure:
             raise _unsafe(path, str(failure).splitlines()[0]) from failure
         except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, OSError) as failure:
-            # What torch's unpickler raises on a pickle that no torch.save wrote, beside its own error.
+            # torch's unpickler also raises these on a pickle that torch.save did not write.
             raise _unreadable(path, f"is not a checkpoint: {type(failure).__name__}: {failure}") from failure
 
 
 def _pickle_in_archive(path: Path, file: BinaryIO) -> bytes:
-    """The pickle of a whole `torch.save` archive; every checksum is compared, which torch does not do."""
+    """Return the pickle of a complete `torch.save` archive; every checksum is compared, which torch does not do."""
     try:
         if not zipfile.is_zipfile(file):
             file.seek(0)
@@ -300,12 +307,12 @@ def _pickle_in_archive(path: Path, file: BinaryIO) -> bytes:
             pickles = [name for name in names if name.endswith("/data.pkl")]
             if len(pickles) != 1:
                 raise _unreadable(path, "is a zip archive, not a checkpoint")
-            # torch takes an entry with the directory attribute for empty and leaves its tensor uninitialised.
+            # torch treats an entry with the directory attribute as empty and leaves its tensor uninitialised.
             if odd := [entry.filename for entry in archive.infolist() if entry.external_attr]:
                 raise _unreadable(path, f"is damaged: {odd[0]} has attributes that torch.save does not write")
             return archive.read(pickles[0])
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError, ValueError) as failure:
-        # zipfile's ways to say that an entry's header, compression or offset makes no sense.
+        # zipfile raises these for an invalid header, compression or offset of an entry.
         raise _unreadable(path, f"is damaged: {failure}") from failure
 
 
@@ -315,12 +322,12 @@ def _unreadable(path: Path, found: str) -> CheckpointUnreadableError:
 
 def _unsafe(path: Path, found: str) -> UnsafeCheckpointError:
     return UnsafeCheckpointError(
-        f"{path} {found}", expected="plain types and tensors alone; nothing of the file was executed", run=_RETRAIN
+        f"{path} {found}", expected="only plain types and tensors; nothing in the file was executed", run=_RETRAIN
     )
 
 
 def _names_in(pickled: bytes | BinaryIO) -> list[str]:
-    """Each `module.name` that the pickle would import, found by reading its opcodes; [] if it is no pickle."""
+    """Return each `module.name` that the pickle would import, read from its opcodes; [] if it is not a pickle."""
     names: list[str] = []
     strings: list[str] = []
     try:
@@ -337,7 +344,7 @@ def _names_in(pickled: bytes | BinaryIO) -> list[str]:
 
 
 def _check_tensors(tensors: Any, config: ModelConfig, *, where: str, run: str | None) -> None:
-    """Check that `tensors` are finite floats and the very ones that a model of `config` has."""
+    """Check that `tensors` are finite floats, and exactly those of a model of `config`."""
 
     def refuse(found: str) -> CheckpointContentError:
         return CheckpointContentError(
@@ -345,14 +352,16 @@ def _check_tensors(tensors: Any, config: ModelConfig, *, where: str, run: str | 
         )
 
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise refuse("`state_dict` is missing" if tensors is None else "`state_dict` holds something but tensors")
-    if config.n_layers > len(tensors):  # each layer has tensors of its own; modules cost time even on "meta"
-        raise refuse(f"`state_dict` holds {len(tensors)} tensors, fewer than `config` has layers")
+        raise refuse(
+            "`state_dict` is missing" if tensors is None else "`state_dict` contains something other than tensors"
+        )
+    if config.n_layers > len(tensors):  # before `parameter_shapes`, whose cost grows with the layers
+        raise refuse(f"`state_dict` contains {len(tensors)} tensors, fewer than `config` has layers")
     expected = parameter_shapes(config)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise refuse(f"`state_dict` lacks {', '.join(missing)}")
     if unexpected := sorted(tensors.keys() - expected.keys()):
-        raise refuse(f"`state_dict` holds {', '.join(map(str, unexpected))}, which the model does not have")
+        raise refuse(f"`state_dict` contains {', '.join(map(str, unexpected))}, which the model does not have")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name]:
             raise refuse(f"`state_dict[{name!r}]` has shape {tuple(tensor.shape)}, not {expected[name]}")
@@ -363,9 +372,9 @@ def _check_tensors(tensors: Any, config: ModelConfig, *, where: str, run: str | 
 
 
 def _not_finite(tensor: Tensor) -> int:
-    """How many values are NaN or infinite; some at a time, without memory for a second tensor."""
+    """Count the values that are NaN or infinite, in parts, so that no second tensor of that size is needed."""
     parts = tensor.reshape(-1).split(_CHECKED_ELEMENTS)
-    # A sum is finite only if all of it is, and takes a fifth of the time; a large one may still overflow.
+    # A finite sum shows that all values are finite, in a fifth of the time; a sum of large values may overflow.
     return sum(
         int((~torch.isfinite(part)).sum())
         for part in parts

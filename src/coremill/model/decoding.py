@@ -1,4 +1,4 @@
-"""The one decoding loop: every backend that answers questions goes through `generate`.
+"""The decoding loop: every backend that answers questions uses :func:`generate`.
 
 Legend: V vocabulary.
 """
@@ -6,15 +6,16 @@ Legend: V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-Logits = Any
-"""np.ndarray (V,) of floats; numpy has no types where this is checked."""
+Logits: TypeAlias = "npt.NDArray[np.float32] | npt.NDArray[np.float64]"
+"""(V,)."""
 
 NextLogits = Callable[[list[int]], Logits]
-"""Scores of the token after the given ones."""
+"""Returns the logits of the token after the given ones."""
 
 Sampler = Callable[[Logits], int]
 
@@ -30,7 +31,7 @@ def generate(
     """Continue `prompt` token by token until a stop id or `max_new_tokens`.
 
     Returns:
-        The new tokens alone, the stop id included where one ended the loop.
+        The new tokens, with the stop id if one ended the loop.
 
     Raises:
         ValueError: an empty prompt, `max_new_tokens` below 1, or logits that are not a vector of numbers.
@@ -48,7 +49,7 @@ def generate(
 
 
 def greedy(logits: Logits) -> int:
-    """The id with the highest logit; the lowest of them on a tie."""
+    """Return the id with the highest logit; on a tie, the lowest of them."""
     return int(np.argmax(_checked(logits)))
 
 
@@ -57,7 +58,7 @@ class TemperatureSampler:
 
     Args:
         temperature: above 0; 1 is the model's own distribution.
-        seed: of numpy's PCG64.
+        seed: seeds numpy's PCG64.
     """
 
     def __init__(self, temperature: float, seed: int) -> None:
@@ -75,9 +76,9 @@ class TemperatureSampler:
 
 
 def _checked(logits: Logits) -> Logits:
-    """`logits` as they are; a ValueError unless they are a vector with a finite maximum and no NaN."""
+    """Return `logits`; a ValueError unless they are a vector with a finite maximum and without NaN."""
     if logits.ndim != 1 or logits.size == 0:
         raise ValueError(f"logits must be a vector, found shape {logits.shape}")
-    if not np.isfinite(logits.max()):  # a NaN is the maximum wherever there is one
-        raise ValueError("logits hold NaN, +inf or nothing but -inf")
+    if not np.isfinite(logits.max()):  # the maximum of values with a NaN is NaN
+        raise ValueError("logits contain NaN or +inf, or are all -inf")
     return logits

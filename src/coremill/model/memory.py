@@ -1,4 +1,4 @@
-"""How much memory work on a model takes at a sequence length, asked before the work starts.
+"""A check, before the work starts, that there is enough memory to run a model at a sequence length.
 
 Legend: T sequence length, V vocabulary.
 """
@@ -16,12 +16,12 @@ def check_shape_memory(ckpt: Checkpoint, seq_len: int, *, models: int, logits: i
     """Check that there is memory to run the checkpoint's model at `seq_len`.
 
     Args:
-        models: how many sets of its weights are held in float32 at a time.
-        logits: how many (T, V) tensors of float32 are.
-        work: what is done, for the message.
+        models: number of copies of its weights in float32 that are in memory at a time.
+        logits: number of (T, V) tensors of float32 that are.
+        work: the verb in the message, such as "verify".
 
     Raises:
-        MachineError: there is less; names the length and both figures.
+        MachineError: there is not enough memory; states the length and both figures.
     """
     parameters = sum(tensor.numel() for tensor in ckpt.state_dict.values())
     needed = _FLOAT32_BYTES * (models * parameters + logits * seq_len * ckpt.config.vocab_size)

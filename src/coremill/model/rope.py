@@ -1,8 +1,8 @@
-"""Rotary position embeddings: the frequencies of a model, with the scalings that stretch its context.
+"""Rotary position embeddings: the frequencies of a model, with the scalings that extend its context.
 
-RoPE: Su et al. 2021, arXiv:2104.09864, in the rotate-half layout: pair i of a head is (x[i], x[i + D/2]), and the
-two turn by position · θ^(-2i/D). D is the head size. All in float64: at position 8,192 a float32 angle is already
-off by 5e-4.
+RoPE: Su et al. 2021, arXiv:2104.09864, in the rotate-half layout: pair i of a head is (x[i], x[i + D/2]), and is
+rotated by position · θ^(-2i/D). D is the head size. Angles are computed in float64: at position 8,192 the error of
+a float32 angle is already 5e-4.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from coremill.core.config import FrequencyFactors, LinearScaling, Llama3Scaling,
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Radians that each pair turns a position: (D/2,) float64, after the model's scaling."""
+    """Return the radians per position of each pair, after the model's scaling: (D/2,) float64."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
     plain = config.rope_theta ** -(half / config.head_dim)  # (D/2,)
     scaling = config.rope_scaling
@@ -32,13 +32,13 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """What cos and sin are multiplied by: 1, but for YaRN, whose scores grow by its square."""
+    """Return the factor of cos and sin: 1, except for YaRN; attention scores grow by its square."""
     scaling = config.rope_scaling
     return scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
 
 
 def rotary_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles: (positions, D) float32, the two halves of D alike."""
+    """Return cos and sin of the angles of each position: (positions, D) float32, with equal halves of D."""
     frequencies = inverse_frequencies(config).to(positions.device)  # (D/2,)
     angles = positions.to(torch.float64).unsqueeze(1) * frequencies
     angles = torch.cat((angles, angles), dim=1)  # (positions, D)
@@ -47,9 +47,9 @@ def rotary_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tenso
 
 
 def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
-    """The factor by which YaRN's authors heat the attention: 0.1 · ln(factor) + 1 (section 3.4).
+    """Return the attention factor that YaRN's authors recommend: 0.1 · ln(factor) + 1 (section 3.4).
 
-    `mscale` weighs the logarithm in models that set it.
+    `mscale` weights the logarithm, in models that set it.
     """
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
@@ -62,23 +62,23 @@ def _llama3(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 def _yarn(plain: Tensor, scaling: YarnScaling, *, theta: float) -> Tensor:
-    """YaRN's "NTK-by-parts", section 3.2: a ramp over the dimensions between two numbers of turns."""
+    """YaRN's "NTK-by-parts", section 3.2: a ramp over the dimensions between two numbers of rotations."""
     n = len(plain)
 
     def dimension(turns: float) -> float:
-        """The place of the pair that turns so often in the original context; the inverse of `turns` by place."""
+        """Return the index of the pair that makes that many rotations in the original context; not rounded."""
         return n * math.log(scaling.original_max_seq_len / (turns * 2 * math.pi)) / math.log(theta)
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    # The upper bound is the reference implementation's: D - 1, though a head has D/2 pairs.
+    # As in the reference implementation, the upper bound is D - 1, although a head has D/2 pairs.
     low, high = max(low, 0), min(high, 2 * n - 1)
-    width = high - low if high != low else 0.001  # the reference's too: a step where the ramp has no width
+    width = high - low if high != low else 0.001  # as in the reference: a ramp of no width is a step
     ramp = (torch.arange(n, dtype=torch.float64) - low) / width
     return _blend(plain, scaling.factor, 1 - ramp.clamp(0, 1))
 
 
 def _blend(plain: Tensor, factor: float, kept: Tensor) -> Tensor:
-    """`kept` (D/2,) parts of the plain frequency, the rest of the interpolated one."""
+    """Return `kept` (D/2,) parts of the plain frequency and the rest of the interpolated one."""
     return plain * kept + plain / factor * (1 - kept)

@@ -1,14 +1,14 @@
-"""The student: a Llama-family decoder, as it is trained and as every other form of a model is compared with.
+"""The student: a Llama-family decoder in eager PyTorch, the reference for every exported format.
 
-Legend: B batch, T sequence length, V vocabulary, C d_model, H heads, K key/value heads, G = H/K heads a
+Legend: B batch, T sequence length, V vocabulary, C d_model, H heads, K key/value heads, G = H/K heads per
 key/value head, D head size, F d_ff.
 
 Grouped-query attention: Ainslie et al. 2023, arXiv:2305.13245. RoPE: Su et al. 2021, arXiv:2104.09864, in the
 rotate-half layout of Hugging Face's Llama, whose parameter names (without `model.`) this follows.
 RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467. SwiGLU: Shazeer 2020, arXiv:2002.05202.
 
-The options of the family (biases, a norm on queries and keys, a head size of its own) add parameters only where the
-configuration has them.
+The options of the family (biases, a norm of queries and keys, an explicit head size) add parameters only if the
+configuration sets them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def output_names(config: ModelConfig) -> tuple[str, ...]:
-    """Names of what `Student.forward` returns, in its order."""
+    """Return the names of the outputs of `Student.forward`, in order."""
     return ("logits", "halt_logits") if config.arch.use_halt_head else ("logits",)
 
 
 class Linear(nn.Linear):
-    """Zeros until it is given weights: random ones take seconds that a checkpoint's would then replace."""
+    """A linear layer that starts at zero: random weights take seconds to draw, and a checkpoint replaces them."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -41,14 +41,14 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """As :class:`Linear`."""
+    """An embedding that starts at zero, as :class:`Linear` does."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
 
 
 def each(kind: type[M], modules: nn.ModuleList) -> Iterator[M]:
-    """The modules of a list, typed: all of them are of one kind, which `nn.ModuleList` cannot declare."""
+    """Yield the modules of a list with their type, which `nn.ModuleList` cannot declare."""
     for module in modules:
         assert isinstance(module, kind)
         yield module
@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle; x (B, H, T, D), cos and sin (T, D)."""
+    """Rotate each pair (x[i], x[i + D/2]) by the angle of its position; x (B, H, T, D), cos and sin (T, D)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         return x.view(*x.shape[:2], n_heads, self.head_dim).transpose(1, 2)  # (B, n_heads, T, D)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, T, C), cos and sin (T, D); returns (B, T, C)."""
+        """Apply causal self-attention: x (B, T, C), cos and sin (T, D); returns (B, T, C)."""
         q = self._heads(self.q_proj(x), self.n_heads)  # (B, H, T, D)
         k = self._heads(self.k_proj(x), self.n_kv_heads)  # (B, K, T, D)
         if self.qk_norm:
@@ -99,7 +99,8 @@ class Attention(nn.Module):
         v = self._heads(self.v_proj(x), self.n_kv_heads)  # (B, K, T, D)
         # (B, H, T, D); with enable_gqa query head h reads key/value head h // G
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return output
 
 
 class FeedForward(nn.Module):
@@ -110,8 +111,9 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) to (B, T, C) through (B, T, F)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """Map x (B, T, C) to (B, T, C) through (B, T, F)."""
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
 
 
 class Layer(nn.Module):
@@ -123,21 +125,23 @@ class Layer(nn.Module):
         self.mlp = FeedForward(config)
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The half that mixes positions: x (B, T, C) to (B, T, C)."""
-        return x + self.self_attn(self.input_layernorm(x), cos, sin)
+        """Add attention, the half of the layer that mixes positions: x (B, T, C) to (B, T, C)."""
+        attended: Tensor = self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + attended
 
     def transform(self, x: Tensor) -> Tensor:
-        """The half that treats each position alone: x (..., C) to (..., C)."""
-        return x + self.mlp(self.post_attention_layernorm(x))
+        """Add the feed-forward, the half of the layer that treats each position alone: x (..., C) to (..., C)."""
+        transformed: Tensor = self.mlp(self.post_attention_layernorm(x))
+        return x + transformed
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return self.transform(self.attend(x, cos, sin))
 
 
 class Student(nn.Module):
-    """A causal decoder; its weights, at first zeros, come from :func:`new_student` or from a checkpoint.
+    """A causal decoder. Its weights start at zero; :func:`new_student` or a checkpoint sets them.
 
-    `state_dict` holds the weights alone: the rotary tables are computed from the configuration. With
+    `state_dict` contains only the weights: the rotary tables are computed from the configuration. With
     `tie_embeddings` there is no `lm_head.weight`.
     """
 
@@ -154,55 +158,57 @@ class Student(nn.Module):
             self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.arch.use_halt_head:
             self.halt_head = Linear(config.d_model, 2, bias=False)
-        # One longer than the longest sequence, for the sake of the graphs that are exported: see `Decoder`.
+        # One longer than the longest sequence, which the exported graphs need: see `coreml.decoder.Decoder`.
         cos, sin = rotary_tables(config, torch.arange(config.max_seq_len + 1))
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """Score each position's next token.
+        """Compute the logits of the token after each position.
 
         Args:
-            input_ids: (B, T) int32 or int64, T at most `max_seq_len`; right-padded where rows differ in length.
+            input_ids: (B, T) int32 or int64, T at most `max_seq_len`; right-padded if rows differ in length.
 
         Returns:
-            `(logits,)` or `(logits, halt_logits)`, as :func:`output_names` says: (B, T, V) and (B, T, 2), float32.
-            Row i of either depends on tokens 0 to i alone. The halt columns are [continue, halt].
+            `(logits,)` or `(logits, halt_logits)`, see :func:`output_names`: (B, T, V) and (B, T, 2), float32.
+            Position i of either depends only on tokens 0 to i. The halt columns are [continue, halt].
 
         Raises:
-            ValueError: T is beyond `max_seq_len`.
+            ValueError: T exceeds `max_seq_len`.
         """
-        return self._heads(self.layers[-1].transform(self._attended(input_ids)))
+        last, x = self._attended(input_ids)
+        return self._heads(last.transform(x))
 
     def score_at(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """What `forward` gives at some positions, without the work that serves the others alone.
+        """Compute the outputs of `forward` at some positions, without the work that only the others need.
 
-        Most tokens of a training row are its question's, which have no target: the last layer's feed-forward
-        and the logits are a good third of all the work there.
+        Most tokens of a training row belong to its question and have no target. Without them, the last layer's
+        feed-forward and the logits, a good third of all the work, shrink in proportion.
 
         Args:
             input_ids: (B, T), as for `forward`.
-            positions: (M,) int64, counted through the flattened (B·T) batch.
+            positions: (M,) int64, indices into the flattened batch (B·T).
 
         Returns:
             `(logits,)` or `(logits, halt_logits)`: (M, V) and (M, 2).
         """
-        x = self._attended(input_ids).flatten(0, 1).index_select(0, positions)  # (M, C)
-        return self._heads(self.layers[-1].transform(x))
+        last, x = self._attended(input_ids)
+        return self._heads(last.transform(x.flatten(0, 1).index_select(0, positions)))  # of (M, C)
 
-    def _attended(self, input_ids: Tensor) -> Tensor:
-        """(B, T) to (B, T, C): all that mixes positions, up to the attention of the last layer."""
+    def _attended(self, input_ids: Tensor) -> tuple[Layer, Tensor]:
+        """Compute all that mixes positions: return the last layer, and (B, T, C) after its attention."""
         seq_len = input_ids.shape[1]
         if seq_len > self.config.max_seq_len:
-            raise ValueError(f"{seq_len} tokens, the model's max_seq_len is {self.config.max_seq_len}")
+            raise ValueError(f"{seq_len} tokens exceed the model's max_seq_len of {self.config.max_seq_len}")
         cos, sin = self.cos[:seq_len], self.sin[:seq_len]  # (T, D)
-        x = self.embed_tokens(input_ids)  # (B, T, C)
-        for layer in self.layers[:-1]:
+        x: Tensor = self.embed_tokens(input_ids)  # (B, T, C)
+        *layers, last = each(Layer, self.layers)
+        for layer in layers:
             x = layer(x, cos, sin)
-        return self.layers[-1].attend(x, cos, sin)
+        return last, last.attend(x, cos, sin)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x (..., C) to logits (..., V) and, where there is a halt head, (..., 2)."""
+        """Map x (..., C) to logits (..., V) and, with a halt head, halt logits (..., 2)."""
         x = self.norm(x)
         unembedding = self.embed_tokens.weight if self.config.arch.tie_embeddings else self.lm_head.weight
         logits = F.linear(x, unembedding)
@@ -214,9 +220,9 @@ class Student(nn.Module):
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor in the `state_dict` of a model of `config`, in its order.
+    """Return the name and shape of each tensor in the `state_dict` of a model of `config`, in order.
 
-    Written out, not asked of a model: one without memory (on torch's "meta" device) takes two seconds to import.
+    They are computed here because even a model on torch's "meta" device takes two seconds to import.
     """
     c, f, d = config.d_model, config.d_ff, config.head_dim
     q, kv = config.n_heads * d, config.n_kv_heads * d
@@ -230,7 +236,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.down_proj": ((c, f), config.mlp_bias),
     }
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, c)}
-    for layer in (f"layers.{place}" for place in range(config.n_layers)):
+    for layer in (f"layers.{index}" for index in range(config.n_layers)):
         shapes[f"{layer}.input_layernorm.weight"] = (c,)
         for name, (shape, biased) in linears.items():
             if name == "mlp.gate_proj":
@@ -249,19 +255,19 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def new_student(config: ModelConfig, *, seed: int) -> Student:
-    """An untrained student, in training mode; the same configuration and seed give the same weights.
+    """Return an untrained student, in training mode; the same configuration and seed give the same weights.
 
-    Matrices are normal with a standard deviation of 1/√(columns), those that write into the residual stream a
-    further 1/√(2 · n_layers) smaller, so that its variance does not grow with depth (GPT-2). Embeddings are
-    normal with 2/√C: on the toy, double the 1/√C of a plain matrix brought the held-out KL from 0.018 to 0.012
-    in as many steps, four times did no better, and a quarter 0.034.
+    Matrices are normal with a standard deviation of 1/√(columns). That of the matrices that write into the residual
+    stream is smaller by 1/√(2 · n_layers), so that the stream's variance does not grow with depth (GPT-2).
+    Embeddings are normal with 2/√C. On the toy, this doubling of 1/√C reduced the held-out KL from 0.018 to 0.012
+    in as many steps; four times 1/√C was no better, and a quarter gave 0.034.
     """
     student = Student(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if parameter.dim() < 2:
-                continue  # the norms' weights start at 1, biases at 0
+                continue  # the weights of norms start at 1, biases at 0
             std = parameter.shape[1] ** -0.5
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std *= (2 * config.n_layers) ** -0.5
