@@ -310,6 +310,7 @@ TESTS = {
         f"tests-convert-torch-{PRIMARY_LANE}",
         [
             "data/test_prompts.py",
+            "test_measures.py",
             "model",
             "mil",
             "coreml",

@@ -42,8 +42,8 @@ from coremill.coreml.graph import Program, as_input, load_program
 from coremill.coreml.package import check_package, write_package
 from coremill.data.judge import read_answer_key
 from coremill.data.prompts import read_some
+from coremill.measures import sqnr_db
 from coremill.mil import MLModel
-from coremill.mil.measures import sqnr_db
 from coremill.model.checkpoint import build_student, load_checkpoint
 from coremill.model.student import Student
 from coremill.text.student_tokenizer import Tokenizer

@@ -173,3 +173,10 @@ RAN = {"python": "3.11.7", "duration_s": 1.0, "started_at": "2026-05-04T09:13:20
 def test_a_stage_ran_or_did_not(outcome: Outcome, parts: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         StageSummary(stage="convert", lane="2.9.1", outcome=outcome, **parts)
+
+
+def test_a_perplexity_beyond_a_float_is_refused():
+    found = Perplexity.of(reference_nats=0.0, measured_nats=math.log(2), tokens=3)
+    assert (found.reference, found.measured, found.tokens) == (1.0, pytest.approx(2), 3)
+    with pytest.raises(ValueError, match=r"^the perplexity `reference` is inf$"):
+        Perplexity.of(reference_nats=1e4, measured_nats=1.0, tokens=1)

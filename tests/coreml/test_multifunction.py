@@ -22,8 +22,8 @@ from coremill.coreml.graph import as_input, check_contract, describe, load_progr
 from coremill.coreml.interface import differences, package_interfaces
 from coremill.coreml.package import WEIGHT_FILE, check_package, read_spec
 from coremill.data.prompts import conversation
+from coremill.measures import sqnr_db
 from coremill.mil import MLModel
-from coremill.mil.measures import sqnr_db
 from coremill.model.checkpoint import build_student, load_checkpoint
 
 # From ct.convert: its `_cast` of traced sizes uses a conversion that numpy 2.4 removes.

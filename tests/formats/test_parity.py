@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tests.formats.toy_gguf import CONFIG, Toy, untrained_toy
 
 from coremill.core.errors import DatasetError
 from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
-from coremill.data.prompts import TextPrompts, conversation
+from coremill.data.prompts import RowPrompts, TextPrompts, conversation
 from coremill.data.texts import ChatPrompt, Text
 from coremill.formats.parity import (
     ODD_TEXTS,
@@ -61,7 +63,7 @@ def test_conversations_longer_than_the_context_are_cut(toy: Toy) -> None:
 
 
 def test_no_more_than_two_thousand_tokens_or_so_are_asked(toy: Toy) -> None:
-    many = type(toy.prompts)(toy.rows * 3, toy.tokenizer)
+    many = RowPrompts(toy.rows * 3, toy.tokenizer, Path("answers.json"))
     count = sum(map(len, sequences(many, CONTEXT)))
     assert 2048 <= count < 2048 + CONTEXT
 

@@ -9,8 +9,8 @@ import pytest
 from coremill.core.contract import ShapeFailed
 from coremill.core.errors import CacheFullError, ContractMismatchError, PackageError, PredictionInputError
 from coremill.core.reports import Backend
+from coremill.measures import sqnr_db
 from coremill.mil import MLModel
-from coremill.mil.measures import sqnr_db
 from coremill.verification.backends import (
     StatefulRunner,
     core_ml_stateful_runner,

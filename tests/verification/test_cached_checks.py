@@ -10,6 +10,7 @@ from coremill.core.gates import Outcome
 from coremill.core.reports import Backend, StatefulError, StatefulMeasured
 from coremill.mil import MLModel
 from coremill.model.checkpoint import build_student, load_checkpoint
+from coremill.model.reference import Reference
 from coremill.verification.backends import StatefulRunner, reference_runner
 from coremill.verification.cached_checks import (
     MainRows,
@@ -19,7 +20,6 @@ from coremill.verification.cached_checks import (
     planned_prompts,
 )
 from coremill.verification.checklist import evaluate
-from coremill.verification.main_checks import Reference
 
 PAD = 0
 LENGTHS = (16, 24, 40)

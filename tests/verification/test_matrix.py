@@ -27,8 +27,8 @@ from coremill.coreml.graph import load_program, run_program
 from coremill.coreml.package import WEIGHT_FILE
 from coremill.data.prompts import Compared
 from coremill.model.checkpoint import build_student, load_checkpoint, save_checkpoint
+from coremill.model.reference import Reference
 from coremill.verification.backends import reference_runner
-from coremill.verification.main_checks import Reference
 from coremill.verification.matrix import Format, Group, Subject, _Measured, agreement_matrix, groups_of
 
 BY_NAME = {

@@ -30,13 +30,13 @@ from coremill.coreml import convert, decoder, export
 from coremill.coreml.converter import convert_function
 from coremill.coreml.decoder import Decode, Decoder, Main, Prefill
 from coremill.coreml.package import WEIGHT_FILE
+from coremill.measures import sqnr_db
 from coremill.mil import MLModel
-from coremill.mil.measures import sqnr_db
 from coremill.model.checkpoint import build_student, checkpoint_of, load_checkpoint, save_checkpoint
+from coremill.model.reference import Reference
 from coremill.model.student import new_student
 from coremill.verification.backends import StatefulRunner
 from coremill.verification.cached_checks import MainRows, measure_stateful
-from coremill.verification.main_checks import Reference
 from coremill.verification.rounding import MIN_SQNR_DB, are_rounded, round_weights, wide_runner
 
 CACHED = ExportConfig(stateful=True, context=48)

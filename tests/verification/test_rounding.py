@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from coremill.core.config import ConvertConfig
-from coremill.mil.measures import sqnr_db
+from coremill.measures import sqnr_db
 from coremill.model.checkpoint import build_student, load_checkpoint
+from coremill.model.reference import Reference
 from coremill.verification.backends import reference_runner
-from coremill.verification.main_checks import Reference
 from coremill.verification.rounding import MIN_SQNR_DB, are_rounded, round_weights, wide_runner
 
 FLOAT16 = ConvertConfig()

@@ -32,6 +32,11 @@ class Perplexity(Record):
     tokens: int
     """Tokens that were predicted."""
 
+    @classmethod
+    def of(cls, *, reference_nats: float, measured_nats: float, tokens: int) -> Perplexity:
+        """From mean cross entropies in nats per token."""
+        return cls(reference=_exp(reference_nats), measured=_exp(measured_nats), tokens=tokens)
+
     def __post_init__(self) -> None:
         for name in ("reference", "measured"):
             if not 0 < getattr(self, name) < math.inf:
@@ -364,3 +369,11 @@ class RunSummary(Document):
     def verified(self) -> tuple[LaneVerified, ...]:
         """The lanes whose package was run."""
         return tuple(lane for lane in self.lanes if isinstance(lane, LaneVerified))
+
+
+def _exp(nats: float) -> float:
+    """Return e^x; infinity if a float cannot hold it."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

@@ -15,10 +15,11 @@ from coremill.core.errors import CacheFullError, CoremillError
 from coremill.core.reports import Answer, StatefulError, StatefulMeasured, StatefulReport
 from coremill.coreml.graph import LOGITS
 from coremill.data.prompts import Chat, TextPrompts
-from coremill.mil.measures import max_abs_err, power, ratio_db, sqnr_db
+from coremill.measures import max_abs_err, power, ratio_db, sqnr_db
 from coremill.model.decoding import generate, greedy
+from coremill.model.reference import Reference
 from coremill.verification.backends import Array, StatefulRunner
-from coremill.verification.main_checks import Outputs, Reference
+from coremill.verification.main_checks import Outputs
 
 CONTINUED = 2
 """Tokens decoded after each prompt: the first reads what `prefill` wrote, the second also what `decode` did."""

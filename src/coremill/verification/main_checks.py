@@ -11,40 +11,24 @@ from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
-import torch
 
 from coremill.core.answer_key import AnswerKey
 from coremill.core.errors import ContractMismatchError, CoremillError
-from coremill.core.reports import Answer, HeldoutAnswers, ShapeError, ShapeMeasured, ShapeReport
-from coremill.coreml.graph import LOGITS, as_input
+from coremill.core.reports import Answer, HeldoutAnswers, Perplexity, ShapeError, ShapeMeasured, ShapeReport
+from coremill.coreml.graph import LOGITS
 from coremill.data.judge import judge
 from coremill.data.prompts import Probe, Prompts, conversation
 from coremill.data.rows import Row
 from coremill.data.teacher import entropy, halt_labels, teacher_targets
-from coremill.mil.measures import log_softmax, max_abs_err, sqnr_db
+from coremill.measures import Agreement, Comparison, log_softmax, max_abs_err, sqnr_db
 from coremill.model.decoding import Sampler, greedy
-from coremill.model.student import Student, output_names
+from coremill.model.reference import Reference
 from coremill.text.student_tokenizer import TOOL_CALL, Tokenizer
-from coremill.verification.agreement import Agreement, Comparison
 from coremill.verification.backends import Array, Runner
 from coremill.verification.scoring import ScoredAnswer, Scorer, answer_question, score_answer
 
 Outputs = Mapping[str, Array]
 """By name, each (T, …) without the batch dimension."""
-
-
-class Reference:
-    """The checkpoint's model, eager and in float32."""
-
-    def __init__(self, student: Student) -> None:
-        self._student = student
-        self.names = output_names(student.config)
-
-    def run(self, ids: Sequence[int]) -> dict[str, Array]:
-        """The outputs by name for `ids` (T,), without the batch dimension: (T, V) and (T, 2) float32."""
-        with torch.no_grad():
-            outputs = self._student(as_input(ids))
-        return {name: tensor[0].numpy() for name, tensor in zip(self.names, outputs, strict=True)}
 
 
 class ShapeRun(NamedTuple):
@@ -87,6 +71,16 @@ def measure_shape(
     return ShapeRun(ShapeError(backend=runner.backend, error=error), [], {})
 
 
+def perplexity_of(agreement: Agreement) -> Perplexity | None:
+    """The perplexities of a text under both sets of logits; None if no tokens were given.
+
+    Raises:
+        ValueError: a perplexity is not finite.
+    """
+    found = agreement.cross_entropies
+    return None if found is None else Perplexity.of(**found._asdict())
+
+
 def _measured(runner: Runner, by_output: Mapping[str, Agreement]) -> ShapeMeasured:
     logits = by_output[LOGITS]
     return ShapeMeasured(
@@ -97,7 +91,7 @@ def _measured(runner: Runner, by_output: Mapping[str, Agreement]) -> ShapeMeasur
         top1_agreement=logits.top1_agreement,
         positions=logits.judged,
         excluded=logits.excluded,
-        perplexity=logits.perplexity,
+        perplexity=perplexity_of(logits),
     )
 
 

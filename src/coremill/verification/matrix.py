@@ -63,11 +63,12 @@ from coremill.data.prompts import Compared, Prompts, load_prompts
 from coremill.formats.gguf.parity import BOUNDS
 from coremill.formats.huggingface.parity import load_model
 from coremill.formats.llamacpp.process import LlamaCpp
+from coremill.measures import Comparison
 from coremill.model.checkpoint import build_student, check_vocabulary, load_checkpoint
+from coremill.model.reference import Reference
 from coremill.model.student import Student
-from coremill.verification.agreement import Comparison
 from coremill.verification.backends import Array, core_ml_runner, has_core_ml, reference_runner
-from coremill.verification.main_checks import Outputs, Reference
+from coremill.verification.main_checks import Outputs, perplexity_of
 from coremill.verification.rounding import MIN_SQNR_DB, are_rounded, round_weights, wide_runner
 from coremill.verification.verify import lane_of
 
@@ -407,7 +408,7 @@ class _Measured:
             positions=logits.positions,
             judged=logits.judged,
             excluded=logits.excluded,
-            perplexity=logits.perplexity,
+            perplexity=perplexity_of(logits),
             outside=(),
         )
 

@@ -24,8 +24,9 @@ from coremill.core.reports import (
     StatefulReport,
 )
 from coremill.data.prompts import Prompts, RowPrompts, TextPrompts
-from coremill.mil.measures import sqnr_db
+from coremill.measures import sqnr_db
 from coremill.model.decoding import TemperatureSampler
+from coremill.model.reference import Reference
 from coremill.verification.backends import (
     Runner,
     core_ml_runner,
@@ -38,7 +39,6 @@ from coremill.verification.cached_checks import MainRows, answer_greedily, measu
 from coremill.verification.main_checks import (
     Heldout,
     Outputs,
-    Reference,
     ShapeRun,
     ask_heldout,
     ask_sampled,

@@ -20,11 +20,11 @@ from coremill.core.config import ConvertConfig
 from coremill.core.contract import Contract
 from coremill.core.reports import Backend
 from coremill.data.prompts import Prompts
+from coremill.measures import sqnr_db
 from coremill.mil import MLModel
-from coremill.mil.measures import sqnr_db
+from coremill.model.reference import Reference
 from coremill.model.student import Student
 from coremill.verification.backends import Array, Runner, StatefulRunner, wide_stateful_runner
-from coremill.verification.main_checks import Reference
 
 MIN_SQNR_DB = 90.0
 """What remains is float32's: 2⁻²⁴ a rounding is 144 dB, and a few hundred of them in a row leave more than 100."""

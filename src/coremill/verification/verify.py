@@ -27,10 +27,10 @@ from coremill.coreml.package import PackageFacts, check_package, read_spec
 from coremill.data.prompts import Prompts, RowPrompts, TextPrompts, load_prompts
 from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
 from coremill.model.memory import check_shape_memory
+from coremill.model.reference import Reference
 from coremill.model.student import Student
 from coremill.verification.backends import has_core_ml
 from coremill.verification.checklist import Evidence, Facts, evaluate, evaluate_failure
-from coremill.verification.main_checks import Reference
 from coremill.verification.measurement import measure
 from coremill.verification.rounding import rounding_aside_db
 

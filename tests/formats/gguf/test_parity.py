@@ -30,7 +30,8 @@ from coremill.formats.gguf.reader import GgufWeights
 from coremill.formats.gguf.writer import write_gguf
 from coremill.formats.gguf_file import Value
 from coremill.formats.llamacpp.process import LlamaCpp
-from coremill.model.checkpoint import checkpoint_of
+from coremill.model.checkpoint import build_student, checkpoint_of
+from coremill.model.reference import Reference
 from coremill.model.student import new_student
 from coremill.text.model_tokenizer import PRE_TOKENIZATIONS, STUDENT_TEMPLATE, TextTokenizer
 
@@ -412,7 +413,7 @@ def test_a_difference_at_a_near_tie_is_listed_and_allowed(
 ) -> None:
     """Two tokens with almost the same embedding: torch prefers the first one slightly, llama.cpp the other."""
     prompt = toy.tokenizer.encode_prompt(toy.prompts.rows[0].prompt)
-    first = int(gguf_parity._Reference(toy.checkpoint).next_logits(prompt).argmax())
+    first = int(Reference(build_student(toy.checkpoint)).next_logits(prompt).argmax())
     twin = toy.tokenizer.encode("~")[0]  # no question has it
     path = write_toy(tmp_path / "twin.gguf", with_twin(toy, first, twin, 1 + change))
     ours = with_twin(toy, first, twin, 1 - change)

@@ -44,8 +44,10 @@ from coremill.formats.gguf.contents import prompt_differences, setting_differenc
 from coremill.formats.gguf.reader import GgufWeights
 from coremill.formats.llamacpp.process import LlamaCpp
 from coremill.formats.parity import greedy_differences, questions, sequences, texts
+from coremill.measures import kl_nats
 from coremill.model.checkpoint import Checkpoint, build_student
 from coremill.model.decoding import generate, greedy
+from coremill.model.reference import Reference
 from coremill.text.model_tokenizer import TextTokenizer
 from coremill.text.student_tokenizer import Tokenizer
 
@@ -172,14 +174,14 @@ def measure_gguf(
         DatasetError: the texts are too short.
     """
     scope = _QUICK if quick else _FULL
-    reference = _Reference(checkpoint)
-    plan = _plan(scope, reference, prompts)
+    reference = Reference(build_student(checkpoint))
+    plan = _plan(scope, checkpoint.config.max_seq_len, reference, prompts)
     measured: dict[str, FileParity] = {}
     at_once = _at_once(len(files), checkpoint)
     threads = max(1, (os.cpu_count() or 1) // at_once)  # for each process of llama.cpp
     with ThreadPoolExecutor(max_workers=at_once) as pool:
         found = pool.map(
-            lambda file: _measure_file(file[0], Path(file[1]), reference, plan, threads), files.items()
+            lambda file: _measure_file(file[0], Path(file[1]), checkpoint, reference, plan, threads), files.items()
         )
         for (kind, path), file in zip(files.items(), found, strict=True):
             measured[kind] = file
@@ -204,28 +206,7 @@ def _at_once(count: int, checkpoint: Checkpoint) -> int:
     return int(max(1, min(count, os.cpu_count() or 1, fitting)))
 
 
-class _Reference:
-    """The checkpoint's model in float32."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.config = checkpoint.config
-        self._student = build_student(checkpoint)
-
-    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """(N, V) float32."""
-        with torch.no_grad():
-            logits: npt.NDArray[np.float32] = self._student(torch.tensor([list(ids)]))[0][0].numpy()
-        return logits
-
-    def next_logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
-        """The logits after `ids`: (V,)."""
-        row: npt.NDArray[np.float32] = self.logits(ids)[-1]
-        return row
-
-
-def _plan(scope: _Scope, reference: _Reference, prompts: Prompts) -> _Plan:
-    context = reference.config.max_seq_len
+def _plan(scope: _Scope, context: int, reference: Reference, prompts: Prompts) -> _Plan:
     compared = sequences(prompts, context)
     prompt_ids = questions(prompts, context, scope.greedy_prompts)
     own = prompts.tokenizer
@@ -247,10 +228,12 @@ def _plan(scope: _Scope, reference: _Reference, prompts: Prompts) -> _Plan:
 # --- one file ---------------------------------------------------------------------------------------
 
 
-def _measure_file(kind: GgufType, path: Path, reference: _Reference, plan: _Plan, threads: int) -> FileParity:
+def _measure_file(
+    kind: GgufType, path: Path, checkpoint: Checkpoint, reference: Reference, plan: _Plan, threads: int
+) -> FileParity:
     source = GgufWeights(path)
     for name, what in (("vocab_size", "tokens"), ("max_seq_len", "positions")):
-        if (found := getattr(source.config, name)) != (expected := getattr(reference.config, name)):
+        if (found := getattr(source.config, name)) != (expected := getattr(checkpoint.config, name)):
             raise GgufError(
                 f"{path} has {found} {what}, the checkpoint's model {expected}",
                 expected="a file that was made from the checkpoint",
@@ -258,10 +241,10 @@ def _measure_file(kind: GgufType, path: Path, reference: _Reference, plan: _Plan
             )
     with LlamaCpp(path, context=plan.context, threads=threads) as llamacpp:
         stored = {name: tensor.float() for name, tensor in source.read()}
-        weights = weights_err(source, stored, reference.checkpoint)
-        settings = setting_differences(kind, source, reference.checkpoint, plan.tokenizer, llamacpp)
+        weights = weights_err(source, stored, checkpoint)
+        settings = setting_differences(kind, source, checkpoint, plan.tokenizer, llamacpp)
         prompts = list(prompt_differences(llamacpp, plan.tokenizer))
-        own = None if kind in _EXACT else _with_weights(reference.checkpoint, stored, path)
+        own = None if kind in _EXACT else _with_weights(checkpoint, stored, path)
         compared = _compare(llamacpp, own, plan)
         figures = [_figure(name, value, BOUNDS.get((kind, name))) for name, value in compared.items()]
         figures.append(_figure("weights_err", weights, _Bound(1, _STORED)))
@@ -291,13 +274,13 @@ def _measure_file(kind: GgufType, path: Path, reference: _Reference, plan: _Plan
     )
 
 
-def _with_weights(checkpoint: Checkpoint, stored: Mapping[str, torch.Tensor], path: Path) -> _Reference:
+def _with_weights(checkpoint: Checkpoint, stored: Mapping[str, torch.Tensor], path: Path) -> Reference:
     """The checkpoint's model in torch with the weights of a file, dequantised."""
     state = {**checkpoint.state_dict, **stored}
-    return _Reference(replace(checkpoint, state_dict=state, where=str(path), run=_REMAKE))
+    return Reference(build_student(replace(checkpoint, state_dict=state, where=str(path), run=_REMAKE)))
 
 
-def _compare(llamacpp: LlamaCpp, own: _Reference | None, plan: _Plan) -> dict[Measure, float]:
+def _compare(llamacpp: LlamaCpp, own: Reference | None, plan: _Plan) -> dict[Measure, float]:
     """The figures of the logits; `own` is the model with the file's own weights, if these are rounded."""
     error, largest, kl, same = 0.0, 0.0, 0.0, 0
     own_kl, own_count = 0.0, 0
@@ -305,9 +288,9 @@ def _compare(llamacpp: LlamaCpp, own: _Reference | None, plan: _Plan) -> dict[Me
         found = llamacpp.logits(ids)
         error = max(error, float(np.abs(found - expected).max()))
         largest = max(largest, float(np.abs(expected).max()))
-        kl += _kl_nats(expected, found)
+        kl += float(kl_nats(expected, found).sum())
         if own is not None and own_count < _ARITHMETIC_POSITIONS:
-            own_kl += _kl_nats(own.logits(ids), found)
+            own_kl += float(kl_nats(own.logits(ids), found).sum())
             own_count += len(ids)
         same += int((found.argmax(-1) == expected.argmax(-1)).sum())
     count = sum(map(len, plan.sequences))
@@ -322,19 +305,7 @@ def _compare(llamacpp: LlamaCpp, own: _Reference | None, plan: _Plan) -> dict[Me
     return figures
 
 
-def _kl_nats(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
-    """KL(expected ‖ found) of logits (N, V), summed over positions; in float64, since it may be 1e-12."""
-    total = 0.0
-    for start in range(0, len(expected), _ROWS):
-        log_p, log_q = (
-            torch.log_softmax(torch.from_numpy(logits[start : start + _ROWS]), -1, dtype=torch.float64)
-            for logits in (expected, found)
-        )
-        total += float(torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
-    return total
-
-
-def _greedy(llamacpp: LlamaCpp, reference: _Reference, plan: _Plan) -> tuple[list[TokenDifference], int]:
+def _greedy(llamacpp: LlamaCpp, reference: Reference, plan: _Plan) -> tuple[list[TokenDifference], int]:
     """The greedy tokens that are not torch's choice after the same tokens, and the number of all greedy tokens."""
     found: list[TokenDifference] = []
     count = 0
@@ -345,7 +316,7 @@ def _greedy(llamacpp: LlamaCpp, reference: _Reference, plan: _Plan) -> tuple[lis
     return found, count
 
 
-def _heldout(llamacpp: LlamaCpp, reference: _Reference, plan: _Plan, *, bounded: bool) -> ParityFigure:
+def _heldout(llamacpp: LlamaCpp, reference: Reference, plan: _Plan, *, bounded: bool) -> ParityFigure:
     """The share of held-out questions whose answer is exact; if `bounded`, at least the checkpoint's own share."""
     assert plan.student_tokenizer is not None  # there are rows
     assert plan.answer_key is not None
@@ -368,13 +339,13 @@ def _heldout(llamacpp: LlamaCpp, reference: _Reference, plan: _Plan, *, bounded:
     return _figure("heldout_exact", share, bound)
 
 
-def _is_own(reference: _Reference, prompt: list[int], answer: list[int]) -> bool:
+def _is_own(reference: Reference, prompt: list[int], answer: list[int]) -> bool:
     """Whether the checkpoint gives the same answer: each token is its choice after the ones before."""
     best = reference.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :].argmax(-1)
     return bool((best == answer).all())
 
 
-def _own_exact(reference: _Reference, row: Row, tokenizer: Tokenizer, key: AnswerKey, max_new_tokens: int) -> bool:
+def _own_exact(reference: Reference, row: Row, tokenizer: Tokenizer, key: AnswerKey, max_new_tokens: int) -> bool:
     answer = generate(
         reference.next_logits,
         tokenizer.encode_prompt(row.prompt),

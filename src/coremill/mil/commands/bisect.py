@@ -26,10 +26,10 @@ from torch import Tensor
 
 from coremill.core.command import command_parser
 from coremill.core.errors import ConfigError
+from coremill.measures import MOST_DB
 from coremill.mil.commands.arrays import as_images, draw_inputs, read_npz
 from coremill.mil.commands.output import console, decibels, number, shape_text, table, title
 from coremill.mil.commands.run import finite_text
-from coremill.mil.measures import MOST_DB
 from coremill.mil.model import MLModel
 from coremill.mil.plan import Step
 

@@ -24,10 +24,10 @@ from coremill.core.errors import (
     PredictionInputError,
     TorchScriptError,
 )
+from coremill.measures import MOST_DB, kl_nats, max_abs_err, sqnr_db
 from coremill.mil.commands.arrays import Array, draw_inputs, read_npz
 from coremill.mil.commands.output import console, decibels, number, shape_text, table, title
 from coremill.mil.commands.run import MODES, finite_text, predict
-from coremill.mil.measures import MOST_DB, kl_nats, max_abs_err, sqnr_db
 from coremill.mil.model import MLModel
 
 Runner = Callable[[Mapping[str, Array]], dict[str, Array]]

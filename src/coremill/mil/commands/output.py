@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coremill.mil.measures import MOST_DB
+from coremill.measures import MOST_DB
 
 _STYLES = {"passed": "green", "failed": "bold red", "not_run": "yellow"}
 """Colours of the words that say how something came out; colour only repeats them."""
@@ -51,7 +51,7 @@ def number(value: float) -> str:
 
 
 def decibels(sqnr_db: float) -> str:
-    """An SQNR as `coremill.mil.measures.sqnr_db` gives it."""
+    """An SQNR as `coremill.measures.sqnr_db` gives it."""
     return "equal" if sqnr_db == MOST_DB else f"{sqnr_db:.1f}"
 
 

@@ -1,4 +1,4 @@
-"""What is gathered sequence by sequence, and what cannot be compared; the measures have tests of their own."""
+"""The measures against torch's own, and against values that can be worked out by hand."""
 
 from __future__ import annotations
 
@@ -13,10 +13,52 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from coremill.mil.measures import MOST_DB, kl_nats, max_abs_err, sqnr_db
-from coremill.verification.agreement import Comparison, compare
+from coremill.measures import MOST_DB, Comparison, compare, kl_nats, log_softmax, max_abs_err, sqnr_db
 
 LOGITS = arrays(np.float32, (5, 7), elements=st.floats(-60, 60, width=32))
+
+
+@given(reference=LOGITS, measured=LOGITS)
+def test_kl_is_torchs(reference, measured):
+    wide = [torch.from_numpy(side.astype(np.float64)) for side in (reference, measured)]
+    expected = F.kl_div(F.log_softmax(wide[1], -1), F.log_softmax(wide[0], -1), log_target=True, reduction="none")
+    np.testing.assert_allclose(kl_nats(reference, measured), expected.sum(-1).numpy(), atol=1e-9)
+
+
+@given(logits=LOGITS)
+def test_log_softmax_is_torchs_and_does_not_overflow(logits):
+    big = logits.astype(np.float64) * 1e3
+    np.testing.assert_allclose(log_softmax(big), torch.log_softmax(torch.from_numpy(big), -1).numpy(), atol=1e-9)
+
+
+def test_kl_of_two_known_distributions():
+    """KL((1/2, 1/2) ‖ (3/4, 1/4)) = 1/2·log(2/3) + 1/2·log(2) = log(2) − log(3)/2."""
+    reference = np.log(np.array([[0.5, 0.5]]))
+    measured = np.log(np.array([[0.75, 0.25]]))
+    assert kl_nats(reference, measured)[0] == pytest.approx(math.log(2) - math.log(3) / 2, abs=1e-12)
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.01, 40.0), (1.1, 20.0), (2.0, 0.0), (0.0, 0.0)])
+def test_a_relative_error_is_that_many_decibels(factor, expected):
+    reference = np.random.default_rng(0).standard_normal((8, 16))
+    assert sqnr_db(reference, reference * factor) == pytest.approx(expected, abs=1e-9)
+
+
+def test_sqnr_at_its_ends():
+    zeros, ones = np.zeros((2, 3)), np.ones((2, 3))
+    assert sqnr_db(ones, ones) == MOST_DB
+    assert sqnr_db(zeros, zeros) == MOST_DB
+    assert sqnr_db(zeros, ones) == 0.0
+    assert sqnr_db(ones, ones + 1e-20) == MOST_DB
+    for value in (math.nan, math.inf, -math.inf):
+        assert math.isnan(sqnr_db(ones, np.array([[1, 1, 1], [1, value, 1]])))
+
+
+def test_max_abs_err_takes_the_worst():
+    assert max_abs_err(np.array([[0.0, 1.0, -2.0]]), np.array([[0.5, 1.0, 1.0]])) == 3.0
+
+
+# --- gathered sequence by sequence
 
 
 def test_positions_within_the_margin_are_left_out_and_counted():
@@ -77,32 +119,26 @@ def test_parts_add_up_to_the_whole(reference, measured, cut):
     tokens=st.lists(st.integers(0, 6), min_size=5, max_size=5),
     rows=st.integers(1, 4),
 )
-def test_perplexity_is_that_of_torchs_cross_entropy(logits, tokens, rows, monkeypatch_chunks):
+def test_cross_entropies_are_torchs(logits, tokens, rows, monkeypatch_chunks):
     monkeypatch_chunks(7 * rows)  # however the rows are cut into chunks, each predicts the token after its own
-    found = compare(*logits, margin=0.05, tokens=tokens).perplexity
+    found = compare(*logits, margin=0.05, tokens=tokens).cross_entropies
     following = torch.tensor(tokens[1:])
-    for side, value in zip(logits, (found.reference, found.measured), strict=True):
+    for side, value in zip(logits, found[:2], strict=True):
         expected = F.cross_entropy(torch.from_numpy(side[:-1]).double(), following)
-        assert math.log(value) == pytest.approx(float(expected), abs=1e-9)
+        assert value == pytest.approx(float(expected), abs=1e-9)
     assert found.tokens == 4
 
 
 @pytest.fixture(scope="module")
 def monkeypatch_chunks():
     with pytest.MonkeyPatch.context() as patch:
-        yield lambda size: patch.setattr("coremill.verification.agreement._CHUNK", size)
+        yield lambda size: patch.setattr("coremill.measures._CHUNK", size)
 
 
-def test_there_is_no_perplexity_of_one_token_nor_without_tokens():
+def test_one_token_or_none_gives_no_cross_entropies():
     logits = np.zeros((1, 3), np.float32)
-    assert compare(logits, logits, margin=0.05, tokens=[0]).perplexity is None
-    assert compare(logits, logits, margin=0.05).perplexity is None
-
-
-def test_a_perplexity_beyond_a_float_is_refused():
-    sure = np.array([[1e4, 0.0], [0.0, 0.0]])
-    with pytest.raises(ValueError, match=r"^the perplexity `reference` is inf$"):
-        compare(sure, sure, margin=0.05, tokens=[0, 1])
+    assert compare(logits, logits, margin=0.05, tokens=[0]).cross_entropies is None
+    assert compare(logits, logits, margin=0.05).cross_entropies is None
 
 
 def test_nothing_compared_is_no_agreement():
