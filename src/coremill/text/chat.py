@@ -1,7 +1,7 @@
-"""Chat templates: how a model wants a conversation written, as the Jinja template that comes with its tokenizer.
+"""Chat templates: the Jinja template of a tokenizer, which renders a conversation as its model expects it.
 
 The environment is that of transformers' `apply_chat_template`, sandboxed, so that a template renders the same text
-here and there: https://huggingface.co/docs/transformers/chat_templating_writing
+in both: https://huggingface.co/docs/transformers/chat_templating_writing
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from coremill.core.errors import TokenizerError
 
-Message = Mapping[str, Any]
-"""`role` and `content`, and whatever else a template reads."""
+_Value = Any
+"""A value in a template: any Python object."""
+
+Message = Mapping[str, _Value]
+"""`role` and `content`, and any other field that a template reads."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`: marks what the assistant says, for training; here its body alone is written."""
+    """`{% generation %}`, which marks the assistant's part for training; here, only its body is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
 
-    def parse(self, parser: Parser) -> nodes.CallBlock:
+    def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
@@ -40,20 +43,20 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's, without names that begin with an underscore: a template could reach Python's own through them."""
+    """Jinja's namespace without names that begin with an underscore, which could reach Python's internals."""
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: _Value) -> None:
         if name.startswith("_"):
             raise jinja2.exceptions.SecurityError(f"a namespace with the attribute {name!r}")
         super().__setitem__(name, value)
 
 
 class ChatTemplate:
-    """A template, and the special tokens that it may name.
+    """A template, with the special tokens that it can refer to.
 
     Args:
         source: the Jinja template.
-        special_tokens: such as `bos_token` and its text.
+        special_tokens: the text of each by role, such as `bos_token`.
 
     Raises:
         TokenizerError: `source` is not a template.
@@ -64,14 +67,17 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens)
         try:
             self._template = _environment().from_string(source)
-        except Exception as failure:  # RecursionError, SyntaxError and others, where it nests deeply
+        except Exception as failure:  # RecursionError, SyntaxError and others, if it is nested deeply
             raise _refusal(failure, "a Jinja template") from failure
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The conversation as the model reads it; with the start of its answer where that is asked for.
+        """Render a conversation as the model reads it.
+
+        Args:
+            add_generation_prompt: whether to append the start of the assistant's answer.
 
         Raises:
-            TokenizerError: the template refuses these messages, or does what the sandbox does not allow.
+            TokenizerError: the template rejects these messages, or does what the sandbox does not allow.
         """
         try:
             text = self._template.render(
@@ -81,8 +87,8 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             )
-        except Exception as failure:  # a template is a program, and raises whatever Python does
-            raise _refusal(failure, "messages as the template wants them") from failure
+        except Exception as failure:  # a template is a program that can raise any exception
+            raise _refusal(failure, "messages that the template accepts") from failure
         return str(text)
 
 
@@ -91,25 +97,25 @@ def _refusal(failure: Exception, expected: str) -> TokenizerError:
 
 
 _MOST_ITEMS, _MOST_BITS = 1 << 20, 1 << 12
-"""Of a product: characters or items, and bits of a number."""
+"""Limits of the result of `*` and `**`: its characters or items, or the bits of a number."""
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's, where no product or power fills the memory: `'a' * 10 ** 10` would be 10 GB.
+    """Jinja's sandbox, in which no product or power exhausts the memory: `'a' * 10 ** 10` would take 10 GB.
 
-    A template can still be slow, or grow a text in a loop or by the width of a format: against those only a process
-    of its own would help, with limits of its memory and time.
+    A template can still be slow, or build a large text in a loop or with the width of a format. Only a separate
+    process with limits of memory and time would prevent that.
     """
 
     intercepted_binops = frozenset({"*", "**"})
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if _is_beyond(operator, left, right):
+    def call_binop(self, context: Context, operator: str, left: _Value, right: _Value) -> _Value:
+        if _is_too_large(operator, left, right):
             raise jinja2.exceptions.SecurityError(f"the result of `{operator}` is too large")
         return super().call_binop(context, operator, left, right)
 
 
-def _is_beyond(operator: str, left: Any, right: Any) -> bool:
+def _is_too_large(operator: str, left: _Value, right: _Value) -> bool:
     if isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
         return bits > _MOST_BITS
@@ -127,13 +133,13 @@ def _environment() -> _Sandbox:
 
 
 def _to_json(
-    value: Any,
+    value: _Value,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes for HTML."""
+    """Serialise `value` as JSON, without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -141,12 +147,12 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _namespace(*values: Any, **named: Any) -> _Namespace:
-    made = _Namespace()
+def _namespace(*values: _Value, **named: _Value) -> _Namespace:
+    namespace = _Namespace()
     for name, value in dict(*values, **named).items():
-        made[name] = value
-    return made
+        namespace[name] = value
+    return namespace
 
 
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _now(date_format: str) -> str:
+    return datetime.datetime.now().strftime(date_format)

@@ -1,7 +1,7 @@
-"""The tokenizer that comes with a model: Hugging Face's tokenizer.json and the files beside it, or GGUF metadata.
+"""The tokenizer of an imported model: Hugging Face's tokenizer.json and the files next to it, or GGUF metadata.
 
-Files, in Hugging Face's own names and forms (https://huggingface.co/docs/transformers/main_classes/tokenizer):
-tokenizer.json, tokenizer_config.json, generation_config.json (for the tokens that end an answer),
+The files are those of Hugging Face (https://huggingface.co/docs/transformers/main_classes/tokenizer):
+tokenizer.json, tokenizer_config.json, generation_config.json (for the tokens that end an answer) and
 chat_template.jinja.
 """
 
@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard, TypeVar
 
 import msgspec
 import tokenizers
@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from coremill.core.digest import bytes_digest
 from coremill.core.errors import TokenizerError
+from coremill.core.plain import Plain
 from coremill.core.publish import write_atomic
 from coremill.text.chat import ChatTemplate
 from coremill.text.student_tokenizer import SPECIAL_TOKENS, Tokenizer, decode_ids, encode_text, parse_backend
@@ -32,6 +33,8 @@ GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+T = TypeVar("T")
 
 _STUDENT_ROLES = {"bos_token": Tokenizer.bos_id, "eos_token": Tokenizer.end_id, "pad_token": Tokenizer.pad_id}
 
@@ -48,8 +51,8 @@ STUDENT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
-"""How a student was taught a conversation: one question and its answer are :meth:`Tokenizer.encode_prompt` and
-:meth:`Tokenizer.encode_answer`."""
+"""The chat template of a student. It renders one question and its answer as :meth:`Tokenizer.encode_prompt` and
+:meth:`Tokenizer.encode_answer` encode them."""
 
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -60,16 +63,16 @@ _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 
 @dataclass(frozen=True, kw_only=True)
 class _Special:
-    """Which tokens play a part, by their text, and the ids that end an answer."""
+    """The special tokens, and the ids that end an answer."""
 
     tokens: Mapping[str, str]
-    """By role, such as `bos_token`."""
+    """The text of each by role, such as `bos_token`."""
     eos_ids: tuple[int, ...]
     add_bos: bool
 
 
 class TextTokenizer:
-    """Text to token ids and back, as an imported model was trained. Made by :meth:`load` or :meth:`from_gguf`."""
+    """Converts text to token ids and back for an imported model. See :meth:`load` and :meth:`from_gguf`."""
 
     def __init__(self, data: bytes, special: _Special, template: str | None, *, where: str) -> None:
         self._data = data
@@ -80,7 +83,7 @@ class TextTokenizer:
         self.bos_id = roles.get("bos_token")
         self.eos_ids = special.eos_ids
         pad_id = roles.get("pad_token")
-        # Any id will do where the model names none: the causal mask hides what stands on the right.
+        # If the model declares no padding token, any id will do: the causal mask hides padding on the right.
         self.pad_id: int = pad_id if pad_id is not None else (*special.eos_ids, 0)[0]
         self.add_bos = special.add_bos and self.bos_id is not None
         if outside := [token for token in self.eos_ids if not 0 <= token < self.vocab_size]:
@@ -92,10 +95,10 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> TextTokenizer:
-        """Read the tokenizer.json at `path` and what stands beside it.
+        """Read the tokenizer.json at `path` and the files next to it.
 
         Raises:
-            TokenizerError: a file is missing or is not what its name says.
+            TokenizerError: tokenizer.json is missing, or a file is invalid.
         """
         path = Path(path)
         try:
@@ -112,29 +115,29 @@ class TextTokenizer:
 
     @classmethod
     def of_student(cls, tokenizer: Tokenizer) -> TextTokenizer:
-        """A student's tokenizer with what other programs need to know of it: special tokens and a chat template."""
+        """Return a student's tokenizer with what other programs need: special tokens and a chat template."""
         special = _Special(
-            tokens={role: SPECIAL_TOKENS[place] for role, place in _STUDENT_ROLES.items()},
+            tokens={role: SPECIAL_TOKENS[token_id] for role, token_id in _STUDENT_ROLES.items()},
             eos_ids=(tokenizer.end_id,),
-            add_bos=False,  # the template writes it
+            add_bos=False,  # the template adds it
         )
         return cls(tokenizer.data, special, STUDENT_TEMPLATE, where="the student's tokenizer")
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any], *, where: str) -> TextTokenizer:
-        """Rebuild the tokenizer that the `tokenizer.*` keys of a GGUF file describe.
+    def from_gguf(cls, metadata: Mapping[str, Plain], *, where: str) -> TextTokenizer:
+        """Build the tokenizer that the `tokenizer.*` keys of a GGUF file describe.
 
         Raises:
-            TokenizerError: of a kind that is not rebuilt here (it is named), or keys are missing.
+            TokenizerError: its kind is not supported (the error names it), or keys are missing or invalid.
         """
         backend, special, template = _from_gguf(_GgufKeys(metadata, where))
         return cls(backend.to_str().encode("utf-8"), special, template, where=where)
 
     def save(self, folder: Path) -> None:
-        """Write :meth:`files` into `folder`, each whole or not at all; a template of another is removed.
+        """Write each of :meth:`files` into `folder` atomically; remove the template of another tokenizer.
 
         Raises:
-            OutputError: one cannot be written.
+            OutputError: a file cannot be written.
         """
         files = self.files()
         for name, data in files.items():
@@ -143,8 +146,8 @@ class TextTokenizer:
             (folder / CHAT_TEMPLATE).unlink(missing_ok=True)
 
     def files(self) -> dict[str, bytes]:
-        """Hugging Face's files, by name."""
-        settings = {
+        """Return the contents of Hugging Face's files by name."""
+        settings: dict[str, Plain] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_bos_token": self.add_bos,
             "clean_up_tokenization_spaces": False,
@@ -161,23 +164,23 @@ class TextTokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """One more than the highest id; a model's embedding has at least as many rows."""
-        return int(max(self._backend.get_vocab(with_added_tokens=True).values())) + 1
+        """The highest id plus 1; a model's embedding has at least as many rows."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def data(self) -> bytes:
-        """tokenizer.json."""
+        """The contents of tokenizer.json."""
         return self._data
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
-        """The texts of the tokens that play a part, by it: `bos_token`, `eos_token`, `unk_token`, `pad_token`."""
+        """The texts of the special tokens by role: `bos_token`, `eos_token`, `unk_token`, `pad_token`."""
         return self._special.tokens
 
     @property
     def added_tokens(self) -> dict[int, AddedToken]:
-        """The tokens that a text is cut at before anything else, and how, by id."""
-        return dict(self._backend.get_added_tokens_decoder())
+        """The tokens that are split off a text before anything else, by id."""
+        return self._backend.get_added_tokens_decoder()
 
     @property
     def digest(self) -> str:
@@ -186,33 +189,33 @@ class TextTokenizer:
 
     @functools.cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
-        """A second tokenizer: whether special tokens in a text count is a state of the first."""
+        """A second tokenizer that recognises special tokens in a text, which is a setting of the object."""
         backend = _parse(self._data, self.where)
         backend.encode_special_tokens = False
         return backend
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """The ids of `text`; nothing is put before or behind it.
+        """Return the ids of `text`, without special tokens before or after it.
 
         Args:
-            allow_special: whether a special token that the text spells is that token, as in a rendered chat. What a
-                user wrote is not to be trusted with that: without it, `<|im_end|>` is ten ordinary characters.
+            allow_special: whether the text of a special token is encoded as that token, as in a rendered chat. Do
+                not set it for what a user wrote: without it, `<|im_end|>` is ten ordinary characters.
 
         Raises:
-            TokenizerError: `text` holds a lone surrogate, so it is not Unicode text.
+            TokenizerError: `text` contains a lone surrogate, so it is not Unicode text.
         """
         return encode_text(self._with_special if allow_special else self._backend, text)
 
     def normalize(self, text: str) -> str:
-        """What `text` becomes before it is cut: Unicode's form NFC for some tokenizers, itself for others."""
+        """Return `text` as it is before it is split: in Unicode's NFC for some tokenizers, unchanged for others."""
         normalizer = self._backend.normalizer
-        return text if normalizer is None else str(normalizer.normalize_str(text))
+        return text if normalizer is None else normalizer.normalize_str(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD.
+        """Return the text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            ValueError: an id that the vocabulary lacks.
+            ValueError: an id is not in the vocabulary.
         """
         return decode_ids(self._backend, ids, self.vocab_size)
 
@@ -220,9 +223,10 @@ class TextTokenizer:
         found = self._backend.token_to_id(token)
         if found is None:
             raise TokenizerError(
-                f"{self.where}: its {role}, {token!r}, is not in the vocabulary", expected="a token that it has"
+                f"{self.where}: its {role}, {token!r}, is not in the vocabulary",
+                expected="a token of the vocabulary",
             )
-        return int(found)
+        return found
 
 
 def _parse(data: bytes, where: str) -> tokenizers.Tokenizer:
@@ -233,13 +237,13 @@ def _parse(data: bytes, where: str) -> tokenizers.Tokenizer:
             f"{where} is not a tokenizer: {failure}", expected="a tokenizer.json of Hugging Face's tokenizers"
         ) from failure
     backend = parse_backend(text, where)
-    backend.no_truncation()  # some files carry the settings of their last use
+    backend.no_truncation()  # some files contain the settings of their last use
     backend.no_padding()
     backend.encode_special_tokens = True
     return backend
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
+def _json(value: Mapping[str, Plain]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value, order="sorted"), indent=2) + b"\n"
 
 
@@ -247,22 +251,24 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 _MOST_BYTES = 1 << 28
-"""Of a file: the largest tokenizers have some 10 million."""
+"""The largest file that is read; large tokenizers have some 10 million bytes."""
 
 
 def _read(path: Path) -> bytes:
-    """The bytes of the file at `path`; an OSError where it cannot be read."""
+    """Return the bytes of the file at `path`; an OSError if it cannot be read."""
     with path.open("rb") as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
         raise TokenizerError(
-            f"{path} is beyond {_MOST_BYTES >> 20} MiB", expected="the file of a tokenizer", run=f"ls -lL {path}"
+            f"{path} has more than {_MOST_BYTES >> 20} MiB",
+            expected="a file of a tokenizer",
+            run=f"ls -lL {path}",
         )
     return data
 
 
-def _settings(path: Path) -> Mapping[str, Any]:
-    """The JSON object at `path`; empty where there is no such file."""
+def _settings(path: Path) -> Mapping[str, Plain]:
+    """Return the JSON object at `path`; an empty one if there is no such file."""
     try:
         value = msgspec.json.decode(_read(path))
     except FileNotFoundError:
@@ -274,7 +280,7 @@ def _settings(path: Path) -> Mapping[str, Any]:
     return value
 
 
-def _special_of(folder: Path, settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> _Special:
+def _special_of(folder: Path, settings: Mapping[str, Plain], backend: tokenizers.Tokenizer) -> _Special:
     tokens: dict[str, str] = {}
     for path, values in (
         (folder / SPECIAL_TOKENS_MAP, _settings(folder / SPECIAL_TOKENS_MAP)),
@@ -293,51 +299,54 @@ def _special_of(folder: Path, settings: Mapping[str, Any], backend: tokenizers.T
         add_bos = "bos_token" in tokens and first == [backend.token_to_id(tokens["bos_token"])]
     elif not isinstance(add_bos, bool):
         raise _wrong(f"{folder / TOKENIZER_CONFIG}: `add_bos_token`", add_bos, "true or false")
-    return _Special(tokens=tokens, eos_ids=_each_once(own, *ends), add_bos=add_bos)
+    return _Special(tokens=tokens, eos_ids=_unique(own, *ends), add_bos=add_bos)
 
 
-def _wrong(where: str, value: Any, expected: str) -> TokenizerError:
+def _wrong(where: str, value: Plain, expected: str) -> TokenizerError:
     text = json.dumps(value, ensure_ascii=False)
     return TokenizerError(f"{where} is {text if len(text) <= 80 else text[:80] + '…'}", expected=expected)
 
 
-def _token_text(value: Any, where: str) -> str | None:
-    """A special token is its text, or an object with its `content`; null or empty where there is none."""
+def _token_text(value: Plain, where: str) -> str | None:
+    """Return the text of a special token, given as it is or as the `content` of an object; may be null or empty."""
     text = value.get("content") if isinstance(value, Mapping) else value
     if not (text is None or isinstance(text, str)):
         raise _wrong(where, value, "the text of a token, or an object with its `content`")
     return text
 
 
-def _ids(value: Any, where: str) -> tuple[int, ...]:
-    """An id, or a list of them."""
+def _ids(value: Plain, where: str) -> tuple[int, ...]:
+    """Return the ids in `value`, which is an id or a list of ids."""
     found = value if isinstance(value, list) else [value]
-    if not all(_is_id(each) for each in found):
+    ids = tuple(each for each in found if _is_id(each))
+    if len(ids) != len(found):
         raise _wrong(where, value, "the id of a token, or a list of ids")
-    return tuple(found)
+    return ids
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)  # which Python takes for a number
+def _is_id(value: Plain) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)  # bool is a subclass of int
 
 
-def _each_once(*ids: Any) -> tuple[int, ...]:
+def _unique(*ids: Plain) -> tuple[int, ...]:
     return tuple(dict.fromkeys(each for each in ids if _is_id(each)))
 
 
-def _template_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
+def _template_of(folder: Path, settings: Mapping[str, Plain]) -> str | None:
     if (path := folder / CHAT_TEMPLATE).is_file():
         try:
-            # As transformers reads it: whatever ends its lines.
+            # Universal newlines, as transformers reads it.
             return io.TextIOWrapper(io.BytesIO(_read(path)), encoding="utf-8").read()
         except (OSError, UnicodeDecodeError) as failure:
             raise TokenizerError(f"cannot read {path}: {failure}", expected="a Jinja template") from failure
     given = template = settings.get("chat_template")
-    if isinstance(given, list) and all(isinstance(each, Mapping) for each in given):  # several, by name
-        template = next((each.get("template") for each in given if each.get("name") == "default"), None)
+    if isinstance(given, list):  # several, by name
+        named = [each for each in given if isinstance(each, Mapping)]
+        if len(named) == len(given):
+            template = next((each.get("template") for each in named if each.get("name") == "default"), None)
     if not (template is None or isinstance(template, str)):
         raise _wrong(
-            f"{folder / TOKENIZER_CONFIG}: `chat_template`", given, "a template, or a list of them by `name`"
+            f"{folder / TOKENIZER_CONFIG}: `chat_template`", given, "a template, or a list of templates by `name`"
         )
     return template
 
@@ -350,34 +359,36 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
 
 class _GgufKeys:
-    def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
+    def __init__(self, metadata: Mapping[str, Plain], where: str) -> None:
         self.metadata = metadata
         self.where = where
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: Plain = None) -> Plain:
         return self.metadata.get(f"tokenizer.ggml.{key}", default)
 
-    def listed(self, key: str) -> list[Any]:
+    def listed(self, key: str, kind: type[T]) -> list[T]:
         value = self.get(key)
-        if not isinstance(value, list):
+        found = [each for each in value if isinstance(each, kind)] if isinstance(value, list) else []
+        if found != value:
             raise TokenizerError(
-                f"{self.where}: tokenizer.ggml.{key} is missing or no list", expected="the metadata of a tokenizer"
+                f"{self.where}: tokenizer.ggml.{key} is missing or is not a list of {kind.__name__}",
+                expected="the metadata of a tokenizer",
             )
-        return value
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreTokenization:
-    """What `tokenizer.ggml.pre` stands for: how a text is cut before merges apply."""
+    """The meaning of a value of `tokenizer.ggml.pre`: how a text is split before merges apply."""
 
     steps: tuple[pre_tokenizers.PreTokenizer, ...] = ()
     own_words: str | None = None
-    """A pattern instead of GPT-2's."""
+    """A pattern that replaces GPT-2's."""
     nfc: bool = False
     whole_words_first: bool = False
-    """Whether a word that is a token is taken as it is, without merges."""
+    """Whether a word that is a token becomes that token, without merges."""
     add_bos: bool = False
-    """Where the file does not say."""
+    """The default, if the file does not contain the setting."""
 
     @property
     def normalizer(self) -> normalizers.Normalizer | None:
@@ -399,32 +410,33 @@ PRE_TOKENIZATIONS = {
 
 def _from_gguf(keys: _GgufKeys) -> tuple[tokenizers.Tokenizer, _Special, str | None]:
     kind, pre = keys.get("model"), keys.get("pre")
-    if kind != "gpt2" or pre not in PRE_TOKENIZATIONS:
+    rules = PRE_TOKENIZATIONS.get(pre) if isinstance(pre, str) else None
+    if kind != "gpt2" or rules is None:
         raise TokenizerError(
             f"{keys.where}: a tokenizer of model {kind!r}, pre {pre!r}",
             expected=(
                 f"model 'gpt2' and one of {', '.join(PRE_TOKENIZATIONS)}; or the model's Hugging Face directory"
             ),
         )
-    tokens, types, merges = keys.listed("tokens"), keys.listed("token_type"), keys.listed("merges")
+    tokens, types, merges = keys.listed("tokens", str), keys.listed("token_type", int), keys.listed("merges", str)
     if len(types) != len(tokens):
         raise TokenizerError(
             f"{keys.where}: {len(tokens)} tokens and {len(types)} types", expected="a type for each token"
         )
-    rules = PRE_TOKENIZATIONS[pre]
     backend = _byte_level_bpe(tokens, types, merges, rules, add_prefix_space=bool(keys.get("add_space_prefix")))
     backend.add_tokens([_added(token, kind) for token, kind in zip(tokens, types, strict=True) if _is_added(kind)])
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     named = {role: keys.get(f"{name}_token_id") for role, name in roles.items()}
+    ids = {role: index for role, index in named.items() if _is_id(index) and 0 <= index < len(tokens)}
     special = _Special(
-        tokens={role: tokens[index] for role, index in named.items() if _is_index(index, tokens)},
-        eos_ids=_each_once(named["eos_token"], keys.get("eot_token_id"), keys.get("eom_token_id")),
+        tokens={role: tokens[index] for role, index in ids.items()},
+        eos_ids=_unique(named["eos_token"], keys.get("eot_token_id"), keys.get("eom_token_id")),
         add_bos=bool(keys.get("add_bos_token", rules.add_bos)),
     )
-    if special.add_bos and "bos_token" in special.tokens:
+    if special.add_bos and "bos_token" in ids:
         bos = special.tokens["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, named["bos_token"])]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos_token"])]
         )
     template = keys.metadata.get("tokenizer.chat_template")
     return backend, special, template if isinstance(template, str) else None
@@ -438,8 +450,8 @@ def _byte_level_bpe(
     *,
     add_prefix_space: bool,
 ) -> tokenizers.Tokenizer:
-    """Places that are unused, which pad the embedding, get no token."""
-    vocabulary = {token: place for place, token in enumerate(tokens) if types[place] != UNUSED}
+    """Return the backend; unused ids, which pad the embedding, get no token."""
+    vocabulary = {token: index for index, token in enumerate(tokens) if types[index] != UNUSED}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=pairs, fuse_unk=False, ignore_merges=rules.whole_words_first)
@@ -457,7 +469,3 @@ def _is_added(kind: int) -> bool:
 
 def _added(token: str, kind: int) -> AddedToken:
     return AddedToken(token, special=kind != USER_DEFINED, normalized=False)
-
-
-def _is_index(value: Any, tokens: Sequence[str]) -> bool:
-    return _is_id(value) and 0 <= value < len(tokens)
