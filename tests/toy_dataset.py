@@ -1,4 +1,4 @@
-"""One small Magic 8 Ball dataset and its tokenizer, made by the command once for all tests of this room."""
+"""A small Magic 8 Ball dataset and its tokenizer, made once by the command for all tests of a session."""
 
 from __future__ import annotations
 

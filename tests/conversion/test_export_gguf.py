@@ -321,7 +321,7 @@ def test_a_held_out_set_for_an_imported_model_is_rejected(source: Path, toy: Che
     save_checkpoint(source / "tiny_ball.ckpt", imported)
     error = refusal(DatasetError, source, tmp_path / "gguf")
     assert (
-        str(error) == "the prompts are a held-out set, and the model was imported\n  expected: texts: see --prompts"
+        str(error) == "the prompts are a held-out set, but the model was imported\n  expected: texts: see --prompts"
     )
 
 

@@ -1,4 +1,4 @@
-"""The texts stage: the texts that come with coremill are what they are said to be, and a user's own are checked."""
+"""The texts stage: the contents of the texts in the package, and the checks of a user's texts."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ DIGESTS = {
 }
 
 
-def gather(out: Path, config: TextsConfig) -> list[Text]:
-    """The texts that the stage writes."""
+def run_texts(out: Path, config: TextsConfig) -> list[Text]:
+    """Run the stage and return the texts that it writes."""
     out.mkdir(exist_ok=True)
     figures = run_stage(
         StageContext(config=msgspec.structs.replace(CONFIG, texts=config), lane=None, inputs={}, out=out)
@@ -46,8 +46,8 @@ def gather(out: Path, config: TextsConfig) -> list[Text]:
     return texts
 
 
-def test_the_texts_that_come_with_coremill(tmp_path: Path) -> None:
-    texts = gather(tmp_path, CONFIG.texts)
+def test_the_bundled_texts(tmp_path: Path) -> None:
+    texts = run_texts(tmp_path, CONFIG.texts)
     assert [text.id for text in texts] == ["king-james-bible", "jargon-file", "devils-dictionary"]
     assert all(text.licence is not None and text.licence.startswith("public domain: ") for text in texts)
     assert [text.source.rpartition(" (")[2] for text in texts] == [
@@ -65,19 +65,19 @@ def test_the_texts_that_come_with_coremill(tmp_path: Path) -> None:
     assert 110_000 < sum(map(len, (bible, jargon, bierce))) < 130_000
 
 
-def test_every_text_of_the_table_is_there_and_no_other() -> None:
+def test_sources_toml_lists_the_texts_in_the_package() -> None:
     listed = {text.path for text in read_toml(FOLDER / "sources.toml", Sources).texts}
     assert listed == set(FOLDER.glob("*.txt"))
 
 
-def test_the_texts_are_those_that_were_measured_on() -> None:
-    """Perplexities are of these bytes: an edited text changes every figure."""
+def test_the_bundled_texts_are_unchanged() -> None:
+    """Documented perplexities are of these bytes; an edited text would change all of them."""
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in FOLDER.glob("*.txt")}
     assert digests == DIGESTS
 
 
-def test_one_text_fills_the_longest_shape(tmp_path: Path) -> None:
-    """In SmolLM2's own tokens: its vocabulary and merges, read by gguf and used by tokenizers."""
+def test_each_text_fills_the_longest_shape(tmp_path: Path) -> None:
+    """Count SmolLM2's tokens, with its vocabulary and merges read by gguf and used by tokenizers."""
     packaged = CONFIG.weights.packaged
     assert packaged is not None
     files = importlib.metadata.files(packaged.distribution) or []
@@ -87,7 +87,7 @@ def test_one_text_fills_the_longest_shape(tmp_path: Path) -> None:
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
     digits, pieces = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])
-    lengths = {text.id: len(tokenizer.encode(text.text).ids) for text in gather(tmp_path, CONFIG.texts)}
+    lengths = {text.id: len(tokenizer.encode(text.text).ids) for text in run_texts(tmp_path, CONFIG.texts)}
     assert lengths == {"king-james-bible": 10515, "jargon-file": 10509, "devils-dictionary": 7922}
     assert min(lengths.values()) > max(CONFIG.shapes.all)
 
@@ -99,12 +99,12 @@ def test_chat_prompts_are_short_and_different() -> None:
     assert all(10 < len(prompt.text) < 80 for prompt in prompts)
 
 
-def test_texts_of_the_users_own_take_their_place(tmp_path: Path) -> None:
+def test_a_users_texts_replace_the_bundled_ones(tmp_path: Path) -> None:
     first, second = tmp_path / "first.txt", tmp_path / "second.txt"
     first.write_bytes(("\ufeffÄrger\r\nmit Zeilen, " + "und mehr. " * 4).encode())
     second.write_text("x" * 60)
     config = TextsConfig(files=(str(first), str(second)), min_characters=50, max_characters=55)
-    assert gather(tmp_path / "out", config) == [
+    assert run_texts(tmp_path / "out", config) == [
         Text(id=str(first), source=str(first), licence=None, text="Ärger\nmit Zeilen, " + ("und mehr. " * 4)[:37]),
         Text(id=str(second), source=str(second), licence=None, text="x" * 55),
     ]
@@ -121,25 +121,25 @@ def test_texts_of_the_users_own_take_their_place(tmp_path: Path) -> None:
             "F is not UTF-8: 'utf-8' codec can't decode byte 0xe9 in position 3",
             "a text in UTF-8",
         ),
-        ("ä".encode() * 99, "F has 99 characters", "at least 100, which is texts.min_characters"),
+        ("ä".encode() * 99, "F has 99 characters", "at least 100 (texts.min_characters)"),
     ],
 )
-def test_a_text_that_will_not_do(tmp_path: Path, content: bytes | None, found: str, expected: str) -> None:
+def test_an_invalid_text_is_rejected(tmp_path: Path, content: bytes | None, found: str, expected: str) -> None:
     path = tmp_path / "mine.txt"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DatasetError) as caught:
-        gather(tmp_path / "out", TextsConfig(files=(str(path),), min_characters=100))
+        run_texts(tmp_path / "out", TextsConfig(files=(str(path),), min_characters=100))
     assert caught.value.found.replace(str(path), "F").startswith(found)
     assert caught.value.expected == expected
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_folder_is_no_text(tmp_path: Path) -> None:
+def test_a_directory_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=f"^cannot read {tmp_path}: Is a directory"):
-        gather(tmp_path / "out", TextsConfig(files=(str(tmp_path),)))
+        run_texts(tmp_path / "out", TextsConfig(files=(str(tmp_path),)))
 
 
-def test_a_text_that_comes_with_coremill_can_be_too_short_for_longer_shapes(tmp_path: Path) -> None:
+def test_a_bundled_text_that_is_too_short_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"devils-dictionary\.txt has 33021 characters"):
-        gather(tmp_path, TextsConfig(min_characters=40_000))
+        run_texts(tmp_path, TextsConfig(min_characters=40_000))

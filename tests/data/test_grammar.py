@@ -1,4 +1,4 @@
-"""Drawing without replacement: permutations are permutations, sides never move, shorter is the start of longer."""
+"""Drawing without replacement: permutations, sides, and prefixes of longer datasets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from coremill.data.grammar import (
 
 
 def numbered(size: int) -> Grammar:
-    """A grammar of `size` questions, with a teacher that is undecided between two answers."""
+    """Return a grammar of `size` questions, whose teacher gives two answers."""
     teacher = Teacher({"Yes.": 3, "No.": 1})
     return Grammar(
         "numbered",
@@ -38,28 +38,28 @@ def numbered(size: int) -> Grammar:
 
 
 @given(st.integers(1, 3000), st.text(max_size=5))
-def test_every_number_comes_exactly_once(size: int, key: str) -> None:
+def test_a_permutation_contains_every_number_once(size: int, key: str) -> None:
     order = Permutation(size, key)
-    assert sorted(order(place) for place in range(size)) == list(range(size))
+    assert sorted(order(index) for index in range(size)) == list(range(size))
 
 
-def test_orders_differ_by_key_and_leave_no_pattern() -> None:
+def test_permutations_differ_by_key_and_have_no_pattern() -> None:
     size = 10_000
-    orders = [[Permutation(size, key)(place) for place in range(100)] for key in ("a", "b")]
+    orders = [[Permutation(size, key)(index) for index in range(100)] for key in ("a", "b")]
     assert orders[0] != orders[1]
     steps = Counter((after - before) % size for before, after in itertools.pairwise(orders[0]))
     assert max(steps.values()) <= 2
 
 
-def test_the_places_of_a_permutation_are_uniform() -> None:
-    # Where number 0 falls among ten keys' worth of tenths: chi-square with 9 degrees of freedom, 27.9 at p = 0.001.
+def test_the_positions_of_a_number_are_uniform() -> None:
+    # The tenth of the range that contains number 0: chi-square with 9 degrees of freedom, 27.9 at p = 0.001.
     size, keys = 1000, 500
     tenths = Counter(Permutation(size, f"key {number}")(0) * 10 // size for number in range(keys))
     chi_square = sum((tenths[tenth] - keys / 10) ** 2 / (keys / 10) for tenth in range(10))
     assert chi_square < 27.9
 
 
-def test_a_side_depends_on_the_question_alone() -> None:
+def test_a_side_depends_only_on_the_question() -> None:
     # By hand: `printf 'Is it 13?' | sha256sum` begins with d77ec36e05c4f922, a multiple of 10 in decimal;
     # that of 'Is it 12?' begins with 401ba1cd1264caba, which ends in 8.
     assert (side_of("Is it 13?"), side_of("Is it 12?")) == ("heldout", "train")
@@ -67,7 +67,7 @@ def test_a_side_depends_on_the_question_alone() -> None:
     assert 1850 < len(heldout) < 2150
 
 
-def test_a_side_is_exhausted_before_a_question_comes_again() -> None:
+def test_no_question_is_repeated_before_all_have_been_drawn() -> None:
     grammar = numbered(400)
     heldout = {f"Is it {number}?" for number in range(400) if side_of(f"Is it {number}?") == "heldout"}
     count = len(heldout)
@@ -82,33 +82,33 @@ def test_a_side_is_exhausted_before_a_question_comes_again() -> None:
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(-5, 5))
-def test_a_shorter_dataset_is_the_start_of_a_longer_one(n: int, more: int, seed: int) -> None:
+def test_a_shorter_dataset_is_a_prefix_of_a_longer_one(n: int, more: int, seed: int) -> None:
     grammar = numbered(50)
     longer = list(generate_rows(grammar, side="train", n=n + more, seed=seed))
     assert list(generate_rows(grammar, side="train", n=n, seed=seed)) == longer[:n]
     assert len({row.id for row in longer}) == n + more
 
 
-def test_another_seed_is_another_dataset_and_the_same_sides() -> None:
+def test_another_seed_gives_another_order_of_the_same_side() -> None:
     grammar = numbered(400)
     first, second = (list(generate_rows(grammar, side="train", n=300, seed=seed)) for seed in (1, 2))
     assert [row.prompt for row in first] != [row.prompt for row in second]
     assert {side_of(row.prompt) for row in first + second} == {"train"}
 
 
-def test_answers_are_drawn_as_often_as_the_teacher_says() -> None:
+def test_answers_have_the_frequencies_of_the_teacher() -> None:
     rows = list(generate_rows(numbered(4000), side="train", n=3000, seed=5))
     share = sum(row.teacher_text == "Yes." for row in rows) / len(rows)
     assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 3000) ** 0.5
 
 
-def test_a_side_without_questions_is_an_error_not_an_endless_search() -> None:
+def test_a_side_without_questions_is_an_error() -> None:
     number = next(number for number in range(100) if side_of(f"Is it {number}?") == "train")
     teacher = Teacher({"Yes.": 1})
     grammar = Grammar(
         "one", [Section(((number,),), lambda number: Question(f"Is it {number}?", "", None, teacher), ("Yes.",))]
     )
-    with pytest.raises(ValueError, match=r"^the grammar one has no question on the heldout side$"):
+    with pytest.raises(ValueError, match=r"^the grammar one has no heldout questions$"):
         list(generate_rows(grammar, side="heldout", n=1, seed=0))
 
 
@@ -118,12 +118,12 @@ def test_a_teacher_is_sampled_by_its_parts() -> None:
     assert teacher.answers == {"a": 0.2, "b": 0.1, "c": 0.7}
 
 
-def test_unpack_counts_through_all_combinations() -> None:
+def test_unpack_enumerates_all_combinations() -> None:
     options = ("ab", (1, 2, 3), [None])
     assert [tuple(unpack(index, options)) for index in range(6)] == list(itertools.product(*options))
 
 
-def test_sections_follow_one_another() -> None:
+def test_questions_are_numbered_section_by_section() -> None:
     lamp = tool_section(
         "lamp",
         ["turn {on} the {room} lamp."],

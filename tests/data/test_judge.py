@@ -1,4 +1,4 @@
-"""The judge on right, wrong and near answers, and on every answer that the datasets' own teachers give."""
+"""The judge, on right, wrong and similar answers, and on all answers of the teachers."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_verdicts(row: Row, answer: str, exact: bool, right: bool, is_tool_call:
     assert found == Verdict(exact=exact, right=right, is_tool_call=is_tool_call)
 
 
-def test_the_teachers_own_answers_are_exact_and_right_in_their_mood(train_rows: list[Row]) -> None:
+def test_the_answers_of_the_balls_teacher_are_exact_and_right_in_their_mood(train_rows: list[Row]) -> None:
     key = KEYS["magic-8-ball"]
     for row in train_rows:
         verdict = judge(row, row.teacher_text, key)
@@ -99,14 +99,14 @@ def test_the_teachers_own_answers_are_exact_and_right_in_their_mood(train_rows: 
         assert len(right) == len(ANSWERS.get(row.mood or "", ()))
 
 
-def test_the_toys_own_answers_are_exact_and_right() -> None:
+def test_the_answers_of_the_toys_teacher_are_exact_and_right() -> None:
     for row in generate_rows(toy(), side="heldout", n=500, seed=3):
         assert judge(row, row.teacher_text, KEYS["toy"]) == Verdict(
             exact=True, right=True, is_tool_call=row.teacher_text.startswith("<|tool_call|>")
         )
 
 
-def test_a_row_of_no_known_kind_cannot_be_judged() -> None:
+def test_a_row_of_another_kind_than_the_key_is_rejected() -> None:
     row = Row(id="x", prompt="?", teacher_text="Yes.", mood=None, answers={"Yes.": 1.0}, metadata={"kind": "poem"})
     with pytest.raises(DatasetError) as caught:
         judge(row, "Yes.", KEYS["toy"])

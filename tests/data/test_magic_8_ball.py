@@ -1,4 +1,4 @@
-"""The Magic 8 Ball, whole: every question of the grammar, and its teacher word by word."""
+"""The Magic 8 Ball: the questions of its grammar, and its teacher."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from coremill.text.student_tokenizer import Tokenizer
 
 GRAMMAR = magic_8_ball()
 ORDER = Permutation(GRAMMAR.size, "sample")
-SAMPLE = [GRAMMAR.question(ORDER(place)) for place in range(20_000)]
+SAMPLE = [GRAMMAR.question(ORDER(index)) for index in range(20_000)]
 
 
 def test_the_classic_answers() -> None:
-    # The counts and moods of the toy: ten affirmative, five non-committal, five negative.
+    # The original has ten affirmative, five non-committal and five negative answers.
     assert {mood: len(answers) for mood, answers in ANSWERS.items()} == {"hopeful": 10, "unclear": 5, "doubtful": 5}
     assert len(MOOD_OF) == 20
     assert set(ANSWERS) == set(MOODS)
@@ -46,7 +46,7 @@ def test_one_question_in_six_asks_for_a_fact() -> None:
     )
 
 
-def test_the_mood_can_be_told_from_how_a_question_begins() -> None:
+def test_the_opening_words_determine_the_mood() -> None:
     moods: dict[str, set[str]] = {}
     for question in SAMPLE:
         if question.mood:
@@ -55,7 +55,7 @@ def test_the_mood_can_be_told_from_how_a_question_begins() -> None:
     assert all(len(found) == 1 for found in moods.values())
 
 
-def test_the_topic_can_be_told_from_the_words() -> None:
+def test_the_words_determine_the_topic() -> None:
     nouns = Counter(noun for names, _ in TOPICS.values() for noun in names)
     events = Counter(event for _, names in TOPICS.values() for event in names)
     assert set(nouns.values()) == set(events.values()) == {1}
@@ -65,8 +65,8 @@ def test_the_topic_can_be_told_from_the_words() -> None:
             assert any(f" {noun} {event} " in question.prompt for noun in names for event in events_of)
 
 
-def test_a_question_of_fact_names_the_arguments_of_its_call() -> None:
-    said = {True: "on", False: "off"}
+def test_a_question_of_fact_contains_the_arguments_of_its_call() -> None:
+    spelled = {True: "on", False: "off"}
     for question in SAMPLE:
         if question.mood is None:
             (answer,) = question.teacher.answers
@@ -75,10 +75,10 @@ def test_a_question_of_fact_names_the_arguments_of_its_call() -> None:
             assert fits(call, TOOLS)
             assert call.name == question.topic
             words = re.findall(r"\w+", question.prompt)
-            assert all(said.get(value, str(value)) in words for value in call.args.values())  # type: ignore[call-overload]
+            assert all(spelled.get(value, str(value)) in words for value in call.args.values())
 
 
-def test_every_question_reads_as_a_sentence() -> None:
+def test_every_question_looks_like_a_sentence() -> None:
     for question in SAMPLE:
         assert re.fullmatch(r"[A-Z]([^ ]| (?! ))*[?.]", question.prompt), question.prompt
         assert "{" not in question.prompt
@@ -87,7 +87,7 @@ def test_every_question_reads_as_a_sentence() -> None:
 
 @pytest.mark.parametrize("mood", MOODS)
 @pytest.mark.parametrize("topic", TOPICS)
-def test_a_teacher_is_a_distribution_that_keeps_to_the_mood(mood: str, topic: str) -> None:
+def test_a_teacher_is_a_distribution_with_94_percent_on_the_mood(mood: str, topic: str) -> None:
     shares = teacher_for(mood, topic).answers
     assert set(shares) == set(MOOD_OF)
     assert math.fsum(shares.values()) == pytest.approx(1, abs=1e-12)
@@ -100,7 +100,7 @@ def test_a_teacher_is_a_distribution_that_keeps_to_the_mood(mood: str, topic: st
     assert min(own) > max(others)
 
 
-def test_topics_lean_to_their_answers_in_turn() -> None:
+def test_topics_favour_different_answers() -> None:
     garden, travel = teacher_for("hopeful", "garden").answers, teacher_for("hopeful", "travel").answers
     assert [garden[answer] for answer in ANSWERS["hopeful"][:3]] == [0.44, 0.17, 0.1]
     assert [travel[answer] for answer in ANSWERS["hopeful"][:3]] == [0.008, 0.44, 0.17]
@@ -109,7 +109,7 @@ def test_topics_lean_to_their_answers_in_turn() -> None:
 
 
 def greedy_answer(mood: str, topic: str, tokenizer: Tokenizer) -> str:
-    """What a perfect student says greedily: the most probable token each time, under the tokenizer."""
+    """Return the greedy answer of a perfect student: the most probable token at each position."""
     trie = AnswerTrie(
         (tokenizer.encode_answer(text), share) for text, share in teacher_for(mood, topic).answers.items()
     )
@@ -119,7 +119,7 @@ def greedy_answer(mood: str, topic: str, tokenizer: Tokenizer) -> str:
     return tokenizer.decode_answer(path)
 
 
-def test_greedy_answers_keep_to_the_mood_and_differ_by_topic(tokenizer: Tokenizer) -> None:
+def test_greedy_answers_have_the_mood_and_differ_by_topic(tokenizer: Tokenizer) -> None:
     greedy = {(mood, topic): greedy_answer(mood, topic, tokenizer) for mood in MOODS for topic in TOPICS}
     for (mood, topic), answer in greedy.items():
         shares = teacher_for(mood, topic).answers

@@ -1,4 +1,4 @@
-"""The command that writes a dataset, and the stage: the files, their digests, and what each mistake ends in."""
+"""The command and the stage that write a dataset: the files, their digests, and the errors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -31,7 +32,7 @@ def run(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, check=check)
 
 
-def test_the_command_of_the_readme(tmp_path: Path) -> None:
+def test_the_command_in_the_readme(tmp_path: Path) -> None:
     out = tmp_path / "magic_8_ball.jsonl"
     done = run("--out", str(out), "--n", "128", "--magic-8-ball")
     files = [out, tmp_path / "magic_8_ball.heldout.jsonl", tmp_path / "tokenizer.json"]
@@ -42,11 +43,11 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted([*files, tmp_path / "answers.json"])
     assert [len(list(read_rows(file))) for file in files[:2]] == [128, 64]
     assert Tokenizer.load(files[2]).vocab_size == 512
-    # The bytes of seed 8, for all time: whoever changes the grammar changes every published digest, knowingly.
+    # The bytes for seed 8. A change of the grammar changes every published digest.
     assert file_digest(out) == "sha256:976a6c7703bce67d6ac5556639ee2157403e37f752e81253230d057633b921a8"
 
 
-def test_a_line_has_the_published_fields(dataset: Path) -> None:
+def test_a_line_has_the_documented_fields(dataset: Path) -> None:
     with dataset.open() as file:
         first = json.loads(file.readline())
     assert list(first) == ["id", "prompt", "teacher_text", "mood", "answers", "metadata"]
@@ -56,19 +57,19 @@ def test_a_line_has_the_published_fields(dataset: Path) -> None:
     assert len(first["answers"]) in (1, 20)
 
 
-def test_same_seed_same_bytes_in_any_process(dataset: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_in_any_process(dataset: Path, tmp_path: Path) -> None:
     run("--out", str(tmp_path / "b.jsonl"), "--n", "2048", "--heldout-n", "512", "--magic-8-ball")
     for mine, theirs in (("b.jsonl", dataset), ("b.heldout.jsonl", dataset.with_name("ball.heldout.jsonl"))):
         assert (tmp_path / mine).read_bytes() == theirs.read_bytes()
     assert (tmp_path / "tokenizer.json").read_bytes() == dataset.with_name("tokenizer.json").read_bytes()
 
 
-def test_a_shorter_dataset_is_the_start_of_a_longer_one(dataset: Path, tmp_path: Path) -> None:
+def test_a_shorter_dataset_is_a_prefix_of_a_longer_one(dataset: Path, tmp_path: Path) -> None:
     assert main(["--out", str(tmp_path / "s.jsonl"), "--n", "100", "--magic-8-ball"]) == 0
     assert dataset.read_bytes().startswith((tmp_path / "s.jsonl").read_bytes())
 
 
-def test_another_seed_is_another_dataset(dataset: Path, tmp_path: Path) -> None:
+def test_another_seed_gives_another_dataset(dataset: Path, tmp_path: Path) -> None:
     assert main(["--out", str(tmp_path / "s.jsonl"), "--n", "100", "--magic-8-ball", "--seed", "9"]) == 0
     prompts = [row.prompt for row in read_rows(tmp_path / "s.jsonl")]
     assert prompts != [row.prompt for row in read_rows(dataset)][:100]
@@ -97,18 +98,18 @@ def test_the_smallest_dataset_has_a_vocabulary(tmp_path: Path, kind: str) -> Non
     assert Tokenizer.load(tmp_path / "tokenizer.json").vocab_size == 512
 
 
-def test_files_go_where_they_are_asked_to(tmp_path: Path) -> None:
+def test_options_set_the_paths_of_the_files(tmp_path: Path) -> None:
     names = ["a/rows.jsonl", "b/held.jsonl", "c/tok.json"]
-    places = [str(tmp_path / name) for name in names]
-    options = ["--out", places[0], "--heldout-out", places[1], "--tokenizer-out", places[2]]
+    paths = [str(tmp_path / name) for name in names]
+    options = ["--out", paths[0], "--heldout-out", paths[1], "--tokenizer-out", paths[2]]
     assert main([*options, "--n", "3", "--vocab-size", "400", "--magic-8-ball"]) == 0
     found = (path for path in tmp_path.rglob("*") if path.is_file())
     written = sorted(path.relative_to(tmp_path).as_posix() for path in found)
     assert written == ["a/rows.jsonl", "b/answers.json", "b/held.jsonl", "c/tok.json"]
-    assert Tokenizer.load(Path(places[2])).vocab_size == 400
+    assert Tokenizer.load(Path(paths[2])).vocab_size == 400
 
 
-def test_the_stage_writes_what_the_config_asks(tmp_path: Path) -> None:
+def test_the_stage_writes_the_dataset_of_the_configuration(tmp_path: Path) -> None:
     config = read_config(CONFIGS / "magic-8-ball.toml")
     small = msgspec.structs.replace(config, dataset=msgspec.structs.replace(config.dataset, n=300, heldout_n=70))
     figures = run_stage(StageContext(config=small, lane=None, inputs={}, out=tmp_path))
@@ -148,7 +149,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         )
         for n in (20_000, 60_000)
     ]
-    # 40,000 more rows are 28 MB of lines; what is allowed for is the allocator's mood.
+    # 40,000 more rows are 28 MB of lines; the bound leaves a margin for the allocator.
     assert peaks_kib[1] - peaks_kib[0] < 4_000
 
 
@@ -172,7 +173,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_wrong_usage_exits_with_2_and_writes_nothing(
+def test_invalid_usage_exits_with_2_and_writes_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -187,15 +188,15 @@ def test_wrong_usage_exits_with_2_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_exits_with_52(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+def test_a_path_that_cannot_be_written_exits_with_52(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
     failed = run("--out", str(tmp_path / "file" / "rows.jsonl"), "--n", "5", "--magic-8-ball", check=False)
     assert failed.returncode == 52
     assert failed.stdout == ""
     assert failed.stderr.startswith(f"output error: cannot write {tmp_path}/file/rows.jsonl: ")
 
 
-def test_a_vocabulary_that_cannot_be_had_exits_with_21_and_leaves_what_was_there(tmp_path: Path) -> None:
+def test_an_impossible_vocabulary_exits_with_21_and_leaves_the_old_files(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     out.write_text("old\n")
     failed = run("--out", str(out), "--n", "5", "--vocab-size", "9000", "--magic-8-ball", check=False)
@@ -209,7 +210,7 @@ def test_a_vocabulary_that_cannot_be_had_exits_with_21_and_leaves_what_was_there
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_long_run_shows_progress_on_a_terminal_and_nowhere_else(tmp_path: Path) -> None:
+def test_a_long_run_shows_progress_only_on_a_terminal(tmp_path: Path) -> None:
     arguments = [*COMMAND, "--out", str(tmp_path / "rows.jsonl"), "--n", "20000", "--magic-8-ball"]
     ours, theirs = pty.openpty()
     terminal = subprocess.Popen(
@@ -217,7 +218,7 @@ def test_a_long_run_shows_progress_on_a_terminal_and_nowhere_else(tmp_path: Path
     )
     os.close(theirs)
     shown = b""
-    # Reading from a terminal whose other end is closed fails with EIO: the end of what it shows.
+    # Reading from a terminal whose other end is closed fails with EIO.
     with contextlib.suppress(OSError):
         while part := os.read(ours, 4096):
             shown += part
@@ -229,10 +230,10 @@ def test_a_long_run_shows_progress_on_a_terminal_and_nowhere_else(tmp_path: Path
     assert run(*arguments[3:]).stderr == ""
 
 
-def test_rows_can_be_watched(tmp_path: Path) -> None:
+def test_watch_receives_the_rows(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
 
-    def watch(rows, what, n):  # type: ignore[no-untyped-def]
+    def watch(rows: Iterable[Row], what: str, n: int) -> list[Row]:
         rows = list(rows)
         seen.append((what, n, len(rows)))
         return rows

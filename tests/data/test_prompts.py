@@ -1,4 +1,4 @@
-"""Real token ids: of rows, and of texts and questions."""
+"""Prompts: the token ids of rows, of texts and of questions."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def texts(pristine_imported) -> TextPrompts:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(seq_len=st.integers(1, 300), count=st.integers(1, 5))
-def test_packed_sequences_are_full_of_whole_conversations(rows, seq_len, count):
+def test_packed_rows_are_consecutive_conversations(rows, seq_len, count):
     sequences = rows.packed(seq_len, count)
     assert [len(ids) for ids in sequences] == [seq_len] * count
-    said = [conversation(row, rows.tokenizer) for row in rows.rows]
-    place = 0
+    conversations = [conversation(row, rows.tokenizer) for row in rows.rows]
+    index = 0
     for ids in sequences:
         stream: list[int] = []
         while len(stream) < seq_len:
-            stream += said[place % len(said)]
-            place += 1
+            stream += conversations[index % len(conversations)]
+            index += 1
         assert ids == stream[:seq_len]
         assert ids[0] == rows.tokenizer.bos_id
 
@@ -60,7 +60,7 @@ def test_a_conversation_is_the_prompt_and_the_teachers_answer(rows):
     assert tokenizer.decode(ids) == f"<|bos|><|user|>{row.prompt}<|assistant|>{row.teacher_text}<|end|>"
 
 
-def test_rows_are_compared_packed_and_then_one_by_one_where_the_answers_are_judged(rows):
+def test_rows_are_compared_packed_and_then_as_conversations(rows):
     compared = list(rows.compared(40))
     assert [each.ids for each in compared[:4]] == rows.packed(40, 4)
     assert [each.judged for each in compared[:4]] == [slice(0, 0)] * 4
@@ -69,19 +69,19 @@ def test_rows_are_compared_packed_and_then_one_by_one_where_the_answers_are_judg
     assert 0 < len(fitting) < len(rows.rows)
     for row, (ids, judged, _) in zip(fitting, compared[4:], strict=True):
         assert ids == conversation(row, rows.tokenizer)
-        # What is judged predicts the answer's tokens, the end token too.
-        answer = [ids[place + 1] for place in range(*judged.indices(len(ids)))]
+        # The judged positions predict the tokens of the answer, including the end token.
+        answer = [ids[index + 1] for index in range(*judged.indices(len(ids)))]
         assert answer == rows.tokenizer.encode_answer(row.teacher_text)
 
 
-def test_tokens_of_rows_change_at_the_quarters_and_at_the_end(rows):
+def test_probes_of_rows_change_the_quarters_and_the_last_position(rows):
     probes = rows.probes(80)
     assert [probe.ids for probe in probes] == rows.packed(80, 2)
     for ids, changes in probes:
-        assert {place for place, _ in changes} <= {20, 40, 60, 79}
-        assert {(place, END) for place in (20, 40, 60, 79) if ids[place] != END} <= set(changes)
-        assert all(token != ids[place] for place, token in changes)
-    assert all(place for probe in rows.probes(2) for place, _ in probe.changes)
+        assert {index for index, _ in changes} <= {20, 40, 60, 79}
+        assert {(index, END) for index in (20, 40, 60, 79) if ids[index] != END} <= set(changes)
+        assert all(token != ids[index] for index, token in changes)
+    assert all(index for probe in rows.probes(2) for index, _ in probe.changes)
 
 
 def test_conversations_of_rows_are_padded_to_every_longer_length(rows):
@@ -90,7 +90,7 @@ def test_conversations_of_rows_are_padded_to_every_longer_length(rows):
     assert all(lengths == [each for each in (20, 80, 128) if each > len(ids)] for ids, lengths in padded.items())
 
 
-def test_rows_speak_for_their_tokenizer(rows):
+def test_the_pad_id_of_rows(rows):
     tokenizer = rows.tokenizer
     assert rows.pad_id == tokenizer.pad_id == PAD
 
@@ -98,21 +98,21 @@ def test_rows_speak_for_their_tokenizer(rows):
 # Texts
 
 
-def test_packed_sequences_are_the_texts_token_by_token_from_their_beginnings(texts):
+def test_packed_texts_are_the_beginnings_of_the_texts(texts):
     for ids, text in zip(texts.packed(200, 3), texts.texts, strict=True):
         assert (len(ids), ids[0]) == (200, BOS)
         assert text.text.startswith(texts.tokenizer.decode(ids[1:]))
     assert texts.packed(16, 1)[0] == texts.packed(200, 1)[0][:16]
 
 
-def test_when_the_texts_are_used_up_they_go_on_where_they_were_cut(texts):
+def test_packed_texts_continue_after_one_of_each_text(texts):
     several = texts.packed(30, 6)
     assert [several[0] + several[3]] == texts.packed(60, 1)
     assert len(set(map(tuple, several))) == 6
 
 
 @given(seq_len=st.integers(1, 300), count=st.integers(1, 8))
-def test_packed_texts_have_the_length_that_was_asked_for(texts, seq_len, count):
+def test_packed_texts_have_the_given_length(texts, seq_len, count):
     assert [len(ids) for ids in texts.packed(seq_len, count)] == [seq_len] * count
 
 
@@ -123,20 +123,20 @@ def test_a_text_that_is_too_short_is_named(texts):
         texts.packed(length + 1, 1)
     assert str(caught.value) == (
         f"the text {texts.texts[0].id} has {length} tokens\n"
-        f"  expected: at least {length + 1}; texts.max_characters limits what is taken of a text\n"
+        f"  expected: at least {length + 1}; texts.max_characters limits how much of a text is read\n"
         "  run: nox -s texts -- --help"
     )
 
 
-def test_one_packed_text_is_compared_whole(texts):
+def test_every_position_of_one_packed_text_is_compared(texts):
     ((ids, judged, scored),) = texts.compared(24)
     assert (ids, judged, scored) == (texts.packed(24, 1)[0], slice(0, 24), True)
     assert texts.export_count == 1
 
 
-def test_one_token_in_the_middle_of_a_text_changes(texts):
-    ((ids, ((place, token),)),) = texts.probes(24)
-    assert (ids, place) == (texts.packed(24, 1)[0], 12)
+def test_the_probe_of_a_text_changes_the_token_in_the_middle(texts):
+    ((ids, ((index, token),)),) = texts.probes(24)
+    assert (ids, index) == (texts.packed(24, 1)[0], 12)
     assert token != ids[12]
     assert token in ids
     assert texts.probes(1)[0].changes == ()
@@ -149,7 +149,7 @@ def test_questions_are_in_the_models_chat_format(texts):
     assert [chat.text for chat in texts.chats] == [prompt.text for prompt in texts.chat_prompts]
 
 
-def test_without_a_chat_format_a_question_is_text(texts, pristine_imported, tmp_path):
+def test_questions_are_unchanged_without_a_chat_template(texts, pristine_imported, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((pristine_imported.model / name).read_bytes())
     plain = load_prompts(tmp_path / "tokenizer.json", pristine_imported.dataset, rows=1)
@@ -164,12 +164,12 @@ def test_two_questions_are_padded_to_the_shortest_length_that_is_longer(texts):
     assert texts.padded([3]) == {}
 
 
-def test_texts_speak_for_their_tokenizer(texts):
+def test_the_pad_id_of_texts(texts):
     tokenizer = texts.tokenizer
     assert texts.pad_id == tokenizer.pad_id == PAD
 
 
-def test_a_text_of_one_token_over_and_over_is_not_changed(pristine_imported, tmp_path):
+def test_a_text_of_one_repeated_token_has_no_probe(pristine_imported, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(pristine_imported.tokenizer.read_bytes())  # without bos
     tokenizer = TextTokenizer.load(tmp_path / "tokenizer.json")
     same = TextPrompts([Text(id="a", source="", licence=None, text="@@@@")], [], tokenizer)
@@ -177,10 +177,10 @@ def test_a_text_of_one_token_over_and_over_is_not_changed(pristine_imported, tmp
     assert same.probes(4)[0].changes == ()
 
 
-# What lies in a folder
+# Reading a directory
 
 
-def test_what_is_read_is_what_lies_there(pristine, pristine_imported):
+def test_load_prompts_reads_rows_or_texts(pristine, pristine_imported):
     rows = load_prompts(pristine.tokenizer, pristine.dataset, rows=3)
     assert isinstance(rows, RowPrompts)
     assert [row.id for row in rows.rows] == [row.id for row in itertools.islice(pristine.read_rows(), 3)]
@@ -191,7 +191,7 @@ def test_what_is_read_is_what_lies_there(pristine, pristine_imported):
     assert texts.chat_prompts[0] == ChatPrompt(id="0", text="Why?")
 
 
-def test_a_folder_with_both_says_nothing_of_which_is_meant(pristine, tmp_path):
+def test_a_directory_with_both_is_rejected(pristine, tmp_path):
     for path in (texts_file(tmp_path), heldout_file(tmp_path)):
         path.touch()
     with pytest.raises(DatasetError) as caught:
@@ -199,13 +199,13 @@ def test_a_folder_with_both_says_nothing_of_which_is_meant(pristine, tmp_path):
     assert str(caught.value) == f"{tmp_path} has texts.jsonl and heldout.jsonl\n  expected: one of them"
 
 
-def test_texts_without_questions_are_refused(pristine_imported, tmp_path):
+def test_texts_without_questions_are_rejected(pristine_imported, tmp_path):
     texts_file(tmp_path).write_bytes(texts_file(pristine_imported.dataset).read_bytes())
     with pytest.raises(DatasetError, match=rf"^cannot read {chat_prompts_file(tmp_path)}: No such file"):
         load_prompts(pristine_imported.tokenizer, tmp_path, rows=1)
 
 
-def test_read_some_reads_no_further(pristine, tmp_path):
+def test_read_some_stops_after_the_last_row(pristine, tmp_path):
     path = tmp_path / "heldout.jsonl"
     first = pristine.heldout.read_text().splitlines()[0]
     path.write_text(first + "\nnot JSON\n")
@@ -214,7 +214,7 @@ def test_read_some_reads_no_further(pristine, tmp_path):
         read_some(path, 2)
 
 
-def test_the_held_out_set_of_a_folder_is_found_or_missed_by_name(pristine, tmp_path):
+def test_a_missing_or_ambiguous_held_out_set_is_rejected(pristine, tmp_path):
     assert find_heldout(pristine.dataset) == pristine.heldout
     for missing in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DatasetError) as caught:

@@ -1,4 +1,4 @@
-"""The dataset format: what it writes it reads, what is wrong it names by line, and no file is ever half written."""
+"""The dataset format: round trips, errors with line numbers, and atomic writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,9 +14,10 @@ from hypothesis import strategies as st
 
 from coremill.core.digest import file_digest
 from coremill.core.errors import DatasetError, OutputError
+from coremill.core.plain import Plain
 from coremill.data.rows import Row, read_rows, write_rows
 
-GOOD: dict[str, Any] = {
+GOOD: dict[str, Plain] = {
     "id": "train-0",
     "prompt": "Will it?",
     "teacher_text": "Yes.",
@@ -27,7 +27,7 @@ GOOD: dict[str, Any] = {
 }
 
 
-def row(**changes: Any) -> Row:
+def row(**changes: Plain) -> Row:
     return Row(**{**GOOD, **changes})
 
 
@@ -44,7 +44,7 @@ def row(**changes: Any) -> Row:
         max_size=4,
     )
 )
-def test_rows_come_back_as_they_were_written(tmp_path_factory: pytest.TempPathFactory, rows: list[Row]) -> None:
+def test_rows_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[Row]) -> None:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     assert write_rows(path, rows) == file_digest(path)
     assert list(read_rows(path)) == rows
@@ -57,7 +57,7 @@ def _without(field: str) -> str:
     return json.dumps({key: value for key, value in GOOD.items() if key != field})
 
 
-def _with(**changes: Any) -> str:
+def _with(**changes: Plain) -> str:
     return json.dumps({**GOOD, **changes})
 
 
@@ -82,7 +82,7 @@ def _with(**changes: Any) -> str:
         (_with(mood="happy"), "`mood` is 'happy', not one of hopeful, doubtful, unclear or null"),
     ],
 )
-def test_a_wrong_line_is_named_by_file_and_number(tmp_path: Path, line: str, found: str) -> None:
+def test_an_invalid_line_is_named_by_file_and_number(tmp_path: Path, line: str, found: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n{line}\n{json.dumps(GOOD)}\n")
     rows = read_rows(path)
@@ -100,7 +100,7 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         list(read_rows(path))
 
 
-def test_an_empty_file_and_a_missing_one_are_refused(tmp_path: Path) -> None:
+def test_an_empty_and_a_missing_file_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DatasetError, match=rf"^{tmp_path}/empty.jsonl has no rows\n"):
         list(read_rows(tmp_path / "empty.jsonl"))
@@ -110,7 +110,7 @@ def test_an_empty_file_and_a_missing_one_are_refused(tmp_path: Path) -> None:
         list(read_rows(tmp_path))
 
 
-def test_a_failure_midway_leaves_what_was_there(tmp_path: Path) -> None:
+def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     write_rows(path, [row(id="old")])
 
@@ -125,8 +125,8 @@ def test_a_failure_midway_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("n", ["2000", "40000"])
-def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path, n: str) -> None:
-    # A limit on the size of files fails a write exactly as a full disk does, halfway through.
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, n: str) -> None:
+    # A limit on the size of files makes a write fail halfway, as a full disk does.
     program = (
         "import resource, sys\n"
         "from pathlib import Path\n"
@@ -147,7 +147,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path, n: str) -> N
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_not_a_file_is_never_replaced(tmp_path: Path) -> None:
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match=r"folder is not a regular file\n"):
         write_rows(tmp_path / "folder", [row()])
@@ -156,6 +156,6 @@ def test_what_is_not_a_file_is_never_replaced(tmp_path: Path) -> None:
     assert Path("/dev/null").is_char_device()
 
 
-def test_folders_on_the_way_are_made(tmp_path: Path) -> None:
+def test_parent_directories_are_created(tmp_path: Path) -> None:
     write_rows(tmp_path / "a" / "b" / "rows.jsonl", [row()])
     assert (tmp_path / "a" / "b" / "rows.jsonl").stat().st_mode & 0o777 == 0o644

@@ -1,9 +1,10 @@
-"""The token-level teacher against brute force over whole answers."""
+"""The token-level teacher, compared with brute force over whole answers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from coremill.text.student_tokenizer import Tokenizer
 
 END = 0
 
-# Few tokens and short answers, so that answers share beginnings; the same answer may come twice.
+# Few tokens and short answers, so that answers share prefixes; an answer may occur twice.
 answer_sets = st.lists(
     st.tuples(
         st.lists(st.integers(1, 3), max_size=4).map(lambda content: (*content, END)),
@@ -26,19 +27,19 @@ answer_sets = st.lists(
 )
 
 
-def beginning(answers: Sequence[tuple[Sequence[int], float]], prefix: Sequence[int]) -> float:
+def mass(answers: Sequence[tuple[Sequence[int], float]], prefix: Sequence[int]) -> float:
     return sum(share for ids, share in answers if tuple(ids[: len(prefix)]) == tuple(prefix))
 
 
 @given(answer_sets)
 def test_next_tokens_are_the_exact_conditionals(answers: list[tuple[tuple[int, ...], float]]) -> None:
     trie = AnswerTrie(answers)
-    prefixes = {ids[:place] for ids, _ in answers for place in range(len(ids))}
+    prefixes = {ids[:index] for ids, _ in answers for index in range(len(ids))}
     for prefix in prefixes:
         expected = {
-            token: beginning(answers, (*prefix, token)) / beginning(answers, prefix)
+            token: mass(answers, (*prefix, token)) / mass(answers, prefix)
             for token in range(4)
-            if beginning(answers, (*prefix, token)) > 0
+            if mass(answers, (*prefix, token)) > 0
         }
         assert trie.next_tokens(prefix) == pytest.approx(expected, rel=1e-12)
         assert math.fsum(trie.next_tokens(prefix).values()) == pytest.approx(1.0, abs=1e-12)
@@ -51,26 +52,26 @@ def test_the_conditionals_of_an_answer_multiply_to_its_probability(
     trie = AnswerTrie(answers)
     total = math.fsum(share for _, share in answers)
     for ids, _ in answers:
-        product = math.prod(trie.next_tokens(ids[:place])[ids[place]] for place in range(len(ids)))
-        assert product == pytest.approx(beginning(answers, ids) / total, rel=1e-12)
+        product = math.prod(trie.next_tokens(ids[:index])[ids[index]] for index in range(len(ids)))
+        assert product == pytest.approx(mass(answers, ids) / total, rel=1e-12)
         assert trie.next_tokens(ids) == {}
 
 
 @given(answer_sets, st.randoms())
 def test_the_order_of_the_answers_does_not_matter(
-    answers: list[tuple[tuple[int, ...], float]], random: object
+    answers: list[tuple[tuple[int, ...], float]], random: Random
 ) -> None:
-    shuffled = sorted(answers, key=lambda _: random.random())  # type: ignore[attr-defined]
+    shuffled = sorted(answers, key=lambda _: random.random())
     for ids, _ in answers:
-        for place in range(len(ids)):
-            assert AnswerTrie(answers).next_tokens(ids[:place]) == AnswerTrie(shuffled).next_tokens(ids[:place])
+        for index in range(len(ids)):
+            assert AnswerTrie(answers).next_tokens(ids[:index]) == AnswerTrie(shuffled).next_tokens(ids[:index])
 
 
-def test_an_answer_without_probability_is_no_path() -> None:
+def test_an_answer_of_probability_0_is_ignored() -> None:
     assert AnswerTrie([((1, END), 0.0), ((2, END), 0.5)]).next_tokens(()) == {2: 1.0}
 
 
-def test_a_prefix_of_no_answer_is_refused() -> None:
+def test_a_prefix_of_no_answer_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"^no answer begins with \[1, 3\]$"):
         AnswerTrie([((1, 2, END), 1.0)]).next_tokens([1, 3])
 
@@ -78,15 +79,15 @@ def test_a_prefix_of_no_answer_is_refused() -> None:
 @pytest.mark.parametrize(
     ("answers", "found"),
     [
-        ([], "no answer has a probability"),
-        ([((1, END), 0.0)], "no answer has a probability"),
+        ([], "no answer has a positive probability"),
+        ([((1, END), 0.0)], "no answer has a positive probability"),
         ([((1, END), -0.5)], r"the answer \[1, 0\] has the probability -0.5"),
         ([((1, END), math.nan)], r"the answer \[1, 0\] has the probability nan"),
-        ([((1,), 0.5), ((1, 2), 0.5)], r"the answer \[1\] is the beginning of another one"),
-        ([((), 0.5), ((1, 2), 0.5)], r"the answer \[\] is the beginning of another one"),
+        ([((1,), 0.5), ((1, 2), 0.5)], r"the answer \[1\] is a prefix of another one"),
+        ([((), 0.5), ((1, 2), 0.5)], r"the answer \[\] is a prefix of another one"),
     ],
 )
-def test_what_is_no_distribution_is_refused(answers: list[tuple[tuple[int, ...], float]], found: str) -> None:
+def test_an_invalid_distribution_is_rejected(answers: list[tuple[tuple[int, ...], float]], found: str) -> None:
     with pytest.raises(ValueError, match=f"^{found}$"):
         AnswerTrie(answers)
 
@@ -100,12 +101,14 @@ def test_targets_follow_the_sampled_answer(tokenizer: Tokenizer, train_rows: lis
         assert product == pytest.approx(row.answers[row.teacher_text], rel=1e-12)
 
 
-def test_the_entropy_along_all_paths_is_that_of_the_answers(tokenizer: Tokenizer, train_rows: list[Row]) -> None:
-    # The chain rule of entropy: that of each token, weighted by how often it is reached, sums to the answers'.
+def test_the_entropies_of_the_tokens_sum_to_that_of_the_answers(
+    tokenizer: Tokenizer, train_rows: list[Row]
+) -> None:
+    # The chain rule of entropy, in which each token is weighted by the probability of its prefix.
     for row in train_rows[:50]:
         trie = AnswerTrie((tokenizer.encode_answer(text), share) for text, share in row.answers.items())
         paths = [tuple(tokenizer.encode_answer(text)) for text in row.answers]
-        reached = {path[:place] for path in paths for place in range(len(path))}
+        reached = {path[:index] for path in paths for index in range(len(path))}
         by_token = math.fsum(
             math.fsum(
                 share
@@ -124,7 +127,7 @@ def test_entropy_is_in_nats() -> None:
     assert str(entropy({1: 1.0})) == "0.0"
 
 
-def test_halt_comes_with_the_last_content_token():
+def test_halt_starts_at_the_last_content_token() -> None:
     #                       assistant  first     second    third end
     assert halt_labels(4) == [CONTINUE, CONTINUE, CONTINUE, HALT, HALT]
     assert halt_labels(2) == [CONTINUE, HALT, HALT]

@@ -1,4 +1,4 @@
-"""Files of texts and of chat prompts: what is written comes back, and what is wrong is named by its line."""
+"""Files of texts and of chat prompts: round trips, and errors with line numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ texts = st.builds(Text, id=words, source=words, licence=words | st.none(), text=
 
 
 @given(st.lists(texts, min_size=1, max_size=3), st.lists(st.builds(ChatPrompt, id=words, text=words), min_size=1))
-def test_they_come_back_as_they_were_written(
+def test_texts_and_chat_prompts_round_trip(
     tmp_path_factory: pytest.TempPathFactory, written: list[Text], prompts: list[ChatPrompt]
 ) -> None:
     folder = tmp_path_factory.mktemp("texts")
@@ -50,7 +50,9 @@ GOOD = '{"id": "a", "source": "here", "licence": null, "text": "words"}\n'
         (GOOD.replace('"id"', '"x": 1, "id"'), "F:1: Object contains unknown field `x`", "a text with id, "),
     ],
 )
-def test_what_is_no_text_is_named_by_its_line(tmp_path: Path, content: str, found: str, expected: str) -> None:
+def test_an_invalid_line_is_named_by_file_and_number(
+    tmp_path: Path, content: str, found: str, expected: str
+) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text(content)
     with pytest.raises(DatasetError) as caught:

@@ -1,4 +1,4 @@
-"""Tool calls: what is rendered parses, and nothing else does."""
+"""Tool calls: round trips, and what does not parse."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ calls = st.builds(
 
 
 @given(calls)
-def test_a_call_comes_back(call: ToolCall) -> None:
+def test_a_call_round_trips(call: ToolCall) -> None:
     answer = render(call)
     assert parse(answer) == call
     assert json.loads(answer.removeprefix("<|tool_call|>")) == {"name": call.name, "args": call.args}
 
 
-def test_the_form_of_a_call() -> None:
+def test_the_text_of_a_call() -> None:
     assert render(ToolCall(name="lamp", args={"room": "Flur", "on": True})) == (
         '<|tool_call|>{"name": "lamp", "args": {"room": "Flur", "on": true}}'
     )
@@ -49,7 +49,7 @@ def test_the_form_of_a_call() -> None:
         '<|tool_call|>{"name": "timer", "args": {"minutes": null}}',
     ],
 )
-def test_what_is_no_call_is_none(answer: str) -> None:
+def test_other_answers_are_not_calls(answer: str) -> None:
     assert parse(answer) is None
 
 
@@ -67,5 +67,5 @@ def test_what_is_no_call_is_none(answer: str) -> None:
         (ToolCall(name="radio", args={}), False),
     ],
 )
-def test_a_call_fits_when_name_arguments_and_types_do(call: ToolCall, expected: bool) -> None:
+def test_fits_compares_the_name_the_arguments_and_their_types(call: ToolCall, expected: bool) -> None:
     assert fits(call, TOOLS) is expected

@@ -1,4 +1,4 @@
-"""The plain toy, whole: 22,528 prompts, all of them looked at."""
+"""The plain toy: all of its 22,528 prompts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ GRAMMAR = toy()
 QUESTIONS = [GRAMMAR.question(index) for index in range(GRAMMAR.size)]
 
 
-def test_every_prompt_is_different_and_reads_as_a_sentence() -> None:
+def test_every_prompt_is_different_and_looks_like_a_sentence() -> None:
     assert len({question.prompt for question in QUESTIONS}) == len(QUESTIONS) == 22_528
     for question in QUESTIONS:
         assert re.fullmatch(r"[A-Z]([^ ]| (?! ))*[?.]", question.prompt), question.prompt
 
 
-def test_an_action_names_the_arguments_of_its_call() -> None:
-    said = {True: "on", False: "off"}
+def test_an_action_contains_the_arguments_of_its_call() -> None:
+    spelled = {True: "on", False: "off"}
     actions = [question for question in QUESTIONS if question.topic in TOOLS]
     assert len(actions) == 20_480
     for question in actions:
@@ -30,7 +30,7 @@ def test_an_action_names_the_arguments_of_its_call() -> None:
         assert fits(call, TOOLS)
         words = re.findall(r"\w+", question.prompt)
         for value in call.args.values():
-            assert (said[value] if isinstance(value, bool) else str(value)) in words
+            assert (spelled[value] if isinstance(value, bool) else str(value)) in words
 
 
 def test_small_talk_has_a_reply() -> None:

@@ -1,1 +1,1 @@
-"""What a model is asked, and who answers: datasets, grammars, teachers, corpora and prompts. Imports no torch."""
+"""The inputs of models and their expected answers: datasets, teachers, corpora and prompts. Imports no torch."""

@@ -1,8 +1,8 @@
-"""Rows from a grammar: questions drawn without replacement, in a random order that needs no memory.
+"""Rows from a grammar: questions drawn without replacement, in a random order that is not kept in memory.
 
-A grammar numbers its questions from 0. Rows follow a pseudo-random permutation of those numbers, so no question
-comes twice before all have come once; then it goes round again in another order, with newly sampled answers.
-The first rows of a longer dataset are those of a shorter one.
+A grammar numbers its questions from 0. Rows follow a pseudo-random permutation of the numbers, so no question is
+repeated before all have been drawn. The next round has another order and newly sampled answers. The first rows of a
+longer dataset are those of a shorter one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -21,8 +21,13 @@ from coremill.data.tool_calls import ToolCall, render
 
 Side = Literal["train", "heldout"]
 
+T = TypeVar("T")
+
+Option = str | tuple[str, ...]
+"""One variable part of a question."""
+
 ArgumentValues = Mapping[str, Mapping[str, str | int | bool]]
-"""For each argument of a tool, in the order of its call: what a question says, and what the call then gets."""
+"""For each argument of a tool, in the order of its call: the values in the call by the words in the question."""
 
 HELDOUT_ONE_IN = 10
 """One question in this many is held out."""
@@ -31,7 +36,7 @@ _ROUNDS = 6
 
 
 def side_of(question: str) -> Side:
-    """Which side `question` is on, by its SHA-256 alone: no seed, size or run can move it to the other."""
+    """Return the side of `question`, which depends only on its SHA-256, not on a seed, a size or a run."""
     number = int.from_bytes(hashlib.sha256(question.encode("utf-8")).digest()[:8], "big")
     return "heldout" if number % HELDOUT_ONE_IN == 0 else "train"
 
@@ -39,10 +44,10 @@ def side_of(question: str) -> Side:
 class Permutation:
     """A keyed pseudo-random permutation of `range(size)`, in memory that grows with the root of `size`.
 
-    A generalised Feistel network over numbers written as `left + left_size * right`, with the numbers beyond
-    `size` walked through until one within comes: J. Black and P. Rogaway, "Ciphers with Arbitrary Finite
-    Domains", CT-RSA 2002, sections 4 (cycle walking) and 5 (generalised Feistel). The round functions are
-    BLAKE2b of round and half, tabulated, since a half is small.
+    A generalised Feistel network over the numbers `left + left_size * right`. A result that is not below `size` is
+    enciphered again until one is: J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002,
+    sections 4 (cycle walking) and 5 (generalised Feistel). The round functions are tables of BLAKE2b of the round
+    and the half.
     """
 
     def __init__(self, size: int, key: str) -> None:
@@ -57,9 +62,9 @@ class Permutation:
             for turn in range(_ROUNDS)
         ]
 
-    def __call__(self, place: int) -> int:
-        """The number at `place`, both in `range(size)`."""
-        value = self._encipher(place)
+    def __call__(self, index: int) -> int:
+        """Return the number at `index`, both in `range(size)`."""
+        value = self._encipher(index)
         while value >= self.size:
             value = self._encipher(value)
         return value
@@ -79,7 +84,7 @@ def _number(text: str) -> int:
 
 
 class Teacher:
-    """A distribution over answers, in whole parts of a total, so that it is exact and short to write."""
+    """A distribution over answers, in integer parts of their total, which makes it exact."""
 
     def __init__(self, parts: Mapping[str, int]) -> None:
         self._texts = list(parts)
@@ -88,7 +93,7 @@ class Teacher:
         """The probability of each answer."""
 
     def sample(self, number: int) -> str:
-        """The answer that the uniform 64-bit `number` falls on; the total is far too small for a bias."""
+        """Return the answer that a uniform 64-bit `number` selects; the bias is negligible for so small a total."""
         return self._texts[bisect.bisect_right(self._ends, number % self._ends[-1])]
 
 
@@ -104,11 +109,11 @@ class Question(msgspec.Struct, frozen=True):
 class Section(msgspec.Struct, frozen=True):
     """A family of questions: one for each combination of its options."""
 
-    options: tuple[Sequence[Any], ...]
+    options: tuple[Sequence[Option], ...]
     ask: Callable[..., Question]
-    """The question of one combination; takes one of each of `options`."""
+    """Returns the question of a combination, given one of each of `options`."""
     answers: tuple[str, ...]
-    """Every answer that one of these questions can have."""
+    """Every answer to one of these questions."""
 
     @property
     def size(self) -> int:
@@ -116,7 +121,7 @@ class Section(msgspec.Struct, frozen=True):
 
 
 class Grammar:
-    """A numbered, finite set of questions, section after section; no two have the same text."""
+    """A finite set of questions, numbered section by section; no two have the same text."""
 
     def __init__(self, kind: str, sections: Sequence[Section]) -> None:
         self.kind = kind
@@ -125,22 +130,25 @@ class Grammar:
         self.size = self._ends[-1]
 
     def question(self, index: int) -> Question:
-        """The question of that number, from 0 to `size` - 1."""
-        place = bisect.bisect_right(self._ends, index)
-        section = self.sections[place]
-        return section.ask(*unpack(index - self._ends[place] + section.size, section.options))
+        """Return the question with the number `index`, from 0 to `size` - 1."""
+        number = bisect.bisect_right(self._ends, index)
+        section = self.sections[number]
+        return section.ask(*unpack(index - self._ends[number] + section.size, section.options))
 
     def answers(self) -> Iterator[str]:
-        """Every answer that a question can have, each once."""
+        """Yield every answer to a question once."""
         yield from dict.fromkeys(answer for section in self.sections for answer in section.answers)
 
 
-def unpack(index: int, options: Sequence[Sequence[Any]]) -> list[Any]:
-    """One of each of `options`: `index` read in the mixed radix of their lengths, the last digit the fastest."""
+def unpack(index: int, options: Sequence[Sequence[T]]) -> list[T]:
+    """Return one of each of `options`, by the digits of `index` in the mixed radix of their lengths.
+
+    The last digit changes fastest.
+    """
     picked = []
     for choices in reversed(options):
-        index, place = divmod(index, len(choices))
-        picked.append(choices[place])
+        index, digit = divmod(index, len(choices))
+        picked.append(choices[digit])
     return picked[::-1]
 
 
@@ -152,33 +160,34 @@ def tool_section(
     openers: Sequence[str],
     tails: Sequence[str],
 ) -> Section:
-    """Questions whose one right answer is a call of `tool` with the arguments that they name.
+    """Return questions whose only right answer is a call of `tool` with the arguments in the question.
 
     Args:
         tool: the tool's name.
-        phrases: ways to ask, with a `{place}` for each argument.
-        values: its arguments.
-        openers: what may come before a phrase.
-        tails: what may come after it.
+        phrases: format strings with a replacement field for each argument.
+        values: the arguments.
+        openers: texts before a phrase.
+        tails: texts after a phrase.
     """
 
-    def call(*said: str) -> str:
-        args = {name: meaning[word] for (name, meaning), word in zip(values.items(), said, strict=True)}
+    def call(*words: str) -> str:
+        args = {name: meaning[word] for (name, meaning), word in zip(values.items(), words, strict=True)}
         return render(ToolCall(name=tool, args=args))
 
-    def ask(opener: str, phrase: str, tail: str, *said: str) -> Question:
-        text = opener + phrase.format(**dict(zip(values, said, strict=True))) + tail
-        return Question(text[0].upper() + text[1:], topic=tool, mood=None, teacher=Teacher({call(*said): 1}))
+    def ask(opener: str, phrase: str, tail: str, *words: str) -> Question:
+        text = opener + phrase.format(**dict(zip(values, words, strict=True))) + tail
+        return Question(text[0].upper() + text[1:], topic=tool, mood=None, teacher=Teacher({call(*words): 1}))
 
-    words = [tuple(meaning) for meaning in values.values()]
-    return Section((openers, phrases, tails, *words), ask, tuple(call(*said) for said in itertools.product(*words)))
+    choices = [tuple(meaning) for meaning in values.values()]
+    answers = tuple(call(*words) for words in itertools.product(*choices))
+    return Section((openers, phrases, tails, *choices), ask, answers)
 
 
 def generate_rows(grammar: Grammar, *, side: Side, n: int, seed: int) -> Iterator[Row]:
-    """`n` rows of the grammar's `side`; a row depends on `seed` and on its place, never on `n`.
+    """Yield `n` rows of the grammar's `side`; a row depends on `seed` and its index, not on `n`.
 
     Raises:
-        ValueError: the grammar has no question on that side.
+        ValueError: the grammar has no questions on that side.
     """
     drawn = ((turn, index) for turn in itertools.count() for index in _order(grammar, seed, turn))
     number = 0
@@ -186,7 +195,7 @@ def generate_rows(grammar: Grammar, *, side: Side, n: int, seed: int) -> Iterato
         if number == n:
             return
         if visited == grammar.size and number == 0:
-            raise ValueError(f"the grammar {grammar.kind} has no question on the {side} side")
+            raise ValueError(f"the grammar {grammar.kind} has no {side} questions")
         question = grammar.question(index)
         if side_of(question.prompt) != side:
             continue

@@ -1,6 +1,6 @@
-"""Whether an answer is one that the dataset accepts, and whether it is right for the question.
+"""Whether a dataset accepts an answer, and whether the answer is right for its question.
 
-The dataset's own code is not needed: its answer key holds all that differs between kinds of dataset.
+The answer key of the dataset contains all that differs between kinds of dataset, so no kind is imported here.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class DatasetKind(msgspec.Struct, frozen=True):
     tools: Tools
 
     def answer_key(self) -> AnswerKey:
-        """The document that stages read instead of this code; see :mod:`coremill.data.judge`."""
+        """Return the document that other stages read; see :mod:`coremill.data.judge`."""
         return AnswerKey(
             kind=self.name,
             answers=dict(self.answers),

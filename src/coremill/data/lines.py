@@ -17,15 +17,15 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def read_lines(path: Path, kind: type[AnyRecord], *, whole: str, each: str, run: str) -> Iterator[AnyRecord]:
-    """The records in `path`, one at a time and in order.
+    """Yield the records in `path` in order; only one is in memory at a time.
 
     Args:
-        whole: what the file is, such as `a dataset`, for messages.
-        each: what a line is, such as `row`.
-        run: the command that makes such a file.
+        whole: the name of such a file in messages, such as `a dataset`.
+        each: the name of a record in messages, such as `row`.
+        run: the command that writes such a file.
 
     Raises:
-        DatasetError: unreadable or empty, or a line that is no `kind`; names the file and the line.
+        DatasetError: the file is unreadable or empty, or a line is not a `kind`; states the file and the line.
     """
     decoder = msgspec.json.Decoder(kind)
     number = 0
@@ -54,13 +54,13 @@ def _decode(
 
 
 def write_lines(path: Path, records: Iterable[Record]) -> str:
-    """Write `records` to `path` as they come, whole or not at all; memory does not grow with their number.
+    """Write `records` to `path` atomically, one at a time; memory does not grow with their number.
 
     Returns:
         The digest of the file, as `sha256:<hex>`; equal records give equal bytes.
 
     Raises:
-        OutputError: `path` cannot be written, or the disk is full; what was there is left.
+        OutputError: `path` cannot be written, or the disk is full; an existing file is left unchanged.
     """
     path = Path(path)
     hasher = hashlib.sha256()

@@ -1,9 +1,9 @@
 """The Magic 8 Ball: questions in three moods, a teacher over the classic twenty answers, and questions of fact.
 
-Five questions in six ask about the future. How they begin tells the mood (hopeful, doubtful or unclear), what they
-ask about is the topic. The teacher gives the mood's own answers 94 % of the probability, most of it to the ones
-that the topic leans to, and the other answers share the rest. One question in six asks for a fact that no ball
-should guess; its one right answer is a tool call with the arguments that the question names.
+Five questions in six are about the future. The opening words determine the mood (hopeful, doubtful or unclear), and
+the subject is the topic. The teacher gives 94 % of the probability to the answers of the mood, most of it to those
+that the topic favours; the other answers share the rest. One question in six asks for a fact. Its only right answer
+is a tool call with the arguments in the question.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ MOOD_OF: Mapping[str, str] = {answer: mood for mood, answers in ANSWERS.items() 
 
 _PARTS = 10_000
 _OTHERS = 600
-"""What the answers of the other two moods share evenly, in parts of `_PARTS`."""
+"""The share of the answers of the other two moods together, in parts of `_PARTS`."""
 
 _LEANING: Mapping[str, tuple[int, ...]] = {
     "hopeful": (4400, 1700, 1000, 700, 500, 400, 300, 200, 120, 80),
     "unclear": (5000, 2000, 1200, 700, 500),
     "doubtful": (5000, 2000, 1200, 700, 500),
 }
-"""Parts of the mood's own answers, from the one that the topic leans to most."""
+"""Parts of the answers of the mood, from the one that the topic favours most."""
 
 _OPENERS: Mapping[str, tuple[str, ...]] = {
     "hopeful": (
@@ -146,7 +146,7 @@ TOPICS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("taste good", "turn out right", "feed us all", "be eaten"),
     ),
 }
-"""What is asked about, and what may become of it."""
+"""The subjects and the events of each topic."""
 
 _TIMES = (
     "today",
@@ -250,7 +250,7 @@ _MILES = (
 
 
 def teacher_for(mood: str, topic: str) -> Teacher:
-    """The teacher's distribution over all twenty answers to a question of that mood and topic."""
+    """Return the teacher's distribution over all twenty answers to a question of that mood and topic."""
     own = ANSWERS[mood]
     lead = list(TOPICS).index(topic)
     others = [answer for answer in MOOD_OF if answer not in own]
@@ -259,7 +259,7 @@ def teacher_for(mood: str, topic: str) -> Teacher:
 
 
 def magic_8_ball() -> Grammar:
-    """The grammar of the Magic 8 Ball: 1,152,000 questions, 192,000 of them for a fact."""
+    """Return the grammar of the Magic 8 Ball: 1,152,000 questions, 192,000 of which ask for a fact."""
     facts: tuple[tuple[str, tuple[str, ...], ArgumentValues], ...] = (
         ("weather", _WEATHER, {"city": _named(_CITIES), "day": _named(("today", "tomorrow"))}),
         ("clock", _CLOCK, {"city": _named(_CITIES)}),
@@ -274,12 +274,12 @@ def magic_8_ball() -> Grammar:
 
 
 def _named(words: Iterable[str]) -> dict[str, str]:
-    """An argument whose values are the words that a question says."""
+    """Return an argument whose values are the words in the question."""
     return {word: word for word in words}
 
 
 def _futures() -> Section:
-    """Questions about the future: how it begins is the mood, what it is about the topic."""
+    """Return the questions about the future."""
     teachers = {(mood, topic): teacher_for(mood, topic) for mood in ANSWERS for topic in TOPICS}
     openings = [(mood, opener) for mood, openers in _OPENERS.items() for opener in openers]
     themes = [

@@ -1,6 +1,6 @@
-"""Write a toy distillation dataset: training rows, held-out rows and the tokenizer that fits them.
+"""Write a toy distillation dataset: training rows, held-out rows, their tokenizer and the answer key.
 
-One JSON object a line; the fields are those of `coremill.data.rows.Row`.
+Rows are JSON lines; the fields are those of `coremill.data.rows.Row`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from coremill.data.rows import Row, write_rows
 from coremill.text.student_tokenizer import TOOL_CALL, Tokenizer
 
 TOKENIZER_ROWS = (256, 16_384)
-"""The tokenizer learns from the first `n` training rows, but no fewer than this, so that the smallest dataset has
-a vocabulary too, and no more, so that memory does not grow with the dataset."""
+"""The least and the most training rows that the tokenizer learns from: enough for a vocabulary even with a smaller
+dataset, and a bound of the memory that a larger one takes."""
 
 _PROGRESS_FROM_ROWS = 20_000
 _ROWS_PER_UPDATE = 1_000
 
 Watch = Callable[[Iterable[Row], str, int], Iterable[Row]]
-"""Passes rows through, given what they are and how many; a command shows progress with it."""
+"""Passes rows through, given their name and number, so that a command can show progress."""
 
 
 class DatasetFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a dataset goes."""
+    """The paths of a dataset's files."""
 
     train: Path
     heldout: Path
@@ -45,16 +45,16 @@ class DatasetFiles(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def answers(self) -> Path:
-        """The answer key, next to the held-out rows, whose answers it judges."""
+        """The answer key, next to the held-out rows."""
         return answer_key_file(self.heldout.parent)
 
 
 def make_dataset(config: DatasetConfig, files: DatasetFiles, *, watch: Watch | None = None) -> Figures:
-    """Write the dataset that `config` asks for to `files`; each is written whole or not at all.
+    """Write the dataset that `config` describes to `files`, each of them atomically.
 
     Returns:
-        Row counts, each file's SHA-256, and the share of tool calls and the tokens a row (prompt, answer and
-        special tokens) over the `sampled_rows` first rows, those that the tokenizer learned from.
+        The numbers of rows and the SHA-256 of each file; the share of tool calls and the tokens per row (of prompt
+        and answer, with special tokens) over the first `sampled_rows` rows, from which the tokenizer learned.
 
     Raises:
         TokenizerError: the rows do not yield a vocabulary of that size.
@@ -64,12 +64,12 @@ def make_dataset(config: DatasetConfig, files: DatasetFiles, *, watch: Watch | N
     grammar = kind.grammar()
 
     def rows(side: Side, n: int) -> Iterable[Row]:
-        made = generate_rows(grammar, side=side, n=n, seed=config.seed)
-        return made if watch is None else watch(made, f"{side} rows", n)
+        generated = generate_rows(grammar, side=side, n=n, seed=config.seed)
+        return generated if watch is None else watch(generated, f"{side} rows", n)
 
     for path in (files.train, files.heldout, files.tokenizer, files.answers):
         check_replaceable(path)
-    # First, so that a vocabulary that cannot be had leaves all files as they were.
+    # The tokenizer is trained first, so that an error leaves all files unchanged.
     fewest, most = TOKENIZER_ROWS
     sample_size = max(fewest, min(config.n, most))
     sample = list(generate_rows(grammar, side="train", n=sample_size, seed=config.seed))
@@ -97,7 +97,7 @@ def make_dataset(config: DatasetConfig, files: DatasetFiles, *, watch: Watch | N
 
 def _train_tokenizer(sample: Iterable[Row], answers: Iterable[str], vocab_size: int) -> Tokenizer:
     def texts() -> Iterator[str]:
-        # The marker of a tool call is a special token, never bytes, so merges for its bytes would be wasted.
+        # The marker of a tool call is a special token, so merges of its bytes would be wasted.
         for row in sample:
             yield row.prompt
             yield row.teacher_text.removeprefix(TOOL_CALL)
@@ -108,7 +108,7 @@ def _train_tokenizer(sample: Iterable[Row], answers: Iterable[str], vocab_size: 
 
 
 def run_stage(context: StageContext[DistilledRun]) -> Figures:
-    """The dataset stage of a pipeline: writes the files into `context.out`."""
+    """Run the dataset stage of a pipeline: write the files into `context.out`."""
     files = DatasetFiles(
         train=dataset_file(context.out),
         heldout=heldout_file(context.out),
@@ -118,7 +118,7 @@ def run_stage(context: StageContext[DistilledRun]) -> Figures:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: writes a dataset and prints the SHA-256 and the name of each file, as `sha256sum` does."""
+    """Run the command: write a dataset, and print the digests of the rows and the tokenizer as `sha256sum` does."""
     config, files = _parse_args(argv)
     console = Console(stderr=True)
     is_long = config.n + config.heldout_n >= _PROGRESS_FROM_ROWS
@@ -132,13 +132,13 @@ def main(argv: list[str] | None = None) -> int:
 def _parse_args(argv: list[str] | None) -> tuple[DatasetConfig, DatasetFiles]:
     parser = command_parser(
         "dataset",
-        "Write a toy distillation dataset, its held-out rows and its tokenizer.",
+        "Write a toy distillation dataset, with held-out rows, a tokenizer and an answer key.",
         example="--out magic_8_ball.jsonl --n 128 --magic-8-ball",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the training rows, one JSON object a line")
+    parser.add_argument("--out", type=Path, required=True, help="the training rows, as JSON lines")
     parser.add_argument("--n", type=int, required=True, help="number of training rows")
     parser.add_argument(
-        "--magic-8-ball", action="store_true", help="the Magic 8 Ball; without it, the plain toy of tiny actions"
+        "--magic-8-ball", action="store_true", help="write the Magic 8 Ball (default: the plain toy of actions)"
     )
     parser.add_argument("--heldout-out", type=Path, help="the held-out rows (default: <stem>.heldout.jsonl)")
     parser.add_argument(
@@ -171,10 +171,10 @@ def _parse_args(argv: list[str] | None) -> tuple[DatasetConfig, DatasetFiles]:
 
 
 def _watched(progress: Progress) -> Watch:
-    """A bar on `progress` for each set of rows.
+    """Return a `Watch` that shows a bar on `progress` for each set of rows.
 
-    The caller closes `progress`. Were it closed by this generator, as `rich.progress.track` does, then rows left
-    half-way by an error would close it when the interpreter ends, and wait for ever for a thread that is gone.
+    The caller closes `progress`. If this generator closed it, as `rich.progress.track` does, rows abandoned after
+    an error would close it when the interpreter exits, and wait forever for a thread that no longer exists.
     """
 
     def watch(rows: Iterable[Row], what: str, n: int) -> Iterator[Row]:

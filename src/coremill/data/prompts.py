@@ -1,7 +1,7 @@
-"""What a model is run on when it is exported and verified: real token ids, of a dataset's rows or of real texts.
+"""The token ids that a model is run on when it is exported and verified.
 
-A model that was distilled is run on held-out questions and the teacher's answers to them, one that was imported on
-real texts and on questions in its own chat format.
+The inputs of a distilled model are held-out questions with the teacher's answers. Those of an imported model are
+real texts, and questions in its chat format.
 
 Legend: T sequence length.
 """
@@ -27,78 +27,81 @@ from coremill.text.student_tokenizer import Tokenizer
 HELDOUT_PATTERN = "*heldout.jsonl"
 
 PACKED_ROWS = 4
-"""Packed sequences of rows that are compared at each length, at the export as at the verification."""
+"""The packed sequences of rows that export and verification compare at each length."""
 CONVERSATIONS = 64
-"""Conversations compared at each length, so that 2 % of their answer tokens are more than one or two."""
+"""The conversations compared at each length: enough that 2 % of their answer tokens are more than one or two."""
 PADDED_CONVERSATIONS = 8
-"""Conversations of rows that are compared with padding, at every length."""
+"""The conversations of rows that are compared with padding, at every length."""
 PADDED_CHATS = 2
-"""Questions compared with padding, at one length each: an imported model may take seconds a run."""
+"""The questions compared with padding, at one length each, because an imported model may take seconds per run."""
 PROBED_ROWS = 2
-"""Packed sequences of rows in which tokens are changed, at each length."""
+"""The packed sequences of rows in which tokens are changed, at each length."""
 
 
 class Compared(NamedTuple):
-    """One sequence on which a package is compared with its checkpoint."""
+    """A sequence on which a package is compared with its checkpoint."""
 
     ids: list[int]
     """At most T of them."""
     judged: slice
-    """The positions whose best token counts; errors, SQNR and KL are over all of them."""
+    """The positions whose top-1 token counts; errors, SQNR and KL are over all positions."""
     scored: bool
     """Whether the perplexity of these ids is measured."""
 
 
 class Probe(NamedTuple):
-    """A sequence of exactly T tokens, and single tokens to be put in the place of others."""
+    """A sequence of exactly T tokens, and changes of single tokens."""
 
     ids: list[int]
     changes: tuple[tuple[int, int], ...]
-    """A place, never the first, and the token that it gets; a token other than its own."""
+    """Positions, never the first, and the new token at each, which differs from the old one."""
 
 
 class Prompts(abc.ABC):
     """Real token ids for one model."""
 
     tokenizer: Tokenizer | TextTokenizer
-    """The model's own; its size and digest are what `check_vocabulary` compares."""
+    """The model's tokenizer, whose size and digest `check_vocabulary` compares."""
     export_count: int
-    """How many packed sequences an export compares at each length."""
+    """The number of packed sequences that an export compares at each length."""
 
     @property
     def pad_id(self) -> int:
-        """What sequences are padded with, on the right."""
+        """The id that sequences are padded with, on the right."""
         return self.tokenizer.pad_id
 
     @property
     def text_tokenizer(self) -> TextTokenizer:
-        """The tokenizer with what other programs need to know of it."""
+        """The tokenizer as other programs need it, with special tokens and a chat template."""
         own = self.tokenizer
         return TextTokenizer.of_student(own) if isinstance(own, Tokenizer) else own
 
     @abc.abstractmethod
     def packed(self, seq_len: int, count: int) -> list[list[int]]:
-        """`count` sequences of exactly `seq_len` tokens; the first of a length begins as that of any other.
+        """Return `count` sequences of exactly `seq_len` tokens; the first has the same beginning at every length.
 
         Raises:
-            DatasetError: there is not that much text.
+            DatasetError: there is not enough text.
         """
 
     @abc.abstractmethod
     def packed_up_to(self, seq_len: int, count: int) -> list[list[int]]:
-        """As :meth:`packed`, but as many of `count` as there are, be it none."""
+        """Return the sequences of :meth:`packed`, or fewer (even none) if there is not enough text."""
 
     @abc.abstractmethod
     def compared(self, seq_len: int) -> Iterator[Compared]:
-        """What is compared at `seq_len`: a packed sequence first. Raises as :meth:`packed` does."""
+        """Yield the sequences to compare at `seq_len`, a packed one first. Raises as :meth:`packed` does."""
 
     @abc.abstractmethod
     def probes(self, seq_len: int) -> list[Probe]:
-        """Where tokens are changed at `seq_len`: the first packed sequence first. Raises as :meth:`packed` does."""
+        """Return the changes to try at `seq_len`, those of the first packed sequence first.
+
+        Raises as :meth:`packed` does.
+        """
 
     @abc.abstractmethod
     def padded(self, lengths: Sequence[int]) -> Mapping[tuple[int, ...], list[int]]:
-        """Conversations, each with those of `lengths`, all longer than it, that it is to be padded to."""
+        """Return conversations, each with the longer ones of `lengths` to pad it to."""
 
 
 class RowPrompts(Prompts):
@@ -115,14 +118,13 @@ class RowPrompts(Prompts):
 
     @functools.cached_property
     def answer_key(self) -> AnswerKey:
-        """The answers that the rows' dataset accepts. Raises as :func:`read_answer_key` does."""
+        """The answers that the dataset of the rows accepts. Raises as :func:`read_answer_key` does."""
         return read_answer_key(self._answer_key)
 
     def packed(self, seq_len: int, count: int) -> list[list[int]]:
-        """Each sequence is of whole conversations, one after another, and the next begins with another one.
+        """Return sequences of consecutive conversations; each sequence begins with a new one.
 
-        The last conversation of a sequence is cut where it is full; rows are used again from the first when they
-        run out.
+        The last conversation of a sequence is truncated. After the last row, the rows are repeated from the first.
         """
         stream: Iterator[Row] = itertools.cycle(self.rows)
         sequences = []
@@ -137,10 +139,10 @@ class RowPrompts(Prompts):
         return self.packed(seq_len, count)
 
     def compared(self, seq_len: int) -> Iterator[Compared]:
-        """Packed sequences, where each position up to the last has a real token; then conversations, padded as they
-        are when the package answers, of which the tokens of answers are judged.
+        """Yield packed sequences, then conversations, of which the tokens of the answers are judged.
 
-        What a toy says within a question was never trained, and near-ties are frequent there.
+        A conversation is shorter than `seq_len`, so it is run with padding, as when a package answers. Tokens of
+        questions are not judged: a toy is not trained to predict them, and near-ties are frequent there.
         """
         for ids in self.packed(seq_len, PACKED_ROWS):
             yield Compared(ids, slice(0, 0), scored=False)
@@ -151,26 +153,25 @@ class RowPrompts(Prompts):
             yield Compared(ids, slice(start, -1), scored=False)
 
     def probes(self, seq_len: int) -> list[Probe]:
-        """Places are the quarters and the last, tokens an end, which a conversation holds anywhere, and another of
-        the sequence."""
+        """Return changes at the quarters and the last position, to the end token and to another of the sequence."""
         return [Probe(ids, tuple(self._changes(ids))) for ids in self.packed(seq_len, PROBED_ROWS)]
 
     def _changes(self, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-        for place in sorted({len(ids) // 4, len(ids) // 2, 3 * len(ids) // 4, len(ids) - 1}):
-            # Before the first position there is nothing to compare.
-            for token in {self.tokenizer.end_id, ids[place // 2]} - {ids[place]} if place else set():
-                yield place, token
+        for index in sorted({len(ids) // 4, len(ids) // 2, 3 * len(ids) // 4, len(ids) - 1}):
+            # There are no outputs before the first position to compare.
+            for token in {self.tokenizer.end_id, ids[index // 2]} - {ids[index]} if index else set():
+                yield index, token
 
     def padded(self, lengths: Sequence[int]) -> Mapping[tuple[int, ...], list[int]]:
-        talks = [tuple(conversation(row, self.tokenizer)) for row in self.rows[:PADDED_CONVERSATIONS]]
-        return {ids: [length for length in lengths if length > len(ids)] for ids in talks}
+        conversations = [tuple(conversation(row, self.tokenizer)) for row in self.rows[:PADDED_CONVERSATIONS]]
+        return {ids: [length for length in lengths if length > len(ids)] for ids in conversations}
 
 
 class Chat(NamedTuple):
-    """A question in the model's chat format, up to where its answer begins."""
+    """A question in the model's chat format, up to the beginning of the answer."""
 
     text: str
-    """The question alone."""
+    """The question without the chat format."""
     ids: list[int]
 
 
@@ -178,7 +179,7 @@ class TextPrompts(Prompts):
     """Real texts, and questions in the model's chat format."""
 
     export_count = 1
-    """A large model takes seconds for one, and it is as long as a toy's conversations together."""
+    """A large model takes seconds for one, which is as long as all conversations of a toy."""
 
     tokenizer: TextTokenizer
 
@@ -189,14 +190,14 @@ class TextPrompts(Prompts):
 
     @functools.cached_property
     def chats(self) -> tuple[Chat, ...]:
-        """The questions as the model reads them; as they are where it has no chat template.
+        """The questions in the chat format, or unchanged if the model has no chat template.
 
         Raises:
-            TokenizerError: the template does not take a question.
+            TokenizerError: the template rejects a question.
         """
         template = self.tokenizer.chat_template
         if template is None:
-            return tuple(Chat(prompt.text, self._begun(prompt.text)) for prompt in self.chat_prompts)
+            return tuple(Chat(prompt.text, self._with_bos(prompt.text)) for prompt in self.chat_prompts)
         texts = [
             template.render([{"role": "user", "content": prompt.text}], add_generation_prompt=True)
             for prompt in self.chat_prompts
@@ -207,7 +208,7 @@ class TextPrompts(Prompts):
         )
 
     def packed(self, seq_len: int, count: int) -> list[list[int]]:
-        """Each sequence is continuous text, the next of another text; then each goes on where it was cut."""
+        """Return sequences of continuous text: one of each text, then the continuation of each."""
         return [self._part(number % len(self.texts), number // len(self.texts), seq_len) for number in range(count)]
 
     def _part(self, text: int, part: int, seq_len: int) -> list[int]:
@@ -216,7 +217,7 @@ class TextPrompts(Prompts):
         if len(ids) < seq_len:
             raise DatasetError(
                 f"the text {self.texts[text].id} has {len(encoded)} tokens",
-                expected=f"at least {(part + 1) * seq_len}; texts.max_characters limits what is taken of a text",
+                expected=f"at least {(part + 1) * seq_len}; texts.max_characters limits how much of a text is read",
                 run="nox -s texts -- --help",
             )
         return ids
@@ -227,23 +228,23 @@ class TextPrompts(Prompts):
 
     @functools.cached_property
     def _encoded(self) -> list[list[int]]:
-        return [self._begun(text.text) for text in self.texts]
+        return [self._with_bos(text.text) for text in self.texts]
 
-    def _begun(self, text: str) -> list[int]:
+    def _with_bos(self, text: str) -> list[int]:
         start = [self.tokenizer.bos_id] if self.tokenizer.add_bos and self.tokenizer.bos_id is not None else []
         return [*start, *self.tokenizer.encode(text)]
 
     def compared(self, seq_len: int) -> Iterator[Compared]:
-        """One packed sequence, of which every position is judged."""
+        """Yield one packed sequence, all of whose positions are judged."""
         (ids,) = self.packed(seq_len, 1)
         yield Compared(ids, slice(0, seq_len), scored=True)
 
     def probes(self, seq_len: int) -> list[Probe]:
-        """One token in the middle becomes another of the text."""
+        """Return a change of the token in the middle to another of the text."""
         (ids,) = self.packed(seq_len, 1)
-        place = seq_len // 2
-        other = next((token for token in ids if token != ids[place]), None)
-        return [Probe(ids, () if other is None or not place else ((place, other),))]
+        middle = seq_len // 2
+        other = next((token for token in ids if token != ids[middle]), None)
+        return [Probe(ids, () if other is None or not middle else ((middle, other),))]
 
     def padded(self, lengths: Sequence[int]) -> Mapping[tuple[int, ...], list[int]]:
         fitting = [chat.ids for chat in self.chats if len(chat.ids) < max(lengths)]
@@ -253,16 +254,16 @@ class TextPrompts(Prompts):
 
 
 def load_prompts(tokenizer: Path, source: Path, *, rows: int) -> Prompts:
-    """What lies in `source`: texts as the texts stage writes them, or a held-out set as the dataset stage does.
+    """Read the prompts in `source`: the output of the texts stage, or a held-out set of the dataset stage.
 
     Args:
         tokenizer: the model's tokenizer.json.
-        source: a folder, or a held-out set itself.
-        rows: how many rows of a held-out set are read at most.
+        source: a directory, or the file of a held-out set.
+        rows: the most rows of a held-out set that are read.
 
     Raises:
-        TokenizerError: the tokenizer does not read.
-        DatasetError: there is neither or both in the folder, or it does not read.
+        TokenizerError: the tokenizer cannot be read.
+        DatasetError: the directory contains neither or both, or they cannot be read.
     """
     texts = texts_file(source)
     if not texts.is_file():
@@ -277,22 +278,24 @@ def load_prompts(tokenizer: Path, source: Path, *, rows: int) -> Prompts:
 
 
 def check_kind(prompts: Prompts, *, imported: bool) -> None:
-    """Check that `prompts` are of the kind that the model is run on: texts, where it was imported.
+    """Check that `prompts` are of the model's kind: texts if it was imported, a held-out set otherwise.
+
+    The kind of the prompts determines how the tokenizer is read.
 
     Raises:
-        DatasetError: they are not; their tokenizer would be read as another kind than the model's.
+        DatasetError: they are of the other kind.
     """
     if isinstance(prompts, RowPrompts) == imported:
         kinds = ("texts", "a held-out set")
         found, expected = kinds if not imported else kinds[::-1]
         raise DatasetError(
-            f"the prompts are {found}, and the model was {'imported' if imported else 'distilled'}",
+            f"the prompts are {found}, but the model was {'imported' if imported else 'distilled'}",
             expected=f"{expected}: see --prompts",
         )
 
 
 def find_heldout(folder: Path) -> Path:
-    """The held-out set in `folder`.
+    """Return the path of the held-out set in `folder`.
 
     Raises:
         DatasetError: there is none, or more than one.
@@ -309,21 +312,10 @@ def find_heldout(folder: Path) -> Path:
 
 
 def read_some(path: Path, count: int) -> list[Row]:
-    """The first `count` rows of the dataset at `path`, or as many as there are.
-
-    Raises:
-        DatasetError: unreadable, malformed, or without a row.
-    """
-    rows = list(itertools.islice(read_rows(path), count))
-    if not rows:
-        raise DatasetError(
-            f"{path} has no rows",
-            expected="questions and answers",
-            run="python -m coremill.data.make_toy_kd --help",
-        )
-    return rows
+    """Return the first `count` rows of the dataset at `path`, or all of them; raises as :func:`read_rows` does."""
+    return list(itertools.islice(read_rows(path), count))
 
 
 def conversation(row: Row, tokenizer: Tokenizer) -> list[int]:
-    """The prompt's ids and the teacher's answer's ids, to the end token."""
+    """Return the ids of the prompt and of the teacher's answer, with the end token."""
     return [*tokenizer.encode_prompt(row.prompt), *tokenizer.encode_answer(row.teacher_text)]

@@ -1,4 +1,4 @@
-"""The dataset format: one JSON object a line, each a question, the teacher's distribution and one sample of it."""
+"""The dataset format: JSON lines, each with a question, the teacher's distribution and a sample of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from coremill.data.lines import read_lines, write_lines
 MOODS = ("hopeful", "doubtful", "unclear")
 
 SUM_TOLERANCE = 1e-6
-"""How far the probabilities of a row may sum from 1: what rounding to eight digits leaves of some answers."""
+"""How much the sum of a row's probabilities may differ from 1: enough for answers rounded to eight digits."""
 
 _MAKE_ONE = "python -m coremill.data.make_toy_kd --help"
 
@@ -21,7 +21,7 @@ class Row(Record):
     """One question with its teacher.
 
     Raises:
-        ValueError: the probabilities are not a distribution, the sample is none of the answers, or the mood
+        ValueError: the probabilities are not a distribution, the sample is not one of the answers, or the mood
             is unknown.
     """
 
@@ -30,9 +30,9 @@ class Row(Record):
     teacher_text: str
     """One answer, drawn from `answers`."""
     mood: str | None
-    """One of `MOODS`; none where the right answer does not depend on a mood, as for a question of fact."""
+    """One of `MOODS`; None if the right answer does not depend on a mood, as for a question of fact."""
     answers: dict[str, float]
-    """The teacher: the probability of each answer to this prompt; those not listed have none."""
+    """The teacher: the probability of each answer to this prompt, which is 0 for any other answer."""
     metadata: dict[str, str | int | float]
 
     def __post_init__(self) -> None:
@@ -49,11 +49,7 @@ class Row(Record):
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of the dataset at `path`, one at a time and in order.
-
-    Raises:
-        DatasetError: unreadable or empty, or a line that is not a row; names the file and the line.
-    """
+    """Yield the rows of the dataset at `path` in order; raises as :func:`coremill.data.lines.read_lines` does."""
     return read_lines(path, Row, whole="a dataset", each="row", run=_MAKE_ONE)
 
 

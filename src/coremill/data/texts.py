@@ -1,4 +1,4 @@
-"""What an imported model is run on: real texts, and questions to put into its chat format."""
+"""The inputs of an imported model: real texts, and questions for its chat format."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Text(Record):
     """One continuous text.
 
     Raises:
-        ValueError: it holds nothing but white space.
+        ValueError: the text is empty or only white space.
     """
 
     id: str
-    """What reports call it; the path of a text of the user's own."""
+    """Its name in reports; the path of a user's text."""
     source: str
-    """Where it was had from."""
+    """Its origin."""
     licence: str | None
-    """None for a text of the user's own."""
+    """None for a user's text."""
     text: str
 
     def __post_init__(self) -> None:
@@ -39,20 +39,20 @@ class ChatPrompt(Record):
 
 
 def read_texts(path: Path) -> list[Text]:
-    """The texts in `path`; a DatasetError that names file and line if it holds none, or something else."""
+    """Return the texts in `path`; raises as :func:`coremill.data.lines.read_lines` does."""
     return list(read_lines(path, Text, whole="a file of texts", each="text", run=_MAKE_ONE))
 
 
 def read_chat_prompts(path: Path) -> list[ChatPrompt]:
-    """The questions in `path`; raises as :func:`read_texts` does."""
+    """Return the questions in `path`; raises as :func:`read_texts` does."""
     return list(read_lines(path, ChatPrompt, whole="a file of chat prompts", each="chat prompt", run=_MAKE_ONE))
 
 
 def write_texts(path: Path, texts: Iterable[Text]) -> None:
-    """Write `texts`, whole or not at all."""
+    """Write `texts` to `path` atomically."""
     write_lines(path, texts)
 
 
 def write_chat_prompts(path: Path, prompts: Iterable[ChatPrompt]) -> None:
-    """Write `prompts`, whole or not at all."""
+    """Write `prompts` to `path` atomically."""
     write_lines(path, prompts)

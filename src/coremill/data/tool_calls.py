@@ -23,22 +23,22 @@ class ToolCall(Record):
 
 
 def render(call: ToolCall) -> str:
-    """The answer that makes `call`; equal calls with their arguments in the same order give equal text."""
+    """Return `call` as an answer; equal calls with their arguments in the same order give equal text."""
     return TOOL_CALL + json.dumps({"name": call.name, "args": call.args}, ensure_ascii=False)
 
 
 def parse(answer: str) -> ToolCall | None:
-    """The call that `answer` makes, or None if it is not a tool call: no marker, not JSON, or other keys."""
+    """Return the call in `answer`, or None if it has no marker, is not JSON, or has other keys."""
     if not answer.startswith(TOOL_CALL):
         return None
     try:
         return msgspec.json.decode(answer.removeprefix(TOOL_CALL), type=ToolCall)
-    except msgspec.DecodeError:  # a model's answer may be anything; one that does not parse calls nothing
+    except msgspec.DecodeError:  # a model's answer may be anything
         return None
 
 
 def fits(call: ToolCall, tools: Tools) -> bool:
-    """Whether one of `tools` takes this call: its name, and exactly its arguments, each of its type."""
+    """Whether the call has the name of one of `tools` and exactly its arguments, with their types."""
     arguments = tools.get(call.name)
     return (
         arguments is not None

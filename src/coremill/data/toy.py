@@ -1,4 +1,4 @@
-"""The plain toy: tiny actions about a house, most of them tool calls, and a little small talk."""
+"""The plain toy: small actions in a house, which are tool calls, and some small talk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOOLS: Tools = {
     "play": {"genre": "string"},
     "heat": {"room": "string", "degrees": "integer"},
 }
-"""The tools that an action may need."""
+"""The tools for the actions."""
 
 _ROOMS = ("kitchen", "bedroom", "hall", "office", "cellar", "attic", "garage", "nursery")
 _GENRES = ("jazz", "rock", "folk", "blues", "swing", "opera", "soul", "techno")
@@ -56,7 +56,7 @@ REPLIES: Mapping[str, Mapping[str, int]] = {
     "goodbye": {"Goodbye.": 6, "See you soon.": 3, "Sleep well.": 1},
     "identity": {"I am a toy that runs small errands.": 8, "I switch things on and off.": 2},
 }
-"""The teacher of small talk: each topic's replies and their parts of the probability."""
+"""The teacher of small talk: the replies to each topic and their parts of the probability."""
 
 _SMALL_TALK: Mapping[str, tuple[str, ...]] = {
     "greeting": (
@@ -91,7 +91,7 @@ _TAILS = (
 
 
 def toy() -> Grammar:
-    """The grammar of the plain toy: 22,528 prompts, 20,480 of them actions."""
+    """Return the grammar of the plain toy: 22,528 prompts, 20,480 of which are actions."""
     rooms = {room: room for room in _ROOMS}
     actions: tuple[tuple[str, tuple[str, ...], ArgumentValues], ...] = (
         ("lamp", _LAMP, {"room": rooms, "on": {"on": True, "off": False}}),
@@ -109,8 +109,8 @@ def _small_talk() -> Section:
     teachers = {topic: Teacher(replies) for topic, replies in REPLIES.items()}
     talk = [(topic, phrase) for topic, phrases in _SMALL_TALK.items() for phrase in phrases]
 
-    def ask(opener: str, said: tuple[str, str], tail: str) -> Question:
-        topic, phrase = said
+    def ask(opener: str, remark: tuple[str, str], tail: str) -> Question:
+        topic, phrase = remark
         text = opener + phrase + tail
         return Question(text[0].upper() + text[1:], topic=topic, mood=None, teacher=teachers[topic])
 

@@ -1,6 +1,6 @@
-"""The texts stage: real text to run an imported model on, the user's own or what lies beside this module.
+"""The texts stage: real text to run an imported model on, the user's or that in this package.
 
-`sources.toml` says where the texts that come with coremill were had from, and under which licence.
+`sources.toml` lists the origin and the licence of each text in this package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 
 
 class BundledText(Record):
-    """A text that comes with coremill, in `<id>.txt`."""
+    """A text in this package, in `<id>.txt`."""
 
     id: str
     title: str
@@ -43,7 +43,7 @@ class ChatPrompts(Document):
 
 
 def bundled_texts(config: TextsConfig) -> list[Text]:
-    """The texts that come with coremill; raises as :func:`read_text` does."""
+    """Return the texts in this package; raises as :func:`read_text` does."""
     texts = read_toml(FOLDER / "sources.toml", Sources).texts
     return [
         Text(
@@ -57,20 +57,20 @@ def bundled_texts(config: TextsConfig) -> list[Text]:
 
 
 def own_texts(config: TextsConfig) -> list[Text]:
-    """The texts in the user's own files; raises as :func:`read_text` does."""
+    """Return the texts in the user's files; raises as :func:`read_text` does."""
     return [
         Text(id=str(path), source=str(path), licence=None, text=read_text(path, config)) for path in config.paths
     ]
 
 
 def read_text(path: Path, config: TextsConfig) -> str:
-    """The beginning of the text in `path`, of at most `max_characters`.
+    """Return at most the first `max_characters` of the text in `path`.
 
     Raises:
-        DatasetError: unreadable, not UTF-8, empty, or shorter than `min_characters`.
+        DatasetError: the file is unreadable, not UTF-8, empty, or shorter than `min_characters`.
     """
     try:
-        # A byte order mark is no part of the text, and Windows' line ends are line ends.
+        # Without a byte order mark, and with universal newlines.
         with Path(path).open(encoding="utf-8-sig") as file:
             text = file.read(config.max_characters)
     except OSError as failure:
@@ -82,19 +82,19 @@ def read_text(path: Path, config: TextsConfig) -> str:
     if len(text) < config.min_characters:
         raise DatasetError(
             f"{path} has {len(text)} characters",
-            expected=f"at least {config.min_characters}, which is texts.min_characters",
+            expected=f"at least {config.min_characters} (texts.min_characters)",
         )
     return text
 
 
 def chat_prompts() -> list[ChatPrompt]:
-    """The questions of `chat_prompts.toml`."""
+    """Return the questions in `chat_prompts.toml`."""
     prompts = read_toml(FOLDER / "chat_prompts.toml", ChatPrompts).prompts
     return [ChatPrompt(id=f"chat-{number:02}", text=text) for number, text in enumerate(prompts, start=1)]
 
 
 def run_stage(context: StageContext[ImportedRun]) -> Figures:
-    """The texts stage of a pipeline: writes `texts.jsonl` and `chat_prompts.jsonl` into `context.out`."""
+    """Run the texts stage of a pipeline: write `texts.jsonl` and `chat_prompts.jsonl` into `context.out`."""
     config = context.config.texts
     texts, prompts = own_texts(config) if config.files else bundled_texts(config), chat_prompts()
     write_texts(texts_file(context.out), texts)
