@@ -5,10 +5,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from coremill.core.errors import PackageError, UnsupportedOperationError
-from coremill.mil.coremltools_quietly import FeatureTypes_pb2
+from coremill.mil.coremltools_quietly import FeatureTypes_pb2, Model_pb2
 from coremill.mil.graph import Graph
 from coremill.mil.loader import Package
 from coremill.mil.values import TensorType
@@ -224,7 +224,7 @@ class _Reader:
         """Names of what a `classify` operation gives."""
         self._where = where
 
-    def input(self, feature: Any) -> InputSpec:
+    def input(self, feature: Model_pb2.FeatureDescription) -> InputSpec:
         kind = feature.type.WhichOneof("Type")
         if kind == "imageType":
             return self._image(feature.name, feature.type.imageType)
@@ -234,7 +234,7 @@ class _Reader:
             f"{self._where}: {feature.name!r} is of type {kind}", expected="a multi-array or an image"
         )
 
-    def output(self, feature: Any) -> OutputSpec:
+    def output(self, feature: Model_pb2.FeatureDescription) -> OutputSpec:
         kind = feature.type.WhichOneof("Type")
         if feature.name not in self._types:
             raise PackageError(
@@ -258,7 +258,7 @@ class _Reader:
             return ProbabilitiesSpec(feature.name, "string" if is_string else "int64")
         return LabelSpec(feature.name, "string" if kind == "stringType" else "int64")
 
-    def array(self, name: str, array: Any) -> TensorSpec:
+    def array(self, name: str, array: FeatureTypes_pb2.ArrayFeatureType) -> TensorSpec:
         """An output or state: its described shape where it has one, else its type's in the program."""
         shape: tuple[int | None, ...] = tuple(int(size) for size in array.shape)
         value_type = self._types[name]
@@ -266,7 +266,7 @@ class _Reader:
             shape = value_type.shape or SCALAR_SHAPE
         return self._checked(TensorSpec(name, self._dtype(name, array), shape))
 
-    def _input_array(self, feature: Any) -> TensorSpec:
+    def _input_array(self, feature: Model_pb2.FeatureDescription) -> TensorSpec:
         name, array = feature.name, feature.type.multiArrayType
         dtype = self._dtype(name, array)
         default = tuple(int(size) for size in array.shape)
@@ -286,7 +286,7 @@ class _Reader:
             spec = replace(spec, default=DefaultValue(default, getattr(array, kind)))
         return self._checked(spec)
 
-    def _image(self, name: str, image: Any) -> ImageSpec:
+    def _image(self, name: str, image: FeatureTypes_pb2.ImageFeatureType) -> ImageSpec:
         if image.colorSpace not in _COLOR_SPACES:
             raise PackageError(f"{self._where}: {name!r} is of color space number {image.colorSpace}")
         color_space = _COLOR_SPACES[image.colorSpace]
@@ -324,7 +324,7 @@ class _Reader:
             raise PackageError(f"{self._where}: the shapes of input {name!r} are of different ranks")
         return shapes
 
-    def _dtype(self, name: str, array: Any) -> str:
+    def _dtype(self, name: str, array: FeatureTypes_pb2.ArrayFeatureType) -> str:
         if array.dataType not in _ARRAY_DTYPES:
             raise PackageError(f"{self._where}: {name!r} is of data type number {array.dataType}")
         return _ARRAY_DTYPES[array.dataType]
@@ -354,7 +354,7 @@ class _Reader:
         )
 
 
-def _size_range(bounds: Any) -> tuple[int, int | None]:
+def _size_range(bounds: FeatureTypes_pb2.SizeRange) -> tuple[int, int | None]:
     return int(bounds.lowerBound), int(bounds.upperBound) if bounds.upperBound >= 0 else None
 
 

@@ -7,19 +7,20 @@ signatures decide which inputs of an operation are tensors and which are attribu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from coremill.core.errors import PackageError, UnsupportedOperationError
 from coremill.mil import ops
+from coremill.mil.coremltools_quietly import MIL_pb2
 from coremill.mil.loader import Package
 from coremill.mil.ops.registry import Definition, find, supported_operations
 from coremill.mil.values import (
     ELEMENT_TYPES,
     STRING,
+    Constant,
     ListType,
     TensorType,
     tensor_from_bytes,
@@ -98,7 +99,7 @@ class Graph:
     """Slots of states."""
     list_types: dict[int, ListType] = field(default_factory=dict)
     """Declared types of lists by slot."""
-    constants: dict[int, Any] = field(default_factory=dict)
+    constants: dict[int, Constant] = field(default_factory=dict)
     """By slot: a tensor in its declared type's storage, a string, or a tuple of strings or integers."""
     inputs: tuple[int, ...] = ()
     nodes: list[Node] = field(default_factory=list)
@@ -157,14 +158,14 @@ def read_function(package: Package, function_name: str) -> Graph:
     return reader.read(function.inputs, block)
 
 
-def _operations(block: Any) -> Iterator[Any]:
+def _operations(block: MIL_pb2.Block) -> Iterator[MIL_pb2.Operation]:
     for operation in block.operations:
         yield operation
         for nested in operation.blocks:
             yield from _operations(nested)
 
 
-def _refuse_unsupported(package: Package, block: Any, ios_version: int) -> None:
+def _refuse_unsupported(package: Package, block: MIL_pb2.Block, ios_version: int) -> None:
     unsupported: dict[str, str] = {}
     for operation in _operations(block):
         if operation.type in ("const", BRANCH, LOOP) or find(operation.type, ios_version) is not None:
@@ -178,7 +179,7 @@ def _refuse_unsupported(package: Package, block: Any, ios_version: int) -> None:
         )
 
 
-def operation_name(operation: Any) -> str:
+def operation_name(operation: MIL_pb2.Operation) -> str:
     """An operation's name in the graph: its `name` attribute, else that of its first output."""
     if "name" in operation.attributes:
         strings = operation.attributes["name"].immediateValue.tensor.strings.values
@@ -187,7 +188,7 @@ def operation_name(operation: Any) -> str:
     return str(operation.outputs[0].name) if operation.outputs else ""
 
 
-def declared_type(value_type: Any, where: str) -> TensorType | ListType | None:
+def declared_type(value_type: MIL_pb2.ValueType, where: str) -> TensorType | ListType | None:
     """The type that a `ValueType` message declares, a state's being its tensor's.
 
     None for a string, a list of them or a dictionary.
@@ -223,7 +224,7 @@ def declared_type(value_type: Any, where: str) -> TensorType | ListType | None:
     return TensorType(ELEMENT_TYPES[tensor.dataType], shape)
 
 
-def read_value(value: Any, weights: WeightStore, where: str) -> tuple[Any, TensorType | None]:
+def read_value(value: MIL_pb2.Value, weights: WeightStore, where: str) -> tuple[Constant, TensorType | None]:
     """A constant of the program and its type: a tensor, or without a type a string or a list of either.
 
     Raises:
@@ -274,7 +275,7 @@ class _BlockReader:
         self.captured: dict[int, int] = {}
         """Own slot to the outer block's."""
 
-    def read(self, inputs: Any, block: Any) -> Graph:
+    def read(self, inputs: Iterable[MIL_pb2.NamedValueType], block: MIL_pb2.Block) -> Graph:
         graph = self._graph
         own = tuple(self._define(each) for each in inputs)
         for operation in block.operations:
@@ -286,7 +287,7 @@ class _BlockReader:
         graph.inputs = own + tuple(self.captured)
         return graph
 
-    def _define(self, named: Any) -> int:
+    def _define(self, named: MIL_pb2.NamedValueType) -> int:
         value_type = declared_type(named.type, f"{self._where}value {named.name!r}")
         slot = self._graph.new_slot(named.name, value_type)
         if named.type.WhichOneof("type") == "stateType":
@@ -325,13 +326,13 @@ class _BlockReader:
             )
         return slot
 
-    def _constant(self, value: Any, name: str) -> int:
+    def _constant(self, value: MIL_pb2.Value, name: str) -> int:
         content, value_type = read_value(value, self._weights, f"{self._where}value {name!r}")
         slot = self._graph.new_slot(name, value_type)
         self._graph.constants[slot] = content
         return slot
 
-    def _read_operation(self, operation: Any) -> None:
+    def _read_operation(self, operation: MIL_pb2.Operation) -> None:
         name = operation_name(operation)
         if operation.type == "const":
             if "val" not in operation.attributes or len(operation.outputs) != 1:
@@ -346,7 +347,7 @@ class _BlockReader:
             node = self._plain_node(operation, name, arguments)
         self._graph.nodes.append(node)
 
-    def _arguments(self, operation: Any, name: str) -> dict[str, tuple[int, ...]]:
+    def _arguments(self, operation: MIL_pb2.Operation, name: str) -> dict[str, tuple[int, ...]]:
         """Slots by parameter: inputs, and the attributes by which some operations carry theirs."""
         found: dict[str, tuple[int, ...]] = {}
         for parameter, argument in operation.inputs.items():
@@ -362,7 +363,7 @@ class _BlockReader:
                 found[parameter] = (self._constant(value, f"{name}.{parameter}"),)
         return found
 
-    def _plain_node(self, operation: Any, name: str, arguments: dict[str, tuple[int, ...]]) -> Node:
+    def _plain_node(self, operation: MIL_pb2.Operation, name: str, arguments: dict[str, tuple[int, ...]]) -> Node:
         definition = find(operation.type, self._graph.ios_version)
         assert definition is not None, "unsupported operations are refused before reading"
         where = f"{self._where}operation {name!r} ({operation.type})"
@@ -402,7 +403,9 @@ class _BlockReader:
             outputs,
         )
 
-    def _structured_node(self, operation: Any, name: str, arguments: dict[str, tuple[int, ...]]) -> Node:
+    def _structured_node(
+        self, operation: MIL_pb2.Operation, name: str, arguments: dict[str, tuple[int, ...]]
+    ) -> Node:
         expected = {"pred"} if operation.type == BRANCH else {"loop_vars"}
         if set(arguments) != expected or len(operation.blocks) != 2:
             raise PackageError(

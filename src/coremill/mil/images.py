@@ -8,15 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from coremill.core.errors import MachineError, PredictionInputError
+from coremill.measures import Array
 from coremill.mil.description import ColorSpace, ImageSpec
 
-Array: TypeAlias = "np.ndarray[Any, Any]"
+
+class Image(Protocol):
+    """The part of a PIL image that is read."""
+
+    @property
+    def mode(self) -> str: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+    def tobytes(self) -> bytes: ...
+
 
 _GIVEN_MODES: Mapping[ColorSpace, str] = MappingProxyType(
     {
@@ -31,14 +41,14 @@ _GIVEN_MODES: Mapping[ColorSpace, str] = MappingProxyType(
 _OPAQUE = 255
 
 
-def tensor_from_image(spec: ImageSpec, image: Any) -> torch.Tensor:
+def tensor_from_image(spec: ImageSpec, image: Array | Image) -> torch.Tensor:
     """A PIL image as (1, channels, height, width), of the type that the program declares.
 
     Raises:
         PredictionInputError: it is no PIL image, or not of the mode and size that the input admits.
     """
     mode = _GIVEN_MODES[spec.color_space]
-    if not all(hasattr(image, each) for each in ("mode", "size", "tobytes")):
+    if isinstance(image, np.ndarray) or not all(hasattr(image, each) for each in ("mode", "size", "tobytes")):
         raise PredictionInputError(
             f"input {spec.name!r} is a {type(image).__name__}", expected=f"a PIL image of mode {mode!r}"
         )
@@ -62,7 +72,7 @@ def tensor_from_image(spec: ImageSpec, image: Any) -> torch.Tensor:
     return torch.from_numpy(planes)
 
 
-def image_from_array(spec: ImageSpec, array: Array) -> Any:
+def image_from_array(spec: ImageSpec, array: Array) -> Image:
     """A (1, channels, height, width) array as a PIL image: of mode RGBA and opaque, L, or F.
 
     In a color space of 8 bits a value is rounded to the nearest integer, half to even, and clamped to 0 to 255; NaN
@@ -88,4 +98,5 @@ def image_from_array(spec: ImageSpec, array: Array) -> Any:
             pixels = pixels[::-1]
         mode, pixels = "RGBA", np.concatenate([pixels, np.full_like(pixels[:1], _OPAQUE)])
     _, height, width = pixels.shape
-    return PIL.Image.frombytes(mode, (width, height), pixels.transpose(1, 2, 0).tobytes())
+    image: Image = PIL.Image.frombytes(mode, (width, height), pixels.transpose(1, 2, 0).tobytes())
+    return image

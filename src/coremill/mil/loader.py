@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package apart
 
@@ -32,8 +31,7 @@ class Package:
 
     name: str
     """What messages call it: its path, or "the coremltools model" for one in memory."""
-    spec: Any
-    """The `Model` message."""
+    spec: Model_pb2.Model
     weights: WeightStore
 
 
@@ -89,7 +87,7 @@ def _root_model(package: Path) -> Path:
     return package / "Data" / named
 
 
-def _read_spec(path: Path) -> Any:
+def _read_spec(path: Path) -> Model_pb2.Model:
     spec = Model_pb2.Model()
     try:
         spec.ParseFromString(path.read_bytes())

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from coremill.core.digest import digest
 from coremill.core.errors import DigestError, MachineError, PredictionInputError
+from coremill.measures import Array
 from coremill.mil.coremltools_quietly import CoreMLToolsModel
 from coremill.mil.description import (
     ImageSpec,
@@ -21,13 +22,11 @@ from coremill.mil.description import (
     choose_function,
     describe_function,
 )
-from coremill.mil.images import image_from_array, tensor_from_image
+from coremill.mil.images import Image, image_from_array, tensor_from_image
 from coremill.mil.loader import open_package
 from coremill.mil.plan import Observer, Target
 from coremill.mil.program import Program
-from coremill.mil.values import Numerics, StateCell
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
+from coremill.mil.values import Numerics, StateCell, Value, as_tensor
 
 
 class State:
@@ -125,7 +124,7 @@ class MLModel:
         return State({name: tensor.contiguous() for name, tensor in self._empty_states().items()})
 
     def predict(
-        self, data: Mapping[str, Any], state: State | None = None, *, observe: Observer | None = None
+        self, data: Mapping[str, Array | Image], state: State | None = None, *, observe: Observer | None = None
     ) -> dict[str, Any]:
         """Run the function.
 
@@ -155,7 +154,7 @@ class MLModel:
         given = {spec.name: _input_tensor(spec, data) for spec in self.inputs}
         cells = self._cells(state)
         graph = self.program.graph
-        values: dict[str, Any] = {**given, **cells}
+        values: dict[str, Value] = {**given, **cells}
         for slot in graph.inputs:
             if graph.types[slot].shape == () and graph.names[slot] in given:
                 values[graph.names[slot]] = given[graph.names[slot]].reshape(())
@@ -186,7 +185,7 @@ class MLModel:
             contents[name] = tensor
         return contents
 
-    def _check_names(self, data: Mapping[str, Any]) -> None:
+    def _check_names(self, data: Mapping[str, Array | Image]) -> None:
         names = [spec.name for spec in self.inputs]
         optional = {spec.name for spec in self.inputs if isinstance(spec, TensorSpec) and spec.default is not None}
         missing = [name for name in names if name not in data and name not in optional]
@@ -236,7 +235,7 @@ class MLModel:
         }
 
     def _outputs(
-        self, results: Mapping[int, Any], given: Mapping[str, torch.Tensor], cells: Mapping[str, StateCell]
+        self, results: Mapping[int, Value], given: Mapping[str, torch.Tensor], cells: Mapping[str, StateCell]
     ) -> dict[str, Any]:
         graph = self.program.graph
         by_name = {graph.names[slot]: value for slot, value in results.items()}
@@ -247,10 +246,11 @@ class MLModel:
         for spec in self.outputs:
             value = by_name[spec.name]
             if isinstance(spec, TensorSpec):
-                outputs[spec.name] = self._array(spec, value, kept)
-                kept.add(value.untyped_storage().data_ptr())  # another output may be a view of it
+                tensor = as_tensor(value)
+                outputs[spec.name] = self._array(spec, tensor, kept)
+                kept.add(tensor.untyped_storage().data_ptr())  # another output may be a view of it
             elif isinstance(spec, ImageSpec):
-                outputs[spec.name] = image_from_array(spec, value.cpu().numpy())
+                outputs[spec.name] = image_from_array(spec, as_tensor(value).cpu().numpy())
             else:
                 outputs[spec.name] = dict(value) if isinstance(value, dict) else value
         return outputs
@@ -262,7 +262,7 @@ class MLModel:
         return np.array(value.cpu().numpy(), dtype=dtype, order="C", copy=is_shared or None, ndmin=1)
 
 
-def _returned_dtype(declared: str, numerics: Numerics) -> np.dtype[Any]:
+def _returned_dtype(declared: str, numerics: Numerics) -> np.dtype[np.generic]:
     """numpy's type of an output: the declared one, but as wide as a mode computes."""
     dtype = np.dtype(declared)
     if dtype.kind != "f" or numerics is Numerics.DECLARED:
@@ -293,7 +293,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _input_tensor(spec: InputSpec, data: Mapping[str, Any]) -> torch.Tensor:
+def _input_tensor(spec: InputSpec, data: Mapping[str, Array | Image]) -> torch.Tensor:
     """The tensor of an input: from what is given for it, else its default."""
     if isinstance(spec, ImageSpec):
         return tensor_from_image(spec, data[spec.name])
@@ -303,7 +303,7 @@ def _input_tensor(spec: InputSpec, data: Mapping[str, Any]) -> torch.Tensor:
     return torch.from_numpy(np.full(spec.default.shape, spec.default.value, dtype=np.dtype(spec.dtype)))
 
 
-def _tensor_from_array(spec: TensorSpec, array: Any) -> torch.Tensor:
+def _tensor_from_array(spec: TensorSpec, array: Array | Image) -> torch.Tensor:
     """An array as the tensor of an input.
 
     Raises:

@@ -13,7 +13,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypeAlias
 
 import torch
 
@@ -21,11 +21,14 @@ from coremill.core.errors import CoremillError, PackageError, PredictionInputErr
 from coremill.mil.graph import BRANCH, NONE_SLOT, Block, Graph, Node
 from coremill.mil.in_place import updates_in_place
 from coremill.mil.ops.control_flow import run_cond, run_while_loop
-from coremill.mil.ops.registry import Definition, OperationError, Overwritten
-from coremill.mil.values import BY_NAME, ElementType, Numerics, TensorType
+from coremill.mil.ops.registry import Attribute, Definition, Given, Kernel, OperationError, Overwritten
+from coremill.mil.values import BY_NAME, Constant, ElementType, Numerics, StateCell, TensorType, Value, as_tensor
 
-Observer = Callable[["Step", list[Any]], None]
+Observer: TypeAlias = "Callable[[Step, list[Value]], None]"
 """Called after each step with the step and the values of all slots, before those it frees are freed."""
+
+Values: TypeAlias = "Mapping[int, Value]"
+"""By slot."""
 
 KERNEL_FAILURES = (
     RuntimeError,
@@ -70,7 +73,7 @@ class Target:
     def is_cpu(self) -> bool:
         return bool(self.device == CPU)
 
-    def activate(self) -> contextlib.AbstractContextManager[Any]:
+    def activate(self) -> contextlib.ExitStack:
         """The context to compute in: what kernels create lies on the device, and products are of the types given.
 
         Whatever a caller has set, autocast and reduced precisions are off; its settings come back.
@@ -110,7 +113,7 @@ class Step:
     """One operation of a compiled graph."""
 
     node: Node
-    call: Callable[..., Any]
+    call: Kernel
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     single: bool
@@ -125,12 +128,12 @@ class Section:
 
     graph: Graph
     steps: list[Step]
-    template: list[Any]
+    template: list[Value]
     """Values of all slots at the start: constants, None elsewhere."""
     constant_storages: frozenset[int]
     """Addresses of the memory that constants lie in, those of nested blocks too."""
 
-    def run(self, arguments: Sequence[Any], observe: Observer | None = None) -> tuple[Any, ...]:
+    def run(self, arguments: Sequence[Value], observe: Observer | None = None) -> tuple[Value, ...]:
         """Values of the graph's outputs for values of its inputs.
 
         Raises:
@@ -147,7 +150,7 @@ class Section:
                 if step.single:
                     values[step.outputs[0]] = result
                 else:
-                    for slot, value in zip(step.outputs, result, strict=True):
+                    for slot, value in zip(step.outputs, _results(result), strict=True):
                         values[slot] = value
                 if observe is not None:
                     observe(step, values)
@@ -164,7 +167,7 @@ class Section:
         return tuple(values[slot] for slot in self.graph.outputs)
 
 
-def _describe(step: Step, values: list[Any]) -> str:
+def _describe(step: Step, values: list[Value]) -> str:
     """The inputs of a step, for a message."""
     return ", ".join(
         f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
@@ -183,10 +186,10 @@ class Plan:
         self.general = compile_graph(graph, self._lasting)
         """The steps that run at any shape."""
         self._shape_only = _shape_only_slots(self.general)
-        self._at_shapes: OrderedDict[tuple[Any, ...], Section | None] = OrderedDict()
+        self._at_shapes: OrderedDict[tuple[torch.Size | None, ...], Section | None] = OrderedDict()
         """The section for each shape of the inputs; None for a shape that came once."""
 
-    def run(self, arguments: Sequence[Any], observe: Observer | None = None) -> tuple[Any, ...]:
+    def run(self, arguments: Sequence[Value], observe: Observer | None = None) -> tuple[Value, ...]:
         """Values of the outputs for tensors (state cells where the function takes states); see Section.run.
 
         An observer sees the steps of the general section.
@@ -213,11 +216,11 @@ class Plan:
         sections = (self.general, *self._at_shapes.values())
         return any(address in each.constant_storages for each in sections if each is not None)
 
-    def _run_and_specialize(self, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], Section]:
+    def _run_and_specialize(self, arguments: Sequence[Value]) -> tuple[tuple[Value, ...], Section]:
         """Run at a new shape, and compile for it with the shape-only values that came up as constants."""
-        found: dict[int, Any] = {}
+        found: dict[int, Value] = {}
 
-        def record(step: Step, values: list[Any]) -> None:
+        def record(step: Step, values: list[Value]) -> None:
             for slot in step.outputs:
                 if slot in self._shape_only and _is_worth_keeping(values[slot], self.general.constant_storages):
                     found[slot] = values[slot]
@@ -225,13 +228,13 @@ class Plan:
         outputs = self.general.run(arguments, record)
         return outputs, compile_graph(self.graph, self._lasting, self._general_values(), found)
 
-    def _general_values(self) -> dict[int, Any]:
+    def _general_values(self) -> dict[int, Value]:
         """Constants and what was computed from them; slots beyond the graph's are copies of a section's own."""
         slots = enumerate(self.general.template[: len(self.graph.names)])
         return {slot: value for slot, value in slots if value is not None}
 
 
-def _is_worth_keeping(value: Any, constant_storages: frozenset[int]) -> bool:
+def _is_worth_keeping(value: Value, constant_storages: frozenset[int]) -> bool:
     if not isinstance(value, torch.Tensor):
         return False
     storage = value.untyped_storage()
@@ -275,7 +278,10 @@ class Lasting:
 
 
 def compile_graph(
-    graph: Graph, lasting: Lasting, shared: Mapping[int, Any] | None = None, own: Mapping[int, Any] | None = None
+    graph: Graph,
+    lasting: Lasting,
+    shared: Mapping[int, Value] | None = None,
+    own: Mapping[int, Value] | None = None,
 ) -> Section:
     """Compile a graph.
 
@@ -300,7 +306,7 @@ def compile_graph(
             steps.append(step)
     steps = _without_dead_steps(steps, graph.outputs)
     _set_frees(steps, graph.outputs, frozenset(compiler.values))
-    template: list[Any] = [None] * compiler.slot_count
+    template: list[Value] = [None] * compiler.slot_count
     for slot, value in compiler.values.items():
         template[slot] = value
     storages = frozenset(
@@ -332,7 +338,9 @@ def _set_frees(steps: list[Step], outputs: tuple[int, ...], constant: frozenset[
 class _Compiler:
     """Binds nodes to calls; holds the values that are known while compiling."""
 
-    def __init__(self, graph: Graph, lasting: Lasting, shared: Mapping[int, Any], own: Mapping[int, Any]) -> None:
+    def __init__(
+        self, graph: Graph, lasting: Lasting, shared: Mapping[int, Value], own: Mapping[int, Value]
+    ) -> None:
         self._graph = graph
         self._lasting = lasting
         self._numerics = lasting.target.numerics
@@ -342,14 +350,14 @@ class _Compiler:
         self._wide_slots: dict[int, int] = {}
         self.slot_count = len(graph.names)
         self.nested_storages: list[frozenset[int]] = []
-        self.values: dict[int, Any] = {NONE_SLOT: None}
+        self.values: dict[int, Value] = {NONE_SLOT: None}
         for slot, value in graph.constants.items():
             if slot not in shared and slot not in own:
                 self.values[slot] = self._stored(slot, value)
         self.values.update(shared)
         self.values.update(own)
 
-    def _stored(self, slot: int, value: Any) -> Any:
+    def _stored(self, slot: int, value: Constant) -> Constant:
         """A constant as the mode holds it, on the device."""
         if not isinstance(value, torch.Tensor):
             return value
@@ -364,7 +372,7 @@ class _Compiler:
         """Compute a step whose inputs are known."""
         try:
             result = step.call(*[self.values[slot] for slot in step.inputs])
-            results = (result,) if step.single else result
+            results = (result,) if step.single else _results(result)
             self.values.update(zip(step.outputs, results, strict=True))
         except KERNEL_FAILURES as error:
             raise PackageError(f"{step.node}, whose inputs are constants: {error}") from error
@@ -378,7 +386,7 @@ class _Compiler:
         definition = node.definition
         kernel = definition.kernel if state is None else definition.in_place
         assert kernel is not None
-        fixed: dict[str, Any] = {}
+        fixed: dict[str, Attribute] = {}
         dynamic: dict[str, tuple[int, ...]] = {}
         for name, slots in node.attributes.items():
             if self.values.keys() >= set(slots):
@@ -388,7 +396,7 @@ class _Compiler:
         counts = tuple(
             len(slots) if is_list else None for slots, is_list in zip(node.tensors, node.lists, strict=True)
         )
-        call: Callable[..., Any] = functools.partial(kernel, **fixed) if fixed else kernel
+        call: Kernel = functools.partial(kernel, **fixed) if fixed else kernel
         if dynamic or any(count is not None for count in counts):
             converters = {name: functools.partial(self._attribute, node, definition, name) for name in dynamic}
             sizes = {name: len(slots) for name, slots in dynamic.items()}
@@ -402,13 +410,11 @@ class _Compiler:
             elif self._has_mixed_inputs(node):
                 call = _rounding(call, (), self._storages(node))
         single = not definition.returns_tuple and len(node.outputs) == 1
-        if not single and definition.returns_tuple:
-            call = _as_tuple(call)
         return Step(node, call, inputs, node.outputs, single)
 
-    def _attribute(self, node: Node, definition: Definition, name: str, values: Sequence[Any]) -> Any:
+    def _attribute(self, node: Node, definition: Definition, name: str, values: Sequence[Value]) -> Attribute:
         """The Python value of an attribute from the tensors or the string that the program gives."""
-        plain = [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
+        plain: list[Given] = [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
         convert = definition.attributes[name].convert
         assert convert is not None
         try:
@@ -419,15 +425,13 @@ class _Compiler:
             return self._element_type(node, value)
         return value
 
-    def _element_type(self, node: Node, name: str) -> ElementType:
-        if name not in BY_NAME:
+    def _element_type(self, node: Node, name: Attribute) -> ElementType:
+        if not isinstance(name, str) or name not in BY_NAME:
             raise PackageError(f"{node}: no element type {name!r}", expected=f"one of {sorted(BY_NAME)}")
         element = BY_NAME[name]
         return replace(element, storage=self._numerics.storage(element))
 
-    def _with_rounding(
-        self, node: Node, inputs: tuple[int, ...], call: Callable[..., Any]
-    ) -> tuple[tuple[int, ...], Callable[..., Any]]:
+    def _with_rounding(self, node: Node, inputs: tuple[int, ...], call: Kernel) -> tuple[tuple[int, ...], Kernel]:
         """fp16 inputs widened to fp32 (constants beforehand), fp16 results rounded."""
         slots = list(inputs)
         positions = []
@@ -461,7 +465,7 @@ class _Compiler:
 
     def _wide_slot(self, slot: int) -> int | None:
         if slot not in self._wide_slots:
-            value = self.values[slot]
+            value = as_tensor(self.values[slot])
             if value.numel() * 4 > WIDE_CONSTANT_BYTES:
                 return None
             if slot in self._fleeting:
@@ -497,11 +501,11 @@ class _Compiler:
         return Step(node, call, node.tensor_slots, node.outputs, single=False)
 
 
-def _branch(if_true: Section, if_false: Section, own: int, captured: int) -> Callable[..., tuple[Any, ...]]:
-    def call(*arguments: Any) -> tuple[Any, ...]:
+def _branch(if_true: Section, if_false: Section, own: int, captured: int) -> Kernel:
+    def call(*arguments: Value) -> tuple[Value, ...]:
         split = own + captured
         return run_cond(
-            arguments[0],
+            as_tensor(arguments[0]),
             if_true=lambda: if_true.run(arguments[own:split]),
             if_false=lambda: if_false.run(arguments[split:]),
         )
@@ -509,8 +513,8 @@ def _branch(if_true: Section, if_false: Section, own: int, captured: int) -> Cal
     return call
 
 
-def _loop(condition: Section, body: Section, own: int, captured: int) -> Callable[..., tuple[Any, ...]]:
-    def call(*arguments: Any) -> tuple[Any, ...]:
+def _loop(condition: Section, body: Section, own: int, captured: int) -> Kernel:
+    def call(*arguments: Value) -> tuple[Value, ...]:
         split = own + captured
         return run_while_loop(
             arguments[:own],
@@ -522,15 +526,15 @@ def _loop(condition: Section, body: Section, own: int, captured: int) -> Callabl
 
 
 def _assembling(
-    kernel: Callable[..., Any],
+    kernel: Kernel,
     counts: tuple[int | None, ...],
     sizes: Mapping[str, int],
-    converters: Mapping[str, Callable[[Sequence[Any]], Any]],
-) -> Callable[..., Any]:
+    converters: Mapping[str, Callable[[Sequence[Value]], Attribute]],
+) -> Kernel:
     """A call on flat arguments for a kernel that takes lists, or attributes that the program computes."""
 
-    def call(*arguments: Any) -> Any:
-        tensors: list[Any] = []
+    def call(*arguments: Value) -> Value:
+        tensors: list[Value] = []
         at = 0
         for count in counts:
             tensors.append(arguments[at] if count is None else arguments[at : at + count])
@@ -544,50 +548,47 @@ def _assembling(
     return call
 
 
-def _overwriting(call: Callable[..., Overwritten]) -> Callable[..., Any]:
+def _overwriting(call: Kernel) -> Kernel:
     """`call`, whose last argument is the state's cell, which keeps what was overwritten."""
 
-    def overwrite(*arguments: Any) -> Any:
-        done = call(*arguments[:-1])
-        arguments[-1].remember(done.part, done.before)
+    def overwrite(*arguments: Value) -> Value:
+        *inputs, cell = arguments
+        assert isinstance(cell, StateCell)
+        done = call(*inputs)
+        assert isinstance(done, Overwritten)
+        cell.remember(done.part, done.before)
         return done.result
 
     return overwrite
 
 
-def _rounding(
-    call: Callable[..., Any], positions: tuple[int, ...], storages: tuple[torch.dtype | None, ...]
-) -> Callable[..., Any]:
+def _rounding(call: Kernel, positions: tuple[int, ...], storages: tuple[torch.dtype | None, ...]) -> Kernel:
     """`call` with the arguments at `positions` widened to fp32 and its results rounded to `storages`."""
 
-    def widened(arguments: tuple[Any, ...]) -> list[Any]:
+    def widened(arguments: tuple[Value, ...]) -> list[Value]:
         values = list(arguments)
         for position in positions:
-            values[position] = values[position].float()
+            values[position] = as_tensor(values[position]).float()
         return values
 
     if len(storages) == 1:
         (storage,) = storages
 
-        def call_one(*arguments: Any) -> Any:
+        def call_one(*arguments: Value) -> Value:
             result = call(*widened(arguments))
-            return result if storage is None else result.to(storage)
+            return result if storage is None else as_tensor(result).to(storage)
 
         return call_one
 
-    def call_many(*arguments: Any) -> tuple[Any, ...]:
-        results = call(*widened(arguments))
+    def call_many(*arguments: Value) -> tuple[Value, ...]:
+        results = _results(call(*widened(arguments)))
         return tuple(
-            value if storage is None else value.to(storage)
+            value if storage is None else as_tensor(value).to(storage)
             for value, storage in zip(results, storages, strict=True)
         )
 
     return call_many
 
 
-def _as_tuple(call: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
-    def call_tuple(*arguments: Any) -> tuple[Any, ...]:
-        result = call(*arguments)
-        return result if isinstance(result, tuple) else (result,)
-
-    return call_tuple
+def _results(result: Value) -> tuple[Value, ...]:
+    return result if isinstance(result, tuple) else (result,)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from coremill.mil.graph import Graph, read_function
 from coremill.mil.loader import Package
 from coremill.mil.plan import Constants, Observer, Plan, Target
+from coremill.mil.values import Value
 
 
 class Program:
@@ -40,7 +40,7 @@ class Program:
                 self._plans[target] = Plan(self.graph, target, self._constants)
         return self._plans[target]
 
-    def run(self, arguments: Sequence[Any], target: Target, observe: Observer | None = None) -> tuple[Any, ...]:
+    def run(self, arguments: Sequence[Value], target: Target, observe: Observer | None = None) -> tuple[Value, ...]:
         """Values of the function's outputs, in its order; see `coremill.mil.plan.Section.run`.
 
         Args:

@@ -9,9 +9,10 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -26,7 +27,7 @@ class ElementType:
     name: str
     bits: int
     storage: torch.dtype
-    packed: np.dtype[Any] | None
+    packed: np.dtype[np.generic] | None
     """numpy type of one element in a file, or None where elements are packed below a byte or are no numbers."""
     low: int = 0
     high: int = 0
@@ -165,7 +166,28 @@ class StateCell:
         self.tensor = self._before
 
 
-def unpack_bits(packed: np.ndarray[Any, Any], element: ElementType, count: int) -> np.ndarray[Any, Any]:
+Constant: TypeAlias = "torch.Tensor | str | int | float | list[Constant] | tuple[Constant, ...]"
+"""A constant of a program; a tuple holds the elements of a list, a list the numbers of a tensor in it."""
+
+Value: TypeAlias = "Constant | TensorList | StateCell | dict[int | str, float] | tuple[Value, ...] | None"
+"""A value of a running program: a dictionary has the probabilities of a classifier, a tuple the results of an
+operation with several outputs, and None is an optional input that is missing."""
+
+
+def as_tensor(value: Value) -> torch.Tensor:
+    """Return a value that must be a tensor.
+
+    Raises:
+        TypeError: it is not a tensor.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{type(value).__name__} is not a tensor")
+    return value
+
+
+def unpack_bits(
+    packed: npt.NDArray[np.uint8], element: ElementType, count: int
+) -> npt.NDArray[np.int8] | npt.NDArray[np.uint8]:
     """Unpack elements below a byte: consecutive, least significant bit first, across byte borders.
 
     Source: the layout that coremltools documents for `constexpr_lut_to_dense` (iOS16).
@@ -191,7 +213,7 @@ def unpack_bits(packed: np.ndarray[Any, Any], element: ElementType, count: int) 
     return values.astype(np.uint8)
 
 
-def tensor_from_numbers(values: Sequence[Any], element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
+def tensor_from_numbers(values: Sequence[float], element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor of Python numbers that a program carries inline.
 
     Raises:

@@ -12,19 +12,19 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
 from coremill.core.errors import MachineError, PredictionInputError
 from coremill.core.publish import write_atomic
+from coremill.measures import Array
 from coremill.mil.commands.inspect import all_nodes
 from coremill.mil.description import ColorSpace, ImageSpec, TensorSpec
 from coremill.mil.graph import Graph, Node
+from coremill.mil.images import Image
 from coremill.mil.model import MLModel
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _SAVED = "an .npz file as numpy.savez writes it, with an array for each input by its name"
 
@@ -61,7 +61,10 @@ def read_npz(path: Path) -> dict[str, Array]:
             arrays = {}
             for name in archive.namelist():
                 with archive.open(name) as member:
-                    arrays[name.removesuffix(".npy")] = np.lib.format.read_array(member, allow_pickle=False)
+                    array = np.load(member, allow_pickle=False)
+                    if not isinstance(array, np.ndarray):
+                        raise ValueError(f"{name} is not an array")
+                    arrays[name.removesuffix(".npy")] = array
             return arrays
     except OSError as error:
         raise PredictionInputError(f"cannot read {path}: {error.strerror or error}", expected=_SAVED) from error
@@ -81,7 +84,7 @@ def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
             content = io.BytesIO()
-            np.lib.format.write_array(content, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
+            np.save(content, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=_ZIP_EPOCH)
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, content.getvalue())
@@ -112,7 +115,7 @@ def draw_inputs(model: MLModel, seed: int) -> dict[str, Array]:
     return drawn
 
 
-def as_images(model: MLModel, data: Mapping[str, Array]) -> dict[str, Any]:
+def as_images(model: MLModel, data: Mapping[str, Array]) -> dict[str, Array | Image]:
     """The arrays, with Pillow's images of those for image inputs: (height, width), or with 3 channels behind.
 
     Raises:
@@ -123,7 +126,7 @@ def as_images(model: MLModel, data: Mapping[str, Array]) -> dict[str, Any]:
     return {name: _image(name, array, images[name]) if name in images else array for name, array in data.items()}
 
 
-def _image(name: str, array: Array, color_space: ColorSpace) -> Any:
+def _image(name: str, array: Array, color_space: ColorSpace) -> Image:
     if importlib.util.find_spec("PIL") is None:
         raise MachineError(
             f"Pillow is not installed in {sys.prefix}, and input {name!r} is an image", run="pip install pillow"
@@ -137,10 +140,11 @@ def _image(name: str, array: Array, color_space: ColorSpace) -> Any:
         raise PredictionInputError(
             f"image input {name!r} is {array.dtype} of shape {list(array.shape)}", expected=f"{dtype} {sizes}"
         )
-    return PIL.Image.fromarray(array.astype(dtype))
+    image: Image = PIL.Image.fromarray(array.astype(dtype))
+    return image
 
 
-def _pixel_dtype(color_space: ColorSpace) -> np.dtype[Any]:
+def _pixel_dtype(color_space: ColorSpace) -> np.dtype[np.generic]:
     """What Pillow holds the pixels in."""
     return np.dtype(np.float32 if color_space is ColorSpace.GRAYSCALE_FLOAT16 else np.uint8)
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +25,14 @@ from torch import Tensor
 
 from coremill.core.command import command_parser
 from coremill.core.errors import ConfigError
-from coremill.measures import MOST_DB
+from coremill.measures import MOST_DB, Array
 from coremill.mil.commands.arrays import as_images, draw_inputs, read_npz
 from coremill.mil.commands.output import console, decibels, number, shape_text, table, title
 from coremill.mil.commands.run import finite_text
+from coremill.mil.images import Image
 from coremill.mil.model import MLModel
 from coremill.mil.plan import Step
+from coremill.mil.values import Value
 
 BOUND = 0.01
 """Relative error that is worth a look: an SQNR of 40 dB, which verification asks of a converted model's outputs.
@@ -90,13 +91,13 @@ class _Oracle:
     """
 
     def __init__(self) -> None:
-        self._steps: queue.Queue[tuple[str, list[Any]] | None] = queue.Queue()
+        self._steps: queue.Queue[tuple[str, list[Value]] | None] = queue.Queue()
         self._turn = threading.Semaphore(0)
-        self._current: tuple[str, list[Any]] | None = None
+        self._current: tuple[str, list[Value]] | None = None
         self._count = 0
         self._stopped = False
 
-    def run(self, model: MLModel, data: Mapping[str, Any]) -> None:
+    def run(self, model: MLModel, data: Mapping[str, Array | Image]) -> None:
         """The whole run, for the thread."""
         try:
             self._wait()
@@ -104,7 +105,7 @@ class _Oracle:
         finally:
             self._steps.put(None)
 
-    def _put(self, step: Step, values: list[Any]) -> None:
+    def _put(self, step: Step, values: list[Value]) -> None:
         self._steps.put((step.node.name, [values[slot] for slot in step.outputs]))
         self._wait()
 
@@ -113,7 +114,7 @@ class _Oracle:
         if self._stopped:
             raise _StoppedError
 
-    def current(self, name: str) -> list[Any]:
+    def current(self, name: str) -> list[Value]:
         """The oracle's outputs of the operation that `advance` ran, which is `name`; valid until the next one."""
         if self._current is None:
             raise _StoppedError
@@ -134,7 +135,7 @@ class _Oracle:
         self._turn.release()
 
 
-def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Any]) -> list[Deviation]:
+def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Array | Image]) -> list[Deviation]:
     """Run both on the same inputs; every operation that ran, in its order. Those of nested blocks count as one.
 
     Raises:
@@ -145,11 +146,15 @@ def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Any]) -> list[
     errors: dict[int, float] = {}
     ahead = _Oracle()
 
-    def observe(step: Step, values: list[Any]) -> None:
+    def observe(step: Step, values: list[Value]) -> None:
         reference = ahead.current(step.node.name)
-        halves = [slot in types and types[slot].element.is_half for slot in step.outputs]
-        inputs = [values[slot] for slot in step.inputs if isinstance(values[slot], Tensor)]
+        inputs = [value for slot in step.inputs if isinstance(value := values[slot], Tensor)]
         outputs = [values[slot] for slot in step.outputs]
+        halves = [
+            value
+            for slot, value in zip(step.outputs, outputs, strict=True)
+            if slot in types and types[slot].element.is_half and isinstance(value, Tensor)
+        ]
         parts = [_deviation(own, other) for own, other in zip(outputs, reference, strict=True)]
         for slot, (relative, _) in zip(step.outputs, parts, strict=True):
             errors[slot] = relative
@@ -161,7 +166,7 @@ def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Any]) -> list[
                 # NaN, of an input that was not compared, is greater than all.
                 float(np.max([errors.get(slot, 0.0) for slot in step.inputs], initial=0.0)),
                 next(filter(None, map(_other_shapes, outputs, reference)), None),
-                *_overflows(inputs, [own for own, half in zip(outputs, halves, strict=True) if half], outputs),
+                *_overflows(inputs, halves, outputs),
                 all(_is_finite(other) for other in reference),
             )
         )
@@ -180,7 +185,7 @@ def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Any]) -> list[
     return found
 
 
-def _deviation(declared: Any, oracle: Any) -> tuple[float, float]:
+def _deviation(declared: Value, oracle: Value) -> tuple[float, float]:
     """Relative and greatest absolute error; elements that are equal or both NaN are without one.
 
     Both are NaN of a list, a label or a dictionary; for another shape see :class:`Deviation`.
@@ -211,16 +216,18 @@ def _worst_part(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return (relative, float(np.max([part[1] for part in compared], initial=0.0)))
 
 
-def _other_shapes(declared: Any, oracle: Any) -> str | None:
+def _other_shapes(declared: Value, oracle: Value) -> str | None:
     if not isinstance(declared, Tensor) or not isinstance(oracle, Tensor) or declared.shape == oracle.shape:
         return None
     return f"{shape_text(declared.shape)}, the oracle {shape_text(oracle.shape)}"
 
 
-def _overflows(inputs: Sequence[Tensor], halves: Sequence[Tensor], outputs: Sequence[Any]) -> tuple[int, int, int]:
+def _overflows(
+    inputs: Sequence[Tensor], halves: Sequence[Tensor], outputs: Sequence[Value]
+) -> tuple[int, int, int]:
     """How many values of an operation's outputs are at their type's end, infinite, NaN, where no input was."""
     tensors = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
-    saturated = sum(_at_end(each, torch.finfo(each.dtype).max) for each in halves if isinstance(each, Tensor))
+    saturated = sum(_at_end(each, torch.finfo(each.dtype).max) for each in halves)
     if saturated:
         ends = {torch.finfo(each.dtype).max for each in halves}
         if any(_at_end(each, end) for each in inputs if each.is_floating_point() for end in ends):
@@ -238,7 +245,7 @@ def _at_end(tensor: Tensor, end: float) -> int:
     return int((tensor.abs() == end).sum())
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: Value) -> bool:
     return not isinstance(value, Tensor) or not value.is_floating_point() or bool(value.isfinite().all())
 
 

@@ -24,8 +24,8 @@ from coremill.core.errors import (
     PredictionInputError,
     TorchScriptError,
 )
-from coremill.measures import MOST_DB, kl_nats, max_abs_err, sqnr_db
-from coremill.mil.commands.arrays import Array, draw_inputs, read_npz
+from coremill.measures import MOST_DB, Array, kl_nats, max_abs_err, sqnr_db
+from coremill.mil.commands.arrays import draw_inputs, read_npz
 from coremill.mil.commands.output import console, decibels, number, shape_text, table, title
 from coremill.mil.commands.run import MODES, finite_text, predict
 from coremill.mil.model import MLModel
@@ -101,14 +101,16 @@ def _difference(name: str, reference: Array, measured: Array, as_logits: bool) -
         same = bool(np.all(reference == measured))
         return Difference(name, "string", (), *((0.0, MOST_DB) if same else (math.inf, 0.0)), None, "all")
     with np.errstate(invalid="ignore", over="ignore"):
-        kl = kl_nats(reference, measured).mean() if as_logits or (has_classes and "logits" in name) else None
+        kl = None
+        if as_logits or (has_classes and "logits" in name):
+            kl = float(kl_nats(reference.astype(np.float64), measured.astype(np.float64)).mean())
         return Difference(
             name,
             " / ".join(dtypes),
             reference.shape,
             max_abs_err(reference, measured),
             sqnr_db(reference, measured),
-            None if kl is None else float(kl),
+            kl,
             _finite(reference, measured),
         )
 

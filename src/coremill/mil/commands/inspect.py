@@ -151,9 +151,9 @@ def _compressed(graph: Graph) -> tuple[Compressed, ...]:
         if not node.op_type.startswith(CONSTEXPR):
             continue
         stored = sum(
-            _stored_bytes(owner.types[slot].element, owner.constants[slot].numel())
+            _stored_bytes(owner.types[slot].element, value.numel())
             for slot in node.tensor_slots
-            if isinstance(owner.constants.get(slot), torch.Tensor)
+            if isinstance(value := owner.constants.get(slot), torch.Tensor)
         )
         dense = sum(_dense_bytes(owner, slot) for slot in node.outputs)
         total = totals.setdefault(node.op_type, [0, 0, 0])

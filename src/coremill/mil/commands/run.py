@@ -9,7 +9,8 @@ import numpy as np
 
 from coremill.core.command import command_parser
 from coremill.core.publish import check_apart
-from coremill.mil.commands.arrays import Array, as_arrays, as_images, read_npz, write_npz
+from coremill.measures import Array
+from coremill.mil.commands.arrays import as_arrays, as_images, read_npz, write_npz
 from coremill.mil.commands.output import console, number, shape_text, table
 from coremill.mil.model import MLModel
 from coremill.mil.values import Numerics

@@ -31,7 +31,8 @@ from coremill.core.errors import (
     OutputError,
     PackageError,
 )
-from coremill.mil.commands.arrays import Array, as_arrays, read_npz
+from coremill.measures import Array
+from coremill.mil.commands.arrays import as_arrays, read_npz
 from coremill.mil.commands.compare import Difference, compare
 from coremill.mil.commands.output import console, decibels, number, table
 from coremill.mil.coremltools_quietly import CoreMLToolsModel

@@ -321,7 +321,8 @@ def crop_resize(
         sampling_mode=sampling_mode,
         pad_value=pad_value,
     )
-    return crops.unflatten(0, (count, 1 if columns == 5 else x.shape[0]))
+    unflattened: Tensor = crops.unflatten(0, (count, 1 if columns == 5 else x.shape[0]))
+    return unflattened
 
 
 @op("crop_resize", since=17)

@@ -18,11 +18,11 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, UnionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from coremill.mil.values import ElementType, StateCell, TensorList
+from coremill.mil.values import ElementType, StateCell, TensorList, Value
 
 Tensors = tuple[Tensor, ...]
 Ints = tuple[int, ...]
@@ -30,7 +30,12 @@ Bools = tuple[bool, ...]
 IntPairs = tuple[tuple[int, int], ...]
 Symbols = tuple[int | str, ...]
 """Integers and strings: class labels, or sizes of which some are only named."""
-Kernel = Callable[..., Any]
+Attribute: TypeAlias = "int | float | bool | str | Ints | Bools | IntPairs | Symbols | ElementType"
+Given: TypeAlias = "Value | list[Given]"
+"""What a program gives for an attribute; the numbers of a tensor are nested lists."""
+Kernel: TypeAlias = "Callable[..., Value]"
+_Kernel = TypeVar("_Kernel", bound="Kernel")
+_Scalar = TypeVar("_Scalar", bool, int, float, str)
 
 
 class OperationError(ValueError):
@@ -59,7 +64,7 @@ class Parameter:
     is_state: bool = False
     is_list_value: bool = False
     """Whether it is one value of list type."""
-    convert: Callable[[Any], Any] | None = None
+    convert: Callable[[Given], Attribute] | None = None
     """Turns a number, list or string of the program into an attribute's value; None for a tensor input."""
     is_element_type: bool = False
     """Whether it names an element type, which the kernel gets as an ElementType with the mode's storage."""
@@ -104,9 +109,9 @@ def op(
     native: bool = False,
     pure: bool = True,
     data_dependent_shape: bool = False,
-    fixed: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, Attribute | None] | None = None,
     in_place: Callable[..., Overwritten] | None = None,
-) -> Callable[[Kernel], Kernel]:
+) -> Callable[[_Kernel], _Kernel]:
     """Register a kernel as the operation of these names; see :class:`Definition` for the options.
 
     Args:
@@ -116,7 +121,7 @@ def op(
     """
     fixed = fixed or {}
 
-    def register(kernel: Kernel) -> Kernel:
+    def register(kernel: _Kernel) -> _Kernel:
         tensors, attributes = _parameters(kernel, fixed)
         bound = functools.partial(kernel, **fixed) if fixed else kernel
         returned = inspect.signature(kernel, eval_str=True).return_annotation
@@ -163,7 +168,9 @@ def supported_operations() -> list[str]:
     return sorted(_REGISTRY.definitions)
 
 
-def _parameters(kernel: Kernel, fixed: Mapping[str, Any]) -> tuple[tuple[Parameter, ...], dict[str, Parameter]]:
+def _parameters(
+    kernel: Kernel, fixed: Mapping[str, Attribute | None]
+) -> tuple[tuple[Parameter, ...], dict[str, Parameter]]:
     tensors: list[Parameter] = []
     attributes: dict[str, Parameter] = {}
     parameters = inspect.signature(kernel, eval_str=True).parameters
@@ -201,19 +208,19 @@ def _without_none(annotation: Any) -> Any:
     return annotation
 
 
-def _scalar(kind: type) -> Callable[[Any], Any]:
-    def convert(value: Any) -> Any:
+def _scalar(kind: type[_Scalar]) -> Callable[[Given], _Scalar]:
+    def convert(value: Given) -> _Scalar:
         while isinstance(value, (list, tuple)) and len(value) == 1:
             value = value[0]
-        if isinstance(value, (list, tuple)) or (isinstance(value, str) != (kind is str)):
+        if isinstance(value, (list, tuple)) or (isinstance(value, str) != issubclass(kind, str)):
             raise OperationError(f"{value!r} is not one {kind.__name__}")
         return _converted(kind, value)
 
     return convert
 
 
-def _sequence(kind: type) -> Callable[[Any], Any]:
-    def convert(value: Any) -> tuple[Any, ...]:
+def _sequence(kind: type[_Scalar]) -> Callable[[Given], tuple[_Scalar, ...]]:
+    def convert(value: Given) -> tuple[_Scalar, ...]:
         values = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(each, (list, tuple, str)) for each in values):
             raise OperationError(f"{value!r} is not a list of {kind.__name__}")
@@ -222,29 +229,32 @@ def _sequence(kind: type) -> Callable[[Any], Any]:
     return convert
 
 
-def _converted(kind: type, value: Any) -> Any:
+def _converted(kind: type[_Scalar], value: Given) -> _Scalar:
+    if not isinstance(value, (int, float, str)):
+        raise OperationError(f"{value!r} is not of type {kind.__name__}")
     try:
         return kind(value)
-    except (TypeError, ValueError, OverflowError) as error:  # A list's or state's value, a NaN, an infinity.
-        raise OperationError(f"{value!r} is no {kind.__name__}") from error
+    except (ValueError, OverflowError) as error:  # a string, a NaN, an infinity
+        raise OperationError(f"{value!r} is not of type {kind.__name__}") from error
 
 
-def _int_pairs(value: Any) -> IntPairs:
-    if not isinstance(value, (list, tuple)) or any(
-        not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in value
-    ):
-        raise OperationError(f"{value!r} is not a list of pairs of int")
-    return tuple((_converted(int, first), _converted(int, second)) for first, second in value)
-
-
-def _symbols(value: Any) -> Symbols:
+def _int_pairs(value: Given) -> IntPairs:
     values = value if isinstance(value, (list, tuple)) else [value]
-    if not all(isinstance(each, (int, str)) for each in values):
+    pairs = [pair for pair in values if isinstance(pair, (list, tuple)) and len(pair) == 2]
+    if len(pairs) != len(values):
+        raise OperationError(f"{value!r} is not a list of pairs of int")
+    return tuple((_converted(int, first), _converted(int, second)) for first, second in pairs)
+
+
+def _symbols(value: Given) -> Symbols:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    symbols = tuple(each for each in values if isinstance(each, (int, str)))
+    if len(symbols) != len(values):
         raise OperationError(f"{value!r} is not a list of int and str")
-    return tuple(values)
+    return symbols
 
 
-_CONVERTERS: dict[Any, Callable[[Any], Any]] = {
+_CONVERTERS: dict[Any, Callable[[Given], Attribute]] = {
     int: _scalar(int),
     float: _scalar(float),
     bool: _scalar(bool),

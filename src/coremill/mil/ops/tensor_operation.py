@@ -52,7 +52,7 @@ def split(x: Tensor, *, axis: int, num_splits: int | None = None, split_sizes: I
         if num_splits is None or total % num_splits:
             raise OperationError(f"{total} elements along axis {axis} in {num_splits} equal parts")
         split_sizes = (total // num_splits,) * num_splits
-    return tuple(torch.split(x, split_sizes, axis))
+    return tuple(torch.split(x, list(split_sizes), axis))
 
 
 @op("tile", native=True)

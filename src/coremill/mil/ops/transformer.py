@@ -75,4 +75,5 @@ def _largest_hidden(mask: Tensor) -> float | None:
 
 def _longest(vectors: Tensor) -> Tensor:
     """The largest Euclidean norm of the vectors (…, E)."""
-    return vectors.norm(dim=-1).amax()
+    longest: Tensor = vectors.norm(dim=-1).amax()
+    return longest
