@@ -49,10 +49,11 @@ from coremill.core.reports import Answer, Backend, Perplexity, StatefulMeasured
 from coremill.core.stage import StageContext
 from coremill.coreml.package import MODEL, WEIGHT_FILE, WEIGHTS_KEY, Spec, read_spec, write_manifest
 from coremill.data.corpora import bundled_texts
+from coremill.data.lines import write_lines
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.prompts import Prompts, load_prompts
 from coremill.data.rows import Row, read_rows
-from coremill.data.texts import ChatPrompt, write_chat_prompts, write_texts
+from coremill.data.texts import ChatPrompt
 from coremill.formats.gguf.export import export_gguf
 from coremill.model.checkpoint import IMPORTED_FROM, checkpoint_of, save_checkpoint
 from coremill.model.student import new_student
@@ -315,9 +316,9 @@ def pristine_imported(tmp_path_factory: pytest.TempPathFactory) -> Build:
     texts = bundled_texts(IMPORTED.texts)
     for folder in (build.dataset, build.model):
         folder.mkdir()
-    write_texts(layout.texts_file(build.dataset), texts)
+    write_lines(layout.texts_file(build.dataset), texts)
     chats = [ChatPrompt(id=str(number), text=text) for number, text in enumerate(QUESTIONS_ASKED)]
-    write_chat_prompts(layout.chat_prompts_file(build.dataset), chats)
+    write_lines(layout.chat_prompts_file(build.dataset), chats)
     Tokenizer.train((text.text for text in texts), 300).save(build.tokenizer)
     bos, end = SPECIAL_TOKENS[1], SPECIAL_TOKENS[2]
     backend = tokenizers.Tokenizer.from_file(str(build.tokenizer))

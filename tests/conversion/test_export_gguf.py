@@ -36,9 +36,10 @@ from coremill.core.errors import (
 )
 from coremill.core.parity import GgufParity
 from coremill.core.stage import StageContext
+from coremill.data.lines import write_lines
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.rows import read_rows
-from coremill.data.texts import ChatPrompt, Text, write_chat_prompts, write_texts
+from coremill.data.texts import ChatPrompt, Text
 from coremill.formats.gguf.writer import size_bytes
 from coremill.formats.gguf_file import GgufFile
 from coremill.formats.llamacpp.process import LlamaCpp
@@ -176,8 +177,8 @@ def some_texts(source: Path, folder: Path) -> str:
     """The prompts of an imported model: the toy's own words as text."""
     folder.mkdir()
     words = " ".join(f"{row.prompt} {row.teacher_text}" for row in read_rows(layout.heldout_file(source)))
-    write_texts(layout.texts_file(folder), [Text(id="a", source="here", licence=None, text=words)])
-    write_chat_prompts(layout.chat_prompts_file(folder), [ChatPrompt(id="1", text="Will it rain?")])
+    write_lines(layout.texts_file(folder), [Text(id="a", source="here", licence=None, text=words)])
+    write_lines(layout.chat_prompts_file(folder), [ChatPrompt(id="1", text="Will it rain?")])
     return str(folder)
 
 

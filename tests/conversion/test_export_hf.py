@@ -48,9 +48,10 @@ from coremill.core.gates import Outcome
 from coremill.core.parity import HuggingFaceParity
 from coremill.core.stage import StageContext
 from coremill.data.corpora import bundled_texts
+from coremill.data.lines import write_lines
 from coremill.data.make_toy_kd import DatasetFiles, make_dataset
 from coremill.data.prompts import load_prompts
-from coremill.data.texts import ChatPrompt, write_chat_prompts, write_texts
+from coremill.data.texts import ChatPrompt
 from coremill.formats import parity
 from coremill.formats.huggingface import writer as huggingface_writer
 from coremill.formats.huggingface.parity import Findings, Reference, _Difference, compare, load_model
@@ -130,9 +131,9 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an imported model's texts, tokenizer files and checkpoint; tests only read it."""
     folder = tmp_path_factory.mktemp("imported")
     texts = bundled_texts(TextsConfig(min_characters=1000, max_characters=6000))
-    write_texts(layout.texts_file(folder), texts)
+    write_lines(layout.texts_file(folder), texts)
     chats = [ChatPrompt(id=str(number), text=text) for number, text in enumerate(("Why?", " Who is it? ", "How?"))]
-    write_chat_prompts(layout.chat_prompts_file(folder), chats)
+    write_lines(layout.chat_prompts_file(folder), chats)
     Tokenizer.train((text.text for text in texts), 340).save(layout.tokenizer_file(folder))
     settings = {"bos_token": SPECIAL_TOKENS[1], "eos_token": SPECIAL_TOKENS[2], "pad_token": SPECIAL_TOKENS[0]}
     (folder / TOKENIZER_CONFIG).write_bytes(msgspec.json.encode(settings))

@@ -64,11 +64,6 @@ def test_the_same_seed_gives_the_same_bytes_in_any_process(dataset: Path, tmp_pa
     assert (tmp_path / "tokenizer.json").read_bytes() == dataset.with_name("tokenizer.json").read_bytes()
 
 
-def test_a_shorter_dataset_is_a_prefix_of_a_longer_one(dataset: Path, tmp_path: Path) -> None:
-    assert main(["--out", str(tmp_path / "s.jsonl"), "--n", "100", "--magic-8-ball"]) == 0
-    assert dataset.read_bytes().startswith((tmp_path / "s.jsonl").read_bytes())
-
-
 def test_another_seed_gives_another_dataset(dataset: Path, tmp_path: Path) -> None:
     assert main(["--out", str(tmp_path / "s.jsonl"), "--n", "100", "--magic-8-ball", "--seed", "9"]) == 0
     prompts = [row.prompt for row in read_rows(tmp_path / "s.jsonl")]

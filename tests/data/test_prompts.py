@@ -90,9 +90,8 @@ def test_conversations_of_rows_are_padded_to_every_longer_length(rows):
     assert all(lengths == [each for each in (20, 80, 128) if each > len(ids)] for ids, lengths in padded.items())
 
 
-def test_the_pad_id_of_rows(rows):
-    tokenizer = rows.tokenizer
-    assert rows.pad_id == tokenizer.pad_id == PAD
+def test_prompts_have_the_pad_id_of_their_tokenizer(rows, texts):
+    assert rows.pad_id == rows.tokenizer.pad_id == texts.pad_id == texts.tokenizer.pad_id == PAD
 
 
 # Texts
@@ -162,11 +161,6 @@ def test_two_questions_are_padded_to_the_shortest_length_that_is_longer(texts):
     shortest = len(texts.chats[0].ids)
     assert texts.padded([40, shortest])[tuple(texts.chats[0].ids)] == [40]
     assert texts.padded([3]) == {}
-
-
-def test_the_pad_id_of_texts(texts):
-    tokenizer = texts.tokenizer
-    assert texts.pad_id == tokenizer.pad_id == PAD
 
 
 def test_a_text_of_one_repeated_token_has_no_probe(pristine_imported, tmp_path):

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from coremill.core.digest import file_digest
 from coremill.core.errors import DatasetError, OutputError
 from coremill.core.plain import Plain
-from coremill.data.rows import Row, read_rows, write_rows
+from coremill.data.lines import write_lines
+from coremill.data.rows import Row, read_rows
 
 GOOD: dict[str, Plain] = {
     "id": "train-0",
@@ -46,7 +47,7 @@ def row(**changes: Plain) -> Row:
 )
 def test_rows_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[Row]) -> None:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    assert write_rows(path, rows) == file_digest(path)
+    assert write_lines(path, rows) == file_digest(path)
     assert list(read_rows(path)) == rows
     assert [json.loads(line)["prompt"] for line in path.read_bytes().split(b"\n")[:-1]] == [
         item.prompt for item in rows
@@ -112,14 +113,14 @@ def test_an_empty_and_a_missing_file_are_rejected(tmp_path: Path) -> None:
 
 def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    write_rows(path, [row(id="old")])
+    write_lines(path, [row(id="old")])
 
     def failing() -> Iterator[Row]:
         yield row(id="new")
         raise RuntimeError("the machine stopped")
 
     with pytest.raises(RuntimeError, match="the machine stopped"):
-        write_rows(path, failing())
+        write_lines(path, failing())
     assert [item.id for item in read_rows(path)] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
 
@@ -150,12 +151,12 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, n: str) -> None:
 def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match=r"folder is not a regular file\n"):
-        write_rows(tmp_path / "folder", [row()])
+        write_lines(tmp_path / "folder", [row()])
     with pytest.raises(OutputError, match=r"^/dev/null is not a regular file\n"):
-        write_rows(Path("/dev/null"), [row()])
+        write_lines(Path("/dev/null"), [row()])
     assert Path("/dev/null").is_char_device()
 
 
 def test_parent_directories_are_created(tmp_path: Path) -> None:
-    write_rows(tmp_path / "a" / "b" / "rows.jsonl", [row()])
+    write_lines(tmp_path / "a" / "b" / "rows.jsonl", [row()])
     assert (tmp_path / "a" / "b" / "rows.jsonl").stat().st_mode & 0o777 == 0o644

@@ -10,13 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coremill.core.errors import DatasetError
+from coremill.data.lines import write_lines
 from coremill.data.texts import (
     ChatPrompt,
     Text,
     read_chat_prompts,
     read_texts,
-    write_chat_prompts,
-    write_texts,
 )
 
 words = st.text(st.characters(codec="utf-8"))
@@ -28,8 +27,8 @@ def test_texts_and_chat_prompts_round_trip(
     tmp_path_factory: pytest.TempPathFactory, written: list[Text], prompts: list[ChatPrompt]
 ) -> None:
     folder = tmp_path_factory.mktemp("texts")
-    write_texts(folder / "texts.jsonl", written)
-    write_chat_prompts(folder / "chat_prompts.jsonl", prompts)
+    write_lines(folder / "texts.jsonl", written)
+    write_lines(folder / "chat_prompts.jsonl", prompts)
     assert read_texts(folder / "texts.jsonl") == written
     assert read_chat_prompts(folder / "chat_prompts.jsonl") == prompts
     lines = (folder / "texts.jsonl").read_bytes().split(b"\n")[:-1]

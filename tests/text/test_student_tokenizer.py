@@ -160,7 +160,7 @@ def test_texts_that_yield_too_few_tokens_are_rejected() -> None:
 
 
 def _edited(edit: Callable[[Content], None]) -> bytes:
-    content = json.loads(TRAINED._data)
+    content = json.loads(TRAINED.data)
     edit(content)
     return json.dumps(content).encode()
 

@@ -22,7 +22,8 @@ from coremill.core.stage import Figures, StageContext
 from coremill.data import magic_8_ball, toy
 from coremill.data.grammar import Side, generate_rows
 from coremill.data.kinds import KINDS
-from coremill.data.rows import Row, write_rows
+from coremill.data.lines import write_lines
+from coremill.data.rows import Row
 from coremill.text.student_tokenizer import TOOL_CALL, Tokenizer
 
 TOKENIZER_ROWS = (256, 16_384)
@@ -74,8 +75,8 @@ def make_dataset(config: DatasetConfig, files: DatasetFiles, *, watch: Watch | N
     sample_size = max(fewest, min(config.n, most))
     sample = list(generate_rows(grammar, side="train", n=sample_size, seed=config.seed))
     tokenizer = _train_tokenizer(sample, grammar.answers(), config.vocab_size)
-    train_digest = write_rows(files.train, rows("train", config.n))
-    heldout_digest = write_rows(files.heldout, rows("heldout", config.heldout_n))
+    train_digest = write_lines(files.train, rows("train", config.n))
+    heldout_digest = write_lines(files.heldout, rows("heldout", config.heldout_n))
     tokenizer.save(files.tokenizer)
     write_json(files.answers, kind.answer_key())
     lengths = [

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from coremill.core.documents import Record
-from coremill.data.lines import read_lines, write_lines
+from coremill.data.lines import read_lines
 
 MOODS = ("hopeful", "doubtful", "unclear")
 
@@ -51,8 +51,3 @@ class Row(Record):
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of the dataset at `path` in order; raises as :func:`coremill.data.lines.read_lines` does."""
     return read_lines(path, Row, whole="a dataset", each="row", run=_MAKE_ONE)
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> str:
-    """Write `rows` to `path`; returns and raises as :func:`coremill.data.lines.write_lines` does."""
-    return write_lines(path, rows)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from coremill.core.documents import Record
-from coremill.data.lines import read_lines, write_lines
+from coremill.data.lines import read_lines
 
 _MAKE_ONE = "nox -s texts -- --config configs/smollm2-135m.toml"
 
@@ -46,13 +45,3 @@ def read_texts(path: Path) -> list[Text]:
 def read_chat_prompts(path: Path) -> list[ChatPrompt]:
     """Return the questions in `path`; raises as :func:`read_texts` does."""
     return list(read_lines(path, ChatPrompt, whole="a file of chat prompts", each="chat prompt", run=_MAKE_ONE))
-
-
-def write_texts(path: Path, texts: Iterable[Text]) -> None:
-    """Write `texts` to `path` atomically."""
-    write_lines(path, texts)
-
-
-def write_chat_prompts(path: Path, prompts: Iterable[ChatPrompt]) -> None:
-    """Write `prompts` to `path` atomically."""
-    write_lines(path, prompts)

@@ -29,6 +29,7 @@ from coremill.core.errors import (
     UnsafeCheckpointError,
     VocabularyMismatchError,
 )
+from coremill.core.plain import Plain
 from coremill.core.publish import replacing
 from coremill.model.student import Student, parameter_shapes
 
@@ -137,7 +138,8 @@ def save_checkpoint(path: Path, ckpt: Checkpoint) -> None:
     Raises:
         OutputError: `path` cannot be written; an existing file is left unchanged.
     """
-    head = _canonical(msgspec.to_builtins(_head(ckpt, where=str(path))))
+    parts = msgspec.to_builtins(_head(ckpt, where=str(path)))
+    head = {sys.intern(key): _canonical(parts[key]) for key in sorted(parts)}
     tensors = {sys.intern(name): _apart(ckpt.state_dict[name]) for name in sorted(ckpt.state_dict)}
     with replacing(path) as file:
         out = _Outlet(file)
@@ -249,7 +251,7 @@ def _head(ckpt: Checkpoint, *, where: str) -> CheckpointHead:
     return from_builtins(value, CheckpointHead, where=where, error=CheckpointContentError)
 
 
-def _canonical(value: Any) -> Any:
+def _canonical(value: Plain) -> Plain:
     """Return `value` with sorted keys, interned strings and no shared containers.
 
     Pickle writes an object that it has seen before as a reference, so that without this, equal values that consist
@@ -343,7 +345,9 @@ def _names_in(pickled: bytes | BinaryIO) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _check_tensors(tensors: Any, config: ModelConfig, *, where: str, run: str | None) -> None:
+def _check_tensors(
+    tensors: Mapping[str, Tensor] | None, config: ModelConfig, *, where: str, run: str | None
+) -> None:
     """Check that `tensors` are finite floats, and exactly those of a model of `config`."""
 
     def refuse(found: str) -> CheckpointContentError:

@@ -75,7 +75,8 @@ class TextTokenizer:
     """Converts text to token ids and back for an imported model. See :meth:`load` and :meth:`from_gguf`."""
 
     def __init__(self, data: bytes, special: _Special, template: str | None, *, where: str) -> None:
-        self._data = data
+        self.data = data
+        """The contents of tokenizer.json."""
         self.where = where
         self._backend = _parse(data, where)
         self._special = special
@@ -156,7 +157,7 @@ class TextTokenizer:
         ends = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
         template = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template.source.encode("utf-8")}
         return {
-            TOKENIZER: self._data,
+            TOKENIZER: self.data,
             TOKENIZER_CONFIG: _json(settings),
             GENERATION_CONFIG: _json(ends),
             **template,
@@ -166,11 +167,6 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """The highest id plus 1; a model's embedding has at least as many rows."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-
-    @property
-    def data(self) -> bytes:
-        """The contents of tokenizer.json."""
-        return self._data
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
@@ -185,12 +181,12 @@ class TextTokenizer:
     @property
     def digest(self) -> str:
         """SHA-256 of tokenizer.json, as `sha256:<hex>`."""
-        return bytes_digest(self._data)
+        return bytes_digest(self.data)
 
     @functools.cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
-        """A second tokenizer that recognises special tokens in a text, which is a setting of the object."""
-        backend = _parse(self._data, self.where)
+        """A second tokenizer that recognises special tokens in a text; the setting belongs to a tokenizer."""
+        backend = _parse(self.data, self.where)
         backend.encode_special_tokens = False
         return backend
 
@@ -308,7 +304,7 @@ def _wrong(where: str, value: Plain, expected: str) -> TokenizerError:
 
 
 def _token_text(value: Plain, where: str) -> str | None:
-    """Return the text of a special token, given as it is or as the `content` of an object; may be null or empty."""
+    """Return the text of a special token, given as it is or under `content`; may be null or empty."""
     text = value.get("content") if isinstance(value, Mapping) else value
     if not (text is None or isinstance(text, str)):
         raise _wrong(where, value, "the text of a token, or an object with its `content`")
@@ -424,7 +420,13 @@ def _from_gguf(keys: _GgufKeys) -> tuple[tokenizers.Tokenizer, _Special, str | N
             f"{keys.where}: {len(tokens)} tokens and {len(types)} types", expected="a type for each token"
         )
     backend = _byte_level_bpe(tokens, types, merges, rules, add_prefix_space=bool(keys.get("add_space_prefix")))
-    backend.add_tokens([_added(token, kind) for token, kind in zip(tokens, types, strict=True) if _is_added(kind)])
+    backend.add_tokens(
+        [
+            AddedToken(token, special=kind != USER_DEFINED, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        ]
+    )
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     named = {role: keys.get(f"{name}_token_id") for role, name in roles.items()}
     ids = {role: index for role, index in named.items() if _is_id(index) and 0 <= index < len(tokens)}
@@ -461,11 +463,3 @@ def _byte_level_bpe(
     backend.pre_tokenizer = rules.pre_tokenizer(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def _is_added(kind: int) -> bool:
-    return kind in (UNKNOWN, CONTROL, USER_DEFINED)
-
-
-def _added(token: str, kind: int) -> AddedToken:
-    return AddedToken(token, special=kind != USER_DEFINED, normalized=False)

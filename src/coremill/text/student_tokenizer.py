@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from coremill.core.digest import bytes_digest
-from coremill.core.errors import OutputError, TokenizerError
+from coremill.core.errors import TokenizerError
 from coremill.core.publish import write_atomic
 
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -66,7 +66,8 @@ class Tokenizer:
             TokenizerError: they are not JSON or not a tokenizer, a special token is missing or has another id, or
                 the vocabulary cannot represent a byte.
         """
-        self._data = data
+        self.data = data
+        """The contents of tokenizer.json."""
         self._backend = _parse(data, where)
         _check_vocabulary(self._backend, where)
         self._backend.encode_special_tokens = True  # the text of a special token is encoded as text
@@ -133,10 +134,7 @@ class Tokenizer:
         Raises:
             OutputError: `path` cannot be written.
         """
-        try:
-            write_atomic(path, self._data)
-        except OSError as failure:
-            raise OutputError(f"cannot write {path}: {failure.strerror}", expected="a writable file") from failure
+        write_atomic(path, self.data)
 
     @property
     def vocab_size(self) -> int:
@@ -144,14 +142,9 @@ class Tokenizer:
         return self._backend.get_vocab_size()
 
     @property
-    def data(self) -> bytes:
-        """The contents of tokenizer.json."""
-        return self._data
-
-    @property
     def digest(self) -> str:
         """SHA-256 of tokenizer.json, as `sha256:<hex>`."""
-        return bytes_digest(self._data)
+        return bytes_digest(self.data)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, none of them special.

@@ -12,7 +12,8 @@ from coremill.core.documents import Document, Record, read_toml
 from coremill.core.errors import DatasetError
 from coremill.core.layout import chat_prompts_file, texts_file
 from coremill.core.stage import Figures, StageContext
-from coremill.data.texts import ChatPrompt, Text, write_chat_prompts, write_texts
+from coremill.data.lines import write_lines
+from coremill.data.texts import ChatPrompt, Text
 
 FOLDER = Path(__file__).parent
 
@@ -97,8 +98,8 @@ def run_stage(context: StageContext[ImportedRun]) -> Figures:
     """Run the texts stage of a pipeline: write `texts.jsonl` and `chat_prompts.jsonl` into `context.out`."""
     config = context.config.texts
     texts, prompts = own_texts(config) if config.files else bundled_texts(config), chat_prompts()
-    write_texts(texts_file(context.out), texts)
-    write_chat_prompts(chat_prompts_file(context.out), prompts)
+    write_lines(texts_file(context.out), texts)
+    write_lines(chat_prompts_file(context.out), prompts)
     return {
         "texts": len(texts),
         "characters": sum(len(text.text) for text in texts),
