@@ -61,7 +61,8 @@ from coremill.text.model_tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG, TextT
 from coremill.text.student_tokenizer import SPECIAL_TOKENS, Tokenizer
 from coremill.training.batches import encode_rows
 from coremill.training.distill import distill
-from coremill.verification.checklist import Evidence, Facts
+from coremill.verification.evidence import Evidence, Facts, FileChecks
+from coremill.verification.measurement import Measurement
 
 QUESTIONS = 10
 
@@ -397,36 +398,40 @@ def good_imported(pristine_imported: Build) -> Evidence:
         subject=Facts(model_type="llama", imported=True, stateful=True, has_halt_head=False, asks_moods=False),
         contract=contract,
         config=IMPORTED.verify,
-        graph_problem=None,
-        checkpoint_problem=None,
-        contract_problem=None,
-        diagnostics=read_json(layout.diagnostics_file(pristine_imported.package.parent), ConversionDiagnostics),
-        diagnostics_problem=None,
-        interface_problems=(),
-        load_problem=None,
-        operations=100,
-        shapes={key: shape_measured(perplexity=perplexity) for key in contract.shape_validation},
-        leak=0.0,
-        rounding_db=120.0,
-        rounding_problem=None,
-        padding_sqnr_db=60.0,
-        stateful=StatefulMeasured(
-            backend=Backend.MIL_REFERENCE,
-            cache_positions=40,
-            prefills=6,
-            prefill_sqnr_db=58.0,
-            decoded=20,
-            decode_sqnr_db=57.0,
-            continued=11,
-            continued_sqnr_db=56.0,
-            padding_err=0.0,
-            emptied_sqnr_db=9.0,
+        files=FileChecks(
+            graph_problem=None,
+            checkpoint_problem=None,
+            contract_problem=None,
+            diagnostics=read_json(layout.diagnostics_file(pristine_imported.package.parent), ConversionDiagnostics),
+            diagnostics_problem=None,
+            interface_problems=(),
+            parameters=100,
+            package_bytes=400,
         ),
-        heldout=None,
-        sampled=tuple(Answer(prompt=text, answer="So.", mood=None, right=True) for text in QUESTIONS_ASKED),
-        has_core_ml=False,
-        core_ml_sqnr_db=None,
-        core_ml_problem=None,
-        parameters=100,
-        package_bytes=400,
+        measured=Measurement(
+            load_problem=None,
+            operations=100,
+            shapes={key: shape_measured(perplexity=perplexity) for key in contract.shape_validation},
+            leak=0.0,
+            rounding_db=120.0,
+            rounding_problem=None,
+            padding_sqnr_db=60.0,
+            stateful=StatefulMeasured(
+                backend=Backend.MIL_REFERENCE,
+                cache_positions=40,
+                prefills=6,
+                prefill_sqnr_db=58.0,
+                decoded=20,
+                decode_sqnr_db=57.0,
+                continued=11,
+                continued_sqnr_db=56.0,
+                padding_err=0.0,
+                emptied_sqnr_db=9.0,
+            ),
+            heldout=None,
+            sampled=tuple(Answer(prompt=text, answer="So.", mood=None, right=True) for text in QUESTIONS_ASKED),
+            has_core_ml=False,
+            core_ml_sqnr_db=None,
+            core_ml_problem=None,
+        ),
     )

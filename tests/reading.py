@@ -6,6 +6,7 @@ import msgspec
 
 from coremill.core.gates import Gate, Outcome, Severity
 from coremill.core.reports import Backend, ShapeMeasured, VerificationReport
+from coremill.verification.evidence import Evidence
 
 
 def bad_gates(report: VerificationReport) -> dict[str, str]:
@@ -34,3 +35,12 @@ def shape_measured(**figures: float) -> ShapeMeasured:
         excluded=20,
     )
     return msgspec.structs.replace(good, **figures)
+
+
+def changed(evidence: Evidence, **changes) -> Evidence:
+    """`evidence` with fields of its own, of its files or of its measurement replaced."""
+    parts = {"files": evidence.files, "measured": evidence.measured}
+    for name, part in parts.items():
+        own = {key: changes.pop(key) for key in part.__struct_fields__ if key in changes}
+        parts[name] = msgspec.structs.replace(part, **own)
+    return msgspec.structs.replace(evidence, **parts, **changes)

@@ -20,8 +20,15 @@ from coremill.core.contract import ShapeSet
 from coremill.core.errors import ConfigError, SchemaVersionError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TEXT = (CONFIGS / "magic-8-ball.toml").read_text()
-IMPORTED = (CONFIGS / "smollm2-135m.toml").read_text()
+BOUNDS = "\n[verify]\nmin_sqnr_db = 40.0\nmax_kl_nats = 1e-3\n"
+TEXT = (
+    (CONFIGS / "magic-8-ball.toml").read_text()
+    + BOUNDS
+    + "heldout_answers = 64\nmin_right_mood = 0.95\nmax_teacher_kl_nats = 0.02\nmin_distinct_sampled = 10\n"
+)
+IMPORTED = (
+    (CONFIGS / "smollm2-135m.toml").read_text() + BOUNDS + "max_perplexity_change = 0.005\ndecoded_tokens = 32\n"
+)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)

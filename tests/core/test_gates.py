@@ -41,17 +41,17 @@ def test_only_a_gate_that_did_not_run_has_a_platform_reason():
     ("gates", "ok", "must"),
     [
         ([], False, False),
-        ([passed("a", MUST)], True, True),
-        ([passed("a", NICE)], False, False),
-        ([passed("a", SHOULD)], True, False),
-        ([passed("a", MUST), failed("b", SHOULD, "r")], False, True),
-        ([passed("a", MUST), failed("b", NICE, "r")], True, True),
-        ([passed("a", MUST), not_run("b", NICE, "r")], True, True),
-        ([passed("a", MUST), not_run("b", SHOULD, "r")], False, True),
-        ([passed("a", MUST), not_run("b", SHOULD, "r", MAC)], True, True),
-        ([passed("a", MUST), not_run("b", MUST, "r")], False, False),
-        ([passed("a", MUST), not_run("b", MUST, "r", MAC)], False, False),
-        ([failed("a", MUST, "r")], False, False),
+        ([passed().gate("a", MUST)], True, True),
+        ([passed().gate("a", NICE)], False, False),
+        ([passed().gate("a", SHOULD)], True, False),
+        ([passed().gate("a", MUST), failed("r").gate("b", SHOULD)], False, True),
+        ([passed().gate("a", MUST), failed("r").gate("b", NICE)], True, True),
+        ([passed().gate("a", MUST), not_run("r").gate("b", NICE)], True, True),
+        ([passed().gate("a", MUST), not_run("r").gate("b", SHOULD)], False, True),
+        ([passed().gate("a", MUST), not_run("r", MAC).gate("b", SHOULD)], True, True),
+        ([passed().gate("a", MUST), not_run("r").gate("b", MUST)], False, False),
+        ([passed().gate("a", MUST), not_run("r", MAC).gate("b", MUST)], False, False),
+        ([failed("r").gate("a", MUST)], False, False),
     ],
 )
 def test_the_rules(gates, ok, must):
@@ -85,13 +85,13 @@ def test_a_further_gate_never_mends_a_failed_one(gates, gate):
 
 
 def test_figures_are_compared_and_kept():
-    assert at_least("sqnr", MUST, 41.0, 40.0).outcome is Outcome.PASSED
-    assert at_most("kl", MUST, 0.02, 0.02).outcome is Outcome.PASSED
-    gate = at_least("sqnr", MUST, 39.5, 40.0, " dB")
+    assert at_least(41.0, 40.0).gate("sqnr", MUST).outcome is Outcome.PASSED
+    assert at_most(0.02, 0.02).gate("kl", MUST).outcome is Outcome.PASSED
+    gate = at_least(39.5, 40.0, " dB").gate("sqnr", MUST)
     assert (gate.outcome, gate.reason) == (Outcome.FAILED, "39.5 dB is below 40 dB")
-    assert at_most("kl", MUST, 0.5, 0.02, " nats").reason == "0.5 nats is above 0.02 nats"
+    assert at_most(0.5, 0.02, " nats").gate("kl", MUST).reason == "0.5 nats is above 0.02 nats"
 
 
 def test_a_nan_passes_no_gate():
-    assert at_least("a", MUST, math.nan, 0.0).outcome is Outcome.FAILED
-    assert at_most("a", MUST, math.nan, 0.0).outcome is Outcome.FAILED
+    assert at_least(math.nan, 0.0).gate("a", MUST).outcome is Outcome.FAILED
+    assert at_most(math.nan, 0.0).gate("a", MUST).outcome is Outcome.FAILED

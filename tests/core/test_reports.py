@@ -35,7 +35,7 @@ def verified(**changes: Any) -> LaneVerified:
         "toolchain": TOOLCHAIN,
         "primary": "T64",
         "gates_ok": True,
-        "gates": (passed("It loads", Severity.MUST),),
+        "gates": (passed().gate("It loads", Severity.MUST),),
         "shapes": {"T64": ShapeError(backend=Backend.COREML, error="no")},
         "heldout": None,
         "package_size_bytes": 1,
@@ -61,7 +61,7 @@ def run(*lanes: LaneVerified | LaneFailed, **changes: Any) -> RunSummary:
 
 
 def test_a_failed_lane_has_one_failed_must_gate() -> None:
-    assert FAILED.gates == (failed("Stage convert completes", Severity.MUST, "no room"),)
+    assert FAILED.gates == (failed("no room").gate("Stage convert completes", Severity.MUST),)
     assert not FAILED.gates_ok
 
 
@@ -70,9 +70,9 @@ def test_a_failed_lane_has_one_failed_must_gate() -> None:
     [
         {"gates_ok": True},
         {"gates": ()},
-        {"gates": (passed("Stage convert completes", Severity.MUST),)},
-        {"gates": (failed("Stage export completes", Severity.MUST, "no"),)},
-        {"gates": (failed("Stage convert completes", Severity.NICE, "no"),)},
+        {"gates": (passed().gate("Stage convert completes", Severity.MUST),)},
+        {"gates": (failed("no").gate("Stage export completes", Severity.MUST),)},
+        {"gates": (failed("no").gate("Stage convert completes", Severity.NICE),)},
         {"gates": FAILED.gates * 2},
     ],
 )

@@ -48,12 +48,9 @@ def tiny_config(tmp_path_factory) -> Path:
         ("epochs", "1"),
         ("warmup_steps", "4"),
         ("n_layers", "1"),
-        ("heldout_answers", "4"),
-        ("sampled_answers", "4"),
-        ("min_distinct_sampled", "1"),
     ]:
         text, found = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
         assert found == 1, key
     path = tmp_path_factory.mktemp("config") / "tiny.toml"
-    path.write_text(text)
+    path.write_text(text + "\n[verify]\nheldout_answers = 4\nsampled_answers = 4\nmin_distinct_sampled = 1\n")
     return path

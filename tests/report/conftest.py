@@ -143,22 +143,19 @@ def good_shapes() -> dict[str, ShapeReport]:
 def good_gates() -> tuple[Gate, ...]:
     """As verification gives them, under its names."""
     return (
-        passed(
-            "Python 3.11 available for export and conversion",
-            MUST,
-            measured="export 3.11.7, conversion 3.11.7",
-            threshold="3.10 or 3.11",
+        passed(measured="export 3.11.7, conversion 3.11.7", threshold="3.10 or 3.11").gate(
+            "Python 3.11 available for export and conversion", MUST
         ),
-        passed("Checkpoint loads and validates", MUST, measured=f"sha256:{'9f2c1d7e' * 8}"),
-        passed("Primary shape validation succeeds", MUST, measured="T128 ok"),
-        passed("Core ML conversion completes", MUST, measured=0, threshold=0),
-        passed("The Core ML model loads", MUST, measured="312 operations lowered by coremill.mil"),
-        passed("Inputs, outputs and shapes are the contract's", MUST),
-        at_most("No position sees a later token", MUST, 0.0, 0.0),
-        at_least("SQNR at the primary shape", MUST, 62.84, 40.0, " dB"),
-        at_most("KL divergence at the primary shape", MUST, 2.3e-7, 1e-3, " nats"),
-        at_least("Held-out answers have the right mood", MUST, 53 / 54, 0.95),
-        passed("All shape enumerations succeed", SHOULD, measured="3 of 3"),
+        passed(measured=f"sha256:{'9f2c1d7e' * 8}").gate("Checkpoint loads and validates", MUST),
+        passed(measured="T128 ok").gate("Primary shape validation succeeds", MUST),
+        passed(measured=0, threshold=0).gate("Core ML conversion completes", MUST),
+        passed(measured="312 operations lowered by coremill.mil").gate("The Core ML model loads", MUST),
+        passed().gate("Inputs, outputs and shapes match the contract", MUST),
+        at_most(0.0, 0.0).gate("No position depends on a later token", MUST),
+        at_least(62.84, 40.0, " dB").gate("SQNR at the primary shape", MUST),
+        at_most(2.3e-7, 1e-3, " nats").gate("KL divergence at the primary shape", MUST),
+        at_least(53 / 54, 0.95).gate("Held-out answers have the right mood", MUST),
+        passed(measured="3 of 3").gate("All shape enumerations succeed", SHOULD),
         Gate(
             name="No compatibility warnings",
             severity=SHOULD,
@@ -168,15 +165,13 @@ def good_gates() -> tuple[Gate, ...]:
             reason="answered by the measured pass of cell torch-2.9.1 (python ==3.11.*, torch ==2.9.1, "
             "coremltools ==9.0, numpy ==2.3.5)",
         ),
-        passed("Secondary shapes validate", SHOULD, measured="2 of 2"),
-        not_run("Core ML loads and predicts", SHOULD, "Core ML runs on macOS only", PlatformReason.NEEDS_MACOS),
-        failed(
-            "Zero warnings in conversion logs",
-            NICE,
-            "the converter said: torch 2.9.1 has not been tested with coremltools",
-            measured=1,
-            threshold=0,
+        passed(measured="2 of 2").gate("Secondary shapes validate", SHOULD),
+        not_run("Core ML runs on macOS only", PlatformReason.NEEDS_MACOS).gate(
+            "Core ML loads and predicts", SHOULD
         ),
+        failed(
+            "the converter reported: torch 2.9.1 has not been tested with coremltools", measured=1, threshold=0
+        ).gate("Zero warnings in conversion logs", NICE),
     )
 
 
@@ -186,14 +181,11 @@ def bad_gates() -> tuple[Gate, ...]:
     error = "shape (1, 64) is not among the shapes that `input_ids` admits, which are [(1, 128)]"
     nobody = "no dataset with held-out questions was given"
     for gate in (
-        at_least("SQNR at the primary shape", MUST, 31.24, 40.0, " dB"),
-        not_run("Held-out answers have the right mood", MUST, nobody),
-        not_run("Every held-out answer is exact", MUST, nobody),
-        failed(
-            "Secondary shapes validate",
-            SHOULD,
-            f"T64: {error}; T256: {error.replace('64', '256')}",
-            measured="0 of 2",
+        at_least(31.24, 40.0, " dB").gate("SQNR at the primary shape", MUST),
+        not_run(nobody).gate("Held-out answers have the right mood", MUST),
+        not_run(nobody).gate("Every held-out answer is exact", MUST),
+        failed(f"T64: {error}; T256: {error.replace('64', '256')}", measured="0 of 2").gate(
+            "Secondary shapes validate", SHOULD
         ),
     ):
         gates[gate.name] = gate

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import msgspec
 import pytest
 from rich.console import Console
 
-from coremill.core.reports import Answer, Backend, RunSummary, StatefulError
+from coremill.core.documents import read_json
+from coremill.core.reports import Answer, Backend, RunSummary, StatefulError, VerificationReport
 from coremill.report.status import status_markdown
 from coremill.report.tables import render
 
@@ -110,3 +112,18 @@ def test_a_fallback_is_said_just_before_the_verdict(good: RunSummary) -> None:
         "fell back: the conversion in torch-2.8.0 failed; this is torch-2.9.1",
         "gates_ok: true",
     ]
+
+
+def test_a_report_with_earlier_gate_names_reads_and_renders(summaries) -> None:
+    """Gate names are text for people: a report that names its gates otherwise is as readable as a new one."""
+    older = read_json(Path(__file__).with_name("older_verification_report.json"), VerificationReport)
+    names = [gate.name for gate in older.gates]
+    assert names[10] == "Nothing but rounding sets it apart"
+    (lane,) = summaries["good"].lanes
+    summary = msgspec.structs.replace(
+        summaries["good"], lanes=(msgspec.structs.replace(lane, gates=older.gates, gates_ok=older.gates_ok),)
+    )
+    assert older.gates_ok
+    text = printed(summary, 200)
+    assert all(name in text for name in names)
+    assert all(name in status_markdown(summary) for name in names)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 import pytest
+from tests.reading import changed
 
 from coremill.core.gates import Outcome
 from coremill.core.reports import Backend, StatefulError, StatefulMeasured
@@ -23,12 +23,12 @@ from coremill.verification.checklist import evaluate
 
 PAD = 0
 LENGTHS = (16, 24, 40)
-PREFILL = "Prefill scores as main does"
-DECODE = "Decode from an empty cache scores as main does"
-CONTINUED = "Decode after a prompt scores as main does"
-PADDING = "Padding of a prompt has no effect"
-MATTERS = "The cache matters"
-END = "The end of the cache is an error"
+PREFILL = "Prefill matches main"
+DECODE = "Decode from an empty cache matches main"
+CONTINUED = "Decode after a prompt matches main"
+PADDING = "Prompt padding has no effect"
+MATTERS = "Decode depends on the cache"
+END = "A full cache is an error"
 GATES = {PREFILL, DECODE, CONTINUED, PADDING, MATTERS, END}
 
 
@@ -65,7 +65,7 @@ def failing(good_imported):
     """The gates about the cache that do not pass on a measurement, and why."""
 
     def of(found) -> dict[str, str | None]:
-        gates = evaluate(msgspec.structs.replace(good_imported, stateful=found))
+        gates = evaluate(changed(good_imported, stateful=found))
         return {
             gate.name: gate.reason for gate in gates if gate.name in GATES and gate.outcome is not Outcome.PASSED
         }
@@ -277,11 +277,11 @@ def test_an_answer_that_the_checkpoint_would_not_give_is_wrong(models, contract,
     assert not any(answer.right for answer in answers)
     (gate,) = [
         gate
-        for gate in evaluate(msgspec.structs.replace(good_imported, sampled=answers))
-        if gate.name == "Greedy answers are the checkpoint's"
+        for gate in evaluate(changed(good_imported, sampled=answers))
+        if gate.name == "Greedy answers match the checkpoint's"
     ]
     assert (gate.outcome, gate.measured) == (Outcome.FAILED, "0 of 3")
-    assert gate.reason == "the checkpoint would say something else to 'Why?'; 'Who is it?'; 'And how?'"
+    assert gate.reason == "the checkpoint answers differently to 'Why?'; 'Who is it?'; 'And how?'"
 
 
 def test_an_answer_ends_at_the_end_token_which_is_not_in_its_text(models, contract, reference, prompts):

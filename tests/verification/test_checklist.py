@@ -6,10 +6,10 @@ import math
 
 import msgspec
 import pytest
-from tests.reading import shape_measured
+from tests.reading import changed, shape_measured
 
-from coremill.conversion.verify_contract import DEFAULTS
 from coremill.core import layout
+from coremill.core.config import DistilledVerify
 from coremill.core.contract import ShapeFailed, ShapeOk, Toolchain
 from coremill.core.diagnostics import ConversionDiagnostics, Notice, NoticeKind, count_notices
 from coremill.core.documents import read_json
@@ -22,8 +22,10 @@ from coremill.core.reports import (
     ShapeError,
     StatefulError,
 )
-from coremill.verification.checklist import ROWS, SUMMARY_ROWS, Evidence, Facts, evaluate, evaluate_failure, rows
+from coremill.verification.checklist import ROWS, SUMMARY_ROWS, evaluate, evaluate_failure, rows
+from coremill.verification.evidence import Evidence, Facts, FileChecks
 from coremill.verification.main_checks import Heldout
+from coremill.verification.measurement import Measurement
 
 MEASURED = shape_measured()
 
@@ -36,55 +38,59 @@ def good(pristine) -> Evidence:
             model_type="magic-8-ball", imported=False, stateful=False, has_halt_head=True, asks_moods=True
         ),
         contract=pristine.read_contract(),
-        config=DEFAULTS,
-        graph_problem=None,
-        checkpoint_problem=None,
-        contract_problem=None,
-        diagnostics=read_json(layout.diagnostics_file(pristine.package.parent), ConversionDiagnostics),
-        diagnostics_problem=None,
-        interface_problems=(),
-        load_problem=None,
-        operations=100,
-        shapes={"T80": MEASURED, "T96": MEASURED, "T128": MEASURED},
-        leak=0.0,
-        padding_sqnr_db=60.0,
-        rounding_db=120.0,
-        rounding_problem=None,
-        stateful=None,
-        heldout=Heldout(
-            answers=HeldoutAnswers(
-                asked=64,
-                exact=64,
-                right_mood=60,
-                with_mood=60,
-                right_tool_call=1,
-                with_tool_call=4,
-                out_of_vocabulary=0,
-                teacher_kl_nats=0.01,
-                teacher_entropy_nats=0.2,
-                cross_entropy_nats=0.21,
-            ),
-            halt_agreement=1.0,
+        config=DistilledVerify(),
+        files=FileChecks(
+            graph_problem=None,
+            checkpoint_problem=None,
+            contract_problem=None,
+            diagnostics=read_json(layout.diagnostics_file(pristine.package.parent), ConversionDiagnostics),
+            diagnostics_problem=None,
+            interface_problems=(),
+            parameters=100,
+            package_bytes=400,
         ),
-        sampled=tuple(Answer(prompt="?", answer=str(i), mood=None, right=True) for i in range(24)),
-        has_core_ml=False,
-        core_ml_sqnr_db=None,
-        core_ml_problem=None,
-        parameters=100,
-        package_bytes=400,
+        measured=Measurement(
+            load_problem=None,
+            operations=100,
+            shapes={"T80": MEASURED, "T96": MEASURED, "T128": MEASURED},
+            leak=0.0,
+            padding_sqnr_db=60.0,
+            rounding_db=120.0,
+            rounding_problem=None,
+            stateful=None,
+            heldout=Heldout(
+                answers=HeldoutAnswers(
+                    asked=64,
+                    exact=64,
+                    right_mood=60,
+                    with_mood=60,
+                    right_tool_call=1,
+                    with_tool_call=4,
+                    out_of_vocabulary=0,
+                    teacher_kl_nats=0.01,
+                    teacher_entropy_nats=0.2,
+                    cross_entropy_nats=0.21,
+                ),
+                halt_agreement=1.0,
+            ),
+            sampled=tuple(Answer(prompt="?", answer=str(i), mood=None, right=True) for i in range(24)),
+            has_core_ml=False,
+            core_ml_sqnr_db=None,
+            core_ml_problem=None,
+        ),
     )
 
 
 def gate(evidence: Evidence, name: str, **changes) -> Gate:
-    (found,) = [gate for gate in evaluate(msgspec.structs.replace(evidence, **changes)) if gate.name == name]
+    (found,) = [gate for gate in evaluate(changed(evidence, **changes)) if gate.name == name]
     return found
 
 
 def heldout(evidence: Evidence, **changes) -> Heldout:
-    assert evidence.heldout is not None
+    assert evidence.measured.heldout is not None
     return Heldout(
-        answers=msgspec.structs.replace(evidence.heldout.answers, **changes),
-        halt_agreement=evidence.heldout.halt_agreement,
+        answers=msgspec.structs.replace(evidence.measured.heldout.answers, **changes),
+        halt_agreement=evidence.measured.heldout.halt_agreement,
     )
 
 
@@ -130,20 +136,28 @@ def test_the_checklists_own_rows_have_its_severities(good):
         ("Export completes", {"graph_problem": "no graph"}, "no graph"),
         ("Checkpoint loads and validates", {"checkpoint_problem": "another"}, "another"),
         ("Contract file generated and valid", {"contract_problem": "another"}, "another"),
-        ("Inputs, outputs and shapes are the contract's", {"interface_problems": ("a", "b")}, "a; b"),
-        ("No position sees a later token", {"leak": 1e-9}, "1e-09 logits before the changed token is above 0"),
-        ("No position sees a later token", {"leak": math.nan}, "nan logits before the changed token is above 0"),
+        ("Inputs, outputs and shapes match the contract", {"interface_problems": ("a", "b")}, "a; b"),
+        (
+            "No position depends on a later token",
+            {"leak": 1e-9},
+            "1e-09 logits before the changed token is above 0",
+        ),
+        (
+            "No position depends on a later token",
+            {"leak": math.nan},
+            "nan logits before the changed token is above 0",
+        ),
         ("Padding does not change the logits", {"padding_sqnr_db": 39.9}, "39.9 dB is below 40 dB"),
         ("Padding does not change the logits", {"padding_sqnr_db": math.nan}, "nan dB is below 40 dB"),
-        ("Nothing but rounding sets it apart", {"rounding_db": 89.9}, "89.9 dB is below 90 dB"),
+        ("Matches the checkpoint up to weight rounding", {"rounding_db": 89.9}, "89.9 dB is below 90 dB"),
         (
-            "Nothing but rounding sets it apart",
+            "Matches the checkpoint up to weight rounding",
             {"rounding_problem": "in float32 arithmetic: no"},
             "in float32 arithmetic: no",
         ),
         ("Core ML loads and predicts", {"core_ml_problem": "Core ML: no"}, "Core ML: no"),
         ("Core ML loads and predicts", {"has_core_ml": True, "core_ml_sqnr_db": 12.0}, "12 dB is below 40 dB"),
-        ("Sampled answers differ", {"sampled": ()}, "0 answers were sampled, 24 are to be"),
+        ("Sampled answers differ", {"sampled": ()}, "0 answers were sampled, expected 24"),
         ("The Core ML model loads", {"load_problem": "no such operation"}, "no such operation"),
     ],
 )
@@ -163,18 +177,18 @@ def test_each_fault_fails_its_gate_and_says_why(good, name, changes, reason):
     ],
 )
 def test_a_primary_shape_that_disagrees_fails_its_gate(good, name, changes, measured):
-    shapes = {**good.shapes, "T96": msgspec.structs.replace(MEASURED, **changes)}
+    shapes = {**good.measured.shapes, "T96": msgspec.structs.replace(MEASURED, **changes)}
     found = gate(good, name, shapes=shapes)
     assert (found.outcome, found.measured) == (Outcome.FAILED, measured)
     assert gate(good, "Secondary shapes validate", shapes=shapes).outcome is Outcome.PASSED
     assert gate(good, "All shapes validate without errors", shapes=shapes).outcome is Outcome.FAILED
-    secondary = {**good.shapes, "T80": shapes["T96"]}
+    secondary = {**good.measured.shapes, "T80": shapes["T96"]}
     assert gate(good, name, shapes=secondary).outcome is Outcome.PASSED
     assert gate(good, "Secondary shapes validate", shapes=secondary).outcome is Outcome.FAILED
 
 
 def test_too_many_near_ties_are_said_in_numbers(good):
-    shapes = {**good.shapes, "T96": msgspec.structs.replace(MEASURED, excluded=21)}
+    shapes = {**good.measured.shapes, "T96": msgspec.structs.replace(MEASURED, excluded=21)}
     assert gate(good, "Top-1 agreement at the primary shape", shapes=shapes).reason == (
         "21 of 1000 positions are within 0.05 logits of a tie, more than 2%"
     )
@@ -185,7 +199,7 @@ def test_too_many_near_ties_are_said_in_numbers(good):
     [
         ("Every held-out answer is exact", {"exact": 63}, 63 / 64),
         ("Held-out answers have the right mood", {"right_mood": 56}, 56 / 60),
-        ("No token beyond the vocabulary", {"out_of_vocabulary": 1}, 1),
+        ("No token outside the vocabulary", {"out_of_vocabulary": 1}, 1),
         ("KL divergence from the teacher", {"teacher_kl_nats": 0.021}, 0.021),
     ],
 )
@@ -195,9 +209,9 @@ def test_answers_that_are_not_good_enough_fail_their_gate(good, name, changes, m
 
 
 def test_what_could_not_be_asked_is_not_run_and_no_must_gate_is_excused(good):
-    broken = msgspec.structs.replace(
+    broken = changed(
         good,
-        shapes={**good.shapes, "T96": ShapeError(backend=Backend.MIL_REFERENCE, error="broke")},
+        shapes={**good.measured.shapes, "T96": ShapeError(backend=Backend.MIL_REFERENCE, error="broke")},
         leak=None,
         padding_sqnr_db=None,
         rounding_db=None,
@@ -213,8 +227,8 @@ def test_what_could_not_be_asked_is_not_run_and_no_must_gate_is_excused(good):
 
 def test_a_model_without_a_halt_head_or_moods_has_no_such_rows(good):
     plain = msgspec.structs.replace(good.subject, model_type="toy", has_halt_head=False, asks_moods=False)
-    gates = evaluate(msgspec.structs.replace(good, subject=plain))
-    missing = {"The halt head decides as labelled", "Held-out answers have the right mood"}
+    gates = evaluate(changed(good, subject=plain))
+    missing = {"Halt decisions match the labels", "Held-out answers have the right mood"}
     assert {gate.name for gate in evaluate(good)} - {gate.name for gate in gates} == missing
     assert gates_ok(gates)
     assert [gate.name for gate in evaluate_failure("no", plain)] == [gate.name for gate in gates]
@@ -227,21 +241,21 @@ def test_an_imported_model_is_asked_for_its_text_and_not_for_a_teachers_answers(
     assert of_students - of_imported == {
         "Every held-out answer is exact",
         "Held-out answers have the right mood",
-        "No token beyond the vocabulary",
+        "No token outside the vocabulary",
         "KL divergence from the teacher",
-        "The halt head decides as labelled",
+        "Halt decisions match the labels",
         "Sampled answers differ",
     }
     of_caches = {
-        "Prefill scores as main does",
-        "Decode from an empty cache scores as main does",
-        "Decode after a prompt scores as main does",
-        "Padding of a prompt has no effect",
-        "The cache matters",
-        "The end of the cache is an error",
+        "Prefill matches main",
+        "Decode from an empty cache matches main",
+        "Decode after a prompt matches main",
+        "Prompt padding has no effect",
+        "Decode depends on the cache",
+        "A full cache is an error",
     }
-    about_answers = "Greedy answers are the checkpoint's"
-    assert of_imported - of_students == {"Perplexity is the checkpoint's", about_answers, *of_caches}
+    about_answers = "Greedy answers match the checkpoint's"
+    assert of_imported - of_students == {"Perplexity matches the checkpoint's", about_answers, *of_caches}
     for evidence, added in ((good_imported, {about_answers, *of_caches}), (good, of_caches)):
         names = [
             {row.name for row in rows(msgspec.structs.replace(evidence.subject, stateful=stateful))}
@@ -253,13 +267,13 @@ def test_an_imported_model_is_asked_for_its_text_and_not_for_a_teachers_answers(
 
 def with_perplexity(evidence: Evidence, key: str, measured: float) -> Evidence:
     perplexity = Perplexity(reference=20.0, measured=measured, tokens=23)
-    shape = msgspec.structs.replace(evidence.shapes[key], perplexity=perplexity)
-    return msgspec.structs.replace(evidence, shapes={**evidence.shapes, key: shape})
+    shape = msgspec.structs.replace(evidence.measured.shapes[key], perplexity=perplexity)
+    return changed(evidence, shapes={**evidence.measured.shapes, key: shape})
 
 
 @pytest.mark.parametrize(("measured", "change"), [(20.2, 0.01), (19.8, 0.01)])
 def test_a_perplexity_that_is_not_the_checkpoints_fails_whichever_is_better(good_imported, measured, change):
-    name = "Perplexity is the checkpoint's"
+    name = "Perplexity matches the checkpoint's"
     assert gate(good_imported, name).measured == pytest.approx(5e-4)
     found = gate(with_perplexity(good_imported, "T24", measured), name)
     assert (found.outcome, found.measured, found.threshold) == (Outcome.FAILED, pytest.approx(change), 0.005)
@@ -273,43 +287,43 @@ def test_a_perplexity_that_is_not_the_checkpoints_fails_whichever_is_better(good
 
 
 def test_a_must_gate_about_text_that_was_not_measured_does_not_pass(good_imported):
-    shapes = dict.fromkeys(good_imported.shapes, MEASURED)
-    found = gate(good_imported, "Perplexity is the checkpoint's", shapes=shapes)
+    shapes = dict.fromkeys(good_imported.measured.shapes, MEASURED)
+    found = gate(good_imported, "Perplexity matches the checkpoint's", shapes=shapes)
     assert (found.outcome, found.reason) == (
         Outcome.NOT_RUN,
-        "nothing was compared: no text or question serves for it",
+        "nothing was compared: no text or question is suitable",
     )
-    found = gate(good_imported, "Greedy answers are the checkpoint's", sampled=())
+    found = gate(good_imported, "Greedy answers match the checkpoint's", sampled=())
     assert (found.outcome, found.reason) == (
         Outcome.NOT_RUN,
-        "nothing was compared: no text or question serves for it",
+        "nothing was compared: no text or question is suitable",
     )
 
 
 @pytest.mark.parametrize(
     ("name", "figure", "value", "reason"),
     [
-        ("Prefill scores as main does", "prefill_sqnr_db", 39.9, "39.9 dB is below 40 dB"),
-        ("Decode from an empty cache scores as main does", "decode_sqnr_db", 39.9, "39.9 dB is below 40 dB"),
-        ("Decode after a prompt scores as main does", "continued_sqnr_db", 39.9, "39.9 dB is below 40 dB"),
+        ("Prefill matches main", "prefill_sqnr_db", 39.9, "39.9 dB is below 40 dB"),
+        ("Decode from an empty cache matches main", "decode_sqnr_db", 39.9, "39.9 dB is below 40 dB"),
+        ("Decode after a prompt matches main", "continued_sqnr_db", 39.9, "39.9 dB is below 40 dB"),
         (
-            "Padding of a prompt has no effect",
+            "Prompt padding has no effect",
             "padding_err",
             1e-7,
             "1e-07 logits with other padding is above 0 logits with other padding",
         ),
         (
-            "The cache matters",
+            "Decode depends on the cache",
             "emptied_sqnr_db",
             20.1,
             "20.1 dB with an emptied cache is above 20 dB with an emptied cache",
         ),
-        ("The end of the cache is an error", "end_problem", "it wraps", "it wraps"),
+        ("A full cache is an error", "end_problem", "it wraps", "it wraps"),
     ],
 )
 def test_each_fault_of_the_cache_fails_its_gate_alone(good_imported, name, figure, value, reason):
-    found = msgspec.structs.replace(good_imported.stateful, **{figure: value})
-    gates = evaluate(msgspec.structs.replace(good_imported, stateful=found))
+    found = msgspec.structs.replace(good_imported.measured.stateful, **{figure: value})
+    gates = evaluate(changed(good_imported, stateful=found))
     bad = [gate for gate in gates if gate.severity is Severity.MUST and gate.outcome is not Outcome.PASSED]
     assert [(gate.name, gate.outcome, gate.reason) for gate in bad] == [(name, Outcome.FAILED, reason)]
 
@@ -322,7 +336,7 @@ def test_functions_that_did_not_run_fail_and_those_that_are_not_there_did_not_ru
         ({"stateful": None, "contract": contract}, Outcome.NOT_RUN, "the contract has no functions with a cache"),
         ({"stateful": None, "load_problem": "no"}, Outcome.NOT_RUN, "the package does not load: no"),
     ):
-        gates = evaluate(msgspec.structs.replace(good_imported, **changes))
+        gates = evaluate(changed(good_imported, **changes))
         cached = {row.name for row in ROWS if row.applies(good_imported.subject)} & {
             row.name
             for row in ROWS
@@ -337,14 +351,15 @@ def test_functions_that_did_not_run_fail_and_those_that_are_not_there_did_not_ru
 def test_no_contract_and_no_question_takes_a_must_gate_away(good):
     """What is verified cannot say that it need not be: the checkpoint and the kind of dataset do."""
     arch = msgspec.structs.replace(good.contract.model_arch, use_halt_head=False)
-    evidence = msgspec.structs.replace(
+    evidence = changed(
         good,
         contract=msgspec.structs.replace(good.contract, model_arch=arch),
         heldout=Heldout(
-            answers=msgspec.structs.replace(good.heldout.answers, with_mood=0, right_mood=0), halt_agreement=None
+            answers=msgspec.structs.replace(good.measured.heldout.answers, with_mood=0, right_mood=0),
+            halt_agreement=None,
         ),
     )
-    for name in ("The halt head decides as labelled", "Held-out answers have the right mood"):
+    for name in ("Halt decisions match the labels", "Held-out answers have the right mood"):
         found = gate(evidence, name)
         assert (found.outcome, found.severity) == (Outcome.NOT_RUN, Severity.MUST)
     assert not must_gates_ok(evaluate(evidence))
@@ -353,9 +368,9 @@ def test_no_contract_and_no_question_takes_a_must_gate_away(good):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("No position sees a later token", {"leak": None}),
+        ("No position depends on a later token", {"leak": None}),
         ("Padding does not change the logits", {"padding_sqnr_db": None}),
-        ("Nothing but rounding sets it apart", {"rounding_db": None}),
+        ("Matches the checkpoint up to weight rounding", {"rounding_db": None}),
         ("Every held-out answer is exact", {"heldout": None}),
     ],
 )
@@ -364,7 +379,7 @@ def test_where_nothing_was_compared_a_must_gate_does_not_pass(good, name, change
     assert (found.outcome, found.severity, found.reason) == (
         Outcome.NOT_RUN,
         Severity.MUST,
-        "nothing was compared: no held-out conversation serves for it",
+        "nothing was compared: no held-out conversation is suitable",
     )
 
 
@@ -373,14 +388,14 @@ def test_fewer_questions_than_configured_fail_though_each_answer_is_exact(good):
     found = gate(good, "Every held-out answer is exact", heldout=few)
     assert (found.outcome, found.reason, found.measured, found.threshold) == (
         Outcome.FAILED,
-        "5 held-out questions were asked, 64 are to be",
+        "5 held-out questions were asked, expected 64",
         5,
         64,
     )
 
 
 def test_a_macs_failures_have_no_platform_excuse(good):
-    shapes = {**good.shapes, "T96": ShapeError(backend=Backend.MIL_REFERENCE, error="broke")}
+    shapes = {**good.measured.shapes, "T96": ShapeError(backend=Backend.MIL_REFERENCE, error="broke")}
     found = gate(good, "Core ML loads and predicts", has_core_ml=True, shapes=shapes)
     assert (found.outcome, found.platform_reason, found.reason) == (
         Outcome.NOT_RUN,
@@ -393,7 +408,7 @@ def test_a_macs_failures_have_no_platform_excuse(good):
 
 def test_a_cell_answers_one_notice_about_torch_and_no_other(good):
     name = "No compatibility warnings"
-    torch_notice = next(iter(good.diagnostics.of_kind(NoticeKind.COMPATIBILITY)))
+    torch_notice = next(iter(good.files.diagnostics.of_kind(NoticeKind.COMPATIBILITY)))
     assert gate(good, name).outcome is Outcome.PASSED
     numpy_text = "NumPy version 9 has not been tested with coremltools."
     numpy_notice = msgspec.structs.replace(torch_notice, text=numpy_text)
@@ -402,13 +417,13 @@ def test_a_cell_answers_one_notice_about_torch_and_no_other(good):
         assert found.outcome is Outcome.FAILED
         assert found.reason == (
             " ".join(notice.text for notice in notices)
-            + " A measured cell answers one notice about torch, and no other."
+            + " A measured cell only answers a single notice about torch."
         )
 
 
 def test_a_halt_head_that_decides_wrongly_fails(good):
-    wrong = Heldout(answers=good.heldout.answers, halt_agreement=0.97)
-    assert gate(good, "The halt head decides as labelled", heldout=wrong).reason == "0.97 is below 0.98"
+    wrong = Heldout(answers=good.measured.heldout.answers, halt_agreement=0.97)
+    assert gate(good, "Halt decisions match the labels", heldout=wrong).reason == "0.97 is below 0.98"
 
 
 def test_a_shape_that_failed_at_export(good):
@@ -420,7 +435,7 @@ def test_a_shape_that_failed_at_export(good):
 
 
 def _with_notices(evidence: Evidence, *notices: Notice, **toolchain: str) -> ConversionDiagnostics:
-    diagnostics = evidence.diagnostics
+    diagnostics = evidence.files.diagnostics
     return msgspec.structs.replace(
         diagnostics,
         notices=notices,
@@ -463,7 +478,7 @@ def test_an_error_of_the_converter_fails_the_conversion_and_a_warning_does_not(g
     diagnostics = _with_notices(good, warning)
     assert gate(good, "Core ML conversion completes", diagnostics=diagnostics).outcome is Outcome.PASSED
     noisy = gate(good, "Zero warnings in conversion logs", diagnostics=diagnostics)
-    assert (noisy.outcome, noisy.reason) == (Outcome.FAILED, "the converter said: careful")
+    assert (noisy.outcome, noisy.reason) == (Outcome.FAILED, "the converter reported: careful")
 
 
 @pytest.mark.parametrize(

@@ -42,21 +42,21 @@ from coremill.verification.rounding import MIN_SQNR_DB, are_rounded, round_weigh
 CACHED = ExportConfig(stateful=True, context=48)
 STATELESS = ExportConfig()
 
-CAUSALITY = "No position sees a later token"
+CAUSALITY = "No position depends on a later token"
 PADDING = "Padding does not change the logits"
 SQNR = "SQNR at the primary shape"
 KL = "KL divergence at the primary shape"
 TOP1 = "Top-1 agreement at the primary shape"
-PERPLEXITY = "Perplexity is the checkpoint's"
-ROUNDING = "Nothing but rounding sets it apart"
+PERPLEXITY = "Perplexity matches the checkpoint's"
+ROUNDING = "Matches the checkpoint up to weight rounding"
 PRIMARY = "Primary shape validation succeeds"
-INTERFACE = "Inputs, outputs and shapes are the contract's"
-PREFILL = "Prefill scores as main does"
-DECODE = "Decode from an empty cache scores as main does"
-CONTINUED = "Decode after a prompt scores as main does"
-PROMPT_PADDING = "Padding of a prompt has no effect"
-MATTERS = "The cache matters"
-ANSWERS = "Greedy answers are the checkpoint's"
+INTERFACE = "Inputs, outputs and shapes match the contract"
+PREFILL = "Prefill matches main"
+DECODE = "Decode from an empty cache matches main"
+CONTINUED = "Decode after a prompt matches main"
+PROMPT_PADDING = "Prompt padding has no effect"
+MATTERS = "Decode depends on the cache"
+ANSWERS = "Greedy answers match the checkpoint's"
 OTHER_NUMBERS = frozenset({PADDING, ROUNDING, SQNR, KL, TOP1, PERPLEXITY})
 
 Patch = pytest.MonkeyPatch

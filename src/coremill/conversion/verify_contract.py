@@ -22,39 +22,15 @@ from coremill.core.publish import check_apart
 from coremill.core.stage import Figures, StageContext
 from coremill.infra.version_gate import check_installed
 
-# This module imports nothing heavy: where a package is missing, it is named before an import fails.
+# This module imports nothing heavy, so that a missing package is reported by name before an import fails.
 
 log = logging.getLogger(__name__)
 
 NEEDS = ("torch", "coremltools", "numpy", "tokenizers")
 
-DEFAULTS = DistilledVerify(
-    heldout_answers=64,
-    sampled_answers=24,
-    sampling_seed=8,
-    min_sqnr_db=40.0,
-    max_kl_nats=1e-3,
-    argmax_margin=0.05,
-    max_excluded_share=0.02,
-    min_right_mood=0.95,
-    max_teacher_kl_nats=0.02,
-    min_distinct_sampled=10,
-)
-"""What a command without --config asks of a student's package."""
-
-IMPORTED_DEFAULTS = ImportedVerify(
-    min_sqnr_db=40.0,
-    max_kl_nats=1e-3,
-    argmax_margin=0.05,
-    max_excluded_share=0.05,
-    max_perplexity_change=0.005,
-    decoded_tokens=32,
-)
-"""What it asks of the package of an imported model, which has texts to be run on."""
-
 
 def run_stage(context: StageContext[RunConfig]) -> Figures:
-    """Verify the run's package of one lane; the report is written whether or not the gates pass."""
+    """Verify the run's package of one lane, and write the report whether or not the gates pass."""
     check_installed(*NEEDS)
     from coremill.verification.verify import Subject, figures, verify_to
 
@@ -95,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _defaults(dataset_dir: Path) -> VerifyConfig:
-    return IMPORTED_DEFAULTS if layout.texts_file(dataset_dir).is_file() else DEFAULTS
+    return ImportedVerify() if layout.texts_file(dataset_dir).is_file() else DistilledVerify()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.heldout < 1:
             parser.error("--heldout must be at least 1")
         if not isinstance(config, DistilledVerify):
-            parser.error("--heldout is of a student, and this model was imported")
+            parser.error("--heldout applies to trained models only; this model was imported")
         config = msgspec.structs.replace(config, heldout_answers=options.heldout)
     check_apart([options.out], [options.contract, options.checkpoint, options.config, options.tokenizer])
     check_installed(*NEEDS)

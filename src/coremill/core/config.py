@@ -319,12 +319,12 @@ class VerifyConfig(Record):
         """The maximum number of rows that are read from a held-out set."""
         return 1
 
-    min_sqnr_db: float
-    max_kl_nats: float
+    min_sqnr_db: float = 40.0
+    max_kl_nats: float = 1e-3
     """Of KL(checkpoint ‖ package), mean over the positions of real prompts."""
-    argmax_margin: float
+    argmax_margin: float = 0.05
     """Positions whose reference top-1 − top-2 gap is below this many logits are excluded from the agreement."""
-    max_excluded_share: float
+    max_excluded_share: float = 0.02
     """The largest share of positions that may be excluded."""
 
     def __post_init__(self) -> None:
@@ -335,15 +335,15 @@ class VerifyConfig(Record):
 class DistilledVerify(VerifyConfig):
     """The bounds for a student, including right answers and its teacher's distribution."""
 
-    heldout_answers: int
+    heldout_answers: int = 64
     """Held-out questions that the package answers greedily."""
-    sampled_answers: int
+    sampled_answers: int = 24
     """Questions that the package answers by sampling, for the report."""
-    sampling_seed: int
-    min_right_mood: float
-    max_teacher_kl_nats: float
+    sampling_seed: int = 8
+    min_right_mood: float = 0.95
+    max_teacher_kl_nats: float = 0.02
     """Of KL(teacher ‖ package), mean over the answer tokens of held-out questions."""
-    min_distinct_sampled: int
+    min_distinct_sampled: int = 10
     """Distinct sampled answers."""
 
     @property
@@ -365,6 +365,8 @@ class DistilledVerify(VerifyConfig):
 class ImportedVerify(VerifyConfig):
     """The bounds for an imported model, including the perplexity of text."""
 
+    max_excluded_share: float = 0.05
+    """In running text, up to 1 position in 25 is that close to a tie."""
     max_perplexity_change: float = 0.005
     """The largest relative difference from the perplexity of the float32 checkpoint, on one text."""
     decoded_tokens: int = 32
@@ -417,7 +419,7 @@ class DistilledRun(BaseRun):
     dataset: DatasetConfig
     model: ModelConfig
     training: TrainingConfig
-    verify: DistilledVerify
+    verify: DistilledVerify = DistilledVerify()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -448,7 +450,7 @@ class ImportedRun(BaseRun):
 
     weights: WeightsConfig
     texts: TextsConfig = TextsConfig()
-    verify: ImportedVerify
+    verify: ImportedVerify = ImportedVerify()
 
     def __post_init__(self) -> None:
         super().__post_init__()

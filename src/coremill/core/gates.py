@@ -1,9 +1,10 @@
-"""Gates: what a build must, should or would ideally fulfil, and the rule for `gates_ok`."""
+"""Gates: the named checks of a build with their severities and outcomes, and the rule for `gates_ok`."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from coremill.core.documents import Record
 
@@ -23,7 +24,7 @@ class Outcome(str, enum.Enum):
 
 
 class PlatformReason(str, enum.Enum):
-    """The listed reasons for which a check cannot run on a machine; nothing else excuses one."""
+    """The platform reasons that excuse a check from running; nothing else does."""
 
     NEEDS_MACOS = "needs macOS"
     NEEDS_CUDA = "needs a CUDA device"
@@ -31,10 +32,10 @@ class PlatformReason(str, enum.Enum):
 
 
 class Gate(Record):
-    """One gate and how it came out.
+    """One gate and its outcome.
 
     Raises:
-        ValueError: a gate that did not pass gives no reason, or a passed one claims a platform reason.
+        ValueError: a gate that did not pass has no reason, or a gate that ran has a platform reason.
     """
 
     name: str
@@ -52,47 +53,49 @@ class Gate(Record):
             raise ValueError(f"gate {self.name!r} is {self.outcome.value} and gives a platform reason")
 
 
-def passed(name: str, severity: Severity, *, measured: Figure = None, threshold: Figure = None) -> Gate:
-    return Gate(name=name, severity=severity, outcome=Outcome.PASSED, measured=measured, threshold=threshold)
+class Finding(NamedTuple):
+    """The result of a check, before it has a gate's name and severity."""
+
+    outcome: Outcome
+    measured: Figure = None
+    threshold: Figure = None
+    reason: str | None = None
+    platform_reason: PlatformReason | None = None
+
+    def gate(self, name: str, severity: Severity) -> Gate:
+        return Gate(name=name, severity=severity, **self._asdict())
 
 
-def failed(
-    name: str, severity: Severity, reason: str, *, measured: Figure = None, threshold: Figure = None
-) -> Gate:
-    return Gate(
-        name=name,
-        severity=severity,
-        outcome=Outcome.FAILED,
-        reason=reason,
-        measured=measured,
-        threshold=threshold,
-    )
+def passed(*, measured: Figure = None, threshold: Figure = None, reason: str | None = None) -> Finding:
+    return Finding(Outcome.PASSED, measured, threshold, reason)
 
 
-def not_run(name: str, severity: Severity, reason: str, platform: PlatformReason | None = None) -> Gate:
-    return Gate(name=name, severity=severity, outcome=Outcome.NOT_RUN, reason=reason, platform_reason=platform)
+def failed(reason: str, *, measured: Figure = None, threshold: Figure = None) -> Finding:
+    return Finding(Outcome.FAILED, measured, threshold, reason)
 
 
-def at_least(name: str, severity: Severity, measured: float, threshold: float, unit: str = "") -> Gate:
-    """A gate on a figure that must reach `threshold`; a NaN does not."""
+def not_run(reason: str, platform: PlatformReason | None = None) -> Finding:
+    return Finding(Outcome.NOT_RUN, reason=reason, platform_reason=platform)
+
+
+def at_least(measured: float, threshold: float, unit: str = "") -> Finding:
+    """Compare a figure that must reach `threshold`; a NaN fails."""
     if measured >= threshold:
-        return passed(name, severity, measured=measured, threshold=threshold)
-    reason = f"{measured:g}{unit} is below {threshold:g}{unit}"
-    return failed(name, severity, reason, measured=measured, threshold=threshold)
+        return passed(measured=measured, threshold=threshold)
+    return failed(f"{measured:g}{unit} is below {threshold:g}{unit}", measured=measured, threshold=threshold)
 
 
-def at_most(name: str, severity: Severity, measured: float, threshold: float, unit: str = "") -> Gate:
-    """A gate on a figure that must stay within `threshold`; a NaN does not."""
+def at_most(measured: float, threshold: float, unit: str = "") -> Finding:
+    """Compare a figure that must not exceed `threshold`; a NaN fails."""
     if measured <= threshold:
-        return passed(name, severity, measured=measured, threshold=threshold)
-    reason = f"{measured:g}{unit} is above {threshold:g}{unit}"
-    return failed(name, severity, reason, measured=measured, threshold=threshold)
+        return passed(measured=measured, threshold=threshold)
+    return failed(f"{measured:g}{unit} is above {threshold:g}{unit}", measured=measured, threshold=threshold)
 
 
 def gates_ok(gates: Iterable[Gate]) -> bool:
-    """Every must and should gate passed, or could not run for a listed platform reason; false for no gates.
+    """Whether every must and should gate passed or has a platform reason; false if there are none.
 
-    A must-gate has no platform excuse: one that did not run fails.
+    No platform reason excuses a must gate: one that did not run fails.
     """
     weighty = [gate for gate in gates if gate.severity is not Severity.NICE]
     return bool(weighty) and all(
@@ -102,6 +105,6 @@ def gates_ok(gates: Iterable[Gate]) -> bool:
 
 
 def must_gates_ok(gates: Iterable[Gate]) -> bool:
-    """Every must-gate passed; false where there is none, because then nothing was checked."""
+    """Whether every must gate passed; false if there are none, because then nothing was checked."""
     must = [gate for gate in gates if gate.severity is Severity.MUST]
     return bool(must) and all(gate.outcome is Outcome.PASSED for gate in must)

@@ -324,7 +324,7 @@ def completion_gate_name(stage: str) -> str:
 
 def lane_failed(lane: str, stage: str, reason: str, toolchain: Toolchain | None) -> LaneFailed:
     """The lane `lane`, which stopped at `stage` because of `reason`."""
-    gate = failed(completion_gate_name(stage), Severity.MUST, reason)
+    gate = failed(reason).gate(completion_gate_name(stage), Severity.MUST)
     return LaneFailed(lane=lane, stage=stage, toolchain=toolchain, gates=(gate,))
 
 

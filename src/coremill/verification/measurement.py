@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from coremill.core.config import DistilledVerify, ImportedVerify, VerifyConfig
+from coremill.core.config import ConvertConfig, DistilledVerify, ImportedVerify, VerifyConfig
 from coremill.core.contract import Contract, ShapeFailed, shape_key
 from coremill.core.errors import CoremillError, PackageError, UnsupportedOperationError
 from coremill.core.reports import (
@@ -27,6 +27,7 @@ from coremill.data.prompts import Prompts, RowPrompts, TextPrompts
 from coremill.measures import sqnr_db
 from coremill.model.decoding import TemperatureSampler
 from coremill.model.reference import Reference
+from coremill.model.student import Student
 from coremill.verification.backends import (
     Runner,
     core_ml_runner,
@@ -46,6 +47,7 @@ from coremill.verification.main_checks import (
     measure_shape,
     padding_sqnr_db,
 )
+from coremill.verification.rounding import rounding_aside_db
 from coremill.verification.scoring import Scorer
 
 log = logging.getLogger(__name__)
@@ -55,33 +57,48 @@ _DECODED_TOKENS = 32
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """What running the package showed; None and () where it does not run at the primary shape."""
+    """What running the package showed. A figure is None if the package does not run at the primary shape, or if
+    nothing was compared."""
 
     shapes: dict[str, ShapeReport]
     load_problem: str | None = None
+    """Why coremill.mil does not load the package."""
     operations: int | None = None
+    """The number of operations that coremill.mil lowered."""
     leak: float | None = None
+    """The largest change of an output before a token that changes."""
     padding_sqnr_db: float | None = None
+    rounding_db: float | None = None
+    """SQNR in float32 arithmetic against the checkpoint with rounded weights; see `rounding.py`."""
+    rounding_problem: str | None = None
+    """Why the package does not run in float32 arithmetic."""
     stateful: StatefulReport | None = None
     heldout: Heldout | None = None
     sampled: tuple[Answer, ...] = ()
+    """The sampled answers of a student; the greedy answers of an imported model."""
+    has_core_ml: bool
+    """This machine runs Core ML: it is a Mac."""
     core_ml_sqnr_db: float | None = None
+    """Core ML's logits against the reference backend's, at the worst length."""
     core_ml_problem: str | None = None
 
 
 def measure(
     package: Path,
     contract: Contract,
-    reference: Reference,
+    student: Student,
     prompts: Prompts,
     config: VerifyConfig,
     *,
     stateful: bool,
+    settings: ConvertConfig,
 ) -> Measurement:
-    """Run the package at every length of the contract, and, where it runs at the primary one, all that it can do.
+    """Run the package at every length of the contract and, if it runs at the primary length, every other check.
 
     Args:
-        stateful: whether the functions with a cache are run, if the contract has any.
+        student: the checkpoint's model. Its weights are rounded in place at the end.
+        stateful: whether to run the functions with a cache, if the contract has any.
+        settings: those of the conversion.
     """
     try:
         runner = reference_runner(package, contract)
@@ -89,14 +106,17 @@ def measure(
         error = ShapeError(backend=Backend.MIL_REFERENCE, error=f"the package does not load: {failure.found}")
         log.warning("%s", error.error)
         return Measurement(
-            shapes={shape_key(seq_len): error for seq_len in contract.shapes.all}, load_problem=failure.found
+            shapes={shape_key(seq_len): error for seq_len in contract.shapes.all},
+            load_problem=failure.found,
+            has_core_ml=has_core_ml(),
         )
+    reference = Reference(student)
     shapes = _Shapes(runner, contract, reference, prompts, config)
     core_ml = _CoreML(package, contract)
     for seq_len in contract.shapes.all:
         shapes.measure(seq_len, core_ml)
     if contract.shapes.primary not in shapes.running:
-        return Measurement(shapes=shapes.reports, operations=runner.operations)
+        return Measurement(shapes=shapes.reports, operations=runner.operations, has_core_ml=has_core_ml())
     asked = stateful and bool(contract.functions)
     functions, answers = (
         _measure_stateful(package, contract, shapes.main, reference, prompts, config) if asked else (None, ())
@@ -111,17 +131,34 @@ def measure(
         questions = prompts.rows[: config.sampled_answers]
         answers = ask_sampled(scorer, questions, prompts.tokenizer, prompts.answer_key, sampler)
     core_ml_sqnr_db, core_ml_problem = core_ml.result()
+    padding_db = padding_sqnr_db(runner, reference, prompts, shapes.running)
+    rounding_db, rounding_problem = _rounding(package, contract, student, prompts, settings)
     return Measurement(
         shapes=shapes.reports,
         operations=runner.operations,
         leak=shapes.leak,
-        padding_sqnr_db=padding_sqnr_db(runner, reference, prompts, shapes.running),
+        padding_sqnr_db=padding_db,
+        rounding_db=rounding_db,
+        rounding_problem=rounding_problem,
         stateful=functions,
         heldout=heldout,
         sampled=answers,
+        has_core_ml=has_core_ml(),
         core_ml_sqnr_db=core_ml_sqnr_db,
         core_ml_problem=core_ml_problem,
     )
+
+
+def _rounding(
+    package: Path, contract: Contract, student: Student, prompts: Prompts, settings: ConvertConfig
+) -> tuple[float | None, str | None]:
+    """Return the result of :func:`rounding_aside_db`, or the reason why it could not be measured."""
+    try:
+        return rounding_aside_db(package, contract, student, prompts, settings), None
+    except CoremillError as failure:
+        return None, f"in float32 arithmetic: {failure.found}"
+    except (RuntimeError, ValueError) as failure:  # of the backend, or of outputs that are not finite
+        return None, f"in float32 arithmetic: {type(failure).__name__}: {failure}"
 
 
 class _Shapes:

@@ -17,9 +17,9 @@ from coremill.core.contract import Contract, read_contract, shape_key
 from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure
 from coremill.core.digest import digest, file_digest, size_bytes
 from coremill.core.documents import read_json, write_json
-from coremill.core.errors import ConfigError, ContractMismatchError, CoremillError, PackageError
+from coremill.core.errors import ConfigError, ContractMismatchError, PackageError
 from coremill.core.gates import Outcome, gates_ok
-from coremill.core.reports import Backend, ShapeError, ShapeMeasured, VerificationReport
+from coremill.core.reports import Backend, ShapeError, VerificationReport
 from coremill.core.stage import Figures
 from coremill.coreml.graph import check_main
 from coremill.coreml.interface import differences, package_interfaces
@@ -27,12 +27,10 @@ from coremill.coreml.package import PackageFacts, check_package, read_spec
 from coremill.data.prompts import Prompts, RowPrompts, TextPrompts, load_prompts
 from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
 from coremill.model.memory import check_shape_memory
-from coremill.model.reference import Reference
 from coremill.model.student import Student
-from coremill.verification.backends import has_core_ml
-from coremill.verification.checklist import Evidence, Facts, evaluate, evaluate_failure
+from coremill.verification.checklist import evaluate, evaluate_failure
+from coremill.verification.evidence import Evidence, Facts, FileChecks
 from coremill.verification.measurement import measure
-from coremill.verification.rounding import rounding_aside_db
 
 log = logging.getLogger(__name__)
 
@@ -88,49 +86,21 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
     saved = check_package(subject.package)
     check_shape_memory(checkpoint, max(contract.working_lengths), models=2, logits=4, work="verify")
     student = build_student(checkpoint)
-    measured = measure(subject.package, contract, Reference(student), prompts, config, stateful=facts.stateful)
-    diagnostics, diagnostics_problem = _diagnostics(subject.package)
-    ran = isinstance(measured.shapes[shape_key(contract.shapes.primary)], ShapeMeasured)
-    rounding_db, rounding_problem = (
-        _rounding(subject, contract, student, prompts, diagnostics) if ran else (None, None)
+    files = _check_files(subject, contract, saved, checkpoint, student)
+    precision = files.diagnostics.compute_precision if files.diagnostics else None
+    settings = ConvertConfig(compute_precision=precision) if precision else ConvertConfig()
+    measured = measure(
+        subject.package, contract, student, prompts, config, stateful=facts.stateful, settings=settings
     )
-    gates = evaluate(
-        Evidence(
-            subject=facts,
-            contract=contract,
-            config=config,
-            graph_problem=_graph_problem(subject.contract.parent / contract.graph, contract),
-            checkpoint_problem=_differs(
-                "the checkpoint", file_digest(subject.checkpoint), contract.checkpoint_digest
-            ),
-            contract_problem=_contract_problem(subject, contract, saved, checkpoint),
-            diagnostics=diagnostics,
-            diagnostics_problem=diagnostics_problem,
-            interface_problems=_interface_problems(subject.package, contract),
-            load_problem=measured.load_problem,
-            operations=measured.operations,
-            shapes=measured.shapes,
-            leak=measured.leak,
-            padding_sqnr_db=measured.padding_sqnr_db,
-            rounding_db=rounding_db,
-            rounding_problem=rounding_problem,
-            stateful=measured.stateful,
-            heldout=measured.heldout,
-            sampled=measured.sampled,
-            has_core_ml=has_core_ml(),
-            core_ml_sqnr_db=measured.core_ml_sqnr_db,
-            core_ml_problem=measured.core_ml_problem,
-            parameters=student.n_parameters,
-            package_bytes=size_bytes(subject.package),
-        )
-    )
+    evidence = Evidence(subject=facts, contract=contract, config=config, files=files, measured=measured)
+    gates = evaluate(evidence)
     return VerificationReport(
         run=subject.run,
         lane=lane,
         model_type=checkpoint.model_type,
         package_digest=digest(subject.package),
         contract_digest=file_digest(subject.contract),
-        primary=shape_key(contract.shapes.primary),
+        primary=evidence.primary,
         shapes=measured.shapes,
         stateful=measured.stateful,
         heldout=None if measured.heldout is None else measured.heldout.answers,
@@ -138,6 +108,23 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
         sampled=measured.sampled,
         gates=gates,
         gates_ok=gates_ok(gates),
+    )
+
+
+def _check_files(
+    subject: Subject, contract: Contract, saved: PackageFacts, checkpoint: Checkpoint, student: Student
+) -> FileChecks:
+    """Compare the files with one another; nothing is run."""
+    diagnostics, diagnostics_problem = _diagnostics(subject.package)
+    return FileChecks(
+        graph_problem=_graph_problem(subject.contract.parent / contract.graph, contract),
+        checkpoint_problem=_differs("the checkpoint", file_digest(subject.checkpoint), contract.checkpoint_digest),
+        contract_problem=_contract_problem(subject, contract, saved, checkpoint),
+        diagnostics=diagnostics,
+        diagnostics_problem=diagnostics_problem,
+        interface_problems=_interface_problems(subject.package, contract),
+        parameters=student.n_parameters,
+        package_bytes=size_bytes(subject.package),
     )
 
 
@@ -184,23 +171,6 @@ def find_failure(package: Path) -> ConversionFailure | None:
         return None
     failure = read_json(record, ConversionFailure)
     return failure if package.name in (record.name, failure.package) else None
-
-
-def _rounding(
-    subject: Subject,
-    contract: Contract,
-    student: Student,
-    prompts: Prompts,
-    diagnostics: ConversionDiagnostics | None,
-) -> tuple[float | None, str | None]:
-    """See :func:`rounding_aside_db`; or why it could not be measured. The last use of `student`: it is rounded."""
-    settings = ConvertConfig(compute_precision=diagnostics.compute_precision) if diagnostics else ConvertConfig()
-    try:
-        return rounding_aside_db(subject.package, contract, student, prompts, settings), None
-    except CoremillError as failure:
-        return None, f"in float32 arithmetic: {failure.found}"
-    except (RuntimeError, ValueError) as failure:  # of the backend, or of outputs that are not finite
-        return None, f"in float32 arithmetic: {type(failure).__name__}: {failure}"
 
 
 def _diagnostics(package: Path) -> tuple[ConversionDiagnostics | None, str | None]:

@@ -90,7 +90,7 @@ def compare(folder: Path, reference: Reference) -> Findings:
         *logits,
         answers,
         *_tokenizer(tokenizer, reference),
-        *(not_run(name, Severity.NICE, _BY_HAND) for name in ("logits under mlx-lm", "llama.cpp's converter")),
+        *(not_run(_BY_HAND).gate(name, Severity.NICE) for name in ("logits under mlx-lm", "llama.cpp's converter")),
     )
     return Findings(gates=gates, logits_max_abs=max_abs, differences=differences)
 
@@ -106,9 +106,9 @@ def load_model(folder: Path) -> Any:
 def _none_of(name: str, wrong: Sequence[Any], count: int) -> Gate:
     """A gate on what differs, which it names the first of, where there are `count` that may."""
     if not wrong:
-        return passed(name, Severity.MUST, measured=0, threshold=0)
+        return passed(measured=0, threshold=0).gate(name, Severity.MUST)
     reason = f"{len(wrong)} of {count}, such as {wrong[0]!r}"
-    return failed(name, Severity.MUST, reason, measured=len(wrong), threshold=0)
+    return failed(reason, measured=len(wrong), threshold=0).gate(name, Severity.MUST)
 
 
 # --- files and settings ------------------------------------------------------------------------------------------
@@ -169,9 +169,11 @@ def _logits(model: Any, reference: Reference) -> tuple[list[Gate], float]:
         logits.add(outputs.logits, expected[0])  # (1, T, V)
         if halt_head is not None:
             halting.add(outputs.hidden_states[-1] @ halt_head.T, expected[1])  # (1, T, 2)
-    gates = [at_most("relative error of logits", Severity.MUST, logits.relative, MAX_RELATIVE_ERR)]
+    gates = [at_most(logits.relative, MAX_RELATIVE_ERR).gate("relative error of logits", Severity.MUST)]
     if halt_head is not None:
-        gates.append(at_most("relative error of halt logits", Severity.MUST, halting.relative, MAX_RELATIVE_ERR))
+        gates.append(
+            at_most(halting.relative, MAX_RELATIVE_ERR).gate("relative error of halt logits", Severity.MUST)
+        )
     return gates, logits.max_abs
 
 
@@ -211,7 +213,7 @@ def _answers(model: Any, reference: Reference) -> tuple[Gate, tuple[TokenDiffere
         logits = reference.student(torch.tensor([[*ids, *answer[:-1]]]))[0][0].numpy()
         differences += greedy_differences(number, ids, answer, logits)
     wrong += sum(not difference.is_tie for difference in differences)
-    return at_most("greedy tokens that differ", Severity.MUST, wrong, 0), tuple(differences)
+    return at_most(wrong, 0).gate("greedy tokens that differ", Severity.MUST), tuple(differences)
 
 
 def _generated(model: Any, ids: Sequence[int], wanted: int) -> list[int]:
@@ -239,7 +241,7 @@ def _tokenizer(theirs: Any, reference: Reference) -> Iterator[Gate]:
     yield _none_of("texts that are tokenized otherwise", wrong, len(compared))
     name = "conversations that are written otherwise"
     if ours.chat_template is None:
-        yield not_run(name, Severity.NICE, "the model has no chat template")
+        yield not_run("the model has no chat template").gate(name, Severity.NICE)
         return
     chats = list(_conversations(reference))
     differing = [chat for chat, ends in chats if not _same_chat(ours, theirs, chat, ends)]
