@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from coremltools.optimize import _utils as optimize_utils
-from coremltools.proto import MIL_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,13 +21,6 @@ from coremill.mil.values import (
     tensor_from_numbers,
     unpack_bits,
 )
-
-IN_THE_FILE = {"fp16": "FLOAT16", "fp32": "FLOAT32", "fp64": "FLOAT64", "bf16": "BFLOAT16"}
-
-
-@pytest.mark.parametrize(("number", "element"), ELEMENT_TYPES.items(), ids=lambda each: str(each))
-def test_numbers_are_those_of_the_file_format(number, element):
-    assert MIL_pb2.DataType.Value(IN_THE_FILE.get(element.name, element.name.upper())) == number
 
 
 @pytest.mark.parametrize("element", [each for each in ELEMENT_TYPES.values() if each.is_integer])

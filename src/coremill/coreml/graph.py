@@ -32,7 +32,7 @@ PREFILL, DECODE = "prefill", "decode"
 CACHES = ("key_cache", "value_cache")
 """The states of `prefill` and `decode`, (L, 1, K, S, D) each, and the names of the graphs' attributes for them."""
 
-_DTYPES = {torch.int32: DType.INT32, torch.float16: DType.FLOAT16, torch.float32: DType.FLOAT32}
+_DTYPES: Mapping[torch.dtype, DType] = {getattr(torch, each.value): each for each in DType}
 _NAMES: Mapping[Frontend, str] = {"torchscript": "TorchScript", "torch-export": "torch.export"}
 _MEMBER: Mapping[Frontend, str] = {"torchscript": "/constants.pkl", "torch-export": "/models/model.json"}
 """A member that only the archive of such a program has."""

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 from coremill.core.contract import MAIN, Dim, DType, PackageFunction, TensorSpec
 from coremill.core.documents import Record
 from coremill.core.errors import PackageError
-from coremill.coreml.converter import Spec, ct
+from coremill.coreml.converter import Spec
 from coremill.coreml.graph import SEQ_DIM, describe
-
-_ARRAY = ct.proto.FeatureTypes_pb2.ArrayFeatureType
-_DTYPES = {_ARRAY.INT32: DType.INT32, _ARRAY.FLOAT16: DType.FLOAT16, _ARRAY.FLOAT32: DType.FLOAT32}
+from coremill.mil.description import ARRAY_DTYPES
 
 
 class PackageInterface(Record):
@@ -171,8 +169,10 @@ def _computed_shapes(spec: Spec, name: str) -> dict[str, tuple[Dim, ...]]:
 
 def _dtype(name: str, array: Spec) -> DType:
     # A feature of another type, such as an image, has an empty array.
-    if array.dataType not in _DTYPES:
+    dtypes = {dtype.value: dtype for dtype in DType}
+    found = ARRAY_DTYPES.get(array.dataType)
+    if found not in dtypes:
         raise PackageError(
             f"`{name}` is not an array of a known dtype", expected=", ".join(dtype.value for dtype in DType)
         )
-    return _DTYPES[array.dataType]
+    return dtypes[found]

@@ -19,19 +19,17 @@ MAIN = "main"
 SCALAR_SHAPE = (1,)
 """Core ML's arrays have at least one dimension: a scalar of the program is an array of this shape."""
 
-_ARRAY_DTYPES = {
+ARRAY_DTYPES = {
     FeatureTypes_pb2.ArrayFeatureType.FLOAT16: "float16",
     FeatureTypes_pb2.ArrayFeatureType.FLOAT32: "float32",
     FeatureTypes_pb2.ArrayFeatureType.DOUBLE: "float64",
     FeatureTypes_pb2.ArrayFeatureType.INT8: "int8",
     FeatureTypes_pb2.ArrayFeatureType.INT32: "int32",
 }
+"""The data types of arrays in a package's description, by numpy's names."""
 
-_ELEMENT_NAMES = {"float16": "fp16", "float32": "fp32", "float64": "fp64", "int8": "int8", "int32": "int32"}
-"""numpy's name of a type to MIL's."""
-
-_IMAGE_DTYPES = {"fp16": "float16", "fp32": "float32", "uint8": "uint8"}
-"""MIL's name of a type that images are converted to and from, to numpy's."""
+_IMAGE_DTYPES = ("float16", "float32", "uint8")
+"""The types that images are converted to and from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +292,7 @@ class _Reader:
         channels = (1, color_space.channels)
         if (
             value_type is None
-            or value_type.element.name not in _IMAGE_DTYPES
+            or value_type.element.dtype_name not in _IMAGE_DTYPES
             or len(value_type.shape) != 4
             or any(size not in (None, own) for size, own in zip(value_type.shape, channels, strict=False))
         ):
@@ -302,7 +300,7 @@ class _Reader:
                 f"{self._where}: describes {name!r} as an image of color space {color_space.value}",
                 expected=f"fp16, fp32 or uint8 [1, {channels[1]}, height, width], its program has {value_type}",
             )
-        dtype = _IMAGE_DTYPES[value_type.element.name]
+        dtype = value_type.element.dtype_name
         default = (*channels, int(image.height), int(image.width))
         flexibility = image.WhichOneof("SizeFlexibility")
         if flexibility == "enumeratedSizes":
@@ -325,13 +323,13 @@ class _Reader:
         return shapes
 
     def _dtype(self, name: str, array: FeatureTypes_pb2.ArrayFeatureType) -> str:
-        if array.dataType not in _ARRAY_DTYPES:
+        if array.dataType not in ARRAY_DTYPES:
             raise PackageError(f"{self._where}: {name!r} is of data type number {array.dataType}")
-        return _ARRAY_DTYPES[array.dataType]
+        return ARRAY_DTYPES[array.dataType]
 
     def _checked(self, spec: TensorSpec) -> TensorSpec:
         value_type = self._types[spec.name]
-        if value_type is None or _ELEMENT_NAMES[spec.dtype] != value_type.element.name:
+        if value_type is None or spec.dtype != value_type.element.dtype_name:
             raise self._contradiction(spec)
         self._check_sizes(spec)
         return spec

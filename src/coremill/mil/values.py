@@ -34,6 +34,11 @@ class ElementType:
     """Range of an integer type; both 0 for any other."""
 
     @property
+    def dtype_name(self) -> str:
+        """The name of the type in numpy and torch: float16, int32, …"""
+        return self.name.replace("bf", "bfloat").replace("fp", "float")
+
+    @property
     def is_float(self) -> bool:
         return bool(self.storage.is_floating_point)
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from coremill.core.contract import Contract, DType, StatefulFunction, TensorSpec, shape_key
+from coremill.core.contract import Contract, StatefulFunction, TensorSpec, shape_key
 from coremill.core.errors import CacheFullError, ContractMismatchError, PredictionInputError
 from coremill.core.reports import Backend
 from coremill.coreml.converter import ct
@@ -24,8 +24,6 @@ Array = Any
 
 State = Any
 """What a stateful model keeps between predictions; coremill.mil and Core ML have each their own."""
-
-_NUMPY_DTYPES = {DType.INT32: np.int32, DType.FLOAT16: np.float16, DType.FLOAT32: np.float32}
 
 
 class Predictor(Protocol):
@@ -248,7 +246,7 @@ def _prefill_name(seq_len: int) -> str:
 
 
 def _given(spec: TensorSpec, values: Sequence[Any]) -> Array:
-    return np.asarray(values, dtype=_NUMPY_DTYPES[spec.dtype])
+    return np.asarray(values, dtype=spec.dtype.value)
 
 
 def _checked(spec: TensorSpec, found: Mapping[str, Array], seq_len: int) -> Array:
@@ -258,7 +256,7 @@ def _checked(spec: TensorSpec, found: Mapping[str, Array], seq_len: int) -> Arra
             f"the package returns {', '.join(f'`{name}`' for name in found)}", expected=f"an output `{spec.name}`"
         )
     array, shape = found[spec.name], spec.at(T=seq_len)
-    if array.shape != shape or array.dtype != _NUMPY_DTYPES[spec.dtype]:
+    if array.shape != shape or array.dtype != spec.dtype.value:
         raise ContractMismatchError(
             f"the package returns `{spec.name}` as {array.dtype} {list(array.shape)}",
             expected=f"{spec.dtype.value} {list(shape)}",

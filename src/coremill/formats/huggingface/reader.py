@@ -45,7 +45,7 @@ CONFIG = "config.json"
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BUFFER = ".rotary_emb.inv_freq"
 """The end of a tensor's name that old files have and that follows from the configuration."""
 
@@ -133,7 +133,7 @@ class HuggingFaceWeights(WeightsSource):
 
     @property
     def size_bytes(self) -> int:
-        return sum(elements(each.shape) * _DTYPES[each.dtype].itemsize for each in self._tensors.values())
+        return sum(elements(each.shape) * DTYPES[each.dtype].itemsize for each in self._tensors.values())
 
     @property
     def memory_bytes(self) -> int:
@@ -231,9 +231,9 @@ def _located(shards: list[Path]) -> dict[str, _Located]:
                         f"{shard}: {name} is in {found[name].shard.name} too", expected="each tensor once"
                     )
                 part = file.get_slice(name)
-                if (dtype := part.get_dtype()) not in _DTYPES:
+                if (dtype := part.get_dtype()) not in DTYPES:
                     raise UnsupportedModelError(
-                        f"{shard}: {name} is of type {dtype}", expected=f"one of {', '.join(_DTYPES)}"
+                        f"{shard}: {name} is of type {dtype}", expected=f"one of {', '.join(DTYPES)}"
                     )
                 found[name] = _Located(shard=shard, dtype=dtype, shape=tuple(part.get_shape()))
     return found

@@ -29,15 +29,14 @@ from coremill.core.config import (
 from coremill.core.errors import CheckpointContentError, UnsupportedModelError
 from coremill.core.publish import replacing, write_atomic
 from coremill.formats.halt_head import HALT_HEAD
-from coremill.formats.huggingface.reader import CONFIG, WHOLE
+from coremill.formats.huggingface.reader import CONFIG, DTYPES, WHOLE
 from coremill.formats.source import huggingface_name
 from coremill.model.checkpoint import Checkpoint
 
 HuggingFaceDtype = Literal["float32", "float16", "bfloat16"]
 """Of the tensors in model.safetensors."""
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_SAFETENSORS = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TokenIds(NamedTuple):
@@ -104,9 +103,9 @@ def stored_tensors(checkpoint: Checkpoint, dtype: HuggingFaceDtype) -> dict[str,
 
 
 def _stored(name: str, tensor: Tensor, dtype: HuggingFaceDtype) -> Tensor:
-    value = tensor.detach().cpu().to(_DTYPES[dtype])
+    value: Tensor = tensor.detach().cpu().to(getattr(torch, dtype))
     if value.dtype != tensor.dtype and (beyond := int((~torch.isfinite(value)).sum())):
-        largest, limit = float(tensor.abs().max()), torch.finfo(_DTYPES[dtype]).max
+        largest, limit = float(tensor.abs().max()), torch.finfo(value.dtype).max
         raise CheckpointContentError(
             f"{name}: {beyond} values are beyond {dtype}, the largest is {largest:g}",
             expected=f"values up to {limit:g}; or `dtype` bfloat16 or float32",
