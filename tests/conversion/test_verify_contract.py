@@ -435,6 +435,7 @@ def _flip(path, place):
         ("contract of version 2", 12, "format version error: {contract}: schema_version '2.0'"),
         ("truncated checkpoint", 22, "unreadable checkpoint error: "),
         ("no held-out set", 20, "dataset error: {dataset} has no held-out set"),
+        ("no answer key", 20, "dataset error: cannot read {dataset}/answers.json: No such file or directory"),
         ("bad held-out line", 20, "dataset error: {dataset}/heldout.jsonl:3: not JSON"),
         ("bad tokenizer", 21, "tokenizer error: {dataset}/tokenizer.json is not JSON"),
     ],
@@ -461,6 +462,8 @@ def test_bad_input_has_its_own_exit_code_and_leaves_what_was_there(build, capsys
             build.checkpoint.write_bytes(build.checkpoint.read_bytes()[:5000])
         case "no held-out set":
             build.heldout.unlink()
+        case "no answer key":
+            layout.answer_key_file(build.dataset).unlink()
         case "bad held-out line":
             lines = build.heldout.read_text().splitlines()
             build.heldout.write_text("\n".join([*lines[:2], "no JSON", *lines[3:]]))
