@@ -25,7 +25,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from tests.reading import shape_measured
 
 from coremill.conversion import convert_coreml, export_pytorch
-from coremill.conversion.export_hf import export_hf
 from coremill.core import layout
 from coremill.core.config import (
     ConvertConfig,
@@ -55,6 +54,7 @@ from coremill.data.prompts import Prompts, load_prompts
 from coremill.data.rows import Row, read_rows
 from coremill.data.texts import ChatPrompt
 from coremill.formats.gguf.export import export_gguf
+from coremill.formats.huggingface.export import export_hf
 from coremill.model.checkpoint import IMPORTED_FROM, checkpoint_of, save_checkpoint
 from coremill.model.student import new_student
 from coremill.text.model_tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG, TextTokenizer

@@ -54,7 +54,7 @@ from coremill.data.prompts import load_prompts
 from coremill.data.texts import ChatPrompt
 from coremill.formats import parity
 from coremill.formats.huggingface import writer as huggingface_writer
-from coremill.formats.huggingface.parity import Findings, Reference, _Difference, compare, load_model
+from coremill.formats.huggingface.parity import Expected, Findings, _Difference, compare, load_model
 from coremill.formats.huggingface.settings import Meant, settings
 from coremill.formats.huggingface.writer import HuggingFaceDtype, architecture_of, stored_tensors
 from coremill.model.checkpoint import IMPORTED_FROM, build_student, checkpoint_of, load_checkpoint, save_checkpoint
@@ -168,8 +168,8 @@ def exported(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toy_reference(toy: Path, exported_toy: Path) -> Reference:
-    return a_reference(toy, exported_toy)
+def toy_expected(toy: Path, exported_toy: Path) -> Expected:
+    return expectation(toy, exported_toy)
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def directory(exported_toy: Path, tmp_path: Path) -> Path:
     return shutil.copytree(exported_toy, tmp_path / "directory")
 
 
-def a_reference(source: Path, folder: Path, dtype: HuggingFaceDtype = "float32") -> Reference:
+def expectation(source: Path, folder: Path, dtype: HuggingFaceDtype = "float32") -> Expected:
     (checkpoint,) = source.glob("*.ckpt")
     ckpt = load_checkpoint(checkpoint)
     prompts = load_prompts(layout.tokenizer_file(source), source, rows=40)
@@ -189,7 +189,7 @@ def a_reference(source: Path, folder: Path, dtype: HuggingFaceDtype = "float32")
     student.load_state_dict(stored, strict=False)
     tokenizer = prompts.tokenizer
     text = tokenizer if isinstance(tokenizer, TextTokenizer) else TextTokenizer.of_student(tokenizer)
-    return Reference(
+    return Expected(
         student=student,
         architecture=architecture_of(ckpt.config, ckpt.model_type),
         stored=stored,
@@ -293,7 +293,7 @@ def test_half_precision_is_compared_with_the_rounded_checkpoint(imported: Path, 
     figures = export(imported, tmp_path / "hf", "--dtype", "float16")
     assert float(figures["relative_error_of_logits"]) <= 1e-5
     # Were it compared with the checkpoint as it is, that would show.
-    findings = compare(tmp_path / "hf", a_reference(imported, tmp_path / "hf"))
+    findings = compare(tmp_path / "hf", expectation(imported, tmp_path / "hf"))
     assert failures(findings).keys() >= {"tensors that differ", "relative error of logits"}
 
 
@@ -325,7 +325,7 @@ def test_a_tokenizer_that_transformers_replaces_is_found(imported: Path, tmp_pat
     with pytest.raises(ParityError) as caught:
         export(source, tmp_path / "hf")
     assert re.fullmatch(
-        "transformers does not compute what the checkpoint computes: settings that differ: 1 of 30, such as "
+        "the directory differs from the checkpoint: settings that differ: 1 of 30, such as "
         r"token 340: 'AddedToken\(\"<\|endoftext\|>\", .*\)' instead of None; texts that are tokenized otherwise: "
         r"\d+ of \d+, such as '0123456789 3\.14159 1,000,000 ٣٤٥ Ⅻ ½'; conversations .*",
         caught.value.found,
@@ -559,22 +559,22 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
     ],
 )
 def test_what_is_planted_in_a_directory_is_found(
-    toy_reference: Reference, directory: Path, plant: Callable[[Path], None], found: set[str]
+    toy_expected: Expected, directory: Path, plant: Callable[[Path], None], found: set[str]
 ) -> None:
-    reference = replace(toy_reference, halt_head=directory / "halt_head-tiny_ball.safetensors")
+    expected = replace(toy_expected, halt_head=directory / "halt_head-tiny_ball.safetensors")
     plant(directory)
-    seen = failures(compare(directory, reference)).keys()
+    seen = failures(compare(directory, expected)).keys()
     assert seen - {GREEDY} == found - {GREEDY}  # what else changes may change them too
     assert seen >= found
 
 
-def test_the_settings_that_are_compared(toy_reference: Reference, exported_toy: Path) -> None:
+def test_the_settings_that_are_compared(toy_expected: Expected, exported_toy: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported_toy)
     meant = Meant(
-        config=toy_reference.student.config,
+        config=toy_expected.student.config,
         architecture="LlamaForCausalLM",
         dtype=torch.float32,
-        tokenizer=toy_reference.tokenizer,
+        tokenizer=toy_expected.tokenizer,
     )
     found = settings(exported_toy, load_model(exported_toy), tokenizer, meant)
     tokens = ["bos_token_id", "eos_token_id", "pad_token_id"]
@@ -589,11 +589,11 @@ def test_the_settings_that_are_compared(toy_reference: Reference, exported_toy: 
     ]
 
 
-def test_what_differs_is_named(toy_reference: Reference, directory: Path) -> None:
+def test_what_differs_is_named(toy_expected: Expected, directory: Path) -> None:
     edited(CONFIG, max_position_embeddings=64, bos_token_id=5)(directory)
     change_a_little(directory)
     stray_file(directory)
-    assert failures(compare(directory, toy_reference)) == {
+    assert failures(compare(directory, toy_expected)) == {
         FILE: "2 of 6, such as 'added_tokens.json'",
         SETTING: "2 of 29, such as max_position_embeddings: 64 instead of 128",
         TENSOR: "1 of 21, such as 'model.layers.0.mlp.down_proj.weight'",
@@ -614,7 +614,7 @@ def test_an_edit_between_writing_and_reading_is_found(
     with pytest.raises(ParityError) as caught:
         export(toy, tmp_path / "hf")
     assert caught.value.found == (
-        "transformers does not compute what the checkpoint computes: "
+        "the directory differs from the checkpoint: "
         "files that are not as written: 1 of 6, such as 'chat_template.jinja'"
     )
     assert list(tmp_path.iterdir()) == []
@@ -635,9 +635,9 @@ def test_logits_that_are_all_zero() -> None:
 
 def test_a_conversation_that_only_one_refuses_is_found(imported: Path, exported: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exported, tmp_path / "directory")
-    reference = a_reference(imported, folder)
+    expected = expectation(imported, folder)
     welcoming_template(folder)
-    assert failures(compare(folder, reference)).keys() == {FILE, CHATS}
+    assert failures(compare(folder, expected)).keys() == {FILE, CHATS}
 
 
 def test_figures_outside_their_bounds_are_an_error_that_names_them(
@@ -652,7 +652,7 @@ def test_figures_outside_their_bounds_are_an_error_that_names_them(
     with pytest.raises(ParityError) as caught:
         export(toy, tmp_path / "hf")
     assert caught.value.found.startswith(
-        "transformers does not compute what the checkpoint computes: settings that differ: 1 of 29, such as "
+        "the directory differs from the checkpoint: settings that differ: 1 of 29, such as "
         "rms_norm_eps: 0.5 instead of 1e-05; relative error of logits: 0."
     )
     assert " is above 1e-05; relative error of halt logits: " in caught.value.found
@@ -806,7 +806,7 @@ def test_too_little_memory(toy: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(MachineError) as caught:
         export(toy, tmp_path / "hf")
     assert caught.value.expected == (
-        f"{4 * size / 1e6:,.0f} MB, for the weights, as they are read, stored and computed with twice"
+        f"{4 * size / 1e6:,.0f} MB, for the weights, as read, as stored and in two models"
     )
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 4 * size)
@@ -836,7 +836,7 @@ def test_a_missing_package_is_named(toy: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_comparison_without_halt_head_says_nothing_of_it(imported: Path, exported: Path) -> None:
-    reference = a_reference(imported, exported)
-    assert reference.halt_head is None
-    names = [gate.name for gate in compare(exported, replace(reference, halt_head=None)).gates]
+    expected = expectation(imported, exported)
+    assert expected.halt_head is None
+    names = [gate.name for gate in compare(exported, replace(expected, halt_head=None)).gates]
     assert "relative error of halt logits" not in names

@@ -52,8 +52,8 @@ WORK = {
     "export": {"conversion/export_pytorch.py", "coreml/export.py"},
     "convert": {"conversion/convert_coreml.py", "coreml/convert.py"},
     "verify": {"conversion/verify_contract.py", "verification/verify.py"},
-    "hf": {"conversion/export_hf.py"},
-    "gguf": {"conversion/export_gguf.py"},
+    "hf": {"conversion/export_hf.py", "formats/huggingface/export.py"},
+    "gguf": {"conversion/export_gguf.py", "formats/gguf/export.py"},
 }
 
 

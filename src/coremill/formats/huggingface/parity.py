@@ -47,8 +47,8 @@ _QUESTIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
-    """What a directory is compared with."""
+class Expected:
+    """The contents and outputs that a directory must have."""
 
     student: Student
     """The checkpoint's model, its weights rounded as the file's are."""
@@ -71,8 +71,8 @@ class Findings:
     differences: tuple[TokenDifference, ...]
 
 
-def compare(folder: Path, reference: Reference) -> Findings:
-    """Load `folder` with transformers and compare it with `reference`.
+def compare(folder: Path, expected: Expected) -> Findings:
+    """Load `folder` with transformers and compare it with `expected`.
 
     Raises:
         DatasetError: no prompt leaves room for an answer in the model's context.
@@ -81,15 +81,15 @@ def compare(folder: Path, reference: Reference) -> Findings:
     model = load_model(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.no_grad():
-        logits, max_abs = _logits(model, reference)
-        answers, differences = _answers(model, reference)
+        logits, max_abs = _logits(model, expected)
+        answers, differences = _answers(model, expected)
     gates = (
-        _files(folder, reference),
-        _settings(folder, model, tokenizer, reference),
-        _weights(folder, reference),
+        _files(folder, expected),
+        _settings(folder, model, tokenizer, expected),
+        _weights(folder, expected),
         *logits,
         answers,
-        *_tokenizer(tokenizer, reference),
+        *_tokenizer(tokenizer, expected),
         *(not_run(_BY_HAND).gate(name, Severity.NICE) for name in ("logits under mlx-lm", "llama.cpp's converter")),
     )
     return Findings(gates=gates, logits_max_abs=max_abs, differences=differences)
@@ -114,25 +114,25 @@ def _none_of(name: str, wrong: Sequence[Any], count: int) -> Gate:
 # --- files and settings ------------------------------------------------------------------------------------------
 
 
-def _files(folder: Path, reference: Reference) -> Gate:
+def _files(folder: Path, expected: Expected) -> Gate:
     """Every file but the weights has the bytes that were meant, and no other stands beside them."""
-    weights = {WHOLE, *([] if reference.halt_head is None else [reference.halt_head.name])}
+    weights = {WHOLE, *([] if expected.halt_head is None else [expected.halt_head.name])}
     found = {path.name for path in folder.iterdir()} - weights - {layout.parity_report(folder).name}
     different = [
         name
-        for name in sorted(found | reference.files.keys())
-        if name not in found or name not in reference.files or (folder / name).read_bytes() != reference.files[name]
+        for name in sorted(found | expected.files.keys())
+        if name not in found or name not in expected.files or (folder / name).read_bytes() != expected.files[name]
     ]
-    return _none_of("files that are not as written", different, len(reference.files))
+    return _none_of("files that are not as written", different, len(expected.files))
 
 
-def _settings(folder: Path, model: Any, tokenizer: Any, reference: Reference) -> Gate:
-    (dtype,) = {tensor.dtype for tensor in reference.stored.values()}
+def _settings(folder: Path, model: Any, tokenizer: Any, expected: Expected) -> Gate:
+    (dtype,) = {tensor.dtype for tensor in expected.stored.values()}
     meant = Meant(
-        config=reference.student.config,
-        architecture=reference.architecture,
+        config=expected.student.config,
+        architecture=expected.architecture,
         dtype=dtype,
-        tokenizer=reference.tokenizer,
+        tokenizer=expected.tokenizer,
     )
     compared = settings(folder, model, tokenizer, meant)
     return _none_of("settings that differ", [each for each in compared if each.differs], len(compared))
@@ -141,34 +141,34 @@ def _settings(folder: Path, model: Any, tokenizer: Any, reference: Reference) ->
 # --- weights and logits -----------------------------------------------------------------------------
 
 
-def _weights(folder: Path, reference: Reference) -> Gate:
-    expected = {huggingface_name(name): tensor for name, tensor in reference.stored.items()}
+def _weights(folder: Path, expected: Expected) -> Gate:
+    wanted = {huggingface_name(name): tensor for name, tensor in expected.stored.items()}
     found = load_file(folder / WHOLE)
-    if reference.halt_head is not None:
-        expected[HALT_HEAD] = reference.student.state_dict()[HALT_HEAD]
-        found |= load_file(reference.halt_head)
+    if expected.halt_head is not None:
+        wanted[HALT_HEAD] = expected.student.state_dict()[HALT_HEAD]
+        found |= load_file(expected.halt_head)
     different = [
         name
-        for name in sorted(found.keys() | expected.keys())
+        for name in sorted(found.keys() | wanted.keys())
         if name not in found
-        or name not in expected
-        or found[name].dtype != expected[name].dtype
-        or not torch.equal(found[name], expected[name])
+        or name not in wanted
+        or found[name].dtype != wanted[name].dtype
+        or not torch.equal(found[name], wanted[name])
     ]
-    return _none_of("tensors that differ", different, len(expected))
+    return _none_of("tensors that differ", different, len(wanted))
 
 
-def _logits(model: Any, reference: Reference) -> tuple[list[Gate], float]:
+def _logits(model: Any, expected: Expected) -> tuple[list[Gate], float]:
     """Gates on the logits and, where there is one, the halt head's; and the largest difference of logits."""
     logits, halting = _Difference(), _Difference()
-    halt_head = load_file(reference.halt_head)[HALT_HEAD] if reference.halt_head is not None else None
-    for ids in sequences(reference.prompts, reference.student.config.max_seq_len, _POSITIONS):
+    halt_head = load_file(expected.halt_head)[HALT_HEAD] if expected.halt_head is not None else None
+    for ids in sequences(expected.prompts, expected.student.config.max_seq_len, _POSITIONS):
         inputs = torch.tensor([ids])  # (1, T)
         outputs = model(input_ids=inputs, output_hidden_states=halt_head is not None, use_cache=False)
-        expected = reference.student(inputs)
-        logits.add(outputs.logits, expected[0])  # (1, T, V)
+        reference = expected.student(inputs)
+        logits.add(outputs.logits, reference[0])  # (1, T, V)
         if halt_head is not None:
-            halting.add(outputs.hidden_states[-1] @ halt_head.T, expected[1])  # (1, T, 2)
+            halting.add(outputs.hidden_states[-1] @ halt_head.T, reference[1])  # (1, T, 2)
     gates = [at_most(logits.relative, MAX_RELATIVE_ERR).gate("relative error of logits", Severity.MUST)]
     if halt_head is not None:
         gates.append(
@@ -200,17 +200,17 @@ class _Difference:
 # --- greedy answers ---------------------------------------------------------------------------------
 
 
-def _answers(model: Any, reference: Reference) -> tuple[Gate, tuple[TokenDifference, ...]]:
+def _answers(model: Any, expected: Expected) -> tuple[Gate, tuple[TokenDifference, ...]]:
     """Answers as transformers generates them, each token judged by the checkpoint after the same tokens."""
-    count = _ROW_ANSWERS if isinstance(reference.prompts, RowPrompts) else _TEXT_ANSWERS
-    limit = reference.student.config.max_seq_len
+    count = _ROW_ANSWERS if isinstance(expected.prompts, RowPrompts) else _TEXT_ANSWERS
+    limit = expected.student.config.max_seq_len
     wrong = 0
     differences: list[TokenDifference] = []
-    for number, ids in enumerate(questions(reference.prompts, limit, count)):
+    for number, ids in enumerate(questions(expected.prompts, limit, count)):
         wanted = min(NEW_TOKENS, limit - len(ids))
         answer = _generated(model, ids, wanted)
-        wrong += not _ends_well(answer, wanted, reference.tokenizer.eos_ids)
-        logits = reference.student(torch.tensor([[*ids, *answer[:-1]]]))[0][0].numpy()
+        wrong += not _ends_well(answer, wanted, expected.tokenizer.eos_ids)
+        logits = expected.student(torch.tensor([[*ids, *answer[:-1]]]))[0][0].numpy()
         differences += greedy_differences(number, ids, answer, logits)
     wrong += sum(not difference.is_tie for difference in differences)
     return at_most(wrong, 0).gate("greedy tokens that differ", Severity.MUST), tuple(differences)
@@ -234,16 +234,16 @@ def _ends_well(answer: Sequence[int], wanted: int, eos_ids: Sequence[int]) -> bo
 # --- tokenizer --------------------------------------------------------------------------------------
 
 
-def _tokenizer(theirs: Any, reference: Reference) -> Iterator[Gate]:
-    ours = reference.tokenizer
-    compared = texts(reference.prompts, ours)
+def _tokenizer(theirs: Any, expected: Expected) -> Iterator[Gate]:
+    ours = expected.tokenizer
+    compared = texts(expected.prompts, ours)
     wrong = [text for text in compared if not _same_encoding(ours, theirs, text)]
     yield _none_of("texts that are tokenized otherwise", wrong, len(compared))
     name = "conversations that are written otherwise"
     if ours.chat_template is None:
         yield not_run("the model has no chat template").gate(name, Severity.NICE)
         return
-    chats = list(_conversations(reference))
+    chats = list(_conversations(expected))
     differing = [chat for chat, ends in chats if not _same_chat(ours, theirs, chat, ends)]
     yield _none_of(name, differing, len(chats))
 
@@ -261,10 +261,10 @@ def _same_encoding(ours: TextTokenizer, theirs: Any, text: str) -> bool:
     return bool(found == (special, plain, begun, ours.decode(special)))
 
 
-def _conversations(reference: Reference) -> Iterator[tuple[list[Message], bool]]:
+def _conversations(expected: Expected) -> Iterator[tuple[list[Message], bool]]:
     """Questions alone, answered, asked again, under a system's word, and after an answer; each with and without the
     start of an answer, and one that is odd."""
-    for question, answer in itertools.islice(_asked(reference.prompts), _QUESTIONS):
+    for question, answer in itertools.islice(_asked(expected.prompts), _QUESTIONS):
         asked: Message = {"role": "user", "content": question}
         said: Message = {"role": "assistant", "content": answer}
         system: Message = {"role": "system", "content": "Answer briefly."}
