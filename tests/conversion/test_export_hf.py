@@ -55,7 +55,7 @@ from coremill.data.texts import ChatPrompt
 from coremill.formats import parity
 from coremill.formats.huggingface import writer as huggingface_writer
 from coremill.formats.huggingface.parity import Expected, Findings, _Difference, compare, load_model
-from coremill.formats.huggingface.settings import Meant, settings
+from coremill.formats.huggingface.settings import ExpectedSettings, settings
 from coremill.formats.huggingface.writer import HuggingFaceDtype, architecture_of, stored_tensors
 from coremill.model.checkpoint import IMPORTED_FROM, build_student, checkpoint_of, load_checkpoint, save_checkpoint
 from coremill.model.student import new_student
@@ -221,14 +221,14 @@ def test_a_toy_s_directory(toy: Path, exported_toy: Path) -> None:
     }
     report = read_json(exported_toy / "parity.json", HuggingFaceParity)
     assert [(gate.name, gate.outcome.value) for gate in report.gates] == [
-        ("files that are not as written", "passed"),
+        ("files that differ", "passed"),
         ("settings that differ", "passed"),
         ("tensors that differ", "passed"),
         ("relative error of logits", "passed"),
         ("relative error of halt logits", "passed"),
         ("greedy tokens that differ", "passed"),
-        ("texts that are tokenized otherwise", "passed"),
-        ("conversations that are written otherwise", "passed"),
+        ("texts that are tokenized differently", "passed"),
+        ("conversations that are rendered differently", "passed"),
         ("logits under mlx-lm", "not_run"),
         ("llama.cpp's converter", "not_run"),
     ]
@@ -273,14 +273,14 @@ def test_the_same_checkpoint_gives_the_same_bytes(toy: Path, exported_toy: Path,
     assert figures.keys() == {
         "parameters",
         "bytes",
-        "files_that_are_not_as_written",
+        "files_that_differ",
         "settings_that_differ",
         "tensors_that_differ",
         "relative_error_of_logits",
         "relative_error_of_halt_logits",
         "greedy_tokens_that_differ",
-        "texts_that_are_tokenized_otherwise",
-        "conversations_that_are_written_otherwise",
+        "texts_that_are_tokenized_differently",
+        "conversations_that_are_rendered_differently",
         "logits_max_abs",
         "greedy_ties",
     }
@@ -326,8 +326,9 @@ def test_a_tokenizer_that_transformers_replaces_is_found(imported: Path, tmp_pat
         export(source, tmp_path / "hf")
     assert re.fullmatch(
         "the directory differs from the checkpoint: settings that differ: 1 of 30, such as "
-        r"token 340: 'AddedToken\(\"<\|endoftext\|>\", .*\)' instead of None; texts that are tokenized otherwise: "
-        r"\d+ of \d+, such as '0123456789 3\.14159 1,000,000 ٣٤٥ Ⅻ ½'; conversations .*",
+        r"token 340: 'AddedToken\(\"<\|endoftext\|>\", .*\)' instead of None; "
+        r"texts that are tokenized differently: \d+ of \d+, such as "
+        r"'0123456789 3\.14159 1,000,000 ٣٤٥ Ⅻ ½'; conversations .*",
         caught.value.found,
         re.DOTALL,
     )
@@ -347,7 +348,7 @@ def test_a_qwen2_with_qwen_s_own_tokenizer(imported: Path, tmp_path: Path) -> No
     tokenizer = TextTokenizer.load(source / "tokenizer.json")
     save_model(source / "tiny_qwen.ckpt", a_model(352, attention_bias="qkv"), tokenizer, "qwen2")
     figures = export(source, tmp_path / "hf")
-    assert (figures["settings_that_differ"], figures["texts_that_are_tokenized_otherwise"]) == ("0", "0")
+    assert (figures["settings_that_differ"], figures["texts_that_are_tokenized_differently"]) == ("0", "0")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
@@ -355,7 +356,7 @@ def test_the_other_families_take_the_tokenizer_as_it_is(imported: Path, tmp_path
     source = shutil.copytree(imported, tmp_path / "source")
     tokenizer = TextTokenizer.load(source / "tokenizer.json")
     save_model(source / "tiny_qwen.ckpt", a_model(340), tokenizer, model_type)
-    assert export(source, tmp_path / "hf")["texts_that_are_tokenized_otherwise"] == "0"
+    assert export(source, tmp_path / "hf")["texts_that_are_tokenized_differently"] == "0"
 
 
 def test_a_model_without_template_and_without_end_token(imported: Path, tmp_path: Path) -> None:
@@ -364,7 +365,7 @@ def test_a_model_without_template_and_without_end_token(imported: Path, tmp_path
     (source / TOKENIZER_CONFIG).unlink()
     export(source, tmp_path / "hf")
     gates = {gate.name: gate for gate in read_json(tmp_path / "hf" / "parity.json", HuggingFaceParity).gates}
-    chats = gates["conversations that are written otherwise"]
+    chats = gates["conversations that are rendered differently"]
     assert (chats.outcome, chats.reason) == (Outcome.NOT_RUN, "the model has no chat template")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
 
@@ -503,9 +504,9 @@ def stray_file(folder: Path) -> None:
     (folder / "added_tokens.json").write_text("{}")
 
 
-FILE, SETTING, TENSOR = "files that are not as written", "settings that differ", "tensors that differ"
+FILE, SETTING, TENSOR = "files that differ", "settings that differ", "tensors that differ"
 LOGITS, HALT, GREEDY = "relative error of logits", "relative error of halt logits", "greedy tokens that differ"
-TEXTS, CHATS = "texts that are tokenized otherwise", "conversations that are written otherwise"
+TEXTS, CHATS = "texts that are tokenized differently", "conversations that are rendered differently"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
@@ -570,13 +571,13 @@ def test_what_is_planted_in_a_directory_is_found(
 
 def test_the_settings_that_are_compared(toy_expected: Expected, exported_toy: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported_toy)
-    meant = Meant(
+    expected = ExpectedSettings(
         config=toy_expected.student.config,
         architecture="LlamaForCausalLM",
         dtype=torch.float32,
         tokenizer=toy_expected.tokenizer,
     )
-    found = settings(exported_toy, load_model(exported_toy), tokenizer, meant)
+    found = settings(exported_toy, load_model(exported_toy), tokenizer, expected)
     tokens = ["bos_token_id", "eos_token_id", "pad_token_id"]
     assert [each.name for each in found] == [
         *("class", "architectures", "dtype", "max_position_embeddings", "rope_parameters", "rms_norm_eps"),
@@ -614,8 +615,7 @@ def test_an_edit_between_writing_and_reading_is_found(
     with pytest.raises(ParityError) as caught:
         export(toy, tmp_path / "hf")
     assert caught.value.found == (
-        "the directory differs from the checkpoint: "
-        "files that are not as written: 1 of 6, such as 'chat_template.jinja'"
+        "the directory differs from the checkpoint: files that differ: 1 of 6, such as 'chat_template.jinja'"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -684,7 +684,9 @@ def test_a_value_beyond_float16_leaves_nothing(toy: Path, tmp_path: Path) -> Non
     ckpt = load_checkpoint(source / "tiny_ball.ckpt")
     ckpt.state_dict["norm.weight"][0] = 1e5
     save_checkpoint(source / "tiny_ball.ckpt", ckpt)
-    with pytest.raises(CheckpointContentError, match=r"^norm\.weight: 1 values are beyond float16, the largest is"):
+    with pytest.raises(
+        CheckpointContentError, match=r"^norm\.weight: 1 values exceed the range of float16, the largest is"
+    ):
         export(source, tmp_path / "hf", "--dtype", "float16")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -99,13 +99,11 @@ def greedy_differences(
     rows = logits[len(ids) - 1 :][: len(answer)]
     # Both sides may be off by rounding, so that two as near as twice that may change places.
     near = 2 * MAX_RELATIVE_ERR * float(np.abs(rows).max(initial=0))
-    for place in np.flatnonzero(rows.argmax(-1) != np.asarray(answer)):
+    for place in np.flatnonzero(rows.argmax(-1) != np.asarray(answer)).tolist():
         row, token = rows[place], answer[place]
         best = int(row.argmax())
         gap = float(row[best] - row[token])
-        yield TokenDifference(
-            prompt=number, place=int(place), token=token, expected=best, gap=gap, is_tie=gap <= near
-        )
+        yield TokenDifference(prompt=number, place=place, token=token, expected=best, gap=gap, is_tie=gap <= near)
 
 
 # --- texts ------------------------------------------------------------------------------------------

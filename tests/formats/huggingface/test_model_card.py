@@ -1,4 +1,4 @@
-"""The model card: its metadata is YAML that says what is known, its text is pinned."""
+"""The model card: its metadata is YAML, and its text is pinned."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ tags:
 
 # magic-8-ball
 
-A causal language model of 500,000 parameters with a context of 1,024 tokens, stored as float32; transformers \
-computes it as `LlamaForCausalLM`.
+A causal language model of 500,000 parameters with a context of 1,024 tokens, stored as float32. The class in \
+transformers is `LlamaForCausalLM`.
 
-## Where it comes from
+## Origin
 
 | | |
 |---|---|
@@ -69,14 +69,14 @@ computes it as `LlamaForCausalLM`.
 | Seed | `8` |
 | Written by | coremill 0.1.0 |
 
-## How to use it
+## Usage
 
 With transformers:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # where this file lies
+folder = "."  # the directory of this file
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 question = [{"role": "user", "content": "Will it rain tomorrow?"}]
@@ -93,14 +93,15 @@ With [mlx-lm](https://github.com/ml-explore/mlx-lm), on a Mac with Apple silicon
 mlx_lm.generate --model . --prompt "Will it rain tomorrow?"
 ```
 
-mlx-lm runs on a Mac alone: where this directory was not written on one, that command was not run. `parity.json` \
-says what was: the directory was loaded with transformers and compared with its checkpoint.
+mlx-lm runs only on a Mac, so coremill did not run this command. It loaded the directory with transformers and \
+compared it with its checkpoint; `parity.json` contains the results.
 
 ## The halt head
 
-`halt_head-magic_8_ball.safetensors` holds what the class of transformers has no place for: `halt_head.weight`, \
-(2, hidden size), float32. Its product with the last hidden state, after the final norm, gives two logits for each \
-position, of [continue, halt]. Generation does not need it: an answer ends with its end token.
+`halt_head-magic_8_ball.safetensors` contains a tensor that the class in transformers does not have: \
+`halt_head.weight`, (2, hidden size), float32. \
+Its product with the last hidden state, after the final norm, gives two logits for each \
+position: [continue, halt]. Generation does not need it: an answer ends with an end token.
 
 ```python
 from safetensors.torch import load_file
@@ -117,7 +118,7 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
     return yaml.safe_load(front)
 
 
-def test_the_card_of_a_toy() -> None:
+def test_card_of_a_toy_is_pinned() -> None:
     assert model_card(TOY) == TOY_CARD
     assert metadata(TOY) == {
         "library_name": "transformers",
@@ -127,7 +128,7 @@ def test_the_card_of_a_toy() -> None:
     }
 
 
-def test_what_nobody_said_is_not_said() -> None:
+def test_unknown_facts_are_omitted() -> None:
     assert metadata(IMPORTED) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -140,15 +141,17 @@ def test_what_nobody_said_is_not_said() -> None:
     assert 'prompt = tokenizer("It was a dark and stormy night", return_tensors="pt")' in card
 
 
-def test_every_file_that_a_model_was_imported_from_is_named() -> None:
-    assert [line for line in model_card(IMPORTED).splitlines() if line.startswith(("| Imported", "| Weights"))] == [
+def test_card_names_every_imported_file() -> None:
+    assert [
+        line for line in model_card(IMPORTED).splitlines() if line.startswith(("| Imported", "| Weight types"))
+    ] == [
         "| Imported from | `config.json`, `sha256:1` |",
         "| Imported from | `a\\|b.safetensors`, `sha256:2` |",
-        "| Weights of the source | Q4_1, F32 |",
+        "| Weight types of the source | Q4_1, F32 |",
     ]
 
 
-def test_a_licence_is_metadata_whatever_it_spells() -> None:
+def test_metadata_quotes_any_licence() -> None:
     facts = msgspec.structs.replace(TOY, license='no: "yes"\n---', model_type="coremill")
     assert metadata(facts)["license"] == 'no: "yes"\n---'
     assert metadata(facts)["tags"] == ["coremill"]

@@ -220,7 +220,7 @@ def test_tensors_begin_at_a_multiple_of_eight(tmp_path: Path) -> None:
         ({"mlp_bias": True, "attention_bias": "qkv"}, "`attention_bias` qkv and `mlp_bias`"),
         (
             {"attention_bias": "qkvo", "n_heads": 6, "n_kv_heads": 3, "head_size": 8},
-            "`attention_bias` qkvo and `d_model` 32 that is no multiple of `n_heads` 6",
+            "`attention_bias` qkvo and `d_model` 32, not a multiple of `n_heads` 6",
         ),
     ],
 )
@@ -299,7 +299,7 @@ def test_a_value_beyond_float16_is_an_error_and_not_infinite(tmp_path: Path) -> 
     with pytest.raises(CheckpointContentError) as caught:
         write_huggingface(tmp_path, checkpoint, dtype="float16", tokens=TOKENS)
     assert str(caught.value) == (
-        "norm.weight: 2 values are beyond float16, the largest is 100000\n"
+        "norm.weight: 2 values exceed the range of float16, the largest is 100000\n"
         "  expected: values up to 65504; or `dtype` bfloat16 or float32"
     )
     assert not list(tmp_path.iterdir())

@@ -1,16 +1,16 @@
 """The model card: README.md of a Hugging Face directory, YAML metadata before Markdown.
 
-Metadata: https://huggingface.co/docs/hub/model-cards#model-card-metadata. Only what is known is said: no
-language, and no licence that nobody gave.
+Metadata: https://huggingface.co/docs/hub/model-cards#model-card-metadata. The card contains only what is known: no
+language, and a licence only if one is configured.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from coremill.core.documents import Record
+from coremill.core.plain import Plain
 
 CARD = "README.md"
 
@@ -18,7 +18,7 @@ _USE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # where this file lies
+folder = "."  # the directory of this file
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 {prompt}
@@ -35,36 +35,36 @@ prompt = tokenizer("It was a dark and stormy night", return_tensors="pt")"""
 
 
 class CardFacts(Record):
-    """What a card says of a model."""
+    """The facts about a model that its card contains."""
 
     name: str
     architecture: str
-    """transformers' class, such as `LlamaForCausalLM`."""
+    """The class of transformers, such as `LlamaForCausalLM`."""
     model_type: str
-    """The run's, such as `magic-8-ball`."""
+    """The model type of the run, such as `magic-8-ball`."""
     parameters: int
-    """Of the tensors in model.safetensors."""
+    """The number of elements of the tensors in model.safetensors."""
     max_seq_len: int
     dtype: str
     license: str | None
     """SPDX identifier."""
     checkpoint_digest: str
     tokenizer_digest: str
-    training: dict[str, Any]
-    """What the checkpoint says of how it came about."""
-    imported_from: dict[str, Any] | None
-    """What it was imported from; None for a model that coremill trained."""
+    training: Mapping[str, Plain]
+    """How the checkpoint was made, as it records it."""
+    imported_from: Mapping[str, Plain] | None
+    """The origin of an imported checkpoint; None for a model that coremill trained."""
     has_chat_template: bool
     halt_head: str | None
-    """The file of the halt head; None where the model has none."""
+    """The file of the halt head, or None if the model has none."""
     parity: str
-    """The file that says how the directory was compared with its checkpoint."""
+    """The file with the results of the comparison with the checkpoint."""
     coremill: str
-    """Version."""
+    """The version of coremill."""
 
 
 def model_card(facts: CardFacts) -> str:
-    """The card as text; equal facts give equal text."""
+    """Return the card as text; equal facts give equal text."""
     return "\n".join([*_metadata(facts), "", *_body(facts)]) + "\n"
 
 
@@ -81,7 +81,7 @@ def _metadata(facts: CardFacts) -> Iterator[str]:
 
 
 def _quoted(text: str) -> str:
-    """A JSON string is a YAML string, whatever it holds."""
+    """Quote `text` as JSON; every JSON string is also a YAML string."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -90,14 +90,14 @@ def _body(facts: CardFacts) -> Iterator[str]:
     yield ""
     yield (
         f"A causal language model of {facts.parameters:,} parameters with a context of {facts.max_seq_len:,} "
-        f"tokens, stored as {facts.dtype}; transformers computes it as `{facts.architecture}`."
+        f"tokens, stored as {facts.dtype}. The class in transformers is `{facts.architecture}`."
     )
     yield ""
-    yield "## Where it comes from"
+    yield "## Origin"
     yield ""
     yield from _table(_provenance(facts))
     yield ""
-    yield "## How to use it"
+    yield "## Usage"
     yield ""
     yield "With transformers:"
     yield ""
@@ -110,9 +110,8 @@ def _body(facts: CardFacts) -> Iterator[str]:
     yield "```"
     yield ""
     yield (
-        "mlx-lm runs on a Mac alone: where this directory was not written on one, that command was not run. "
-        f"`{facts.parity}` says what was: the directory was loaded with transformers and compared with its "
-        "checkpoint."
+        "mlx-lm runs only on a Mac, so coremill did not run this command. It loaded the directory with "
+        f"transformers and compared it with its checkpoint; `{facts.parity}` contains the results."
     )
     if facts.halt_head is not None:
         yield ""
@@ -126,8 +125,9 @@ def _provenance(facts: CardFacts) -> Iterator[tuple[str, str]]:
         files = facts.imported_from.get("files")
         for name, digest in files.items() if isinstance(files, Mapping) else ():
             yield "Imported from", f"`{name}`, `{digest}`"
-        if facts.imported_from.get("source_dtypes"):
-            yield "Weights of the source", ", ".join(map(str, facts.imported_from["source_dtypes"]))
+        dtypes = facts.imported_from.get("source_dtypes")
+        if isinstance(dtypes, (list, tuple)) and dtypes:
+            yield "Weight types of the source", ", ".join(map(str, dtypes))
     else:
         yield "Trained by", "distillation from a teacher's distribution over answers"
         for key, what in (("dataset_digest", "Dataset"), ("steps", "Optimizer steps"), ("seed", "Seed")):
@@ -147,9 +147,9 @@ def _halt_head(file: str) -> Iterator[str]:
     yield "## The halt head"
     yield ""
     yield (
-        f"`{file}` holds what the class of transformers has no place for: `halt_head.weight`, (2, hidden size), "
-        "float32. Its product with the last hidden state, after the final norm, gives two logits for each "
-        "position, of [continue, halt]. Generation does not need it: an answer ends with its end token."
+        f"`{file}` contains a tensor that the class in transformers does not have: `halt_head.weight`, "
+        "(2, hidden size), float32. Its product with the last hidden state, after the final norm, gives two logits "
+        "for each position: [continue, halt]. Generation does not need it: an answer ends with an end token."
     )
     yield ""
     yield "```python"

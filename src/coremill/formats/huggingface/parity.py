@@ -1,8 +1,8 @@
-"""Whether a Hugging Face directory is what its checkpoint is: transformers loads it and is compared.
+"""Compares a Hugging Face directory, loaded with transformers, with the checkpoint.
 
-Its files are read back, its settings are taken from what transformers made of them, and what it computes, generates
-and tokenizes is compared. All in float32, from the folder alone, without the network and without code that the
-folder might bring.
+Compared are the files, the settings as transformers reads them, the weights, logits, greedy answers, token ids and
+rendered conversations. Both models compute in float32. transformers reads only the directory, without network
+access, and runs no code from it.
 
 Legend: T sequence length, V vocabulary, C d_model.
 """
@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import torch
@@ -29,7 +28,7 @@ from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
 from coremill.data.prompts import Prompts, RowPrompts, TextPrompts
 from coremill.formats.halt_head import HALT_HEAD
 from coremill.formats.huggingface.reader import WHOLE
-from coremill.formats.huggingface.settings import Meant, settings
+from coremill.formats.huggingface.settings import ExpectedSettings, Setting, settings
 from coremill.formats.parity import ODD_TEXTS, greedy_differences, questions, sequences, texts
 from coremill.formats.source import huggingface_name
 from coremill.model.student import Student
@@ -38,12 +37,12 @@ from coremill.text.model_tokenizer import TextTokenizer
 
 NEW_TOKENS = 32
 _POSITIONS = 1024
-"""On which logits are compared: of equal weights, in float32."""
-_BY_HAND = "none of coremill's packages has it: benchmarks/huggingface_readers.py asks it"
+"""The approximate number of positions whose logits are compared."""
+_BY_HAND = "not installed in coremill's environments; benchmarks/huggingface_readers.py runs it"
 
 _TEXT_ANSWERS, _ROW_ANSWERS = 4, 16
 _QUESTIONS = 8
-"""That conversations are made of."""
+"""The number of questions that conversations are made from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +50,17 @@ class Expected:
     """The contents and outputs that a directory must have."""
 
     student: Student
-    """The checkpoint's model, its weights rounded as the file's are."""
+    """The checkpoint's model, with its weights rounded to the file's type."""
     architecture: str
-    """transformers' class that computes it."""
+    """The class of transformers that computes it."""
     stored: Mapping[str, Tensor]
-    """The tensors that the file should have, by the student's names."""
+    """The tensors of the file, by the student's names."""
     tokenizer: TextTokenizer
     prompts: Prompts
     files: Mapping[str, bytes]
-    """What was to be written, by name: all but the weights."""
+    """The contents of all files except the weights, by name."""
     halt_head: Path | None
-    """The file of the halt head, where there is one."""
+    """The file of the halt head, or None if the model has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +74,8 @@ def compare(folder: Path, expected: Expected) -> Findings:
     """Load `folder` with transformers and compare it with `expected`.
 
     Raises:
-        DatasetError: no prompt leaves room for an answer in the model's context.
+        DatasetError: every prompt fills the model's context.
     """
-    transformers.utils.logging.disable_progress_bar()
     model = load_model(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.no_grad():
@@ -95,16 +93,20 @@ def compare(folder: Path, expected: Expected) -> Findings:
     return Findings(gates=gates, logits_max_abs=max_abs, differences=differences)
 
 
-def load_model(folder: Path) -> Any:
-    """The model that transformers makes of `folder`, to compute in float32."""
-    transformers.utils.logging.disable_progress_bar()  # of a second's work
+def load_model(folder: Path) -> transformers.PreTrainedModel:
+    """Return the model that transformers loads from `folder`, in float32."""
+    transformers.utils.logging.disable_progress_bar()
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
 
 
-def _none_of(name: str, wrong: Sequence[Any], count: int) -> Gate:
-    """A gate on what differs, which it names the first of, where there are `count` that may."""
+def _none_of(name: str, wrong: Sequence[str] | Sequence[Setting] | Sequence[list[Message]], count: int) -> Gate:
+    """Return a gate that passes if `wrong` is empty, and otherwise names the first of them.
+
+    Args:
+        count: the number of items that were compared.
+    """
     if not wrong:
         return passed(measured=0, threshold=0).gate(name, Severity.MUST)
     reason = f"{len(wrong)} of {count}, such as {wrong[0]!r}"
@@ -115,7 +117,7 @@ def _none_of(name: str, wrong: Sequence[Any], count: int) -> Gate:
 
 
 def _files(folder: Path, expected: Expected) -> Gate:
-    """Every file but the weights has the bytes that were meant, and no other stands beside them."""
+    """Return the gate on the bytes of every file except the weights, and on additional files."""
     weights = {WHOLE, *([] if expected.halt_head is None else [expected.halt_head.name])}
     found = {path.name for path in folder.iterdir()} - weights - {layout.parity_report(folder).name}
     different = [
@@ -123,12 +125,17 @@ def _files(folder: Path, expected: Expected) -> Gate:
         for name in sorted(found | expected.files.keys())
         if name not in found or name not in expected.files or (folder / name).read_bytes() != expected.files[name]
     ]
-    return _none_of("files that are not as written", different, len(expected.files))
+    return _none_of("files that differ", different, len(expected.files))
 
 
-def _settings(folder: Path, model: Any, tokenizer: Any, expected: Expected) -> Gate:
+def _settings(
+    folder: Path,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    expected: Expected,
+) -> Gate:
     (dtype,) = {tensor.dtype for tensor in expected.stored.values()}
-    meant = Meant(
+    meant = ExpectedSettings(
         config=expected.student.config,
         architecture=expected.architecture,
         dtype=dtype,
@@ -158,8 +165,8 @@ def _weights(folder: Path, expected: Expected) -> Gate:
     return _none_of("tensors that differ", different, len(wanted))
 
 
-def _logits(model: Any, expected: Expected) -> tuple[list[Gate], float]:
-    """Gates on the logits and, where there is one, the halt head's; and the largest difference of logits."""
+def _logits(model: transformers.PreTrainedModel, expected: Expected) -> tuple[list[Gate], float]:
+    """Return the gates on the logits and on those of a halt head, and the largest difference of logits."""
     logits, halting = _Difference(), _Difference()
     halt_head = load_file(expected.halt_head)[HALT_HEAD] if expected.halt_head is not None else None
     for ids in sequences(expected.prompts, expected.student.config.max_seq_len, _POSITIONS):
@@ -178,21 +185,21 @@ def _logits(model: Any, expected: Expected) -> tuple[list[Gate], float]:
 
 
 class _Difference:
-    """The largest difference between outputs, and how large the expected ones are."""
+    """The largest absolute difference between outputs, and the largest absolute value of the expected ones."""
 
     def __init__(self) -> None:
         self.max_abs = 0.0
         self.scale = 0.0
 
     def add(self, found: Tensor, expected: Tensor) -> None:
-        # Of tensors, whose maximum of a NaN is one; Python's would pass over it.
+        # The maximum of tensors propagates NaN; Python's max may drop it.
         difference = (found - expected).abs().max()
         self.max_abs = float(torch.maximum(torch.tensor(self.max_abs), difference))
         self.scale = max(self.scale, float(expected.abs().max()))
 
     @property
     def relative(self) -> float:
-        if self.scale == 0:  # all that was expected is 0
+        if self.scale == 0:
             return 0.0 if self.max_abs == 0 else math.inf
         return self.max_abs / self.scale
 
@@ -200,8 +207,8 @@ class _Difference:
 # --- greedy answers ---------------------------------------------------------------------------------
 
 
-def _answers(model: Any, expected: Expected) -> tuple[Gate, tuple[TokenDifference, ...]]:
-    """Answers as transformers generates them, each token judged by the checkpoint after the same tokens."""
+def _answers(model: transformers.PreTrainedModel, expected: Expected) -> tuple[Gate, tuple[TokenDifference, ...]]:
+    """Return the gate on greedy answers, and each token that the checkpoint would not choose at its position."""
     count = _ROW_ANSWERS if isinstance(expected.prompts, RowPrompts) else _TEXT_ANSWERS
     limit = expected.student.config.max_seq_len
     wrong = 0
@@ -216,9 +223,9 @@ def _answers(model: Any, expected: Expected) -> tuple[Gate, tuple[TokenDifferenc
     return at_most(wrong, 0).gate("greedy tokens that differ", Severity.MUST), tuple(differences)
 
 
-def _generated(model: Any, ids: Sequence[int], wanted: int) -> list[int]:
+def _generated(model: transformers.PreTrainedModel, ids: Sequence[int], wanted: int) -> list[int]:
     inputs = torch.tensor([ids])  # (1, T)
-    # The mask is given: transformers guesses one from the padding token, which may be the end token.
+    # Without a mask, transformers derives one from the padding token, which may also be the end token.
     found = model.generate(
         input_ids=inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=wanted
     )
@@ -226,20 +233,20 @@ def _generated(model: Any, ids: Sequence[int], wanted: int) -> list[int]:
 
 
 def _ends_well(answer: Sequence[int], wanted: int, eos_ids: Sequence[int]) -> bool:
-    """Whether the answer ends at its first end token, or at its last where it has none."""
-    ended = next((place for place, token in enumerate(answer, 1) if token in eos_ids), wanted)
+    """Return whether the answer ends at its first end token or, without one, has `wanted` tokens."""
+    ended = next((length for length, token in enumerate(answer, 1) if token in eos_ids), wanted)
     return len(answer) == ended
 
 
 # --- tokenizer --------------------------------------------------------------------------------------
 
 
-def _tokenizer(theirs: Any, expected: Expected) -> Iterator[Gate]:
+def _tokenizer(theirs: transformers.PreTrainedTokenizerBase, expected: Expected) -> Iterator[Gate]:
     ours = expected.tokenizer
     compared = texts(expected.prompts, ours)
     wrong = [text for text in compared if not _same_encoding(ours, theirs, text)]
-    yield _none_of("texts that are tokenized otherwise", wrong, len(compared))
-    name = "conversations that are written otherwise"
+    yield _none_of("texts that are tokenized differently", wrong, len(compared))
+    name = "conversations that are rendered differently"
     if ours.chat_template is None:
         yield not_run("the model has no chat template").gate(name, Severity.NICE)
         return
@@ -248,8 +255,8 @@ def _tokenizer(theirs: Any, expected: Expected) -> Iterator[Gate]:
     yield _none_of(name, differing, len(chats))
 
 
-def _same_encoding(ours: TextTokenizer, theirs: Any, text: str) -> bool:
-    """With special tokens as such, as text, with what goes before a text, and back."""
+def _same_encoding(ours: TextTokenizer, theirs: transformers.PreTrainedTokenizerBase, text: str) -> bool:
+    """Compare the ids with special tokens parsed, as plain text and with a text's first token; and decode them."""
     plain, special = ours.encode(text), ours.encode(text, allow_special=True)
     begun = [ours.bos_id, *special] if ours.add_bos else special
     found = (
@@ -262,18 +269,20 @@ def _same_encoding(ours: TextTokenizer, theirs: Any, text: str) -> bool:
 
 
 def _conversations(expected: Expected) -> Iterator[tuple[list[Message], bool]]:
-    """Questions alone, answered, asked again, under a system's word, and after an answer; each with and without the
-    start of an answer, and one that is odd."""
-    for question, answer in itertools.islice(_asked(expected.prompts), _QUESTIONS):
-        asked: Message = {"role": "user", "content": question}
-        said: Message = {"role": "assistant", "content": answer}
+    """Yield conversations, and whether the start of an answer is appended to each.
+
+    Questions are alone, answered, repeated, after a system prompt and after an answer. The last is unusual text.
+    """
+    for question, answer in itertools.islice(_questions_and_answers(expected.prompts), _QUESTIONS):
+        user: Message = {"role": "user", "content": question}
+        assistant: Message = {"role": "assistant", "content": answer}
         system: Message = {"role": "system", "content": "Answer briefly."}
-        forms = ([asked], [asked, said], [asked, said, asked], [system, asked], [said, asked])
-        yield from itertools.product(map(list, forms), (True, False))
+        chats = ([user], [user, assistant], [user, assistant, user], [system, user], [assistant, user])
+        yield from itertools.product(chats, (True, False))
     yield [{"role": "user", "content": "\n".join(ODD_TEXTS)}], True
 
 
-def _asked(prompts: Prompts) -> Iterator[tuple[str, str]]:
+def _questions_and_answers(prompts: Prompts) -> Iterator[tuple[str, str]]:
     if isinstance(prompts, RowPrompts):
         yield from ((row.prompt, row.teacher_text) for row in prompts.rows)
     else:
@@ -282,8 +291,10 @@ def _asked(prompts: Prompts) -> Iterator[tuple[str, str]]:
         yield from zip(questions, itertools.islice(itertools.cycle(questions), 1, None), strict=False)
 
 
-def _same_chat(ours: TextTokenizer, theirs: Any, chat: Sequence[Message], ends: bool) -> bool:
-    """The text and its tokens; a conversation that the template refuses is refused by both."""
+def _same_chat(
+    ours: TextTokenizer, theirs: transformers.PreTrainedTokenizerBase, chat: Sequence[Message], ends: bool
+) -> bool:
+    """Compare the text and its token ids; a conversation that one template rejects, both must reject."""
     assert ours.chat_template is not None
     try:
         expected = ours.chat_template.render(chat, add_generation_prompt=ends)

@@ -1,7 +1,7 @@
-"""What transformers makes of the settings of a Hugging Face directory, beside what the model is.
+"""Compares the settings that transformers reads from a directory with those of the model and its tokenizer.
 
-None of these shows in logits, and each changes what a user gets: where answers end, how long a text may be, what is
-drawn at random, how a special token in a text is cut. Names are transformers' own.
+Logits show none of these, but users depend on them: which tokens end an answer, how long a text may be, whether
+tokens are sampled, and how special tokens in a text are split. The names are those of transformers.
 """
 
 from __future__ import annotations
@@ -9,97 +9,118 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import transformers
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from coremill.core.config import ModelConfig
+from coremill.core.plain import Plain
 from coremill.formats.huggingface.writer import rope_parameters
 from coremill.text.model_tokenizer import TextTokenizer
 
+Value: TypeAlias = "Plain | torch.dtype"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Meant:
-    """What the settings are to say."""
+class ExpectedSettings:
+    """What determines the settings of a directory."""
 
     config: ModelConfig
     architecture: str
-    """transformers' class."""
+    """The class of transformers."""
     dtype: torch.dtype
-    """Of the tensors in the file."""
+    """The type of the tensors in the file."""
     tokenizer: TextTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     name: str
-    found: Any
-    meant: Any
+    found: Value
+    expected: Value
 
     @property
     def differs(self) -> bool:
-        return bool(self.found != self.meant)
+        return self.found != self.expected
 
     def __repr__(self) -> str:
-        return f"{self.name}: {self.found!r} instead of {self.meant!r}"
+        return f"{self.name}: {self.found!r} instead of {self.expected!r}"
 
 
-def settings(folder: Path, model: Any, tokenizer: Any, meant: Meant) -> list[Setting]:
-    """Of the configuration, of generation and of the tokenizer, as transformers has them.
+def settings(
+    folder: Path,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    expected: ExpectedSettings,
+) -> list[Setting]:
+    """Return the settings of the configuration, of generation and of the tokenizer, as transformers reads them.
 
     Args:
-        model: what transformers made of `folder`.
-        tokenizer: the same.
+        model: the model that transformers loads from `folder`.
+        tokenizer: the tokenizer that it loads from there.
     """
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    found = (*_of_model(config, model, meant), *_of_generation(model, meant), *_of_tokenizer(tokenizer, meant))
-    return [Setting(name=name, found=value, meant=expected) for name, value, expected in found]
+    compared = (
+        *_of_model(config, model, expected),
+        *_of_generation(model.generation_config, expected.tokenizer),
+        *_of_tokenizer(tokenizer, expected.tokenizer),
+    )
+    return [Setting(name=name, found=found, expected=value) for name, found, value in compared]
 
 
-def _of_model(found: Any, model: Any, meant: Meant) -> Iterator[tuple[str, Any, Any]]:
-    yield "class", type(model).__name__, meant.architecture
-    yield "architectures", found.architectures, [meant.architecture]
-    yield "dtype", found.dtype, meant.dtype
-    yield "max_position_embeddings", found.max_position_embeddings, meant.config.max_seq_len
-    yield "rope_parameters", found.rope_parameters, rope_parameters(meant.config)
-    yield "rms_norm_eps", found.rms_norm_eps, meant.config.norm_eps
-    yield "tie_word_embeddings", found.tie_word_embeddings, meant.config.arch.tie_embeddings
+def _of_model(
+    found: transformers.PreTrainedConfig, model: transformers.PreTrainedModel, expected: ExpectedSettings
+) -> Iterator[tuple[str, Value, Value]]:
+    yield "class", type(model).__name__, expected.architecture
+    yield "architectures", found.architectures, [expected.architecture]
+    yield "dtype", found.dtype, expected.dtype
+    yield "max_position_embeddings", found.max_position_embeddings, expected.config.max_seq_len
+    yield "rope_parameters", found.rope_parameters, rope_parameters(expected.config)
+    yield "rms_norm_eps", found.rms_norm_eps, expected.config.norm_eps
+    yield "tie_word_embeddings", found.tie_word_embeddings, expected.config.arch.tie_embeddings
     yield "attention_dropout", found.attention_dropout, 0.0
     yield "sliding_window", getattr(found, "sliding_window", None), None
-    ours = meant.tokenizer
-    yield "bos_token_id", found.bos_token_id, ours.bos_id
-    yield "eos_token_id", _listed(found.eos_token_id), list(ours.eos_ids)
-    yield "pad_token_id", found.pad_token_id, ours.pad_id
+    tokenizer = expected.tokenizer
+    yield "bos_token_id", found.bos_token_id, tokenizer.bos_id
+    yield "eos_token_id", _id_list(found.eos_token_id), list(tokenizer.eos_ids)
+    yield "pad_token_id", found.pad_token_id, tokenizer.pad_id
 
 
-def _of_generation(model: Any, meant: Meant) -> Iterator[tuple[str, Any, Any]]:
-    """The tokens, and nothing else: no sampling, and no length."""
-    ours = meant.tokenizer
-    expected = {"bos_token_id": ours.bos_id, "eos_token_id": list(ours.eos_ids), "pad_token_id": ours.pad_id}
-    found = model.generation_config.to_diff_dict()
-    found["eos_token_id"] = _listed(found.get("eos_token_id"))
-    for name in sorted(expected.keys() | found.keys() - {"transformers_version"}):
-        yield f"generation's {name}", found.get(name), expected.get(name)
+def _of_generation(
+    found: transformers.GenerationConfig, tokenizer: TextTokenizer
+) -> Iterator[tuple[str, Value, Value]]:
+    """Yield the token ids, and whatever else the configuration of generation sets, such as sampling or a length."""
+    expected: dict[str, Value] = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": list(tokenizer.eos_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
+    values = found.to_diff_dict()
+    values["eos_token_id"] = _id_list(values.get("eos_token_id"))
+    for name in sorted(expected.keys() | values.keys() - {"transformers_version"}):
+        yield f"generation's {name}", values.get(name), expected.get(name)
 
 
-def _of_tokenizer(found: Any, meant: Meant) -> Iterator[tuple[str, Any, Any]]:
-    ours = meant.tokenizer
-    yield "tokenizer's bos_token", found.bos_token, ours.special_tokens.get("bos_token")
-    yield "tokenizer's eos_token", found.eos_token, ours.special_tokens.get("eos_token")
-    # Where a model names none, some classes have one of their own, which does no harm.
-    yield "tokenizer's pad_token", found.pad_token, ours.special_tokens.get("pad_token", found.pad_token)
+def _of_tokenizer(
+    found: transformers.PreTrainedTokenizerBase, tokenizer: TextTokenizer
+) -> Iterator[tuple[str, Value, Value]]:
+    special = tokenizer.special_tokens
+    yield "tokenizer's bos_token", found.bos_token, special.get("bos_token")
+    yield "tokenizer's eos_token", found.eos_token, special.get("eos_token")
+    # If a model declares no padding token, some classes use one of their own, which is harmless.
+    yield "tokenizer's pad_token", found.pad_token, special.get("pad_token", found.pad_token)
     yield "tokenizer's model_max_length", found.model_max_length, VERY_LARGE_INTEGER
-    # As text: two of the library's tokens of the same content are equal, whatever else they say.
-    theirs = {place: repr(token) for place, token in found.added_tokens_decoder.items()}
-    expected = {place: repr(token) for place, token in ours.added_tokens.items()}
-    for place in sorted(theirs.keys() | expected.keys()):
-        yield f"token {place}", theirs.get(place), expected.get(place)
+    # Compared as text: the library's tokens compare equal if their content is, whatever their other fields.
+    theirs = {token_id: repr(token) for token_id, token in found.added_tokens_decoder.items()}
+    expected = {token_id: repr(token) for token_id, token in tokenizer.added_tokens.items()}
+    for token_id in sorted(theirs.keys() | expected.keys()):
+        yield f"token {token_id}", theirs.get(token_id), expected.get(token_id)
 
 
-def _listed(ids: int | Sequence[int] | None) -> list[int]:
-    """End tokens, which are given alone or in a list."""
+def _id_list(ids: int | Sequence[int] | None) -> list[int]:
+    """Return the end tokens as a list; transformers gives one id, several or None."""
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)

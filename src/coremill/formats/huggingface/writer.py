@@ -1,8 +1,8 @@
-"""Hugging Face directories, written: config.json and model.safetensors, as transformers reads them.
+"""Writes Hugging Face directories: config.json and model.safetensors, as transformers reads them.
 
-Names of options are those of transformers' configuration classes, in the spelling of version 5 (`rope_parameters`);
-RoPE is said in that of version 4 as well (`rope_theta`, `rope_scaling`), which mlx-lm and older readers know alone.
-Where both are, transformers 5 reads `rope_scaling` with `rope_theta`, and the two say the same.
+Options have the names of transformers' configuration classes in version 5 (`rope_parameters`). RoPE is also written
+with the names of version 4 (`rope_theta`, `rope_scaling`), because mlx-lm and older readers support only those. If
+both are present, transformers 5 reads `rope_scaling` and `rope_theta`; the values are equal.
 Tensors: https://huggingface.co/docs/safetensors.
 """
 
@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -27,6 +27,7 @@ from coremill.core.config import (
     YarnScaling,
 )
 from coremill.core.errors import CheckpointContentError, UnsupportedModelError
+from coremill.core.plain import Plain
 from coremill.core.publish import replacing, write_atomic
 from coremill.formats.halt_head import HALT_HEAD
 from coremill.formats.huggingface.reader import CONFIG, DTYPES, WHOLE
@@ -34,33 +35,33 @@ from coremill.formats.source import huggingface_name
 from coremill.model.checkpoint import Checkpoint
 
 HuggingFaceDtype = Literal["float32", "float16", "bfloat16"]
-"""Of the tensors in model.safetensors."""
+"""The type of the tensors in model.safetensors."""
 
 _SAFETENSORS = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TokenIds(NamedTuple):
-    """The tokens that play a part, for config.json."""
+    """The ids of the special tokens that config.json contains."""
 
     bos: int | None
     eos: tuple[int, ...]
-    """Each ends an answer."""
+    """Each of them ends an answer."""
     pad: int | None
 
 
 def write_huggingface(
     folder: Path, checkpoint: Checkpoint, *, dtype: HuggingFaceDtype, tokens: TokenIds
 ) -> dict[str, Tensor]:
-    """Write config.json and model.safetensors into `folder`, each whole or not at all.
+    """Write config.json and model.safetensors into `folder`, each atomically.
 
-    Equal checkpoints give equal bytes. The halt head is left out; what stands beside the two files is not touched.
+    Equal checkpoints give equal bytes. The halt head is excluded. Other files in `folder` are not changed.
 
     Returns:
-        The tensors as the file has them, by the student's names.
+        The tensors of the file, by the student's names.
 
     Raises:
         UnsupportedModelError: no class of transformers computes the model.
-        CheckpointContentError: a value is beyond `dtype`.
+        CheckpointContentError: a value exceeds the range of `dtype`.
         OutputError: a file cannot be written.
     """
     config = config_json(checkpoint, dtype=dtype, tokens=tokens)
@@ -72,11 +73,11 @@ def write_huggingface(
 
 
 def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
-    """The format's eight bytes of the header's length, header, and tensors by name, one after another.
+    """Write the length of the header in eight bytes, the header, and the tensors in the order of their names.
 
-    The package's own function wants the name of a file, and makes an error of its own of a full disk.
+    The safetensors package writes only to a path, and reports a full disk with an error type of its own.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    header: dict[str, Plain] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
     for name in sorted(tensors):
         start, end = end, end + tensors[name].nbytes
@@ -86,17 +87,17 @@ def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
             "data_offsets": [start, end],
         }
     data = msgspec.json.encode(header)
-    data += b" " * (-len(data) % 8)  # so that the tensors can be mapped where they lie
+    data += b" " * (-len(data) % 8)  # aligns the tensors, so that they can be memory-mapped
     file.write(struct.pack("<Q", len(data)) + data)
     for name in sorted(tensors):
         file.write(tensors[name].reshape(-1).view(torch.uint8).numpy())
 
 
 def stored_tensors(checkpoint: Checkpoint, dtype: HuggingFaceDtype) -> dict[str, Tensor]:
-    """The checkpoint's tensors in `dtype`, rounded to nearest, by the student's names; without the halt head.
+    """Return the checkpoint's tensors except the halt head, by the student's names, rounded to nearest in `dtype`.
 
     Raises:
-        CheckpointContentError: a value is beyond `dtype`, and would become infinite.
+        CheckpointContentError: a value exceeds the range of `dtype`; it would become infinite.
     """
     kept = {name: tensor for name, tensor in checkpoint.state_dict.items() if name != HALT_HEAD}
     return {name: _stored(name, tensor, dtype) for name, tensor in kept.items()}
@@ -107,7 +108,7 @@ def _stored(name: str, tensor: Tensor, dtype: HuggingFaceDtype) -> Tensor:
     if value.dtype != tensor.dtype and (beyond := int((~torch.isfinite(value)).sum())):
         largest, limit = float(tensor.abs().max()), torch.finfo(value.dtype).max
         raise CheckpointContentError(
-            f"{name}: {beyond} values are beyond {dtype}, the largest is {largest:g}",
+            f"{name}: {beyond} values exceed the range of {dtype}, the largest is {largest:g}",
             expected=f"values up to {limit:g}; or `dtype` bfloat16 or float32",
         )
     return value
@@ -118,20 +119,20 @@ def _stored(name: str, tensor: Tensor, dtype: HuggingFaceDtype) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Class:
-    """One of transformers' classes: what it computes, and how it says so. weights_huggingface reads the same."""
+    """A class of transformers: the models that it computes, and the options of its own."""
 
     architecture: str
     computes: Callable[[ModelConfig], bool]
-    own: Callable[[ModelConfig], dict[str, Any]]
-    """The keys of config.json that only some classes have."""
+    own: Callable[[ModelConfig], dict[str, Plain]]
+    """Returns the keys of config.json that not every class has."""
 
 
 def _heads_fit(config: ModelConfig) -> bool:
-    """Llama's configuration is refused where they do not, though nothing follows from it."""
+    """Return whether `d_model` is a multiple of `n_heads`; Llama's configuration class requires it."""
     return config.d_model % config.n_heads == 0
 
 
-def _bias(config: ModelConfig) -> dict[str, Any]:
+def _bias(config: ModelConfig) -> dict[str, Plain]:
     return {"attention_bias": config.attention_bias == "qkvo"}
 
 
@@ -157,16 +158,17 @@ _CLASSES = {
         own=lambda config: {**_bias(config), "use_sliding_window": False},
     ),
 }
-"""By transformers' model type, in the order in which they are tried."""
+"""The classes by transformers' model type, in the order in which they are tried."""
 
 
 def family_of(config: ModelConfig, model_type: str) -> str:
-    """The model type, as transformers has it, of the class that computes a model of `config`.
+    """Return transformers' model type for the class that computes a model of `config`.
 
-    It is `model_type` where that is one and computes the model, else the first that does: Llama for a toy.
+    It is `model_type` if that is one and its class computes the model. Otherwise it is the first that does, such
+    as Llama for a toy.
 
     Raises:
-        UnsupportedModelError: none does; names the options that do not go together.
+        UnsupportedModelError: no class does; the error names the options that no class combines.
     """
     order = [model_type, *_CLASSES] if model_type in _CLASSES else [*_CLASSES]
     for family in order:
@@ -179,8 +181,8 @@ def family_of(config: ModelConfig, model_type: str) -> str:
 
 
 def _options(config: ModelConfig) -> list[str]:
-    """What a model has of the options that not every class computes."""
-    heads = f"`d_model` {config.d_model} that is no multiple of `n_heads` {config.n_heads}"
+    """Return the options of a model that not every class computes."""
+    heads = f"`d_model` {config.d_model}, not a multiple of `n_heads` {config.n_heads}"
     options = {
         f"`attention_bias` {config.attention_bias}": config.attention_bias != "none",
         "`mlp_bias`": config.mlp_bias,
@@ -191,20 +193,20 @@ def _options(config: ModelConfig) -> list[str]:
 
 
 def architecture_of(config: ModelConfig, model_type: str) -> str:
-    """The name of the class that :func:`family_of` finds, such as `LlamaForCausalLM`; raises as it does."""
+    """Return the name of the class that :func:`family_of` finds, such as `LlamaForCausalLM`; raises as it does."""
     return _CLASSES[family_of(config, model_type)].architecture
 
 
 def config_json(checkpoint: Checkpoint, *, dtype: HuggingFaceDtype, tokens: TokenIds) -> bytes:
-    """config.json, as :func:`write_huggingface` writes it; raises as :func:`family_of` does."""
+    """Return config.json as :func:`write_huggingface` writes it; raises as :func:`family_of` does."""
     config = huggingface_config(checkpoint.config, checkpoint.model_type, dtype=dtype, tokens=tokens)
     return msgspec.json.format(msgspec.json.encode(config, order="sorted"), indent=2) + b"\n"
 
 
 def huggingface_config(
     config: ModelConfig, model_type: str, *, dtype: HuggingFaceDtype, tokens: TokenIds
-) -> dict[str, Any]:
-    """What config.json says of a model; raises as :func:`family_of` does."""
+) -> dict[str, Plain]:
+    """Return the contents of config.json; raises as :func:`family_of` does."""
     family = family_of(config, model_type)
     rope = rope_parameters(config)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -235,12 +237,12 @@ def huggingface_config(
     }
 
 
-def rope_parameters(config: ModelConfig) -> dict[str, Any]:
-    """RoPE as transformers 5 has it."""
+def rope_parameters(config: ModelConfig) -> dict[str, Plain]:
+    """Return RoPE's options as transformers 5 names them."""
     return {"rope_theta": config.rope_theta, **_scaling(config.rope_scaling, config.max_seq_len)}
 
 
-def _scaling(scaling: RopeScaling | None, max_seq_len: int) -> dict[str, Any]:
+def _scaling(scaling: RopeScaling | None, max_seq_len: int) -> dict[str, Plain]:
     if scaling is None:
         return {"rope_type": "default"}
     if isinstance(scaling, LinearScaling):
@@ -264,8 +266,8 @@ def _scaling(scaling: RopeScaling | None, max_seq_len: int) -> dict[str, Any]:
             "truncate": scaling.truncate,
         }
     assert isinstance(scaling, FrequencyFactors)
-    # A divisor for each frequency is LongRoPE's, the same in a short context as in a long one, with attention as it
-    # is; the context that tells short from long is then of no account.
+    # LongRoPE divides each frequency by a factor of its own. With equal factors for short and long contexts, and an
+    # attention factor of 1, the context length that separates the two has no effect.
     return {
         "rope_type": "longrope",
         "factor": 1.0,
