@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -534,3 +536,11 @@ def test_a_contract_promises_nothing_of_a_primary_shape_that_failed_nor_two_tens
     outputs = (good.contract.outputs[0], good.contract.outputs[0])
     with pytest.raises(ValueError, match=r"^more than one tensor is named logits$"):
         msgspec.structs.replace(good.contract, outputs=outputs)
+
+
+def test_the_checklist_page_names_every_gate_and_no_other():
+    page = (Path(__file__).parents[2] / "docs" / "PRODUCTION_CHECKLIST.md").read_text()
+    assert set(re.findall(r"\*([A-Z][^*|]+)\*", page)) == {
+        *(row.name for row in ROWS),
+        *(name for name, _ in SUMMARY_ROWS),
+    }
