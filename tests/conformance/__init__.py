@@ -1,1 +1,1 @@
-"""coremltools' own operation tests, with coremill.mil in Core ML's place; see `plugin` and `__main__`."""
+"""Runs coremltools' operation tests with coremill.mil instead of Core ML; see `plugin` and `__main__`."""

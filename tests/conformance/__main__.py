@@ -1,10 +1,10 @@
 """Run coremltools' operation tests against coremill.mil, and write the table.
 
-    python -m tests.conformance                       the whole suite; stopped and started again, it goes on
-    python -m tests.conformance --write               and write docs/CONFORMANCE.md, and the slice
-    python -m tests.conformance -- -k TestLinear      what comes after -- is pytest's
+    python -m tests.conformance                       run the whole suite; a stopped run is resumed
+    python -m tests.conformance --write               also write docs/CONFORMANCE.md and the slice
+    python -m tests.conformance -- -k TestLinear      pass the arguments after -- to pytest
 
-Results are kept by a digest of what they depend on: the evaluator, the plugin and the versions.
+The name of the results' file contains a digest of the evaluator, the plugin and the package versions.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PAGE = ROOT / "docs" / "CONFORMANCE.md"
 SLICE = HERE / "slice.txt"
-"""Node ids of few tests that cover every operation; the repository's own tests run them."""
+"""Node ids of a few tests that cover every operation; the repository's tests run them."""
 RESULTS = ROOT / "build" / "conformance"
 PACKAGES = ("coremltools", "torch", "numpy")
 SUITE = "coremltools.converters.mil.mil.ops.tests"
 
 
 def results_path() -> Path:
-    """The file of the results that belong to the present sources and versions."""
+    """Return the path of the results for the current sources and versions."""
     evaluator = ROOT / "src" / "coremill" / "mil"
     sources = sorted([*evaluator.glob("*.py"), *(evaluator / "ops").glob("*.py"), HERE / "plugin.py"])
     key = value_digest(
@@ -50,12 +50,12 @@ def suite_folder() -> Path:
 
 
 def run_suite(results: Path, workers: int, options: list[str]) -> int:
-    """pytest's exit code."""
+    """Run the suite and return pytest's exit code."""
     environment = {
         **os.environ,
         "PYMIL_TEST_TARGETS": "mlprogram",
         "INCLUDE_MIL_FP32_UNIT_TESTS": "1",
-        # The programs are tiny: a process a core, with one thread each, is the fastest.
+        # The programs are tiny: one process for each core, with one thread, is the fastest.
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
@@ -80,10 +80,10 @@ def main() -> int:
     parser.add_argument(
         "--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)} and {SLICE.relative_to(ROOT)}"
     )
-    parser.add_argument("options", nargs="*", help="pytest's, after --")
+    parser.add_argument("options", nargs="*", help="arguments for pytest, after --")
     arguments = parser.parse_args()
     if arguments.write and arguments.options:
-        parser.error("--write is for the whole suite: leave out what comes after --")
+        parser.error("--write needs the whole suite: remove the arguments after --")
     results = arguments.results or results_path()
     results.parent.mkdir(parents=True, exist_ok=True)
     start = datetime.datetime.now(datetime.timezone.utc)
@@ -104,8 +104,8 @@ def summarize(results: Path, start: datetime.datetime, took: datetime.timedelta,
     sums = totals(records)
     sys.stdout.write(
         f"{sums.passed:,} passed, {sums.failed:,} failed ({sums.passed_share:.2%}); "
-        f"{sums.comparisons_per_pass:.2f} comparisons a pass, {sums.nothing_compared} compared nothing; "
-        f"{sums.not_about_numbers:,} not about numbers, {sums.skipped:,} left out by the suite\n"
+        f"{sums.comparisons_per_pass:.2f} comparisons per passed test, {sums.nothing_compared} compared nothing; "
+        f"{sums.not_about_numbers:,} run no program, {sums.skipped:,} skipped by the suite\n"
     )
     for reason, tests in exceptions(records).items():
         sys.stdout.write(f"{len(tests):6,} × {reason[:160]}\n         {tests[0]}\n")
@@ -113,8 +113,8 @@ def summarize(results: Path, start: datetime.datetime, took: datetime.timedelta,
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
         heading = [
             f"run on {start.date().isoformat()} with {versions}, Python {platform.python_version()}",
-            f"{len(records):,} tests; `nox -s conformance`, {took.total_seconds() / 60:.0f} minutes of the last "
-            f"start, {os.cpu_count()} cores, {platform.machine()}",
+            f"{len(records):,} tests; `nox -s conformance`, {took.total_seconds() / 60:.0f} minutes (last start), "
+            f"{os.cpu_count()} cores, {platform.machine()}",
         ]
         PAGE.write_text(markdown(records, supported_operations(), heading=heading), encoding="utf-8")
         SLICE.write_text("".join(f"{test}\n" for test in smallest_slice(records)), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""A pytest plugin: what was collected stays out of the garbage collector's way.
+"""A pytest plugin that excludes the collected tests from garbage collection.
 
-coremltools collects garbage in every conversion, and the suite's twenty thousand collected tests are a heap that
-takes half a second to go through each time.
+coremltools collects garbage in every conversion. With the suite's twenty thousand collected tests, each collection
+would take half a second.
 """
 
 from __future__ import annotations

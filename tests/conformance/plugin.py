@@ -1,12 +1,12 @@
-"""A pytest plugin that lets coremltools' own operation tests compare numbers without macOS.
+"""A pytest plugin that makes coremltools' operation tests compare numbers on any system.
 
-Off macOS those tests convert and compare nothing. Here `MLModel.predict` and `make_state` are coremill.mil's, the
-switches that ask for macOS say yes, and `compare_backend` compares: in fp32 at the test's own tolerances, and what
-a program computes in fp16 at `FP16_TOLERANCE` (the suite's own are a hundred times those of fp32, at least 0.5 and
-0.05).
+On other systems than macOS, these tests convert programs and compare nothing. The plugin replaces `MLModel.predict`
+and `make_state` by those of coremill.mil, sets the conditions that require macOS to true, and replaces
+`compare_backend`: programs in fp32 are compared with the test's tolerances, and programs in fp16 with
+`FP16_TOLERANCE` (the suite's tolerances for fp16 are a hundred times those of fp32, and at least 0.5 and 0.05).
 
-One JSON line a test goes to the file that `--conformance-results` names: see `records.Record`. Tests that the file
-already lists are left out, so that a run which was stopped goes on.
+The plugin appends one JSON line for each test, see `records.Record`, to the file of `--conformance-results`. Tests
+that the file already contains are deselected, so that a stopped run is resumed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from coremill.mil.graph import Graph
 from coremill.mil.values import TensorType
 
 FP16_TOLERANCE = 5e-3
-"""Absolute and relative, for a program that computes in fp16."""
+"""Absolute and relative tolerance for a program that computes in fp16."""
 
 _CHECKS = (
     "assert_allclose",
@@ -38,19 +38,19 @@ _CHECKS = (
     "assert_array_equal",
     "assert_equal",
 )
-"""numpy's, by which some tests compare by themselves, as by `numpy.allclose`."""
+"""Functions of numpy.testing that some tests call directly; others call `numpy.allclose`."""
 
 _MACOS = (15, 2)
-"""Some tests ask for the version that mended a bug of Core ML."""
+"""Some tests require the version that fixed a bug in Core ML."""
 
 _NOT_COUNTED = frozenset({"const", "cast", "identity"})
-"""Operations that the converter adds around the one that is tested; counted where nothing else is."""
+"""Operations that the converter adds around the tested one; counted only if there are no others."""
 
 _NODE_KEY = "conformance"
 
 
 class _Tally:
-    """What the test that runs now has done."""
+    """Counts for the running test."""
 
     def __init__(self) -> None:
         self.start()
@@ -64,16 +64,20 @@ class _Tally:
 
 _tally = _Tally()
 _models: dict[int, tuple[Any, MLModel]] = {}
-"""By the coremltools model's id; the model itself is kept, so that its id stays its own."""
+"""By the id of the coremltools model, which is kept so that its id is not reused."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--conformance-results", type=Path, required=True, help="a file of one JSON line a test")
+    parser.addoption(
+        "--conformance-results", type=Path, required=True, help="file with one JSON line for each test"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not config.option.runxfail:
-        raise pytest.UsageError("run with -c tests/conformance/pytest.ini: what Core ML fails is no excuse here")
+        raise pytest.UsageError(
+            "run with -c tests/conformance/pytest.ini: expected failures of Core ML must pass here"
+        )
     testing_utils._IS_MACOS = True
     testing_utils.compare_backend = _compare_backend
     coremltools_utils._macos_version = lambda: _MACOS
@@ -104,7 +108,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     if call.when == "call" or (call.when == "setup" and not report.passed):
         operations = (_tally.operations - _NOT_COUNTED) or _tally.operations
-        # Properties travel from a worker of xdist to the process that writes them down.
+        # xdist sends properties from its workers to the process that writes the records.
         report.user_properties.append(
             (
                 _NODE_KEY,
@@ -120,7 +124,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 class Writer:
-    """Writes one record a test; registered in the process that hears of all of them."""
+    """Writes one record for each test; registered in the process that receives all reports."""
 
     def __init__(self, path: Path) -> None:
         drop_unfinished_line(path)
@@ -156,13 +160,13 @@ def _evaluator(model: Any) -> MLModel:
 
 
 def _predict(model: Any, data: Any, state: Any = None) -> Any:
-    """In the place of `coremltools.models.MLModel.predict`."""
+    """Replace `coremltools.models.MLModel.predict`."""
     if isinstance(data, list):
         return [_predict(model, each) for each in data]
     evaluator = _evaluator(model)
     _tally.operations |= _operation_types(evaluator.program.graph)
     dtypes = {spec.name: getattr(spec, "dtype", None) for spec in evaluator.inputs}
-    # Core ML converts an array to the input's type by itself, and the suite gives float32 for everything.
+    # Core ML converts arrays to the input's type, and the suite passes float32 for every input.
     given = {
         name: value.astype(dtypes[name]) if isinstance(value, np.ndarray) and dtypes.get(name) else value
         for name, value in data.items()
@@ -170,7 +174,7 @@ def _predict(model: Any, data: Any, state: Any = None) -> Any:
     try:
         outputs = evaluator.predict(given, state)
     except CoremillError as error:
-        # As Core ML's refusal of a prediction reaches Python; some tests ask for it.
+        # Core ML raises the same for an invalid prediction; some tests expect it.
         raise RuntimeError(f"Error computing NN outputs: {error}") from error
     _tally.predictions += 1
     return outputs
@@ -189,7 +193,7 @@ def _operation_types(graph: Graph) -> set[str]:
 
 
 def _holds_halves(graph: Graph) -> bool:
-    """Whether a value that the program computes is declared in fp16."""
+    """Return whether a computed value of the program is declared in fp16."""
     computed = (graph.types.get(slot) for node in graph.nodes for slot in node.outputs)
     return any(isinstance(each, TensorType) and each.element.is_half for each in computed) or any(
         _holds_halves(block.graph) for node in graph.nodes for block in node.blocks
@@ -207,9 +211,9 @@ def _compare_backend(
     state: Any = None,
     allow_mismatch_ratio: float = 0.0,
 ) -> Any:
-    """In the place of `testing_utils.compare_backend`, whose parameters it has."""
+    """Replace `testing_utils.compare_backend`, with the same parameters."""
     predicted = testing_utils.run_core_ml_predict(mlmodel, input_key_values, state)
-    # Some tests of fp32 run a program that is declared in fp16.
+    # Some fp32 tests run a program that is declared in fp16.
     _tally.precision = "fp16" if dtype == "fp16" or _holds_halves(_evaluator(mlmodel).program.graph) else "fp32"
     if also_compare_shapes:
         testing_utils.compare_shapes(mlmodel, input_key_values, expected_outputs, pred=predicted)
@@ -221,7 +225,7 @@ def _compare_backend(
             _tally.compared += 1
             assert found == expected
         elif found.dtype.kind in "iub":
-            # Indices, counts and masks: 1,000 for 1,003 is wrong, whatever the floats beside it may do.
+            # Indices, counts and masks must be equal: 1,000 instead of 1,003 is wrong at any tolerance.
             np.testing.assert_array_equal(found, expected)
         elif allow_mismatch_ratio:
             _tally.compared += 1

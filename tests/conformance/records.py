@@ -1,4 +1,4 @@
-"""What is written down of each test: one JSON line."""
+"""The record of each test: one JSON line."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     outcome: str
     """passed, failed or skipped."""
     reason: str
-    """Of what did not pass: the exception, or why the suite leaves it out."""
+    """The exception of a failed test, or why the suite skips it; empty if the test passed."""
     predictions: int
-    """How often the test ran a program."""
+    """Number of times the test ran a program."""
     compared: int
-    """Outputs that were compared with expected values."""
+    """Number of outputs compared with expected values."""
     operations: tuple[str, ...]
-    """Types of the operations in the programs that it ran."""
+    """Types of the operations in the programs that the test ran."""
     precision: str
-    """fp16 or fp32; empty where the test compares by itself."""
+    """fp16 or fp32; empty if the test compares without `compare_backend`."""
 
 
 def append_record(path: Path, record: Record) -> None:
@@ -32,7 +32,7 @@ def append_record(path: Path, record: Record) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file; none where there is no file. A line that a stopped run left unfinished is not one."""
+    """Return the records of a file, or none if it does not exist; an unfinished last line is ignored."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
@@ -40,7 +40,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def drop_unfinished_line(path: Path) -> None:
-    """Cut off what a stopped run left of its last line, so that the next record begins a line of its own."""
+    """Remove an unfinished last line of a stopped run, so that the next record starts on a new line."""
     if path.exists():
         content = path.read_bytes()
         path.write_bytes(content[: content.rfind(b"\n") + 1])

@@ -1,4 +1,4 @@
-"""The table of a conformance run: by operation, and the exceptions one by one."""
+"""The page of a conformance run: a table by operation, and a list of the failures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.conformance.records import Record
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One operation."""
+    """The row of one operation."""
 
     operation: str
     tests: int
@@ -20,18 +20,18 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
-    """The run in numbers; every test is in one of the first four."""
+    """The totals of a run; every test is counted in one of the first four fields."""
 
     passed: int
-    """Compared at least one output, and all agreed."""
+    """Tests that compared at least one output and passed."""
     failed: int
-    """Everything else that ran a program or broke before it could: exceptions count as failures."""
+    """All other tests that ran a program or failed before: exceptions count as failures."""
     not_about_numbers: int
-    """Passed without running a program: checks of shape inference, of error messages, of constant folding."""
+    """Tests that passed without running a program, such as tests of shape inference or error messages."""
     skipped: int
-    """Left out by the suite itself."""
+    """Tests that the suite skips."""
     nothing_compared: int
-    """Of `failed`: ran a program, passed, and compared nothing."""
+    """The tests in `failed` that ran a program, passed and compared nothing."""
     outputs_compared: int
 
     @property
@@ -53,7 +53,7 @@ def is_failure(record: Record) -> bool:
 
 
 def is_about_numbers(record: Record) -> bool:
-    """Whether it counts: it ran a program, or should have and broke."""
+    """Return whether a test ran a program, or failed before."""
     return record.outcome != "skipped" and (record.predictions > 0 or is_failure(record))
 
 
@@ -72,7 +72,7 @@ def totals(records: Sequence[Record]) -> Totals:
 
 
 def rows(records: Iterable[Record], operations: Iterable[str]) -> list[Row]:
-    """A row for each operation, those among them that no test runs included."""
+    """Return a row for each operation, including operations that no test runs."""
     tests: Counter[str] = Counter()
     passed: Counter[str] = Counter()
     compared: Counter[str] = Counter()
@@ -91,7 +91,7 @@ def rows(records: Iterable[Record], operations: Iterable[str]) -> list[Row]:
 
 
 def smallest_slice(records: Iterable[Record]) -> list[str]:
-    """Few passing tests that together run every operation that any of them runs, in both precisions; greedily."""
+    """Choose a few passing tests that run every covered operation in each covered precision; greedily."""
     covers = {
         record.test: {(operation, record.precision) for operation in record.operations}
         for record in records
@@ -107,39 +107,39 @@ def smallest_slice(records: Iterable[Record]) -> list[str]:
 
 
 REASONS = (
-    ("TestPReLU::", "coremltools' converter refuses the program that the test builds"),
-    ("test_type_inference_dynamic_x_with_groups", "the test makes a neural network, which is no ML Program"),
-    ("TestSliceByIndex::test_slice_by_index", "the test makes a neural network, which is no ML Program"),
-    ("TestUpsampleBilinear::", "a combination of options that no document describes; coremill.mil's is another"),
+    ("TestPReLU::", "coremltools' converter rejects the program that the test builds"),
+    ("test_type_inference_dynamic_x_with_groups", "the test converts to a neural network, not to an ML Program"),
+    ("TestSliceByIndex::test_slice_by_index", "the test converts to a neural network, not to an ML Program"),
+    ("TestUpsampleBilinear::", "an undocumented combination of options, which coremill.mil implements differently"),
     ("TestNormalizationLocalResponseNorm::", "the expected numbers contradict the operation's documented formula"),
     ("iOS15/test_image_resizing.py::TestResample::", "the test counts casts that its own pipeline removes"),
-    ("TestResample::", "coordinates in float16 in a float32 program, compared as if they were float32"),
-    ("TestCropResize::", "7.899 where 7.9 is expected: bilinear weights are rounded to float32 in another order"),
+    ("TestResample::", "float16 coordinates in a float32 program, compared with float32 tolerances"),
+    ("TestCropResize::", "7.899 instead of 7.9: bilinear weights are rounded to float32 in a different order"),
     (
         "TestConv::test_builder_to_backend_stress",
-        "float16 weights in a float32 program, compared as if they were float32",
+        "float16 weights in a float32 program, compared with float32 tolerances",
     ),
-    ("TestConvTranspose::", "float16 weights in a float32 program, compared as if they were float32"),
+    ("TestConvTranspose::", "float16 weights in a float32 program, compared with float32 tolerances"),
     (
         "TestNormalizationInstanceNorm::",
-        "float16 parameters in a float32 program, compared as if they were float32",
+        "float16 parameters in a float32 program, compared with float32 tolerances",
     ),
     (
         "TestScatter::test_ios17_invalid_indices",
-        "indices out of bounds, which no document defines: coremill.mil raises",
+        "indices out of bounds, which are undefined: coremill.mil raises an error",
     ),
-    ("test_builder_eval_scalar_corner_cases", "coremltools itself refuses the program that the test builds"),
+    ("test_builder_eval_scalar_corner_cases", "coremltools rejects the program that the test builds"),
 )
-"""Why tests of this name fail; the first that fits counts. A failure that none fits is shown as not explained."""
+"""Why tests with this text in their name fail; the first match applies. Other failures are "not explained"."""
 
 
 def exceptions(records: Iterable[Record]) -> dict[str, list[tuple[str, str]]]:
-    """Failing tests, each with what it said, by why they fail: the unexplained, then the most frequent."""
+    """Return the failed tests and their messages by reason: first the unexplained, then the most frequent."""
     by_reason: dict[str, list[tuple[str, str]]] = {}
     for record in records:
         if is_failure(record):
-            said = "it compares nothing" if compared_nothing(record) else record.reason
-            by_reason.setdefault(_why(record.test), []).append((record.test, said))
+            message = "compared nothing" if compared_nothing(record) else record.reason
+            by_reason.setdefault(_why(record.test), []).append((record.test, message))
     return dict(sorted(by_reason.items(), key=lambda entry: (entry[0] != UNEXPLAINED, -len(entry[1]))))
 
 
@@ -155,27 +155,28 @@ def skips(records: Iterable[Record]) -> Counter[str]:
 
 
 def markdown(records: Sequence[Record], operations: Iterable[str], *, heading: Sequence[str]) -> str:
-    """The page. `heading` says when, with what, and how it was run, a line each."""
+    """Return the page. The lines of `heading` describe the run: date, versions, machine."""
     sums = totals(records)
     lines = [
         "# Conformance of coremill.mil",
         "",
-        "coremltools' own operation tests, run with coremill.mil in Core ML's place. Reference numerics: no device",
-        "computes exactly so. What a program computes in fp32 is compared at the tests' own tolerances, in fp16 at",
-        "5e-3, absolute and relative, where the suite allows Core ML 0.5 and 0.05; integers must be equal.",
+        "coremltools' operation tests, run with coremill.mil instead of Core ML. It computes in reference",
+        "numerics, close to those of a device. Programs in fp32 are compared with the tests' tolerances,",
+        "programs in fp16 with 5e-3, absolute and relative, where the suite allows Core ML 0.5 and 0.05; integers",
+        "must be equal.",
         "",
         *(f"- {line}" for line in heading),
         "",
         "| | |",
         "|---|---|",
         f"| passed | {sums.passed:,} |",
-        f"| failed, exceptions included | {sums.failed:,} |",
+        f"| failed, including exceptions | {sums.failed:,} |",
         f"| passed share | {sums.passed_share:.2%} |",
-        f"| outputs compared in what passed | {sums.outputs_compared:,} |",
-        f"| comparisons ÷ passes | {sums.comparisons_per_pass:.2f} |",
-        f"| of the failed: ran a program and compared nothing | {sums.nothing_compared:,} |",
-        f"| not about numbers (nothing to run) | {sums.not_about_numbers:,} |",
-        f"| left out by the suite itself | {sums.skipped:,} |",
+        f"| outputs compared in passed tests | {sums.outputs_compared:,} |",
+        f"| comparisons per passed test | {sums.comparisons_per_pass:.2f} |",
+        f"| failed because they compared nothing | {sums.nothing_compared:,} |",
+        f"| run no program | {sums.not_about_numbers:,} |",
+        f"| skipped by the suite | {sums.skipped:,} |",
         "",
         "## By operation",
         "",
@@ -184,11 +185,11 @@ def markdown(records: Sequence[Record], operations: Iterable[str], *, heading: S
     ]
     for row in rows(records, operations):
         lines.append(f"| {row.operation} | {row.tests:,} | {row.passed:,} | {row.outputs_compared:,} |")
-    lines += ["", "## Exceptions", ""]
+    lines += ["", "## Failures", ""]
     for reason, tests in exceptions(records).items():
         lines += [f"### {len(tests):,} × {_escaped(reason)}", ""]
-        lines += [*(f"- `{test}`: {_escaped(said)}" for test, said in tests), ""]
-    lines += ["## Left out by the suite", ""]
+        lines += [*(f"- `{test}`: {_escaped(message)}" for test, message in tests), ""]
+    lines += ["## Skipped by the suite", ""]
     lines += [f"- {count:,} × {_escaped(reason)}" for reason, count in skips(records).most_common()]
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,6 @@
-"""coremltools' own operation tests with coremill.mil in Core ML's place: a slice of them, and the accounting.
+"""coremltools' operation tests with coremill.mil instead of Core ML: a slice of them, and the totals.
 
-The whole suite is `nox -s conformance`, which writes the table by operation.
+`nox -s conformance` runs the whole suite, and writes the table by operation.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def test_exceptions_and_empty_comparisons_count_as_failures():
         "not explained": [
             ("differs", "AssertionError: Not equal"),
             ("breaks before it runs", "no such operation"),
-            ("runs and compares nothing", "it compares nothing"),
+            ("runs and compares nothing", "compared nothing"),
         ],
     }
     known = record("iOS14/test_activation.py::TestPReLU::a", outcome="failed", reason="ValueError: rank")
     (why,) = exceptions([known])
-    assert why == "coremltools' converter refuses the program that the test builds"
+    assert why == "coremltools' converter rejects the program that the test builds"
 
 
 def test_the_page_is_whole():
@@ -88,10 +88,10 @@ def test_the_page_is_whole():
 
 SUMS = (
     "passed",
-    "failed, exceptions included",
-    "of the failed: ran a program and compared nothing",
-    r"not about numbers \(nothing to run\)",
-    "left out by the suite itself",
+    "failed, including exceptions",
+    "failed because they compared nothing",
+    "run no program",
+    "skipped by the suite",
 )
 
 
@@ -122,7 +122,7 @@ def test_a_line_that_was_cut_is_run_again(tmp_path):
 
 
 def node_ids(tests: list[str], path: Path) -> str:
-    """A file of arguments for pytest, which a command line would be too short for."""
+    """Write the tests' node ids as a file of arguments for pytest: they are too long for a command line."""
     path.write_text("".join(f"{suite_folder() / test}\n" for test in tests), encoding="utf-8")
     return f"@{path}"
 
@@ -148,9 +148,9 @@ UNTESTED = {
     "logical_not",
     "logical_or",
     "logical_xor",
-    "non_maximum_suppression",  # its tests need TensorFlow for what they expect
+    "non_maximum_suppression",  # its tests compute the expected values with TensorFlow
 }
-"""Operations that no test of the suite compares in an ML Program here; tests/mil/ops has its own for each."""
+"""Operations that no test of the suite compares in an ML Program here; tests/mil/ops tests each of them."""
 
 
 BROKEN = """
