@@ -60,7 +60,7 @@ def _expected(product, kind):
 
 
 @pytest.mark.parametrize("mode", ["declared", "oracle", "oracle-fp64"])
-def test_a_label_and_a_probability_by_label(converted, product, kind, mode):
+def test_classifier_returns_label_and_probabilities(converted, product, kind, mode):
     probabilities, logits = _expected(product, kind)
     outputs = MLModel(converted, mode=mode).predict({"x": X})
     assert outputs["kind"] == max(probabilities, key=probabilities.__getitem__)
@@ -91,7 +91,7 @@ def test_names_by_default_and_probabilities_of_fp16(product):
     assert outputs["classLabel_probs"] == pytest.approx(probabilities, abs=2e-3)
 
 
-def test_of_equals_the_first_and_what_is_no_number():
+def test_ties_return_the_first_label_and_nan_is_kept():
     program = mb.program(input_specs=[mb.TensorSpec((3,))], opset_version=ct.target.iOS17)(
         lambda x: mb.softmax(x=x, axis=-1)
     )
@@ -109,7 +109,7 @@ def test_of_equals_the_first_and_what_is_no_number():
     assert all(np.isnan(each) for each in probabilities.values())
 
 
-def test_a_dictionary_is_the_callers():
+def test_returned_probabilities_are_a_copy():
     """Even where it is computed once, as its probabilities are constants."""
 
     @mb.program(input_specs=[mb.TensorSpec((1,))], opset_version=ct.target.iOS17)
@@ -143,14 +143,14 @@ def _classify(package):
     return next(each for each in operations if each.type == "classify")
 
 
-def test_fewer_labels_than_probabilities(package, converted):
+def test_fewer_labels_than_probabilities_are_rejected(package, converted):
     del _classify(package).inputs["classes"].arguments[0].value.immediateValue.list.values[0]
     broken = ct.models.MLModel(package.spec, weights_dir=converted.weights_dir, skip_model_load=True)
     with pytest.raises(PredictionInputError, match=r"\(classify\): 4 probabilities for 3 classes$"):
         MLModel(broken).predict({"x": X})
 
 
-def test_a_description_of_a_classifier_without_one(package):
+def test_described_classifier_without_classify_is_rejected(package):
     package.spec.description.output[2].type.stringType.SetInParent()
     with pytest.raises(PackageError) as caught:
         describe_function(package, "main", read_function(package, "main"))
@@ -159,11 +159,11 @@ def test_a_description_of_a_classifier_without_one(package):
     )
 
 
-def test_a_classifier_described_as_an_array(package):
+def test_classifier_described_as_array_is_rejected(package):
     package.spec.description.output[1].type.CopyFrom(package.spec.description.output[2].type)
     with pytest.raises(PackageError) as caught:
         describe_function(package, "main", read_function(package, "main"))
     assert str(caught.value) == (
         "toy, function 'main': describes 'kind_probs' as float32 of shape [1, 4]\n"
-        "  expected: what a classifier gives, as its program declares it"
+        "  expected: an output of a classifier, as its program declares it"
     )

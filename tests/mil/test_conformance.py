@@ -67,7 +67,7 @@ def test_exceptions_and_empty_comparisons_count_as_failures():
     assert why == "coremltools' converter rejects the program that the test builds"
 
 
-def test_the_page_is_whole():
+def test_page_lists_every_operation():
     """It names each operation, its sums are those of the last whole run, and every exception has a reason."""
     page = PAGE.read_text(encoding="utf-8")
     named = set(re.findall(r"^\| (\w+) \| [\d,]+ \| [\d,]+ \| [\d,]+ \|$", page, re.MULTILINE))
@@ -108,7 +108,7 @@ def test_the_slice_covers_each_operation_in_each_precision():
     assert smallest_slice(RECORDS) == ["a", "b"]
 
 
-def test_a_line_that_was_cut_is_run_again(tmp_path):
+def test_truncated_line_is_run_again(tmp_path):
     path = tmp_path / "results.jsonl"
     append_record(path, RECORDS[0])
     append_record(path, RECORDS[1])
@@ -162,7 +162,7 @@ object.__setattr__(definition, "kernel", lambda x: torch.relu(x) + 0.1)
 """
 
 
-def test_a_wrong_kernel_is_noticed(tmp_path):
+def test_wrong_kernel_fails(tmp_path):
     (tmp_path / "broken_relu6.py").write_text(BROKEN)
     results = tmp_path / "results.jsonl"
     test = "iOS14/test_activation.py::TestReLU6::test_builder_to_backend_smoke"

@@ -125,7 +125,7 @@ def _ids(length, seed=0):
 
 
 @pytest.mark.parametrize("length", SHAPES)
-def test_computes_what_torch_computes(case, length):
+def test_outputs_match_torch(case, length):
     module, converted, precision = case
     ids = _ids(length)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_computes_what_torch_computes(case, length):
             np.testing.assert_allclose(mine, reference, rtol=0, atol=tolerance * np.abs(reference).max())
 
 
-def test_is_causal(case):
+def test_outputs_are_causal(case):
     """Changing a token leaves every earlier row as it was, bit for bit, and changes its own."""
     _, converted, _ = case
     model = MLModel(converted)
@@ -150,7 +150,7 @@ def test_is_causal(case):
     assert (after[:, 10] != before[:, 10]).any()
 
 
-def test_a_length_outside_the_set(case):
+def test_unlisted_length_is_rejected(case):
     _, converted, _ = case
     with pytest.raises(PredictionInputError) as caught:
         MLModel(converted).predict({"input_ids": _ids(17)})
@@ -159,7 +159,7 @@ def test_a_length_outside_the_set(case):
     )
 
 
-def test_every_value_is_of_its_declared_type(case):
+def test_values_have_their_declared_types(case):
     """Each operation of the graph leaves values of the types and known sizes that the program declares."""
     _, converted, _ = case
     program = MLModel(converted).program

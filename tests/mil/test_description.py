@@ -47,19 +47,19 @@ def test_an_interface(package):
     assert choose_function(package, None) == "main"
 
 
-def test_another_name(package):
+def test_different_name_is_rejected(package):
     package.spec.description.input[0].name = "z"
     assert _package_error(package) == (
         "toy, function 'main': describes the inputs ['z']\n  expected: those of its program, ['x']"
     )
 
 
-def test_an_output_that_the_program_lacks(package):
+def test_undefined_output_is_rejected(package):
     package.spec.description.output[0].name = "z"
     assert _package_error(package) == "toy, function 'main': its program has no 'z'\n  expected: one of ['y']"
 
 
-def test_another_type(package):
+def test_different_type_is_rejected(package):
     array = package.spec.description.input[0].type.multiArrayType
     array.dataType = FeatureTypes_pb2.ArrayFeatureType.INT32
     assert _package_error(package) == (
@@ -70,7 +70,7 @@ def test_another_type(package):
     assert _package_error(package) == "toy, function 'main': 'x' is of data type number 7"
 
 
-def test_other_sizes_than_the_programs(build, package):
+def test_different_sizes_are_rejected(build, package):
     """Where both fix a size it must be the same; the description may leave one open."""
     array = package.spec.description.input[0].type.multiArrayType
     array.shape[:] = [7, 3]
@@ -101,14 +101,14 @@ def test_a_state_is_described_as_one(package):
     assert "describes the inputs []\n  expected: those of its program, ['x']" in _package_error(package)
 
 
-def test_an_input_that_is_no_tensor(package):
+def test_input_that_is_not_a_tensor_is_rejected(package):
     package.spec.mlProgram.functions["main"].inputs.add(name="text").type.tensorType.dataType = STRING
     assert _package_error(package) == (
         "toy, function 'main': an input of its program is neither a tensor nor a state"
     )
 
 
-def test_shapes_of_different_ranks(package):
+def test_shapes_of_different_ranks_are_rejected(package):
     array = package.spec.description.input[0].type.multiArrayType
     for shape in ((2, 3), (2, 3, 4)):
         array.enumeratedShapes.shapes.add().shape.extend(shape)
@@ -117,9 +117,9 @@ def test_shapes_of_different_ranks(package):
 
 @pytest.mark.parametrize(
     ("features", "expected"),
-    [("input", "a multi-array or an image"), ("output", "a multi-array, an image, or what a classifier gives")],
+    [("input", "a multi-array or an image"), ("output", "a multi-array, an image, or an output of a classifier")],
 )
-def test_a_type_that_no_program_has(package, features, expected):
+def test_unsupported_feature_type_is_rejected(package, features, expected):
     (feature,) = getattr(package.spec.description, features)
     feature.type.sequenceType.SetInParent()
     with pytest.raises(UnsupportedOperationError) as caught:

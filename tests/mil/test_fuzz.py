@@ -79,7 +79,7 @@ PARTS = ("Manifest.json", "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.rpartition("/")[2])
-def test_damage_is_an_error_or_nothing(package, tmp_path_factory, part):
+def test_damaged_package_raises_or_runs(package, tmp_path_factory, part):
     copy = tmp_path_factory.mktemp("copy") / "damaged.mlpackage"
     shutil.copytree(package, copy)
     content = (package / part).read_bytes()
@@ -102,7 +102,7 @@ def test_damage_is_an_error_or_nothing(package, tmp_path_factory, part):
         assert outcomes["error"] > CASES / 4, outcomes
 
 
-def test_a_truncated_weight_file_is_always_noticed(package, tmp_path):
+def test_truncated_weight_file_is_always_rejected(package, tmp_path):
     """Wherever it ends: each byte of it belongs to a weight that the program uses."""
     copy = tmp_path / "damaged.mlpackage"
     shutil.copytree(package, copy)
@@ -359,7 +359,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_changed_structure_is_an_error_or_runs(structured, tmp_path, change):
+def test_changed_structure_raises_or_runs(structured, tmp_path, change):
     """One change of a kind, and often some of any kind."""
     copy = tmp_path / "damaged.mlpackage"
     shutil.copytree(structured, copy)

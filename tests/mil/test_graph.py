@@ -123,27 +123,28 @@ def test_an_unknown_operation_set(package):
     assert "has no block for its operation set 'CoreML5'" in _package_error(package)
 
 
-def test_a_missing_value(package):
+def test_missing_value_is_rejected(package):
     _operation(package, "softmax").inputs["x"].arguments[0].name = "nowhere"
     assert _package_error(package) == (
-        "toy: input 'x' of operation 'share' (softmax) is 'nowhere', which no earlier operation gives\n"
-        "  expected: operations in the order in which they run, without a cycle"
+        "toy: input 'x' of operation 'share' (softmax) is 'nowhere', which no earlier operation outputs\n"
+        "  expected: operations in execution order, without a cycle"
     )
 
 
-def test_a_cycle(package):
+def test_cycle_is_rejected(package):
     _operation(package, "softmax").inputs["x"].arguments[0].name = "part"
-    assert "input 'x' of operation 'share' (softmax) is 'part', which no earlier operation gives" in _package_error(
-        package
+    assert (
+        "input 'x' of operation 'share' (softmax) is 'part', which no earlier operation outputs"
+        in _package_error(package)
     )
 
 
-def test_an_output_that_nothing_gives(package):
+def test_undefined_output_is_rejected(package):
     _block(package).outputs[0] = "elsewhere"
-    assert "the block's output is 'elsewhere', which no earlier operation gives" in _package_error(package)
+    assert "the block's output is 'elsewhere', which no earlier operation outputs" in _package_error(package)
 
 
-def test_a_missing_and_a_surplus_input(package):
+def test_missing_and_unknown_inputs_are_rejected(package):
     slicing = _operation(package, "slice_by_index")
     slicing.inputs["colour"].CopyFrom(slicing.inputs["begin"])
     with pytest.raises(
@@ -157,13 +158,13 @@ def test_a_missing_and_a_surplus_input(package):
     assert _package_error(package) == "toy: operation 'part' (slice_by_index) lacks its input 'x'"
 
 
-def test_a_list_for_one_tensor(package):
+def test_list_for_a_single_tensor_is_rejected(package):
     argument = _operation(package, "softmax").inputs["x"]
     argument.arguments.add().CopyFrom(argument.arguments[0])
     assert "operation 'share' (softmax): 2 values for input 'x'\n  expected: one" in _package_error(package)
 
 
-def test_constants_that_contradict_themselves(package):
+def test_inconsistent_constants_are_rejected(package):
     constant = next(each for each in _block(package).operations if each.outputs[0].name.startswith("part_begin"))
     value = constant.attributes["val"]
     value.immediateValue.tensor.ints.values.append(7)
@@ -179,7 +180,7 @@ def test_constants_that_contradict_themselves(package):
     assert "has no value\n  expected: an attribute 'val'" in _package_error(package)
 
 
-def test_a_constant_of_a_type_that_no_operation_takes(package):
+def test_constant_of_unsupported_type_is_rejected(package):
     constant = next(each for each in _block(package).operations if each.outputs[0].name.startswith("part_begin"))
     constant.attributes["val"].type.dictionaryType.SetInParent()
     with pytest.raises(UnsupportedOperationError) as caught:
@@ -198,16 +199,16 @@ def test_a_blob_past_the_end_of_the_weight_file(build):
     for each in _block(package).operations:
         if each.attributes["val"].WhichOneof("value") == "blobFileValue":
             each.attributes["val"].blobFileValue.offset = 1 << 40
-    assert "the program asks for a blob at offset 1099511627776, the file has" in _package_error(package)
+    assert "the program reads a blob at offset 1099511627776; the file has" in _package_error(package)
 
 
-def test_a_string_for_a_tensor(package):
+def test_string_for_a_tensor_is_rejected(package):
     value = _operation(package, "const").attributes["val"]
     value.type.tensorType.dataType = STRING
     value.immediateValue.tensor.strings.values.append("text")
     text = _operation(package, "const").outputs[0].name
     _operation(package, "linear").inputs["weight"].arguments[0].name = text
-    assert _package_error(package) == "toy: operation 'product' (linear): its input 'weight' is no tensor"
+    assert _package_error(package) == "toy: operation 'product' (linear): its input 'weight' is not a tensor"
 
 
 def test_a_value_defined_twice(package):
@@ -226,7 +227,7 @@ def test_a_value_defined_twice(package):
     assert "value 'x' is defined twice" in _package_error(package)
 
 
-def test_more_outputs_than_an_operation_has(package):
+def test_too_many_outputs_are_rejected(package):
     outputs = _operation(package, "softmax").outputs
     outputs.add().CopyFrom(outputs[0])
     outputs[1].name = "second"
@@ -239,7 +240,7 @@ def test_more_outputs_than_an_operation_has(package):
 
 @pytest.mark.parametrize("sizes", [[2**63], [2**64 - 1, 0], [0, 2**64 - 1], [2**32, 2**31], [2**62, 2, 0]], ids=str)
 @pytest.mark.parametrize("of_constant", [True, False])
-def test_sizes_beyond_any_tensor(package, sizes, of_constant):
+def test_too_large_sizes_are_rejected(package, sizes, of_constant):
     if of_constant:
         tensor = _operation(package, "const").attributes["val"].type.tensorType
     else:
@@ -263,7 +264,7 @@ def with_list(build):
     return Package("toy", model.get_spec(), open_package(model).weights)
 
 
-def test_a_list_declared_as_a_tensor(with_list):
+def test_list_declared_as_tensor_is_rejected(with_list):
     read, written = (_operation(with_list, each).outputs[0].type for each in ("list_read", "list_write"))
     kept = written.SerializeToString()
     written.CopyFrom(read)
@@ -273,7 +274,7 @@ def test_a_list_declared_as_a_tensor(with_list):
     assert "(list_read): its outputs are ['list']\n  expected: one tensor" in _package_error(with_list)
 
 
-def test_blocks_of_other_values_than_their_operation(build):
+def test_blocks_that_do_not_match_their_operation_are_rejected(build):
     def body(x):
         return mb.while_loop(
             _cond=lambda i, y: mb.less(x=i, y=np.float32(3)),
@@ -305,7 +306,7 @@ def test_blocks_of_other_values_than_their_operation(build):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_attribute_that_is_no_integer(package, value):
+def test_non_integer_attribute_is_rejected(package, value):
     axes = _operation(package, "reduce_mean").inputs["axes"].arguments[0].name
     constant = next(each for each in _block(package).operations if each.outputs[0].name == axes)
     constant.attributes["val"].type.tensorType.dataType = 11

@@ -89,7 +89,7 @@ def test_an_image_becomes_a_tensor(layout, image, planes, mode):
     np.testing.assert_array_equal(found, planes[None])
 
 
-def test_scale_and_bias_are_of_the_program():
+def test_scale_and_bias_are_applied_by_the_program():
     """They are given on conversion for the channels as the program has them."""
     scale, bias = 1 / 127.5, [-0.5, -1.0, -1.5]
     found = MLModel(_taking("BGR", scale=scale, bias=bias)).predict({"image": COLORS})["y"]
@@ -147,13 +147,13 @@ def test_an_image_of_fp16(mode):
     np.testing.assert_array_equal(np.asarray(image), expected)
 
 
-def test_values_that_are_no_pixels():
+def test_values_outside_pixels_are_rounded_and_clamped():
     values = np.float32([-3, -0.4, 0.5, 1.5, 1.6, 254.4, 255.5, 1e9, np.inf, -np.inf, np.nan, 7, 0, 0, 0])
     image = MLModel(_giving("GRAYSCALE")).predict({"x": values.reshape(1, 1, HEIGHT, WIDTH)})["y"]
     assert list(image.tobytes()) == [0, 0, 0, 2, 2, 254, 255, 255, 255, 0, 0, 7, 0, 0, 0]
 
 
-def test_from_image_to_image():
+def test_image_input_and_output():
     """Of color space BGR in and RGB out, with 255 - x between: Pillow's inversion."""
 
     @mb.program(input_specs=[mb.TensorSpec((1, 3, HEIGHT, WIDTH))], opset_version=ct.target.iOS17)
@@ -189,13 +189,13 @@ def test_the_interface():
         ("RGB", COLORS.rotate(90, expand=True), "an image of 3 x 5", "5 x 3, width first"),
     ],
 )
-def test_another_image(layout, given, found, expected):
+def test_wrong_image_is_rejected(layout, given, found, expected):
     with pytest.raises(PredictionInputError) as caught:
         MLModel(_taking(layout)).predict({"image": given})
     assert str(caught.value) == f"input 'image' is {found}\n  expected: {expected}"
 
 
-def test_an_array_for_an_array_beside_an_image():
+def test_array_input_next_to_image_input():
     with pytest.raises(
         PredictionInputError, match=r"^inputs missing \['image'\]\n  expected: exactly \['image'\]$"
     ):
@@ -234,7 +234,7 @@ def test_ranges_of_sizes():
         assert caught.value.expected == "width 7, height 2 to 5"
 
 
-def test_an_image_of_a_size_that_follows():
+def test_image_output_of_computed_size():
     """The package says nothing of the size, but that it varies."""
 
     @mb.program(input_specs=[mb.TensorSpec((1, 1, get_new_symbol(), 4))], opset_version=ct.target.iOS17)
@@ -273,12 +273,12 @@ def _package_error(package):
     return str(caught.value)
 
 
-def test_descriptions_that_contradict_the_program(package):
+def test_descriptions_that_differ_from_the_program_are_rejected(package):
     image = package.spec.description.input[0].type.imageType
     image.colorSpace = FeatureTypes_pb2.ImageFeatureType.GRAYSCALE
     assert _package_error(package) == (
         "toy, function 'main': describes 'image' as an image of color space GRAYSCALE\n"
-        "  expected: fp16, fp32 or uint8 [1, 1, height, width], its program has fp32[1, 3, 3, 5]"
+        "  expected: fp16, fp32 or uint8 [1, 1, height, width]; the program has fp32[1, 3, 3, 5]"
     )
     image.colorSpace = 0
     assert _package_error(package) == "toy, function 'main': 'image' is of color space number 0"

@@ -98,7 +98,7 @@ def models() -> dict[Callable[..., Any], MLModel]:
 
 
 @pytest.mark.parametrize("body", CASES, ids=lambda body: body.__name__)
-def test_which_updates_are_in_place(models, body):
+def test_updates_in_place_are_found(models, body):
     model = models[body]
     assert len(updates_in_place(model.program.graph)) == CASES[body]
     state = model.make_state()
@@ -128,7 +128,7 @@ def expected(body: Callable[..., Any], kept: np.ndarray, at: int, x: float) -> t
     body=st.sampled_from(list(CASES)),
     steps=st.lists(st.tuples(st.integers(0, SIZE - 2), st.integers(-8, 8)), min_size=1, max_size=5),
 )
-def test_in_place_or_not_the_values_are_the_same(models, body, steps):
+def test_updates_in_place_give_equal_values(models, body, steps):
     model = models[body]
     state = model.make_state()
     kept = np.zeros(SIZE, np.float16)
@@ -140,7 +140,7 @@ def test_in_place_or_not_the_values_are_the_same(models, body, steps):
         np.testing.assert_array_equal(state.read("kept"), kept)
 
 
-def test_a_failure_gives_the_old_content_back():
+def test_failure_restores_the_state():
     def fails_after_the_update(kept, at, x):
         new = write(kept, mb.read_state(input=kept), at, x)
         return mb.add(x=mb.reduce_sum(x=new), y=mb.gather(x=TABLE, indices=at))

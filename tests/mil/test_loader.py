@@ -52,18 +52,18 @@ def _refusal(package):
     return str(caught.value)
 
 
-def test_nothing_there(tmp_path):
+def test_missing_package_is_rejected(tmp_path):
     missing = tmp_path / "none.mlpackage"
     assert _refusal(missing).startswith(f"{missing}: no such package\n  expected: an .mlpackage directory")
 
 
-def test_a_file_in_its_place(tmp_path):
+def test_file_is_rejected(tmp_path):
     path = tmp_path / "model.mlpackage"
     path.write_text("not a directory")
     assert _refusal(path).startswith(f"{path}: a file\n  expected: an .mlpackage directory")
 
 
-def test_no_manifest(package):
+def test_missing_manifest_is_rejected(package):
     _parts(package)[0].unlink()
     assert _refusal(package).startswith(f"{package}: Manifest.json is missing")
 
@@ -97,7 +97,7 @@ def test_a_root_model_outside_the_package(package, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "com.apple.CoreML", "a\0b", "a" * 5000, "\ud800"])
-def test_a_root_model_that_is_no_file(package, name):
+def test_root_model_that_is_not_a_file_is_rejected(package, name):
     _name_root_model(package, name)
     assert "not a Core ML model (" in _refusal(package)
 
@@ -116,13 +116,13 @@ def test_symbolic_links_are_followed(package, tmp_path):
         np.testing.assert_array_equal(MLModel(path).predict({"x": X})["y"], expected)
 
 
-def test_no_model_file(package):
+def test_missing_model_file_is_rejected(package):
     model = _parts(package)[1]
     model.unlink()
     assert _refusal(package).startswith(f"{model}: the root model is missing")
 
 
-def test_no_weight_file(package):
+def test_missing_weight_file_is_rejected(package):
     weights = _parts(package)[2]
     weights.unlink()
     assert _refusal(package) == f"{weights}: the weight file is missing\n  expected: the package as it was saved"
@@ -135,7 +135,7 @@ def test_a_truncated_weight_file(package):
     assert f"{weights}: the blob at offset 64 ends at byte" in _refusal(package)
 
 
-def test_a_model_file_of_garbage(package):
+def test_malformed_model_file_is_rejected(package):
     model = _parts(package)[1]
     model.write_bytes(b"\x07" * 1000)
     assert _refusal(package).startswith(f"{model}: not a Core ML model")
@@ -146,7 +146,7 @@ def test_an_empty_model_file(package):
     assert "the model is of type none\n  expected: an ML Program" in _refusal(package)
 
 
-def test_another_kind_of_model(tmp_path):
+def test_other_model_types_are_rejected(tmp_path):
     spec = ct.proto.Model_pb2.Model()
     spec.specificationVersion = 4
     spec.neuralNetwork.SetInParent()
@@ -158,7 +158,7 @@ def test_another_kind_of_model(tmp_path):
     assert _refusal(package).startswith(f"{package}: the model is of type neuralNetwork")
 
 
-def test_no_such_function(package):
+def test_unknown_function_is_rejected(package):
     with pytest.raises(PackageError) as caught:
         MLModel(package, function_name="decode")
     assert str(caught.value) == f"{package}: no function 'decode'\n  expected: one of ['main']"
@@ -169,7 +169,7 @@ def test_no_such_function(package):
     max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-def test_damaged_packages_are_refused_or_run(package, tmp_path, data):
+def test_damaged_package_raises_or_runs(package, tmp_path, data):
     """Cut or overwrite part of any file: an error of ours that says so, or a program that runs. Nothing else."""
     damaged = tmp_path / "damaged.mlpackage"
     shutil.rmtree(damaged, ignore_errors=True)
@@ -186,7 +186,7 @@ def test_damaged_packages_are_refused_or_run(package, tmp_path, data):
         MLModel(damaged).predict({"x": X})
 
 
-def test_a_weight_file_that_is_cut_after_it_was_opened(package):
+def test_weight_file_truncated_after_opening_is_rejected(package):
     """Reading what is no longer there would kill the interpreter."""
     model, other = MLModel(package), MLModel(package)
     (weights,) = package.rglob("weight.bin")
@@ -196,7 +196,7 @@ def test_a_weight_file_that_is_cut_after_it_was_opened(package):
     data = {spec.name: np.zeros(spec.supported_shapes[0], spec.dtype) for spec in model.inputs}
     with pytest.raises(PackageError) as caught:
         model.predict(data)
-    assert caught.value.found == f"{weights}: the weight file has 64 bytes, and had {size} when it was opened"
+    assert caught.value.found == f"{weights}: the weight file has 64 bytes; it had {size} when it was opened"
     with weights.open("r+b") as file:
         file.truncate(size)  # zeros now, and no longer a danger
     weights.unlink()

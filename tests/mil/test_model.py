@@ -77,7 +77,7 @@ def test_predicts_at_each_enumerated_shape(model, scorer, length):
     np.testing.assert_allclose(scores, expected, atol=1e-2)
 
 
-def test_the_oracle_is_nearer_to_torch(converted, model, scorer):
+def test_oracle_is_closer_to_torch(converted, model, scorer):
     oracle = MLModel(converted, mode="oracle").predict({"ids": IDS})["scores"]
     assert oracle.dtype == np.float32
     # The weights are stored in fp16: what is left is their rounding, not that of what is computed from them.
@@ -88,7 +88,7 @@ def test_the_oracle_is_nearer_to_torch(converted, model, scorer):
 
 
 @pytest.mark.parametrize("length", [1, 5, 16])
-def test_a_length_that_is_not_listed(model, length):
+def test_unlisted_length_is_rejected(model, length):
     with pytest.raises(PredictionInputError) as caught:
         model.predict({"ids": np.zeros((1, length), np.int32)})
     assert str(caught.value) == (
@@ -96,12 +96,12 @@ def test_a_length_that_is_not_listed(model, length):
     )
 
 
-def test_another_rank(model):
+def test_different_rank_is_rejected(model):
     with pytest.raises(PredictionInputError, match=r"^input 'ids' is of shape \[8\]\n  expected: one of \[1, 8\]"):
         model.predict({"ids": IDS[0]})
 
 
-def test_names(model):
+def test_missing_and_unknown_inputs_are_rejected(model):
     with pytest.raises(PredictionInputError, match=r"^inputs missing \['ids'\]\n  expected: exactly \['ids'\]$"):
         model.predict({})
     with pytest.raises(PredictionInputError, match=r"^inputs missing \['ids'\] and unknown \['id'\]\n"):
@@ -111,24 +111,24 @@ def test_names(model):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.bool_, np.complex64, "U1"])
-def test_another_kind_of_number(model, dtype):
+def test_different_kind_of_number_is_rejected(model, dtype):
     with pytest.raises(PredictionInputError) as caught:
         model.predict({"ids": IDS.astype(dtype)})
     assert str(caught.value) == f"input 'ids' is of {np.dtype(dtype)}\n  expected: int32"
 
 
-def test_what_is_no_array(model):
+def test_input_that_is_not_an_array_is_rejected(model):
     with pytest.raises(PredictionInputError, match=r"^input 'ids' is a list\n  expected: a numpy array of int32$"):
         model.predict({"ids": IDS.tolist()})
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int16, np.uint64])
-def test_integers_that_fit_are_taken(model, dtype):
+def test_integers_that_fit_are_accepted(model, dtype):
     expected = model.predict({"ids": IDS})["scores"]
     np.testing.assert_array_equal(model.predict({"ids": IDS.astype(dtype)})["scores"], expected)
 
 
-def test_integers_that_do_not_fit(model):
+def test_integers_that_do_not_fit_are_rejected(model):
     with pytest.raises(PredictionInputError) as caught:
         model.predict({"ids": IDS.astype(np.int64) + (1 << 32)})
     assert str(caught.value) == ("input 'ids' holds 4294967296\n  expected: -2147483648 to 2147483647, as int32")
@@ -162,7 +162,7 @@ def test_modes(converted):
         MLModel(converted, mode="exact")
 
 
-def test_results_are_the_callers(build):
+def test_results_are_copies(build):
     """Writing to what a prediction gave changes neither the input nor the next prediction."""
     table = np.arange(4, dtype=np.float32)
     x = np.ones(4, np.float32)
@@ -190,7 +190,7 @@ def _following_from_the_shape(x):
 
 
 @pytest.mark.parametrize("body", [_capturing, _following_from_the_shape])
-def test_results_that_later_runs_use_are_the_callers_too(build, body):
+def test_results_that_later_runs_use_are_copies(build, body):
     x = np.ones(4, np.float32)
     model = MLModel(build({"x": x}, body))
     for _ in range(3):
@@ -355,14 +355,14 @@ class TestStates:
             sums[mode] = float(state.read("total")[0])
         assert sums == {"declared": 4096.0, "oracle": 4097.0}
 
-    def test_a_state_is_asked_for_and_refused(self, counter, model):
+    def test_missing_and_unexpected_states_are_rejected(self, counter, model):
         stateful = MLModel(counter)
         x = np.zeros(3, np.float16)
         with pytest.raises(PredictionInputError) as caught:
             stateful.predict({"x": x})
         assert str(caught.value) == (
             "no state for function 'main', which has ['total']\n"
-            "  expected: predict(data, state) with what make_state() made"
+            "  expected: predict(data, state) with the result of make_state()"
         )
         with pytest.raises(PredictionInputError, match=r"^a state for function 'main', which has none$"):
             model.predict({"ids": IDS}, stateful.make_state())
@@ -426,7 +426,7 @@ def test_outputs_share_no_memory(build):
     assert outputs["z"].tolist() == [[0, 2], [4, 6]]
 
 
-def test_a_callers_settings_change_no_number(build):
+def test_caller_settings_do_not_change_results(build):
     """Autocast and reduced precision of products are the caller's, and come back."""
     rng = np.random.default_rng(5)
     inputs = {"x": rng.standard_normal((8, 64)).astype(np.float32)}
@@ -472,7 +472,7 @@ def test_the_wide_oracle_computes_in_fp64(converted, scorer):
     np.testing.assert_allclose(scores, table[IDS] @ table.T, rtol=1e-14)
 
 
-def test_a_device_that_is_not_there(converted):
+def test_missing_device_is_rejected(converted):
     with pytest.raises(MachineError) as caught:
         MLModel(converted, device="cuda:99")
     assert caught.value.found.endswith("has no device 'cuda:99' here")
@@ -481,7 +481,7 @@ def test_a_device_that_is_not_there(converted):
 
 
 @pytest.mark.needs_cuda
-def test_a_gpu_computes_what_the_cpu_does(converted):
+def test_gpu_matches_cpu(converted):
     on_cpu, on_gpu = (
         MLModel(converted, mode="oracle-fp64", device=device).predict({"ids": IDS})["scores"]
         for device in ("cpu", "cuda")
@@ -489,7 +489,7 @@ def test_a_gpu_computes_what_the_cpu_does(converted):
     np.testing.assert_allclose(on_gpu, on_cpu, rtol=1e-12)
 
 
-def test_a_digest_notices_a_flipped_bit_of_a_weight(converted, tmp_path):
+def test_digest_detects_a_flipped_bit_of_a_weight(converted, tmp_path):
     package = tmp_path / "scorer.mlpackage"
     converted.save(str(package))
     recorded = digest(package)

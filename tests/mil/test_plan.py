@@ -120,7 +120,7 @@ def test_a_weight_used_twice_is_widened_once(plan_of):
     assert sum(each.shape == (64, 64) for each in wide) == 1
 
 
-def test_beyond_the_limit_weights_are_widened_in_use(plan_of, monkeypatch):
+def test_large_weights_are_widened_at_each_use(plan_of, monkeypatch):
     inputs = {"x": np.linspace(-1, 1, 64, dtype=np.float16).reshape(1, 64)}
     weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16)
     body = lambda x: mb.matmul(x=x, y=weight)  # noqa: E731
@@ -147,7 +147,7 @@ def _masked(x):
 FLEXIBLE = {"x": ((1, (1, 32), 4), np.float32)}
 
 
-def test_what_follows_from_shapes_is_kept_for_each_shape(plan_of):
+def test_shape_only_values_are_kept_for_each_shape(plan_of):
     plan = plan_of(FLEXIBLE, _masked)
     assert "shape" in _types(plan.general)
     rng = np.random.default_rng(1)
@@ -160,7 +160,7 @@ def test_what_follows_from_shapes_is_kept_for_each_shape(plan_of):
     assert [_types(section) for section in plan._at_shapes.values()] == [["matmul", "add", "softmax"]] * 2
 
 
-def test_what_follows_from_values_is_not_kept(plan_of):
+def test_values_that_depend_on_data_are_not_kept(plan_of):
     """The length to cut to comes from the values of an input: a kept one would be wrong for the next."""
     table = np.arange(10, dtype=np.float32)
 
@@ -187,7 +187,7 @@ def _storages(section, shape):
 
 
 @pytest.mark.parametrize("numerics", [Numerics.DECLARED, Numerics.ORACLE, Numerics.ORACLE_FP64])
-def test_sections_for_shapes_share_what_is_constant(plan_of, numerics):
+def test_sections_for_shapes_share_constants(plan_of, numerics):
     """A weight that is decompressed and one that a mode widens; both as the general section has them."""
     codes = np.random.default_rng(2).integers(-8, 8, (48, 4)).astype(np.int8)
     weight = np.random.default_rng(2).standard_normal((4, 48)).astype(np.float16)
@@ -211,7 +211,7 @@ def test_sections_for_shapes_share_what_is_constant(plan_of, numerics):
         assert found != {frozenset()}
 
 
-def test_copies_do_not_pile_up_as_shapes_come_and_go(plan_of):
+def test_dropped_shapes_free_their_copies(plan_of):
     table = np.random.default_rng(4).standard_normal((64, 4)).astype(np.float16)
 
     def body(x):
@@ -229,7 +229,7 @@ def test_copies_do_not_pile_up_as_shapes_come_and_go(plan_of):
     assert sizes[0] == sizes[1] == sizes[2]
 
 
-def test_a_shape_that_comes_once_is_not_compiled_for(plan_of):
+def test_shape_used_once_is_not_compiled(plan_of):
     """As in decoding, where each token makes the cache longer."""
     plan = plan_of(FLEXIBLE, _masked)
     for length in range(2, 6):
@@ -237,7 +237,7 @@ def test_a_shape_that_comes_once_is_not_compiled_for(plan_of):
     assert list(plan._at_shapes.values()) == [None] * 4
 
 
-def test_only_so_many_shapes_are_kept(plan_of):
+def test_number_of_kept_shapes_is_limited(plan_of):
     plan = plan_of(FLEXIBLE, _masked)
     for length in range(2, 22):
         plan.run([torch.ones(1, length, 4)])
@@ -271,7 +271,7 @@ def test_every_value_has_its_declared_type(plan_of):
     assert len(seen) == 12
 
 
-def test_a_constant_that_cannot_be_computed(build):
+def test_invalid_constant_is_rejected(build):
     model = build(
         {"x": np.ones(2, np.float32)}, lambda x: mb.real_div(x=mb.cast(x=x, dtype="int32"), y=np.int32(2))
     )
@@ -288,7 +288,7 @@ def test_a_constant_that_cannot_be_computed(build):
         Plan(graph, Target(Numerics.DECLARED))
 
 
-def test_an_attribute_of_another_kind(build):
+def test_attribute_of_wrong_kind_is_rejected(build):
     model = build({"x": np.ones((2, 2), np.float32)}, lambda x: mb.softmax(x=x, axis=1, name="share"))
     package = open_package(model)
     spec = model.get_spec()
@@ -304,7 +304,7 @@ def test_an_attribute_of_another_kind(build):
     assert str(caught.value) == "operation 'share' (softmax): input 'axis': [1, 0] is not one int"
 
 
-def test_a_type_that_is_none(build):
+def test_unknown_element_type_is_rejected(build):
     model = build({"x": np.ones(2, np.float32)}, lambda x: mb.cast(x=x, dtype="int32", name="whole"))
     package = open_package(model)
     spec = model.get_spec()
@@ -313,6 +313,6 @@ def test_a_type_that_is_none(build):
     dtype.attributes["val"].immediateValue.tensor.strings.values[0] = "int33"
     graph = read_function(type(package)(package.name, spec, package.weights), "main")
     with pytest.raises(
-        PackageError, match=r"^operation 'whole' \(cast\): no element type 'int33'\n  expected: one of"
+        PackageError, match=r"^operation 'whole' \(cast\): unknown element type 'int33'\n  expected: one of"
     ):
         Plan(graph, Target(Numerics.DECLARED))

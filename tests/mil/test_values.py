@@ -56,23 +56,23 @@ def test_bytes_of_whole_elements():
     assert tensor_from_bytes(bf16.tobytes(), BY_NAME["bf16"], ()).item() == 1.5
 
 
-def test_a_shape_that_the_bytes_do_not_fill():
+def test_wrong_number_of_bytes_is_rejected():
     with pytest.raises(ValueError, match="4 bytes for 3 elements of fp16"):
         tensor_from_bytes(b"abcd", FP16, (3,))
-    with pytest.raises(ValueError, match="1 bytes for 3 elements of int4, which take 2"):
+    with pytest.raises(ValueError, match="1 bytes for 3 elements of int4, which need 2"):
         tensor_from_bytes(b"a", BY_NAME["int4"], (3,))
     with pytest.raises(RuntimeError, match="invalid for input of size 2"):
         tensor_from_numbers([1, 2], INT32, (3,))
 
 
-def test_the_oracle_holds_halves_in_fp32():
+def test_oracle_stores_half_types_in_fp32():
     assert Numerics.ORACLE.storage(FP16) is torch.float32
     assert Numerics.DECLARED.storage(FP16) is torch.float16
     assert {Numerics(mode).storage(FP32) for mode in ("oracle", "declared")} == {torch.float32}
     assert Numerics.ORACLE.storage(INT32) is torch.int32
 
 
-def test_the_wide_oracle_holds_every_float_in_fp64():
+def test_wide_oracle_stores_floats_in_fp64():
     wide = Numerics.ORACLE_FP64
     assert [wide.storage(each) for each in (FP16, FP32, BY_NAME["bf16"], BY_NAME["fp64"])] == [torch.float64] * 4
     assert [wide.storage(each) for each in (INT32, BY_NAME["bool"])] == [torch.int32, torch.bool]

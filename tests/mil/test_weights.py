@@ -76,7 +76,7 @@ def test_shares_the_files_memory(stored, name, monkeypatch):
     assert offsets[name] < inside < len(mapped[0])
 
 
-def test_one_tensor_however_often_it_is_asked_for(stored):
+def test_each_call_returns_the_same_tensor(stored):
     root, offsets = stored
     store = WeightStore(root)
     first, second = (store.tensor(NAME, offsets["fp16"], BY_NAME["fp16"], (12,)) for _ in range(2))
@@ -94,14 +94,14 @@ def _read(root, offset, name="fp32", shape=(12,), file=NAME):
     return WeightStore(root).tensor(file, offset, BY_NAME[name], shape)
 
 
-def test_a_missing_file(tmp_path):
+def test_missing_file_is_rejected(tmp_path):
     path = tmp_path / "weights" / "weight.bin"
     with pytest.raises(PackageError, match=f"^{re.escape(str(path))}: the weight file is missing"):
         _read(tmp_path, 64)
 
 
 @pytest.mark.parametrize("size", [0, 10])
-def test_a_file_without_a_header(stored, size):
+def test_file_without_header_is_rejected(stored, size):
     root, _ = stored
     path = root / "weights" / "weight.bin"
     path.write_bytes(path.read_bytes()[:size])
@@ -109,27 +109,25 @@ def test_a_file_without_a_header(stored, size):
         _read(root, 64)
 
 
-def test_a_truncated_file(stored):
+def test_truncated_file_is_rejected(stored):
     root, offsets = stored
     path = root / "weights" / "weight.bin"
     content = path.read_bytes()
     path.write_bytes(content[: offsets["uint6"] + 70])
     with pytest.raises(
-        PackageError, match=rf"the blob at offset {offsets['uint6']} ends at byte \d+, the file has"
+        PackageError, match=rf"the blob at offset {offsets['uint6']} ends at byte \d+; the file has"
     ):
         _read(root, offsets["uint6"], "uint6")
     path.write_bytes(content[: offsets["uint6"] + 20])
-    with pytest.raises(
-        PackageError, match=rf"asks for a blob at offset {offsets['uint6']}, the file has \d+ bytes"
-    ):
+    with pytest.raises(PackageError, match=rf"reads a blob at offset {offsets['uint6']}; the file has \d+ bytes"):
         _read(root, offsets["uint6"], "uint6")
 
 
-def test_other_content(stored):
+def test_malformed_weight_file_is_rejected(stored):
     root, offsets = stored
     with pytest.raises(PackageError, match="no blob starts at offset 80"):
         _read(root, 80)
-    with pytest.raises(PackageError, match="asks for a blob at offset 1000000000"):
+    with pytest.raises(PackageError, match="reads a blob at offset 1000000000"):
         _read(root, 10**9)
     with pytest.raises(PackageError, match=rf"the blob at offset {offsets['fp16']} holds fp16"):
         _read(root, offsets["fp16"])
@@ -149,7 +147,7 @@ def test_a_symbolic_link_is_followed(stored):
 
 
 @pytest.mark.parametrize("name", ["@model_path/../weight.bin", "/etc/passwd", "weight.bin", "@model_path"])
-def test_a_name_that_leaves_the_package(stored, name):
+def test_name_outside_the_package_is_rejected(stored, name):
     root, _ = stored
     with pytest.raises(PackageError) as caught:
         _read(root, 64, file=name)

@@ -1,7 +1,7 @@
-"""Runs Core ML ML Programs without macOS, in reference numerics: not what a given device computes.
+"""Runs ML Programs without macOS, in reference numerics; a device may compute slightly different values.
 
-`MLModel` reads like coremltools' class of the name. Depends on torch (as its array library), numpy, coremltools'
-protobuf definitions and `coremill.core.errors`.
+`MLModel` has the interface of coremltools' class of that name. The package depends on torch (as its array library),
+numpy, coremltools' protobuf definitions and `coremill.core.errors`.
 """
 
 from coremill.mil.description import ColorSpace, ImageSpec, LabelSpec, ProbabilitiesSpec, TensorSpec

@@ -1,7 +1,7 @@
-"""coremltools, imported without its notices about Core ML's own libraries.
+"""Imports coremltools without its notices about the libraries of Core ML.
 
-Off macOS it logs eight lines "Failed to load _MLModelProxy: …" on import. They say that Core ML cannot run here,
-which is why this package exists. Those lines alone are dropped, and only while coremltools is imported.
+On other systems than macOS it logs eight lines "Failed to load _MLModelProxy: …" at import: Core ML cannot run
+there. This package does not need Core ML. Only these lines are dropped, and only during the import.
 """
 
 from __future__ import annotations

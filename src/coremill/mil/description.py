@@ -1,4 +1,4 @@
-"""What a package says of a function: its inputs, outputs and states, and which shapes an input may have."""
+"""A package's description of a function: its inputs, outputs and states, and the shapes that an input may have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coremill.mil.loader import Package
 from coremill.mil.values import TensorType
 
 MAIN = "main"
-"""The function of a package that has one."""
+"""The name of the only function of a package."""
 
 SCALAR_SHAPE = (1,)
 """Core ML's arrays have at least one dimension: a scalar of the program is an array of this shape."""
@@ -34,7 +34,7 @@ _IMAGE_DTYPES = ("float16", "float32", "uint8")
 
 @dataclass(frozen=True, slots=True)
 class DefaultValue:
-    """What an optional input is where it is not given: one value throughout."""
+    """The default of an optional input: an array with the same value in every element."""
 
     shape: tuple[int, ...]
     value: float
@@ -54,18 +54,18 @@ class TensorSpec:
     size_ranges: tuple[tuple[int, int | None], ...] = ()
     """Least and greatest size of each dimension of an input with range shapes; None is no upper limit."""
     default: DefaultValue | None = None
-    """Of an optional input; None where the input must be given."""
+    """Of an optional input; None if the input is required."""
 
     @property
     def supported_shapes(self) -> list[tuple[int, ...]] | None:
-        """Every shape it may have, or None where ranges allow too many to list."""
+        """Every allowed shape, or None if the shapes are ranges."""
         if self.enumerated_shapes:
             return list(self.enumerated_shapes)
         fixed = tuple(size for size in self.shape if size is not None)
         return [fixed] if len(fixed) == len(self.shape) else None
 
     def admits(self, shape: Sequence[int]) -> bool:
-        """Whether an array of this shape may be given."""
+        """Return whether an array may have this shape."""
         listed = self.supported_shapes
         if listed is not None:
             return tuple(shape) in listed
@@ -77,7 +77,7 @@ class TensorSpec:
         )
 
     def describe_shapes(self) -> str:
-        """The shapes that `admits` admits, for a message."""
+        """Describe the allowed shapes for a message."""
         listed = self.supported_shapes
         if listed is not None:
             return ("one of " if len(listed) > 1 else "") + ", ".join(str(list(shape)) for shape in listed)
@@ -87,7 +87,7 @@ class TensorSpec:
 
 
 class ColorSpace(str, enum.Enum):
-    """How an image is held as a tensor."""
+    """The layout of an image in a tensor."""
 
     RGB = "RGB"
     """Three channels of 8 bits, red first."""
@@ -112,14 +112,15 @@ class ImageSpec:
 
     color_space: ColorSpace
     tensor: TensorSpec
-    """What the program takes or gives for it: (1, channels, height, width), 0 to 255 in a color space of 8 bits."""
+    """Its tensor in the program: (1, channels, height, width), with values of 0 to 255 in a color space of 8
+    bits."""
 
     @property
     def name(self) -> str:
         return self.tensor.name
 
     def describe_sizes(self) -> str:
-        """The sizes that it may have, for a message."""
+        """Describe the allowed sizes for a message."""
         listed = self.tensor.supported_shapes
         if listed is not None:
             sizes = ", ".join(f"{width} x {height}" for _, _, height, width in listed)
@@ -168,7 +169,7 @@ class FunctionDescription:
 
 
 def choose_function(package: Package, function_name: str | None) -> str:
-    """The function to run: the one asked for, else the package's default.
+    """Return the name of the function to run: `function_name`, or the package's default.
 
     Raises:
         PackageError: the package has no such function.
@@ -182,11 +183,11 @@ def choose_function(package: Package, function_name: str | None) -> str:
 
 
 def describe_function(package: Package, function_name: str, graph: Graph) -> FunctionDescription:
-    """What the package says of a function, its graph filling in shapes that a description leaves out.
+    """Return the package's description of a function; the graph gives shapes that are not in it.
 
     Raises:
-        PackageError: description and program disagree.
-        UnsupportedOperationError: an input or output of a type that no ML Program has.
+        PackageError: the description and the program differ.
+        UnsupportedOperationError: an input or output has a type that ML Programs do not support.
     """
     description = package.spec.description
     source = next((each for each in description.functions if each.name == function_name), description)
@@ -214,12 +215,12 @@ def describe_function(package: Package, function_name: str, graph: Graph) -> Fun
 
 
 class _Reader:
-    """Reads what is described of a function's inputs, or of its outputs, against the types in its program."""
+    """Reads the description of a function's inputs or outputs, and compares it with the program's types."""
 
     def __init__(self, types: Mapping[str, TensorType | None], classified: frozenset[str], where: str) -> None:
         self._types = types
         self._classified = classified
-        """Names of what a `classify` operation gives."""
+        """Names of the outputs of `classify` operations."""
         self._where = where
 
     def input(self, feature: Model_pb2.FeatureDescription) -> InputSpec:
@@ -245,7 +246,7 @@ class _Reader:
         if kind not in ("stringType", "int64Type", "dictionaryType"):
             raise UnsupportedOperationError(
                 f"{self._where}: {feature.name!r} is of type {kind}",
-                expected="a multi-array, an image, or what a classifier gives",
+                expected="a multi-array, an image, or an output of a classifier",
             )
         if feature.name not in self._classified:
             raise PackageError(
@@ -257,7 +258,7 @@ class _Reader:
         return LabelSpec(feature.name, "string" if kind == "stringType" else "int64")
 
     def array(self, name: str, array: FeatureTypes_pb2.ArrayFeatureType) -> TensorSpec:
-        """An output or state: its described shape where it has one, else its type's in the program."""
+        """Return an output or state; its shape is the described one, or the program's if none is described."""
         shape: tuple[int | None, ...] = tuple(int(size) for size in array.shape)
         value_type = self._types[name]
         if not shape and value_type is not None:
@@ -298,7 +299,7 @@ class _Reader:
         ):
             raise PackageError(
                 f"{self._where}: describes {name!r} as an image of color space {color_space.value}",
-                expected=f"fp16, fp32 or uint8 [1, {channels[1]}, height, width], its program has {value_type}",
+                expected=f"fp16, fp32 or uint8 [1, {channels[1]}, height, width]; the program has {value_type}",
             )
         dtype = value_type.element.dtype_name
         default = (*channels, int(image.height), int(image.width))
@@ -335,7 +336,7 @@ class _Reader:
         return spec
 
     def _check_sizes(self, spec: TensorSpec) -> None:
-        """Sizes that both the description and the program fix must be the same."""
+        """Check that sizes fixed by both the description and the program are equal."""
         value_type = self._types[spec.name]
         assert value_type is not None, "the type is checked before"
         declared = value_type.shape or SCALAR_SHAPE
@@ -348,7 +349,7 @@ class _Reader:
         sizes = ", ".join("?" if size is None else str(size) for size in spec.shape)
         return PackageError(
             f"{self._where}: describes {spec.name!r} as {spec.dtype} of shape [{sizes}]",
-            expected=f"{self._types[spec.name] or 'what a classifier gives'}, as its program declares it",
+            expected=f"{self._types[spec.name] or 'an output of a classifier'}, as its program declares it",
         )
 
 
@@ -357,10 +358,10 @@ def _size_range(bounds: FeatureTypes_pb2.SizeRange) -> tuple[int, int | None]:
 
 
 def _fixed(ranges: Sequence[tuple[int, int | None]]) -> tuple[int | None, ...]:
-    """A shape with the sizes that a range leaves no choice of."""
+    """Return a shape with the sizes whose range has one value."""
     return tuple(low if low == high else None for low, high in ranges)
 
 
 def _common(shapes: Sequence[tuple[int, ...]]) -> tuple[int | None, ...]:
-    """A shape with the sizes that all have in common."""
+    """Return a shape with the sizes that all shapes have in common."""
     return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))

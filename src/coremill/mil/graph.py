@@ -1,7 +1,7 @@
 """Reads a function of an ML Program into a graph of operations over numbered values.
 
-A value has a slot. Constants are read here, once, and shared: a weight is a view of its file. The kernels'
-signatures decide which inputs of an operation are tensors and which are attributes.
+Each value has a slot. Constants are read once and shared; a weight is a view of its file. The signatures of the
+kernels define which inputs of an operation are tensors and which are attributes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from coremill.mil.values import (
 from coremill.mil.weights import WeightStore
 
 NONE_SLOT = 0
-"""The slot that stands for an optional input that is not given."""
+"""The slot of an optional input that is missing."""
 
 BRANCH = "cond"
 LOOP = "while_loop"
@@ -38,16 +38,16 @@ _MOST_ELEMENTS = 2**63 - 1
 """torch counts in int64."""
 
 _IOS_VERSION = {"CoreML5": 15, "CoreML6": 16, "CoreML7": 17, "CoreML8": 18, "CoreML9": 26}
-"""Operation set of a function to the iOS version that introduced it; coremltools' `_OPSET`."""
+"""The iOS version that introduced each operation set; see coremltools' `_OPSET`."""
 
 assert ops.__all__, "importing the package registers the operations"
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A nested block: its graph, and the outer slots that its captured inputs are bound to.
+    """A nested block: its graph, and the outer slots of its captured inputs.
 
-    The graph's inputs are the block's own inputs and then the captured values.
+    The graph's inputs are the block's own inputs, followed by the captured values.
     """
 
     graph: Graph
@@ -67,9 +67,9 @@ class Node:
     definition: Definition | None
     """None for a branch or a loop."""
     tensors: tuple[tuple[int, ...], ...]
-    """Slots of each tensor parameter, in the kernel's order: one slot, or those of a list."""
+    """Slots of each tensor parameter in the kernel's order: one slot, or one for each element of a list."""
     lists: tuple[bool, ...]
-    """Which of `tensors` is a list."""
+    """Whether each of `tensors` is a list."""
     attributes: Mapping[str, tuple[int, ...]]
     outputs: tuple[int, ...]
     blocks: tuple[Block, ...] = ()
@@ -88,7 +88,7 @@ class Node:
 
 @dataclass(slots=True)
 class Graph:
-    """A function or a nested block: nodes in the order in which they run."""
+    """A function or a nested block, with its nodes in execution order."""
 
     ios_version: int
     names: list[str] = field(default_factory=lambda: [""])
@@ -115,11 +115,11 @@ class Graph:
         return slot
 
     def type_of(self, slot: int) -> TensorType | ListType | None:
-        """A value's declared type; None for a string or a dictionary."""
+        """Return a value's declared type; None for a string or a dictionary."""
         return self.types.get(slot) or self.list_types.get(slot)
 
     def kind_of(self, slot: int) -> str:
-        """What a value is: "tensor", "list" or "state", or "value" for a string or a dictionary."""
+        """Return "tensor", "list" or "state", or "value" for a string or a dictionary."""
         if slot in self.list_types:
             return "list"
         if slot not in self.types:
@@ -134,9 +134,9 @@ def read_function(package: Package, function_name: str) -> Graph:
     """Read one function of a package's program.
 
     Raises:
-        PackageError: there is no such function, or it is malformed: a value that nothing gives, a missing input,
-            a weight that its file does not hold.
-        UnsupportedOperationError: it holds an operation that is not among the supported ones; all are named.
+        PackageError: there is no such function, or it is malformed: an undefined value, a missing input, a weight
+            that is not in its file.
+        UnsupportedOperationError: it contains unsupported operations; the message lists all of them.
     """
     functions = package.spec.mlProgram.functions
     if function_name not in functions:
@@ -180,7 +180,7 @@ def _refuse_unsupported(package: Package, block: MIL_pb2.Block, ios_version: int
 
 
 def operation_name(operation: MIL_pb2.Operation) -> str:
-    """An operation's name in the graph: its `name` attribute, else that of its first output."""
+    """Return an operation's name: its `name` attribute, or the name of its first output."""
     if "name" in operation.attributes:
         strings = operation.attributes["name"].immediateValue.tensor.strings.values
         if strings:
@@ -189,13 +189,13 @@ def operation_name(operation: MIL_pb2.Operation) -> str:
 
 
 def declared_type(value_type: MIL_pb2.ValueType, where: str) -> TensorType | ListType | None:
-    """The type that a `ValueType` message declares, a state's being its tensor's.
+    """Return the type that a `ValueType` message declares; for a state, the type of its tensor.
 
-    None for a string, a list of them or a dictionary.
+    None for a string, a list of strings or a dictionary.
 
     Raises:
-        PackageError: its sizes are beyond what any tensor has.
-        UnsupportedOperationError: an element type that no operation takes.
+        PackageError: its sizes are too large for a tensor.
+        UnsupportedOperationError: an element type that no operation supports.
     """
     kind = value_type.WhichOneof("type")
     if kind == "stateType":
@@ -215,7 +215,7 @@ def declared_type(value_type: MIL_pb2.ValueType, where: str) -> TensorType | Lis
         int(dimension.constant.size) if dimension.WhichOneof("dimension") == "constant" else None
         for dimension in tensor.dimensions
     )
-    # Each size for itself too: a tensor without elements has its other sizes all the same.
+    # Sizes of 0 are skipped: the other sizes of an empty tensor count too.
     if math.prod(size for size in shape if size) > _MOST_ELEMENTS:
         raise PackageError(
             f"{where} is of sizes {[size for size in shape if size is not None]}",
@@ -225,11 +225,11 @@ def declared_type(value_type: MIL_pb2.ValueType, where: str) -> TensorType | Lis
 
 
 def read_value(value: MIL_pb2.Value, weights: WeightStore, where: str) -> tuple[Constant, TensorType | None]:
-    """A constant of the program and its type: a tensor, or without a type a string or a list of either.
+    """Return a constant and its type: a tensor, or a string or list without a type.
 
     Raises:
-        PackageError: its numbers do not fill its shape, or its weight file does not hold it.
-        UnsupportedOperationError: a dictionary, or an element type that no operation takes.
+        PackageError: its values do not match its shape, or it is not in its weight file.
+        UnsupportedOperationError: a dictionary, or an element type that no operation supports.
     """
     if value.type.WhichOneof("type") == "listType":
         elements = [read_value(each, weights, where)[0] for each in value.immediateValue.list.values]
@@ -264,7 +264,7 @@ def read_value(value: MIL_pb2.Value, weights: WeightStore, where: str) -> tuple[
 
 
 class _BlockReader:
-    """Reads one block, and by further readers those nested in it."""
+    """Reads one block; further readers read the blocks nested in it."""
 
     def __init__(self, weights: WeightStore, graph: Graph, where: str, outer: _BlockReader | None = None) -> None:
         self._weights = weights
@@ -273,7 +273,7 @@ class _BlockReader:
         self._outer = outer
         self._slots: dict[str, int] = {}
         self.captured: dict[int, int] = {}
-        """Own slot to the outer block's."""
+        """The outer block's slot, by own slot."""
 
     def read(self, inputs: Iterable[MIL_pb2.NamedValueType], block: MIL_pb2.Block) -> Graph:
         graph = self._graph
@@ -301,7 +301,7 @@ class _BlockReader:
         self._slots[name] = slot
 
     def _lookup(self, name: str) -> int | None:
-        """The slot of a value of this block or, captured, of one around it."""
+        """Return the slot of a value of this block, or of a value captured from an outer block."""
         if name not in self._slots:
             outer_slot = self._outer._lookup(name) if self._outer is not None else None
             if self._outer is None or outer_slot is None:
@@ -321,8 +321,8 @@ class _BlockReader:
         slot = self._lookup(name)
         if slot is None:
             raise PackageError(
-                f"{self._where}{reader} is {name!r}, which no earlier operation gives",
-                expected="operations in the order in which they run, without a cycle",
+                f"{self._where}{reader} is {name!r}, which no earlier operation outputs",
+                expected="operations in execution order, without a cycle",
             )
         return slot
 
@@ -348,7 +348,7 @@ class _BlockReader:
         self._graph.nodes.append(node)
 
     def _arguments(self, operation: MIL_pb2.Operation, name: str) -> dict[str, tuple[int, ...]]:
-        """Slots by parameter: inputs, and the attributes by which some operations carry theirs."""
+        """Return slots by parameter: those of inputs and of attributes."""
         found: dict[str, tuple[int, ...]] = {}
         for parameter, argument in operation.inputs.items():
             reader = f"input {parameter!r} of operation {name!r} ({operation.type})"
@@ -376,7 +376,7 @@ class _BlockReader:
                 raise PackageError(f"{where}: {len(slots)} values for input {parameter.name!r}", expected="one")
             kind = "list" if parameter.is_list_value else "state" if parameter.is_state else "tensor"
             if any(self._graph.kind_of(slot) != kind for slot in slots or ()):
-                raise PackageError(f"{where}: its input {parameter.name!r} is no {kind}")
+                raise PackageError(f"{where}: its input {parameter.name!r} is not a {kind}")
             tensors.append((NONE_SLOT,) if slots is None else slots)
         for attribute in definition.attributes.values():
             if attribute.required and attribute.name not in arguments:
@@ -428,7 +428,7 @@ class _BlockReader:
     def _check_structure(
         self, where: str, op_type: str, slots: tuple[int, ...], outputs: tuple[int, ...], blocks: list[Block]
     ) -> None:
-        """The blocks take and give what the operation does: as many values, each of its kind."""
+        """Check that the blocks have as many inputs and outputs as the operation, of the same kinds."""
         given = self._graph.kinds_of(slots)
         results = self._graph.kinds_of(outputs)
         taken = [block.graph.kinds_of(block.own_inputs) for block in blocks]
@@ -439,6 +439,6 @@ class _BlockReader:
             fits = taken == [given, given] and returned == [["tensor"], given] and results == given
         if not fits:
             raise PackageError(
-                f"{where} takes {given} and gives {results}, its blocks take {taken} and give {returned}",
-                expected="blocks that take and give what the operation does",
+                f"{where} has inputs {given} and outputs {results}, its blocks {taken} and {returned}",
+                expected="blocks with the inputs and outputs of the operation",
             )

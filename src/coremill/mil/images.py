@@ -1,7 +1,7 @@
-"""Images to tensors and back, as coremltools' binding of Core ML passes them.
+"""Converts images to tensors and back, as coremltools' binding of Core ML does.
 
 Source: `coremlpython/CoreMLPythonUtils.mm` in coremltools' repository, and `ImageFeatureType` in its protobuf
-definitions. Pillow is taken by its interface, and imported only to make an image.
+definitions. Pillow is imported only to create an image.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _GIVEN_MODES: Mapping[ColorSpace, str] = MappingProxyType(
         ColorSpace.GRAYSCALE_FLOAT16: "F",
     }
 )
-"""Pillow's mode of an image that is given for a color space."""
+"""Pillow's mode of an input image, by color space."""
 
 _OPAQUE = 255
 
 
 def tensor_from_image(spec: ImageSpec, image: Array | Image) -> torch.Tensor:
-    """A PIL image as (1, channels, height, width), of the type that the program declares.
+    """Return a PIL image as (1, channels, height, width), of the type that the program declares.
 
     Raises:
-        PredictionInputError: it is no PIL image, or not of the mode and size that the input admits.
+        PredictionInputError: it is not a PIL image, or the input does not allow its mode or size.
     """
     mode = _GIVEN_MODES[spec.color_space]
     if isinstance(image, np.ndarray) or not all(hasattr(image, each) for each in ("mode", "size", "tobytes")):
@@ -67,16 +67,16 @@ def tensor_from_image(spec: ImageSpec, image: Array | Image) -> torch.Tensor:
     pixels = pixels.reshape(height, width, channels)
     if spec.color_space is ColorSpace.BGR:
         pixels = pixels[:, :, ::-1]
-    with np.errstate(over="ignore"):  # Beyond fp16's range it becomes an infinity, as IEEE rounds it.
+    with np.errstate(over="ignore"):  # a value beyond fp16's range becomes an infinity, as IEEE specifies
         planes = pixels.transpose(2, 0, 1)[None].astype(spec.tensor.dtype, order="C")
     return torch.from_numpy(planes)
 
 
 def image_from_array(spec: ImageSpec, array: Array) -> Image:
-    """A (1, channels, height, width) array as a PIL image: of mode RGBA and opaque, L, or F.
+    """Return a (1, channels, height, width) array as a PIL image of mode RGBA (opaque), L or F.
 
-    In a color space of 8 bits a value is rounded to the nearest integer, half to even, and clamped to 0 to 255; NaN
-    gives 0. Core ML does not document what it does with such values.
+    In a color space of 8 bits, values are rounded to the nearest integer (half to even) and clamped to 0 to 255;
+    NaN becomes 0. Core ML does not document its conversion.
 
     Raises:
         MachineError: Pillow is not installed.

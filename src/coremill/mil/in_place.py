@@ -1,8 +1,8 @@
 """Which updates of a state may write into the state's own memory.
 
-`coreml_update_state` of a slice is saved as read_state → slice_update → write_state. Taken to the letter it copies
-the whole state to change a part of it, once a layer for a key/value cache. Where nothing reads the old content
-afterwards, the part alone is written, and what it replaces is kept until the run has ended well.
+`coreml_update_state` of a slice is saved as read_state → slice_update → write_state. Executed literally, that
+copies the whole state to change a part of it, once per layer for a key/value cache. If nothing reads the old
+content afterwards, only the part is written, and its old content is kept until the run has succeeded.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from coremill.mil.graph import Graph, Node
 
 _RETURNS_VIEWS = frozenset({"einsum"})
-"""Operations whose kernels compute, and yet may return their input's memory; every `native` one may too."""
+"""Operations that are not `native` but may return their input's memory; every `native` operation may."""
 
 
 def updates_in_place(graph: Graph) -> Mapping[int, int]:
-    """The slot of the state for each such update, by the update's position among the graph's nodes."""
+    """Return the state's slot for each update in place, by the update's index among the graph's nodes."""
     if any(node.definition is None for node in graph.nodes):
-        return {}  # What nested blocks read, and when, is not looked into.
+        return {}  # what nested blocks read is not analysed
     states = dict.fromkeys(node.tensor_slots[0] for node in graph.nodes if node.op_type == "write_state")
     return {position: state for state in states for position in _of_state(graph, state)}
 
@@ -29,14 +29,14 @@ def _of_state(graph: Graph, state: int) -> list[int]:
     """Results of the updates found."""
     read: set[int] = set()
     aliases: set[int] = set()
-    """Slots whose memory may be the state's."""
+    """Slots of values that may share the state's memory."""
     for position, node in enumerate(graph.nodes):
         if _is_state_operation(node, state):
             if node.op_type == "read_state":
                 read.update(node.outputs)
                 aliases.update(node.outputs)
             elif node.tensor_slots[1] not in written:
-                break  # From here on the state's memory is that of some other value.
+                break  # from here on the state has the memory of another value
             continue
         if (
             node.tensor_slots[:1]
@@ -55,7 +55,7 @@ def _is_state_operation(node: Node, state: int) -> bool:
 
 
 def _may_overwrite(graph: Graph, position: int, state: int, aliases: set[int]) -> bool:
-    """Whether the node's result is what the state gets next, and nothing after the node reads the old content."""
+    """Return whether the node's result is the state's next content, and no later node reads the old content."""
     node = graph.nodes[position]
     if node.definition is None or node.definition.in_place is None or aliases.intersection(node.tensor_slots[1:]):
         return False

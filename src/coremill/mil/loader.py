@@ -1,12 +1,12 @@
-"""Opens a Core ML package: the directory that `.mlpackage` is, or a coremltools model in memory.
+"""Opens a Core ML package: an .mlpackage directory, or a coremltools model in memory.
 
 A package is a `Manifest.json` that lists items under `Data/` and names one of them as the root model; the root
-model is a serialized `Model` message (coremltools' protobuf definitions), its weight files lie beside it.
+model is a serialized `Model` message (coremltools' protobuf definitions), and its weight files are next to it.
 
-The paths that a package's own texts name must stay inside it: none is absolute or goes up by `..`. Symbolic links
-are followed wherever they lead: whoever laid the files out made them, and a download cache is full of them.
+Paths in a package's files must stay inside it: they are not absolute and do not contain `..`. Symbolic links are
+followed even out of the package, because download caches consist of them.
 
-The program is read from those messages themselves. coremltools' own reader (`frontend.milproto.load`) builds its
+The program is read from the messages directly. coremltools' own reader (`frontend.milproto.load`) builds its
 converter's graph from them, which copies every weight and re-infers every type; see `coremill.mil.program`.
 """
 
@@ -30,7 +30,7 @@ class Package:
     """An opened package."""
 
     name: str
-    """What messages call it: its path, or "the coremltools model" for one in memory."""
+    """Its name in messages: the path, or "the coremltools model" for a model in memory."""
     spec: Model_pb2.Model
     weights: WeightStore
 
@@ -39,7 +39,7 @@ def open_package(source: str | Path | CoreMLToolsModel) -> Package:
     """Open a package.
 
     Raises:
-        PackageError: it is no package, a part is missing or unreadable, or its model is not an ML Program.
+        PackageError: it is not a package, a part is missing or unreadable, or its model is not an ML Program.
     """
     if isinstance(source, CoreMLToolsModel):
         if source.weights_dir is None:
@@ -59,7 +59,7 @@ def open_package(source: str | Path | CoreMLToolsModel) -> Package:
 
 
 def _root_model(package: Path) -> Path:
-    """The file of the root model of a package directory."""
+    """Return the file of a package's root model."""
     if not package.exists():
         raise PackageError(f"{package}: no such package", expected=_SAVED)
     if not package.is_dir():
@@ -93,6 +93,6 @@ def _read_spec(path: Path) -> Model_pb2.Model:
         spec.ParseFromString(path.read_bytes())
     except FileNotFoundError as error:
         raise PackageError(f"{path}: the root model is missing", expected=_SAVED) from error
-    except (DecodeError, OSError, ValueError) as error:  # ValueError: a name that no file can have.
+    except (DecodeError, OSError, ValueError) as error:  # ValueError: an invalid file name
         raise PackageError(f"{path}: not a Core ML model ({error})", expected=_SAVED) from error
     return spec

@@ -1,4 +1,4 @@
-"""`MLModel`: predicts with a Core ML package as coremltools' class of the name does on a Mac."""
+"""`MLModel`: predicts with a Core ML package, as coremltools' class of that name does on macOS."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class State:
         self._tensors = dict(tensors)
 
     def read(self, name: str) -> Array:
-        """A copy of one state's content.
+        """Return a copy of a state's content.
 
         Raises:
             PredictionInputError: there is no state of that name.
@@ -60,17 +60,17 @@ class MLModel:
 
     Args:
         model: path of an .mlpackage directory, or a coremltools MLModel.
-        function_name: which function of the package; by default the one that the package names, else `main`.
-        mode: "declared" rounds every value to its declared type and accumulates in fp32; "oracle" holds and
-            computes fp16 values in fp32, and returns them so; "oracle-fp64" computes every float in fp64.
-        device: "cpu", or "cuda" where torch sees such a device.
-        expected_digest: of the whole package, as `coremill.core.digest.digest` gives it and a manifest records it.
-            Without one a flipped bit in a weight goes unnoticed: the format has no checksums.
+        function_name: a function of the package; default: the package's default function, or `main`.
+        mode: "declared" rounds every value to its declared type and accumulates in fp32; "oracle" stores,
+            computes and returns fp16 values in fp32; "oracle-fp64" computes every float in fp64.
+        device: "cpu", or "cuda" if torch has such a device.
+        expected_digest: digest of the package, as `coremill.core.digest.digest` returns it and a manifest records
+            it. Without it a flipped bit in a weight is not detected: the format has no checksums.
 
     Raises:
-        DigestError: the package's bytes are not those of `expected_digest`.
-        PackageError: the package is broken, is no ML Program, or lacks the function.
-        UnsupportedOperationError: the function holds an operation that is not supported.
+        DigestError: the package's digest is not `expected_digest`.
+        PackageError: the package is malformed, is not an ML Program, or lacks the function.
+        UnsupportedOperationError: the function contains an unsupported operation.
         MachineError: torch has no such device.
         ValueError: an unknown mode.
     """
@@ -91,7 +91,7 @@ class MLModel:
         self.function_name = choose_function(package, function_name)
         self.program = Program(package, self.function_name)
         self._description = describe_function(package, self.function_name, self.program.graph)
-        # Compiled now, so that a constant that cannot be computed is found on opening.
+        # Compiled now, so that an invalid constant is reported at opening.
         self.program.plan(self._target)
 
     @property
@@ -107,9 +107,9 @@ class MLModel:
         return self._description.states
 
     def supported_shapes(self, name: str) -> list[tuple[int, ...]] | None:
-        """The shapes that an input may have, the default first; None where ranges allow too many to list.
+        """Return the shapes that an input may have, the default first; None if its shapes are ranges.
 
-        Those of an image are (1, channels, height, width).
+        The shapes of an image are (1, channels, height, width).
 
         Raises:
             PredictionInputError: there is no input of that name.
@@ -120,7 +120,7 @@ class MLModel:
         raise PredictionInputError(f"no input {name!r}", expected=f"one of {[each.name for each in self.inputs]}")
 
     def make_state(self) -> State:
-        """A new state, every element 0."""
+        """Return a new state with every element 0."""
         return State({name: tensor.contiguous() for name, tensor in self._empty_states().items()})
 
     def predict(
@@ -129,25 +129,26 @@ class MLModel:
         """Run the function.
 
         Args:
-            data: an array for each input. An integer array of any type is taken for an int32 input if every value
-                fits, and a floating-point one of any type for a float input, rounded as IEEE says (beyond the
-                type's range to an infinity); nothing else is converted.
-                For an image a PIL image of mode RGB (color spaces RGB and BGR), L (GRAYSCALE) or F
-                (GRAYSCALE_FLOAT16). An optional input may be left out, and has its default then.
-            state: what :meth:`make_state` made, for a function with states. It is left as it was if this raises.
-            observe: called after each operation that runs; see `coremill.mil.plan.Observer`.
+            data: an array for each input. An int32 input accepts an integer array of any type if every value fits.
+                A float input accepts a floating-point array of any type, rounded as IEEE specifies (to an infinity
+                beyond the type's range). Nothing else is converted.
+                An image input takes a PIL image of mode RGB (color spaces RGB and BGR), L (GRAYSCALE) or F
+                (GRAYSCALE_FLOAT16). An optional input may be missing; its default is used.
+            state: the result of :meth:`make_state`, for a function with states. It is unchanged if this method
+                raises.
+            observe: called after each operation; see `coremill.mil.plan.Observer`.
 
         Returns:
-            An array for each output, of its declared type (in oracle mode float32 for float16), with the shape the
-            program gives; NaN and infinities as they came out. A scalar is an array of shape (1,), as Core ML has
-            no others. For an image a PIL image: of mode RGBA, opaque, for color spaces RGB and BGR, L for
-            GRAYSCALE, F for GRAYSCALE_FLOAT16; see `coremill.mil.images.image_from_array` for its rounding. For a
-            classifier the predicted label, a str or int, and a dictionary of the probabilities by label.
+            An array for each output, of its declared type (in oracle mode float32 for float16) and the shape that
+            the program computes. NaN and infinities are kept. A scalar is an array of shape (1,), as in Core ML. An
+            image output is a PIL image: of mode RGBA (opaque) for color spaces RGB and BGR, L for GRAYSCALE, F for
+            GRAYSCALE_FLOAT16; see `coremill.mil.images.image_from_array` for its rounding. A classifier returns
+            the predicted label, a str or int, and a dictionary of the probabilities by label.
 
         Raises:
-            PredictionInputError: a missing or unknown input, a type or shape that the package does not admit, or
-                values that an operation does not (an id outside an embedding, …), which it names.
-            PackageError: an operation cannot run on the shapes that the package admits.
+            PredictionInputError: a missing or unknown input, a type or shape that the package does not allow, or
+                values that an operation rejects (for example, an id outside an embedding).
+            PackageError: an operation fails on shapes that the package allows.
             MachineError: an output is an image, and Pillow is not installed.
         """
         self._check_names(data)
@@ -173,7 +174,7 @@ class MLModel:
     def _contents(
         self, cells: Mapping[str, StateCell], given: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """What the states hold after a run, each in memory of its own: the next run may write into it."""
+        """Return the states' content after a run, each in its own memory: the next run may write into it."""
         taken = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
         plan = self.program.plan(self._target)
         contents = {}
@@ -198,7 +199,7 @@ class MLModel:
             )
 
     def _cells(self, state: State | None) -> dict[str, StateCell]:
-        """A cell for each state, on the state's present tensors."""
+        """Return a cell with the current tensor of each state."""
         if not self.states:
             if state is not None:
                 raise PredictionInputError(f"a state for function {self.function_name!r}, which has none")
@@ -206,7 +207,7 @@ class MLModel:
         if state is None:
             raise PredictionInputError(
                 f"no state for function {self.function_name!r}, which has {[spec.name for spec in self.states]}",
-                expected="predict(data, state) with what make_state() made",
+                expected="predict(data, state) with the result of make_state()",
             )
         cells = {}
         for name, expected in self._empty_states().items():
@@ -224,7 +225,7 @@ class MLModel:
         return cells
 
     def _empty_states(self) -> dict[str, torch.Tensor]:
-        """By name, tensors like the states as the mode and device hold them: all 0, and not yet in memory."""
+        """Return zero tensors with the states' types, shapes and device, by name; they take no memory yet."""
         graph, target = self.program.graph, self._target
         types = {graph.names[slot]: graph.types[slot] for slot in graph.inputs}
         return {
@@ -239,7 +240,7 @@ class MLModel:
     ) -> dict[str, Any]:
         graph = self.program.graph
         by_name = {graph.names[slot]: value for slot, value in results.items()}
-        # What the caller gets must not change with the next prediction, nor change this model when written to.
+        # Outputs must not change with the next prediction, and writing to them must not change the model.
         kept = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
         kept |= {cell.tensor.untyped_storage().data_ptr() for cell in cells.values()}
         outputs: dict[str, Any] = {}
@@ -256,14 +257,14 @@ class MLModel:
         return outputs
 
     def _array(self, spec: TensorSpec, value: torch.Tensor, kept: AbstractSet[int]) -> Array:
-        """An output's array; a copy where its memory is among `kept` or the program's own."""
+        """Return an output's array; a copy if its memory is in `kept` or belongs to the program."""
         is_shared = value.untyped_storage().data_ptr() in kept or self.program.plan(self._target).keeps(value)
         dtype = _returned_dtype(spec.dtype, self._target.numerics)
         return np.array(value.cpu().numpy(), dtype=dtype, order="C", copy=is_shared or None, ndmin=1)
 
 
 def _returned_dtype(declared: str, numerics: Numerics) -> np.dtype[np.generic]:
-    """numpy's type of an output: the declared one, but as wide as a mode computes."""
+    """Return the numpy type of an output: the declared type, or the wider one that the mode computes in."""
     dtype = np.dtype(declared)
     if dtype.kind != "f" or numerics is Numerics.DECLARED:
         return dtype
@@ -272,7 +273,7 @@ def _returned_dtype(declared: str, numerics: Numerics) -> np.dtype[np.generic]:
 
 def _check_digest(model: str | Path | CoreMLToolsModel, expected: str) -> None:
     if isinstance(model, CoreMLToolsModel):
-        raise ValueError("`expected_digest` is of a package on disk, and this model is in memory")
+        raise ValueError("`expected_digest` needs a package on disk; this model is in memory")
     found = digest(Path(model)) if Path(model).exists() else "nothing"
     if found != expected:
         raise DigestError(f"{model}: found {found}", expected=f"{expected}, as it was recorded")
@@ -294,7 +295,7 @@ def _device(name: str) -> torch.device:
 
 
 def _input_tensor(spec: InputSpec, data: Mapping[str, Array | Image]) -> torch.Tensor:
-    """The tensor of an input: from what is given for it, else its default."""
+    """Return the tensor of an input, or of its default."""
     if isinstance(spec, ImageSpec):
         return tensor_from_image(spec, data[spec.name])
     if spec.name in data:
@@ -304,10 +305,10 @@ def _input_tensor(spec: InputSpec, data: Mapping[str, Array | Image]) -> torch.T
 
 
 def _tensor_from_array(spec: TensorSpec, array: Array | Image) -> torch.Tensor:
-    """An array as the tensor of an input.
+    """Convert an array to the tensor of an input.
 
     Raises:
-        PredictionInputError: it is not an array of the input's kind and shapes, or a value does not fit.
+        PredictionInputError: it is not an array of the input's kind and shape, or a value is out of range.
     """
     if not isinstance(array, np.ndarray):
         raise PredictionInputError(
@@ -328,8 +329,8 @@ def _tensor_from_array(spec: TensorSpec, array: Array | Image) -> torch.Tensor:
                 raise PredictionInputError(
                     f"input {spec.name!r} holds {value}", expected=f"{info.min} to {info.max}, as {spec.dtype}"
                 )
-    with np.errstate(over="ignore"):  # A float beyond the type's range becomes an infinity, as IEEE rounds it.
+    with np.errstate(over="ignore"):  # a float beyond the type's range becomes an infinity, as IEEE specifies
         converted = np.ascontiguousarray(array, dtype=dtype)
     if not converted.flags.writeable:
-        converted = converted.copy()  # torch warns of memory that it must not write, though nothing here does.
+        converted = converted.copy()  # torch warns about read-only memory
     return torch.from_numpy(converted).reshape(array.shape)

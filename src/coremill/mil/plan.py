@@ -1,9 +1,9 @@
 """Compiles a graph to a flat list of steps, and runs it.
 
-Lowering does once what does not depend on values: attributes become Python values bound to their kernels,
-operations on constants are computed, dead operations dropped, and each value's last use found, after which it is
-freed. The second run at an input shape also finds what follows from shapes alone (sizes, masks cut to length, …);
-later runs at that shape start with those values and skip the operations that gave them.
+Compiling does once what does not depend on values: it binds attributes to their kernels as Python values, computes
+operations on constants, drops dead operations, and finds the last use of each value, after which the value is
+freed. The second run at an input shape also records the values that depend on shapes alone (sizes, masks cut to
+length, …). Later runs at that shape start with those values and skip the operations that computed them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from coremill.mil.ops.registry import Attribute, Definition, Given, Kernel, Oper
 from coremill.mil.values import BY_NAME, Constant, ElementType, Numerics, StateCell, TensorType, Value, as_tensor
 
 Observer: TypeAlias = "Callable[[Step, list[Value]], None]"
-"""Called after each step with the step and the values of all slots, before those it frees are freed."""
+"""Called after each step with the step and the values of all slots, before the step's slots are freed."""
 
 Values: TypeAlias = "Mapping[int, Value]"
 """By slot."""
@@ -39,24 +39,24 @@ KERNEL_FAILURES = (
     ArithmeticError,
     MemoryError,
 )
-"""What torch and Python raise where shapes or attributes do not fit together.
+"""What torch, numpy and Python raise if the shapes or attributes of a malformed program do not match.
 
-LookupError is that of a table without the key or index that a program names, AttributeError of a value of another
-kind than declared, MemoryError of numpy for a shape that no memory holds. What the kernels refuse themselves comes
-with a better message; this is for the programs that nobody thought of.
+For example, LookupError for a missing key or index, AttributeError or TypeError for a value of the wrong kind, and
+MemoryError for a shape that does not fit in memory. The kernels' own checks raise OperationError, with a better
+message.
 """
 
 _SHAPES_KEPT = 8
-"""Input shapes whose shape-only values are kept; the least recently used goes first."""
+"""Number of input shapes whose shape-only values are kept; the least recently used is dropped first."""
 
 _KEPT_VALUE_BYTES = 16 << 20
-"""A shape-only value above this is computed anew in each run, unless it is a part of a constant."""
+"""A larger shape-only value is computed in each run, unless it is a view of a constant."""
 
 WIDE_CONSTANT_BYTES = 1 << 20
-"""An fp32 copy of an fp16 constant is kept up to this size; a larger constant is widened whenever it is used.
+"""An fp32 copy of an fp16 constant is kept up to this size; a larger constant is widened at each use.
 
-So norms and biases are converted once, and the copies of a large model's matrices, twice the size of its package,
-are never in memory together. `linear` widens its weight by pieces anyway."""
+Norms and biases are therefore converted once, and the fp32 copies of a large model's matrices, which are twice the
+size of its package, are never in memory together. `linear` widens its weight in pieces."""
 
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a graph is compiled for: how values are held, and where."""
+    """What a graph is compiled for: the numerics and the device."""
 
     numerics: Numerics
     device: torch.device = CPU
@@ -74,9 +74,9 @@ class Target:
         return bool(self.device == CPU)
 
     def activate(self) -> contextlib.ExitStack:
-        """The context to compute in: what kernels create lies on the device, and products are of the types given.
+        """Return the context to compute in: kernels create tensors on the device, and products keep their types.
 
-        Whatever a caller has set, autocast and reduced precisions are off; its settings come back.
+        Autocast and reduced precisions are off, whatever the caller has set; its settings are restored.
         """
         stack = contextlib.ExitStack()
         stack.enter_context(torch.autocast(self.device.type, enabled=False))
@@ -90,13 +90,13 @@ class Target:
 
 
 class Constants:
-    """A program's constants in other types and on devices: each copy is made once, whoever asks for it.
+    """A program's constants in other types and on other devices; each copy is made once and shared.
 
-    For values that last as long as the program or a plan of it: a copy is kept as long as its original.
+    For values that last as long as the program or one of its plans: a copy is kept as long as its original.
     """
 
     def __init__(self) -> None:
-        # The original is kept beside its copy: an id is only unique while its object lives.
+        # The original is kept with its copy: an id is unique only while its object exists.
         self._copies: dict[tuple[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def get(self, original: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -117,7 +117,7 @@ class Step:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     single: bool
-    """Whether `call` returns the value of its one output, not a tuple of values."""
+    """Whether `call` returns the value of its only output, not a tuple of values."""
     frees: tuple[int, ...] = ()
     """Slots whose last use this is."""
 
@@ -129,16 +129,16 @@ class Section:
     graph: Graph
     steps: list[Step]
     template: list[Value]
-    """Values of all slots at the start: constants, None elsewhere."""
+    """Values of all slots at the start: constants, and None in other slots."""
     constant_storages: frozenset[int]
-    """Addresses of the memory that constants lie in, those of nested blocks too."""
+    """Addresses of the memory of constants, including those of nested blocks."""
 
     def run(self, arguments: Sequence[Value], observe: Observer | None = None) -> tuple[Value, ...]:
-        """Values of the graph's outputs for values of its inputs.
+        """Return the values of the graph's outputs for values of its inputs.
 
         Raises:
-            PredictionInputError: an operation does not admit the values that reached it.
-            PackageError: an operation cannot run on the shapes that reached it.
+            PredictionInputError: an operation rejects its inputs' values.
+            PackageError: an operation fails on its inputs' shapes.
         """
         values = self.template.copy()
         for slot, argument in zip(self.graph.inputs, arguments, strict=True):
@@ -157,7 +157,7 @@ class Section:
                 for slot in step.frees:
                     values[slot] = None
         except CoremillError:
-            raise  # From a nested block: it names the innermost operation.
+            raise  # from a nested block; it names the innermost operation
         except OperationError as error:
             assert step is not None
             raise PredictionInputError(f"{step.node}: {error}") from error
@@ -168,7 +168,7 @@ class Section:
 
 
 def _describe(step: Step, values: list[Value]) -> str:
-    """The inputs of a step, for a message."""
+    """Describe the inputs of a step for a message."""
     return ", ".join(
         f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
         for value in (values[slot] for slot in step.inputs)
@@ -187,12 +187,12 @@ class Plan:
         """The steps that run at any shape."""
         self._shape_only = _shape_only_slots(self.general)
         self._at_shapes: OrderedDict[tuple[torch.Size | None, ...], Section | None] = OrderedDict()
-        """The section for each shape of the inputs; None for a shape that came once."""
+        """The section for each shape of the inputs; None for a shape that was used once."""
 
     def run(self, arguments: Sequence[Value], observe: Observer | None = None) -> tuple[Value, ...]:
-        """Values of the outputs for tensors (state cells where the function takes states); see Section.run.
+        """Return the values of the outputs for tensors, or state cells for states; see Section.run.
 
-        An observer sees the steps of the general section.
+        An observer receives the steps of the general section.
         """
         if observe is not None or not self._shape_only:
             return self.general.run(arguments, observe)
@@ -204,20 +204,20 @@ class Plan:
         if key in self._at_shapes:
             outputs, self._at_shapes[key] = self._run_and_specialize(arguments)
             return outputs
-        # Compiled when a shape comes again: while a cache fills, each token has a shape of its own.
+        # Compiled at the second use of a shape: while a cache grows, each token has a different shape.
         self._at_shapes[key] = None
         if len(self._at_shapes) > _SHAPES_KEPT:
             self._at_shapes.popitem(last=False)
         return self.general.run(arguments)
 
     def keeps(self, tensor: torch.Tensor) -> bool:
-        """Whether a run that follows may read this tensor's memory."""
+        """Return whether a later run may read this tensor's memory."""
         address = tensor.untyped_storage().data_ptr()
         sections = (self.general, *self._at_shapes.values())
         return any(address in each.constant_storages for each in sections if each is not None)
 
     def _run_and_specialize(self, arguments: Sequence[Value]) -> tuple[tuple[Value, ...], Section]:
-        """Run at a new shape, and compile for it with the shape-only values that came up as constants."""
+        """Run at a new shape, and compile for it with the shape-only values of that run as constants."""
         found: dict[int, Value] = {}
 
         def record(step: Step, values: list[Value]) -> None:
@@ -229,7 +229,7 @@ class Plan:
         return outputs, compile_graph(self.graph, self._lasting, self._general_values(), found)
 
     def _general_values(self) -> dict[int, Value]:
-        """Constants and what was computed from them; slots beyond the graph's are copies of a section's own."""
+        """Return constants and values computed from them, without the general section's own copies."""
         slots = enumerate(self.general.template[: len(self.graph.names)])
         return {slot: value for slot, value in slots if value is not None}
 
@@ -242,7 +242,7 @@ def _is_worth_keeping(value: Value, constant_storages: frozenset[int]) -> bool:
 
 
 def _shape_only_slots(section: Section) -> frozenset[int]:
-    """Slots whose values follow from the shapes of the inputs alone.
+    """Return the slots whose values depend on the shapes of the inputs alone.
 
     A kernel's output shape depends only on its tensor inputs' shapes and its attributes' values; see
     `coremill.mil.ops.registry`.
@@ -269,12 +269,12 @@ def _shape_only_slots(section: Section) -> frozenset[int]:
 
 @dataclass(slots=True)
 class Lasting:
-    """What the sections of one plan share."""
+    """What the sections of a plan share."""
 
     target: Target
     constants: Constants
     blocks: dict[int, Section] = field(default_factory=dict)
-    """Nested blocks that were compiled with nothing but constants, by the id of their graph."""
+    """Nested blocks that were compiled with constants only, by the id of their graph."""
 
 
 def compile_graph(
@@ -286,9 +286,9 @@ def compile_graph(
     """Compile a graph.
 
     Args:
-        shared: values by slot that last as long as the plan, in the mode's storage; the operations that give them
-            are left out.
-        own: further values, of this section alone: no copy of them is kept elsewhere.
+        shared: values that last as long as the plan, in the mode's storage; the operations that compute them
+            are skipped.
+        own: values of this section alone; no copy of them is kept outside it.
 
     Raises:
         PackageError: an operation on constants cannot be computed.
@@ -327,7 +327,7 @@ def _without_dead_steps(steps: list[Step], outputs: tuple[int, ...]) -> list[Ste
 
 
 def _set_frees(steps: list[Step], outputs: tuple[int, ...], constant: frozenset[int]) -> None:
-    """Give each step the slots that no later one reads."""
+    """Set the slots that each step frees: those that no later step reads."""
     later = set(outputs) | constant | {NONE_SLOT}
     for step in reversed(steps):
         mentioned = dict.fromkeys(step.inputs + step.outputs)
@@ -336,7 +336,7 @@ def _set_frees(steps: list[Step], outputs: tuple[int, ...], constant: frozenset[
 
 
 class _Compiler:
-    """Binds nodes to calls; holds the values that are known while compiling."""
+    """Binds nodes to calls, and keeps the values that are known at compilation."""
 
     def __init__(
         self, graph: Graph, lasting: Lasting, shared: Mapping[int, Value], own: Mapping[int, Value]
@@ -345,7 +345,7 @@ class _Compiler:
         self._lasting = lasting
         self._numerics = lasting.target.numerics
         self._fleeting = set(own)
-        """Slots whose values are this section's alone."""
+        """Slots of values that only this section uses."""
         self._has_own = bool(own)
         self._wide_slots: dict[int, int] = {}
         self.slot_count = len(graph.names)
@@ -358,7 +358,7 @@ class _Compiler:
         self.values.update(own)
 
     def _stored(self, slot: int, value: Constant) -> Constant:
-        """A constant as the mode holds it, on the device."""
+        """Return a constant in the mode's storage, on the device."""
         if not isinstance(value, torch.Tensor):
             return value
         storage = self._numerics.storage(self._graph.types[slot].element)
@@ -369,7 +369,7 @@ class _Compiler:
         return value_type is not None and value_type.element.is_half
 
     def fold(self, step: Step) -> None:
-        """Compute a step whose inputs are known."""
+        """Run a step whose inputs are known."""
         try:
             result = step.call(*[self.values[slot] for slot in step.inputs])
             results = (result,) if step.single else _results(result)
@@ -380,7 +380,7 @@ class _Compiler:
             self._fleeting.update(step.outputs)
 
     def bind(self, node: Node, state: int | None = None) -> Step:
-        """The step of a node; one that is to overwrite a state's memory if it is given the state's slot."""
+        """Return the step of a node; with the slot of a state, one that writes into the state's memory."""
         if node.definition is None:
             return self._bind_structured(node)
         definition = node.definition
@@ -413,7 +413,7 @@ class _Compiler:
         return Step(node, call, inputs, node.outputs, single)
 
     def _attribute(self, node: Node, definition: Definition, name: str, values: Sequence[Value]) -> Attribute:
-        """The Python value of an attribute from the tensors or the string that the program gives."""
+        """Convert the tensors or the string of an attribute to its Python value."""
         plain: list[Given] = [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
         convert = definition.attributes[name].convert
         assert convert is not None
@@ -427,12 +427,12 @@ class _Compiler:
 
     def _element_type(self, node: Node, name: Attribute) -> ElementType:
         if not isinstance(name, str) or name not in BY_NAME:
-            raise PackageError(f"{node}: no element type {name!r}", expected=f"one of {sorted(BY_NAME)}")
+            raise PackageError(f"{node}: unknown element type {name!r}", expected=f"one of {sorted(BY_NAME)}")
         element = BY_NAME[name]
         return replace(element, storage=self._numerics.storage(element))
 
     def _with_rounding(self, node: Node, inputs: tuple[int, ...], call: Kernel) -> tuple[tuple[int, ...], Kernel]:
-        """fp16 inputs widened to fp32 (constants beforehand), fp16 results rounded."""
+        """Widen fp16 inputs to fp32 (constants at compilation), and round fp16 results."""
         slots = list(inputs)
         positions = []
         for position, slot in enumerate(node.tensor_slots):
@@ -452,14 +452,14 @@ class _Compiler:
         return tuple(slots), _rounding(call, tuple(positions), storages)
 
     def _storages(self, node: Node) -> tuple[torch.dtype | None, ...]:
-        """How the mode holds each output; None for what is no tensor."""
+        """Return the storage type of each output; None for an output that is not a tensor."""
         types = (self._graph.types.get(slot) for slot in node.outputs)
         return tuple(
             self._numerics.storage(each.element) if isinstance(each, TensorType) else None for each in types
         )
 
     def _has_mixed_inputs(self, node: Node) -> bool:
-        """Whether the tensors are of different types, so that only the program says what the result's is."""
+        """Return whether the tensors have different types; the result's type is then the declared one."""
         types = (self._graph.types.get(slot) for slot in node.tensor_slots)
         return len({each.element.name for each in types if isinstance(each, TensorType)}) > 1
 
@@ -478,7 +478,7 @@ class _Compiler:
         return self._wide_slots[slot]
 
     def _nested(self, block: Block) -> Section:
-        """The section of a nested block, compiled once where what it captures lasts."""
+        """Return the section of a nested block; it is compiled once if its captured values last."""
         captured_inputs = block.graph.inputs[len(block.graph.inputs) - len(block.captured) :]
         known = {
             slot: outer for slot, outer in zip(captured_inputs, block.captured, strict=True) if outer in self.values
@@ -531,7 +531,7 @@ def _assembling(
     sizes: Mapping[str, int],
     converters: Mapping[str, Callable[[Sequence[Value]], Attribute]],
 ) -> Kernel:
-    """A call on flat arguments for a kernel that takes lists, or attributes that the program computes."""
+    """Return a call on flat arguments, for a kernel with list inputs or computed attributes."""
 
     def call(*arguments: Value) -> Value:
         tensors: list[Value] = []
@@ -549,7 +549,7 @@ def _assembling(
 
 
 def _overwriting(call: Kernel) -> Kernel:
-    """`call`, whose last argument is the state's cell, which keeps what was overwritten."""
+    """Return `call` with the state's cell as last argument; the cell keeps what was overwritten."""
 
     def overwrite(*arguments: Value) -> Value:
         *inputs, cell = arguments
@@ -563,7 +563,7 @@ def _overwriting(call: Kernel) -> Kernel:
 
 
 def _rounding(call: Kernel, positions: tuple[int, ...], storages: tuple[torch.dtype | None, ...]) -> Kernel:
-    """`call` with the arguments at `positions` widened to fp32 and its results rounded to `storages`."""
+    """Return `call` with the arguments at `positions` widened to fp32 and its results rounded to `storages`."""
 
     def widened(arguments: tuple[Value, ...]) -> list[Value]:
         values = list(arguments)

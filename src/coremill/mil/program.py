@@ -1,4 +1,4 @@
-"""A function of a package, read once, and its plans by mode."""
+"""A function of a package, and its plans by mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coremill.mil.values import Value
 
 
 class Program:
-    """One function of a package. Constants are shared between its plans.
+    """One function of a package. Its plans share their constants.
 
     Args:
         function_name: a function of the package's program.
@@ -30,7 +30,7 @@ class Program:
         self._plans: dict[Target, Plan] = {}
 
     def plan(self, target: Target) -> Plan:
-        """The plan of a mode on a device, compiled when first asked for.
+        """Return the plan of a mode on a device; it is compiled at the first call.
 
         Raises:
             PackageError: an operation on constants cannot be computed.
@@ -41,13 +41,13 @@ class Program:
         return self._plans[target]
 
     def run(self, arguments: Sequence[Value], target: Target, observe: Observer | None = None) -> tuple[Value, ...]:
-        """Values of the function's outputs, in its order; see `coremill.mil.plan.Section.run`.
+        """Return the values of the function's outputs, in its order; see `coremill.mil.plan.Section.run`.
 
         Args:
             arguments: a tensor for each input and a cell for each state, in the function's order.
 
         Raises:
-            PackageError: as Section.run does, or a weight file was cut since it was opened.
+            PackageError: see Section.run; also if a weight file was truncated after it was opened.
         """
         self._weights.check_sizes()
         plan = self.plan(target)

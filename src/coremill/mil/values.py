@@ -1,6 +1,6 @@
-"""Element types of the Model Intermediate Language, and how its values are held as torch tensors.
+"""Element types of the Model Intermediate Language, and the torch tensors that store its values.
 
-Numbers of the types are those of `MIL_pb2.DataType` in coremltools' protobuf definitions.
+The numbers of the types are those of `MIL_pb2.DataType` in coremltools' protobuf definitions.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch
 class ElementType:
     """One element type of MIL.
 
-    `storage` is the torch type that holds its values: the type itself where torch computes with it, else the next
-    wider one (uint16 in int32, int4 in int8, …), which holds every value of it.
+    `storage` is the torch type that stores its values: the type itself if torch computes with it, otherwise a wider
+    type that represents every value (int32 for uint16, int8 for int4, …).
     """
 
     name: str
     bits: int
     storage: torch.dtype
     packed: np.dtype[np.generic] | None
-    """numpy type of one element in a file, or None where elements are packed below a byte or are no numbers."""
+    """numpy type of one element in a file, or None if elements are smaller than a byte."""
     low: int = 0
     high: int = 0
-    """Range of an integer type; both 0 for any other."""
+    """Range of an integer type; 0 for other types."""
 
     @property
     def dtype_name(self) -> str:
@@ -48,7 +48,7 @@ class ElementType:
 
     @property
     def is_half(self) -> bool:
-        """Whether arithmetic on it is done in fp32 and rounded."""
+        """Whether operations compute in fp32 and round the result."""
         return self.storage in (torch.float16, torch.bfloat16)
 
 
@@ -85,7 +85,7 @@ ELEMENT_TYPES: Mapping[int, ElementType] = MappingProxyType(
         39: _integer("uint3", 3, torch.uint8),
     }
 )
-"""By the number in the file. uint64, the fp8 types and strings are missing: no tensor operation takes them."""
+"""By the number in the file. uint64, the fp8 types and strings are missing: no tensor operation supports them."""
 
 STRING = 2
 """The number of the string type."""
@@ -94,19 +94,20 @@ BY_NAME: Mapping[str, ElementType] = MappingProxyType({each.name: each for each 
 
 
 class Numerics(str, enum.Enum):
-    """How a program's floating-point values are held. Reference numerics: no device computes exactly so."""
+    """The types in which floating-point values are stored and computed. No device computes exactly the same
+    values."""
 
     DECLARED = "declared"
     """Every value is rounded to its declared type; sums and products accumulate in fp32."""
 
     ORACLE = "oracle"
-    """fp16 and bf16 values are held and computed in fp32: what the program means, without its rounding."""
+    """fp16 and bf16 values are stored and computed in fp32, without the rounding that the program declares."""
 
     ORACLE_FP64 = "oracle-fp64"
-    """Every floating-point value is held and computed in fp64."""
+    """Every floating-point value is stored and computed in fp64."""
 
     def storage(self, element: ElementType) -> torch.dtype:
-        """The torch type that holds values of a type."""
+        """Return the torch type that stores values of a type."""
         if self is Numerics.ORACLE_FP64 and element.is_float:
             return torch.float64
         if self is Numerics.ORACLE and element.is_half:
@@ -116,7 +117,7 @@ class Numerics(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """A declared type: element type and shape, None for a dimension that is only known at run time."""
+    """A declared type: element type and shape, with None for a dimension that is known only at run time."""
 
     element: ElementType
     shape: tuple[int | None, ...]
@@ -127,7 +128,7 @@ class TensorType:
 
 @dataclass(frozen=True, slots=True)
 class ListType:
-    """A declared list of tensors. Its length is not part of it: lists grow."""
+    """A declared list of tensors. The type has no length, because lists grow."""
 
     element: TensorType
 
@@ -137,20 +138,20 @@ class ListType:
 
 @dataclass(frozen=True, slots=True)
 class TensorList:
-    """A value of list type: tensors of one shape. Writing gives a new list."""
+    """A value of list type: tensors of one shape. Writing returns a new list."""
 
     length: int
     written: Mapping[int, torch.Tensor]
     """By index; every other element is 0."""
     shape: tuple[int | None, ...]
-    """Of an element; None for a size that the first write decides."""
+    """Of an element; None for a size that the first write sets."""
     dtype: torch.dtype
     is_dynamic: bool
-    """Whether a write past the end makes it longer."""
+    """Whether a write past the end extends the list."""
 
 
 class StateCell:
-    """What a state input is bound to while a function runs: the state's tensor, replaced when it is written."""
+    """Holds a state's tensor while a function runs; a write replaces the tensor."""
 
     __slots__ = ("_before", "_overwritten", "tensor")
 
@@ -160,11 +161,11 @@ class StateCell:
         self._overwritten: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def remember(self, part: torch.Tensor, before: torch.Tensor) -> None:
-        """A part of the state's memory was overwritten, and held `before`."""
+        """Record that a part of the state's memory was overwritten, and its content before."""
         self._overwritten.append((part, before))
 
     def restore(self) -> None:
-        """Give the state the content back that it had when the function began."""
+        """Restore the content that the state had when the function started."""
         for part, before in reversed(self._overwritten):
             part.copy_(before)
         self._overwritten.clear()
@@ -193,23 +194,23 @@ def as_tensor(value: Value) -> torch.Tensor:
 def unpack_bits(
     packed: npt.NDArray[np.uint8], element: ElementType, count: int
 ) -> npt.NDArray[np.int8] | npt.NDArray[np.uint8]:
-    """Unpack elements below a byte: consecutive, least significant bit first, across byte borders.
+    """Unpack elements smaller than a byte: consecutive, least significant bit first, across byte boundaries.
 
     Source: the layout that coremltools documents for `constexpr_lut_to_dense` (iOS16).
 
     Args:
-        packed: uint8 of one axis, as many as `count` elements take.
+        packed: (bytes,) uint8, as many as `count` elements need.
         count: elements to read.
 
     Returns:
         (count,) int8 or uint8.
 
     Raises:
-        ValueError: there are fewer bytes, or more.
+        ValueError: the number of bytes is wrong.
     """
     needed = -(-count * element.bits // 8)
     if packed.shape != (needed,):
-        raise ValueError(f"{packed.size} bytes for {count} elements of {element.name}, which take {needed}")
+        raise ValueError(f"{packed.size} bytes for {count} elements of {element.name}, which need {needed}")
     bits = np.unpackbits(packed, bitorder="little", count=count * element.bits).reshape(count, element.bits)
     values = bits @ (1 << np.arange(element.bits, dtype=np.int16))
     if element.low < 0:
@@ -219,19 +220,19 @@ def unpack_bits(
 
 
 def tensor_from_numbers(values: Sequence[float], element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of Python numbers that a program carries inline.
+    """Return a tensor of the numbers that a program stores inline.
 
     Raises:
-        ValueError: their number does not fill the shape.
+        ValueError: their count does not match the shape.
     """
     return torch.tensor(list(values), dtype=element.storage).reshape(shape)
 
 
 def tensor_from_bytes(data: bytes, element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of elements in their file layout, copied.
+    """Return a tensor copied from elements in their file layout.
 
     Raises:
-        ValueError: the bytes do not fill the shape.
+        ValueError: the number of bytes does not match the shape.
     """
     count = int(np.prod(shape, dtype=np.int64))
     if element.packed is None:

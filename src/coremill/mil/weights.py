@@ -1,4 +1,4 @@
-"""The weight files of a package: read in place, without a copy where the element type allows.
+"""The weight files of a package, mapped into memory and not copied if the element type allows it.
 
 The format is MILBlob's storage format, version 2, as coremltools writes it: a 64-byte header (count of blobs and
 version, each uint32), then for each blob, at an offset that is a multiple of 64, a 64-byte record (sentinel
@@ -51,25 +51,25 @@ class WeightFile:
         self._map = _map_file(path)
 
     def check_size(self) -> None:
-        """Check that the file still holds what was mapped: reading beyond its end would kill the interpreter.
+        """Check that the file was not truncated: reading beyond its end would kill the interpreter.
 
-        A file that was removed or replaced stays as it was for whoever has it mapped; one that was cut does not.
+        A file that was removed or replaced stays mapped unchanged; a truncated one does not.
 
         Raises:
-            PackageError: it is shorter, as when a package is saved again in place.
+            PackageError: it is shorter, for example because the package was saved again in place.
         """
         size = self._map.size()
         if size < len(self._map):
             raise PackageError(
-                f"{self._path}: the weight file has {size} bytes, and had {len(self._map)} when it was opened",
+                f"{self._path}: the weight file has {size} bytes; it had {len(self._map)} when it was opened",
                 expected="the package as it was opened; open it again",
             )
 
     def tensor(self, offset: int, element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor of the blob whose record is at `offset`; shares the file's memory where it can.
+        """Return the tensor of the blob whose record is at `offset`; it shares the file's memory if possible.
 
         Raises:
-            PackageError: no such blob lies there, or it is not of this type and size.
+            PackageError: there is no blob at `offset`, or it has another type or size.
         """
         start, size = self._data_range(offset, element)
         count = 1
@@ -88,12 +88,12 @@ class WeightFile:
         return torch.frombuffer(self._map, dtype=element.storage, count=count, offset=start).reshape(shape)
 
     def _data_range(self, offset: int, element: ElementType) -> tuple[int, int]:
-        """Offset and size in bytes of a blob's data."""
+        """Return the offset and size in bytes of a blob's data."""
         file_size = len(self._map)
         if offset < 0 or offset + _RECORD_SIZE_BYTES > file_size:
             raise PackageError(
-                f"{self._path}: the program asks for a blob at offset {offset}, the file has {file_size} bytes",
-                expected="the weight file that was saved with this program, whole",
+                f"{self._path}: the program reads a blob at offset {offset}; the file has {file_size} bytes",
+                expected="the complete weight file that was saved with this program",
             )
         sentinel, type_number, size, start, _ = _RECORD.unpack_from(self._map, offset)
         if sentinel != _SENTINEL:
@@ -105,12 +105,12 @@ class WeightFile:
         if found != element.name:
             raise PackageError(
                 f"{self._path}: the blob at offset {offset} holds {found}",
-                expected=f"{element.name}, as the program says",
+                expected=f"{element.name}, as the program declares",
             )
         if start + size > file_size:
             raise PackageError(
-                f"{self._path}: the blob at offset {offset} ends at byte {start + size}, the file has {file_size}",
-                expected="the weight file that was saved with this program, whole",
+                f"{self._path}: the blob at offset {offset} ends at byte {start + size}; the file has {file_size}",
+                expected="the complete weight file that was saved with this program",
             )
         return start, size
 
@@ -118,7 +118,7 @@ class WeightFile:
 def _map_file(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
-            # Copy-on-write: torch warns of read-only buffers, and nothing written could reach the file.
+            # Copy-on-write: torch warns about read-only buffers, and writes do not reach the file.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except FileNotFoundError as error:
         raise PackageError(f"{path}: the weight file is missing", expected="the package as it was saved") from error
@@ -134,7 +134,7 @@ def _map_file(path: Path) -> mmap.mmap:
     _, version = _HEADER.unpack_from(mapped, 0)
     if version != _VERSION:
         raise PackageError(
-            f"{path}: not a weight file of version {_VERSION} (its header says version {version})",
+            f"{path}: not a weight file of version {_VERSION} (its header has version {version})",
             expected="a weight file as Core ML stores it",
         )
     return mapped
@@ -144,8 +144,8 @@ class WeightStore:
     """The weight files of one package, by the names that its program uses (`@model_path/weights/weight.bin`).
 
     Args:
-        root: the directory that `@model_path` stands for: the one of the model file. Names lead nowhere outside of
-            it but by symbolic links; see `coremill.mil.loader`.
+        root: the directory of the model file, which `@model_path` means. Only symbolic links lead out of it; see
+            `coremill.mil.loader`.
     """
 
     def __init__(self, root: Path) -> None:
@@ -154,10 +154,10 @@ class WeightStore:
         self._tensors: dict[tuple[str, int, str, tuple[int, ...]], torch.Tensor] = {}
 
     def tensor(self, name: str, offset: int, element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor stored in file `name` at `offset`, one object however often it is asked for.
+        """Return the tensor stored in file `name` at `offset`; each call returns the same object.
 
         Raises:
-            PackageError: the name leaves the package, or the file is missing, truncated or of other content.
+            PackageError: the name points outside the package, or the file is missing, truncated or malformed.
         """
         key = (name, offset, element.name, shape)
         if key not in self._tensors:
@@ -167,7 +167,7 @@ class WeightStore:
         return self._tensors[key]
 
     def check_sizes(self) -> None:
-        """See :meth:`WeightFile.check_size`; of every file that was opened."""
+        """Check every open file; see :meth:`WeightFile.check_size`."""
         for file in self._files.values():
             file.check_size()
 

@@ -37,7 +37,7 @@ def _cancel(x):
     return mb.exp(x=mb.sub(x=raised, y=np.float16(2048), name="lowered"), name="y")
 
 
-def test_cancellation_is_found_where_it_shows(deviations):
+def test_cancellation_is_found(deviations):
     """2049.3 is rounded to 2049 or 2050: nothing beside 2048, and much once 2048 is taken off again."""
     found = deviations(_cancel, X)
     rounded = (X.astype(np.float32) + 2048).astype(np.float16).astype(np.float64) - 2048
@@ -50,7 +50,7 @@ def test_cancellation_is_found_where_it_shows(deviations):
     assert list(found) == ["raised", "lowered", "y"]
 
 
-def test_the_report_names_it_first(mil, save, tmp_path):
+def test_report_starts_with_the_first_deviation(mil, save, tmp_path):
     np.savez(tmp_path / "x.npz", x=X)
     package = save("cancel", {"x": X}, _cancel)
     # The figures are numpy's, of values rounded by hand.
@@ -95,7 +95,7 @@ def test_at_most_ten_of_the_worst_are_listed(mil, bundle):
 # --- overflow --------------------------------------------------------------------------------------------
 
 
-def test_an_infinity_is_blamed_on_the_operation_that_made_it(deviations):
+def test_infinity_is_reported_at_its_origin(deviations):
     def body(x):
         squared = mb.square(x=mb.mul(x=x, y=np.float16(200), name="large"), name="squared")
         return mb.real_div(x=squared, y=np.float16(1000), name="y")
@@ -111,7 +111,7 @@ def test_an_infinity_is_blamed_on_the_operation_that_made_it(deviations):
     assert not found["large"].overflows
 
 
-def test_a_nan_made_of_infinities_is_not_blamed_but_one_of_finite_values_is(deviations):
+def test_nan_is_reported_only_for_finite_inputs(deviations):
     def body(x):
         log = mb.log(x=mb.sub(x=x, y=np.float16(1), name="shifted"), epsilon=np.float16(0), name="log")
         return mb.mul(x=log, y=np.float16(2), name="y")
@@ -230,7 +230,7 @@ def _select(x):
 FEWER = np.array([0.9, 2.25, 4.75, 0.25], np.float16)
 
 
-def test_another_shape_is_a_deviation(deviations):
+def test_different_shape_is_a_deviation(deviations):
     found = deviations(_select, FEWER)
     assert (found["above"].relative > 0, found["above"].shapes) == (True, None)
     assert (found["found"].relative, found["found"].shapes) == (math.inf, "[2, 1], the oracle [3, 1]")
@@ -330,7 +330,7 @@ def test_the_oracle_alone_failing_ends_both(build, monkeypatch):
         bisect(declared, oracle, {"x": X})
 
 
-def test_a_bound_that_is_none(mil, save):
+def test_invalid_bound_is_rejected(mil, save):
     ended = mil("bisect", save("sin", {"x": X}, lambda x: mb.sin(x=x)), "--bound", "0")
     assert (ended.code, ended.err) == (10, "configuration error: --bound 0.0\n  expected: a positive number\n")
 

@@ -75,7 +75,7 @@ def test_bounds(mil, pair, given, bounds, code):
     assert ended.out.splitlines()[-1].endswith("  failed" if code else "  passed")
 
 
-def test_what_is_not_finite_is_within_no_bound(mil, save, tmp_path):
+def test_values_that_are_not_finite_fail_every_bound(mil, save, tmp_path):
     package = save("log", {"x": X}, lambda x: mb.log(x=x, epsilon=np.float32(0), name="y"))
     np.savez(tmp_path / "x.npz", x=X)
     ended = mil("compare", package, package, "--input", tmp_path / "x.npz", "--max-abs", "9")
@@ -85,14 +85,14 @@ def test_what_is_not_finite_is_within_no_bound(mil, save, tmp_path):
     ]
 
 
-def test_kl_is_for_what_is_called_logits_or_asked_for(mil, save):
+def test_kl_is_computed_for_logits_and_with_kl(mil, save):
     package = save("two", {"x": X}, lambda x: (mb.sin(x=x, name="scores"), mb.cos(x=x, name="y")))
     rows = [row.split() for row in mil("compare", package, package, "--kl", "scores").out.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["scores", "y"]
     assert [len(row) for row in rows] == [8, 7]
 
 
-def test_kl_of_what_has_no_classes(mil, pair, save):
+def test_kl_without_classes_is_rejected(mil, pair, save):
     ended = mil("compare", *pair, "--kl", "loggits")
     assert (ended.code, ended.err) == (
         10,
@@ -164,7 +164,7 @@ def test_two_torchscript_files_describe_no_inputs(mil, traced):
     )
 
 
-def test_what_is_no_torchscript(mil, pair, given, tmp_path):
+def test_file_that_is_not_torchscript_is_rejected(mil, pair, given, tmp_path):
     path = tmp_path / "x.pt"
     ended = mil("compare", pair[0], path)
     assert ended.code == 41
@@ -177,7 +177,7 @@ def test_what_is_no_torchscript(mil, pair, given, tmp_path):
     assert mil("compare", pair[0], path).code == 41
 
 
-def test_inputs_that_torchscript_does_not_take(mil, pair, traced):
+def test_wrong_inputs_of_torchscript_are_rejected(mil, pair, traced):
     ended = mil("compare", pair[0], traced[1])
     assert ended.code == 41
     assert ended.err.startswith(f"TorchScript error: {traced[1]} does not run on these inputs: ")
@@ -236,12 +236,12 @@ def test_bfloat16_outputs_and_parameters_of_torchscript(scripted):
 
 
 @pytest.mark.parametrize("module", [Sparse(), Complex(), Empty()], ids=["sparse", "complex", "empty"])
-def test_outputs_of_torchscript_that_are_nothing_to_compare(scripted, module):
+def test_outputs_of_torchscript_that_are_not_tensors_are_rejected(scripted, module):
     with pytest.raises(TorchScriptError, match=r"expected: dense tensors of real numbers alone$"):
         scripted(module)({"x": X})
 
 
-def test_arrays_that_torch_does_not_hold(scripted):
+def test_arrays_that_torch_does_not_support_are_rejected(scripted):
     with pytest.raises(PredictionInputError, match=r"^input 'x' is <U1\n  expected: numbers or bools$"):
         scripted(Weighted())({"x": np.array(["a", "b"])})
 
@@ -300,7 +300,7 @@ def test_the_smallest_of_several_tables_counts(save):
 
 
 @pytest.mark.parametrize(("axis", "limits"), [(1, {"i": 5}), (-1, {"i": 5}), (7, {}), (-3, {}), ([0, 1], {})])
-def test_a_gather_along_an_axis_that_is_none_limits_nothing(axis, limits):
+def test_gather_along_an_invalid_axis_sets_no_limit(axis, limits):
     """What is wrong there, prediction says."""
     graph = Graph(18)
     table, indices, along, y = (graph.new_slot(name, None) for name in ("table", "i", "axis", "y"))
@@ -314,7 +314,7 @@ def test_a_gather_along_an_axis_that_is_none_limits_nothing(axis, limits):
     assert index_limits(graph) == limits
 
 
-def test_ids_of_an_empty_table_are_drawn_all_the_same(save):
+def test_ids_of_an_empty_table_are_drawn(save):
     table = np.zeros((0, 2), np.float32)
     package = save("none", {"i": np.zeros(2, np.int32)}, lambda i: mb.gather(x=table, indices=i, axis=0))
     assert draw_inputs(MLModel(package), 0)["i"].shape == (2,)
@@ -334,6 +334,6 @@ def test_drawing_is_the_same_for_the_same_seed(bundle):
 
 
 @pytest.mark.parametrize(("sizes", "drawn"), [((1, 8), 8), ((1, 300), 16), ((40, 300), 40)])
-def test_of_a_range_sixteen_or_the_nearest(build, sizes, drawn):
+def test_drawn_size_of_a_range_is_near_sixteen(build, sizes, drawn):
     model = MLModel(build({"x": ((1, sizes), np.float32)}, lambda x: mb.sin(x=x)))
     assert draw_inputs(model, 0)["x"].shape == (1, drawn)

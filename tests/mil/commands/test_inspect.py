@@ -52,7 +52,7 @@ def test_states_and_ranges(mil, bundle):
     assert "state   keys       float16  [1, 4, 16, 8]\nstate   values     float16  [1, 4, 16, 8]\n" in out
 
 
-def test_enumerated_shapes_are_said_with_the_default_first(mil, bundle):
+def test_enumerated_shapes_start_with_the_default(mil, bundle):
     out = mil("inspect", bundle / "decoder.mlpackage").out
     assert "input   input_ids  int32    one of [1, 8], [1, 16], [1, 24]\n" in out
 
@@ -72,7 +72,7 @@ def test_it_fits_80_columns(mil, bundle, name, monkeypatch):
     assert max(map(len, mil("inspect", f"{name}.mlpackage").out.splitlines())) <= 80
 
 
-def test_json_says_the_same_to_a_machine(mil, bundle):
+def test_json_has_the_same_content(mil, bundle):
     document = json.loads(mil("inspect", bundle / "cache.mlpackage", "--json").out)
     assert document["package"] == str(bundle / "cache.mlpackage")
     (function,) = document["functions"]
@@ -135,7 +135,7 @@ def test_every_function_is_described(mil, save, tmp_path):
     assert "\n2 operations\ncos 1, exp 1\n" in second
 
 
-def test_what_is_no_package(mil, tmp_path):
+def test_invalid_package_is_rejected(mil, tmp_path):
     ended = mil("inspect", tmp_path / "none.mlpackage")
     assert ended.code == 44
     assert ended.err == (
@@ -144,7 +144,7 @@ def test_what_is_no_package(mil, tmp_path):
     )
 
 
-def test_a_command_leaves_coremltools_as_loud_as_it_was(capsys):
+def test_command_does_not_change_coremltools_logging(capsys):
     """A conversion in the same process still hears of its warnings."""
     logger = logging.getLogger("coremltools")
     before = logger.level

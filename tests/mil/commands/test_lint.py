@@ -162,7 +162,7 @@ def test_what_follows_from_constants_is_not_computed(findings):
     assert "reshapes to a computed shape" not in found
 
 
-def test_inputs_and_states_are_looked_at(findings, bundle):
+def test_inputs_and_states_are_examined(findings, bundle):
     """Even those that the first operation turns into something else."""
     wide, ids = np.ones((1, 2, 1), np.float32), np.zeros((2, 20_000), np.int32)
     found = findings(
@@ -176,7 +176,7 @@ def test_inputs_and_states_are_looked_at(findings, bundle):
     assert single["a last axis of 1"] == ["input x: fp16[1, 2, 1]"]
 
 
-def test_operations_of_nested_blocks_are_looked_at(findings):
+def test_operations_of_nested_blocks_are_examined(findings):
     def body(x):
         return mb.cond(
             pred=mb.greater(x=mb.reduce_max(x=x, axes=[0, 1], keep_dims=False), y=np.float16(0)),
@@ -303,7 +303,7 @@ def test_the_report(mil, save, monkeypatch, tmp_path):
     )
 
 
-def test_a_few_places_a_finding_and_all_when_asked(mil, save):
+def test_findings_are_cut_without_all(mil, save):
     """The eighth is the last that is listed: a ninth costs the same line."""
 
     def linears(count):
@@ -334,10 +334,10 @@ def test_strict(mil, save, bundle):
     assert ended.out.endswith("\n0 findings; hints, not a verdict: see --help\n")
 
 
-def test_a_function_that_is_not_there(mil, bundle):
+def test_unknown_function_is_rejected(mil, bundle):
     assert mil("lint", bundle / "cache.mlpackage", "--function", "none").code == 44
 
 
-def test_of_a_real_decoder_every_finding_fits_80_columns(mil, bundle, monkeypatch):
+def test_findings_of_a_decoder_fit_80_columns(mil, bundle, monkeypatch):
     monkeypatch.chdir(bundle)
     assert max(map(len, mil("lint", "decoder.mlpackage").out.splitlines())) <= 80

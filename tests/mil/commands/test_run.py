@@ -67,7 +67,7 @@ def test_images_and_classes_become_arrays():
     assert describe("index", arrays["index"])[2:5] == ("[]", "3", "3")
 
 
-def test_an_array_that_is_no_image(mil, painting, tmp_path):
+def test_array_that_is_not_an_image_is_rejected(mil, painting, tmp_path):
     ended = mil("run", painting, "--input", _npz(tmp_path / "x.npz", x=np.zeros((1, 3, 2, 3), np.uint8)))
     assert (ended.code, ended.err) == (
         46,
@@ -92,7 +92,7 @@ def test_outputs_are_described(mil, doubled, tmp_path):
     )
 
 
-def test_what_is_not_finite_is_counted(mil, doubled, tmp_path):
+def test_values_that_are_not_finite_are_counted(mil, doubled, tmp_path):
     given = _npz(tmp_path / "x.npz", x=np.array([np.nan, 60000, -60000, 1], np.float32))
     assert "y       float16  [4]      2    2     2  1 NaN, 2 inf\n" in mil("run", doubled, "--input", given).out
     given = _npz(tmp_path / "x.npz", x=np.full(4, np.nan, np.float32))
@@ -113,7 +113,7 @@ def test_modes_and_out(mil, doubled, tmp_path):
             np.testing.assert_array_equal(written["y"], np.array([2, second, 6, 8], dtype))
 
 
-def test_what_is_written_depends_on_the_arrays_alone(mil, doubled, tmp_path):
+def test_written_bytes_depend_on_the_arrays_alone(mil, doubled, tmp_path):
     given = _npz(tmp_path / "x.npz", x=np.ones(4, np.float16))
     for name in ("a.npz", "b.npz"):
         mil("run", doubled, "--input", given, "--out", tmp_path / name)
@@ -148,7 +148,7 @@ def test_a_shape_is_checked(mil, bundle, tmp_path):
     )
 
 
-def test_no_input_file(mil, doubled, tmp_path):
+def test_missing_input_file_is_rejected(mil, doubled, tmp_path):
     ended = mil("run", doubled, "--input", tmp_path / "x.npz")
     assert ended.code == 46
     assert (
@@ -212,7 +212,7 @@ def _npz_of(path, header, compression=zipfile.ZIP_STORED):
         " {\n\t1\n  2",
     ],
 )
-def test_a_header_that_is_none(mil, doubled, tmp_path, header):
+def test_invalid_header_is_rejected(mil, doubled, tmp_path, header):
     given = _npz_of(tmp_path / "x.npz", header)
     ended = mil("run", doubled, "--input", given)
     assert ended.code == 46
@@ -223,7 +223,7 @@ def test_a_header_that_is_none(mil, doubled, tmp_path, header):
 @pytest.mark.parametrize(
     "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
 )
-def test_damaged_bytes_are_told(tmp_path, compression):
+def test_damaged_bytes_are_rejected(tmp_path, compression):
     """Whatever byte is wrong, and however it was packed: the arrays, or the one error."""
     header = "{'descr': '<f4', 'fortran_order': False, 'shape': (4,), }"
     whole = _npz_of(tmp_path / "x.npz", header, compression).read_bytes()
@@ -264,7 +264,7 @@ def test_the_input_is_not_overwritten(mil, doubled, tmp_path):
     assert mil("run", doubled, "--input", given, "--out", given).code == 52
 
 
-def test_a_place_that_is_not_writable(mil, doubled, tmp_path):
+def test_unwritable_output_is_rejected(mil, doubled, tmp_path):
     given = _npz(tmp_path / "x.npz", x=np.ones(4, np.float16))
     (tmp_path / "file").write_text("")
     ended = mil("run", doubled, "--input", given, "--out", tmp_path / "file" / "y.npz")

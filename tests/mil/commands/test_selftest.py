@@ -65,7 +65,7 @@ def test_all_pass(mil):
         assert rows[-2] == f"Core ML: not_run, it needs macOS and this is {sys.platform}"
 
 
-def test_what_is_expected_is_what_torch_and_numpy_compute(recipe, bundle):
+def test_expected_outputs_are_those_of_torch_and_numpy(recipe, bundle):
     for case in recipe.CASES:
         stored, made = read_npz(bundle / f"{case.name}.npz"), recipe.arrays_of(case)
         assert stored.keys() == made.keys()
@@ -90,7 +90,7 @@ def test_the_index_lists_the_recipe(recipe, bundle):
     assert size_bytes(bundle) < 150_000
 
 
-def test_a_case_is_more_than_one_call_where_it_matters(bundle):
+def test_some_cases_have_several_calls(bundle):
     """Every enumerated length; decoding over several calls, whose state counts; both sides of the branch."""
     assert {
         name: len(selftest._calls(bundle / f"{name}.npz")) for name in ("decoder", "cache", "control_flow")
@@ -105,7 +105,7 @@ def test_a_case_is_more_than_one_call_where_it_matters(bundle):
     assert np.abs(alone - calls[1].outputs["logits"]).max() > 0.05
 
 
-def test_an_output_that_is_off_fails(mil, altered):
+def test_wrong_output_fails(mil, altered):
     arrays = read_npz(altered / "int8.npz")
     arrays["0.output.y"] = arrays["0.output.y"] * np.float32(1.01)
     write_npz(altered / "int8.npz", arrays)
@@ -136,7 +136,7 @@ def test_a_value_that_is_not_finite_fails(mil, altered):
     assert "int8          y           nan      nan  failed\n" in ended.out
 
 
-def test_a_value_that_is_not_finite_is_worse_than_any_call_before(mil, altered):
+def test_value_that_is_not_finite_is_the_worst(mil, altered):
     arrays = read_npz(altered / "control_flow.npz")
     arrays["1.input.x"][0] = np.nan
     write_npz(altered / "control_flow.npz", arrays)
@@ -151,7 +151,7 @@ def test_a_package_that_does_not_run_fails_and_the_others_run(mil, altered):
     ended = mil("selftest", altered)
     assert ended.code == 3
     assert "int8                                    failed\n" in ended.out
-    assert f"int8: package error: {weights}: the program asks for a blob at offset" in ended.out
+    assert f"int8: package error: {weights}: the program reads a blob at offset" in ended.out
     assert "control_flow  count         0    equal  passed\n" in ended.out
     assert ended.out.endswith("1 of 2 packages passed\n")
 
@@ -166,7 +166,7 @@ def test_written_and_run_elsewhere(mil, tmp_path):
     assert mil("selftest", "--write", tmp_path / "file" / "copy").code == 52
 
 
-def test_what_is_no_bundle(mil, tmp_path):
+def test_invalid_bundle_is_rejected(mil, tmp_path):
     ended = mil("selftest", tmp_path)
     assert (ended.code, ended.err) == (
         44,
@@ -255,7 +255,7 @@ def device(monkeypatch):
 REFERENCE_ROW = re.compile(r"^int8 +y +0\.\d+ +\d+\.\d  passed", re.MULTILINE)
 
 
-def test_on_a_mac_the_distance_of_device_and_reference_is_told(mil, bundle, device):
+def test_macos_reports_the_difference_of_device_and_reference(mil, bundle, device):
     ended = mil("selftest")
     assert ended.code == 0
     assert "not_run" not in ended.out
@@ -280,7 +280,7 @@ def test_on_a_mac_the_distance_of_device_and_reference_is_told(mil, bundle, devi
 
 
 @pytest.mark.parametrize("error", [RuntimeError, Exception])
-def test_core_ml_that_does_not_run_is_no_failure_of_the_reference(mil, altered, device, error):
+def test_failure_of_core_ml_does_not_fail_the_reference(mil, altered, device, error):
     """coremltools raises plain Exception where its libraries are missing."""
 
     def refuse(self, data, state=None):
@@ -299,7 +299,7 @@ def test_core_ml_that_does_not_run_is_no_failure_of_the_reference(mil, altered, 
     assert (strict.code, strict.out) == (3, ended.out)
 
 
-def test_a_core_ml_that_cannot_be_opened(mil, altered, device, monkeypatch):
+def test_core_ml_that_cannot_be_opened_is_reported(mil, altered, device, monkeypatch):
     def refuse(self, path):
         raise Exception("Unable to load CoreML.framework. Cannot make predictions.")
 
@@ -318,7 +318,7 @@ def test_a_core_ml_that_cannot_be_opened(mil, altered, device, monkeypatch):
         {"y": np.zeros((3, 16), np.float16), "z": np.zeros(1)},
     ],
 )
-def test_a_core_ml_that_gives_something_else(mil, altered, device, outputs):
+def test_core_ml_with_different_outputs_is_reported(mil, altered, device, outputs):
     device(lambda self, data, state=None: outputs)
     ended = mil("selftest", altered)
     assert ended.code == 0
@@ -328,7 +328,7 @@ def test_a_core_ml_that_gives_something_else(mil, altered, device, outputs):
 
 
 @pytest.mark.parametrize(("factor", "is_far"), [(1.02, True), (1.005, False), (np.nan, True)])
-def test_a_core_ml_that_is_far_off(mil, altered, device, factor, is_far):
+def test_core_ml_far_from_the_reference_is_reported(mil, altered, device, factor, is_far):
     """20·log10(1 / 0.02) = 34 dB, and 46 dB of a half per cent."""
 
     def scaled(self, data, state=None):
@@ -356,7 +356,7 @@ def test_integers_of_core_ml_that_differ_are_far_off(mil, altered, device):
     assert " in 1: control_flow\n2 of 2 packages passed\n" in ended.out
 
 
-def test_a_reference_that_fails_fails_whatever_core_ml_does(mil, altered, device):
+def test_failing_reference_fails_with_any_core_ml(mil, altered, device):
     arrays = read_npz(altered / "int8.npz")
     write_npz(altered / "int8.npz", arrays | {"0.output.y": arrays["0.output.y"] * np.float32(1.01)})
     ended = mil("selftest", altered)

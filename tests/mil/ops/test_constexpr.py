@@ -81,8 +81,8 @@ BYTES = torch.full((4,), 0b0101, dtype=torch.uint8)
     ("indices", "entries", "shape", "message"),
     [
         (BYTES, 32, (8,), r"a table of shape \[32\], expected one axis of 2, 4, 16, 64, 256 entries"),
-        (BYTES, 16, (9,), r"shape \[9\]: 4 bytes for 9 elements of uint4, which take 5"),
-        (BYTES, 16, (6,), r"shape \[6\]: 4 bytes for 6 elements of uint4, which take 3"),
+        (BYTES, 16, (9,), r"shape \[9\]: 4 bytes for 9 elements of uint4, which need 5"),
+        (BYTES, 16, (6,), r"shape \[6\]: 4 bytes for 6 elements of uint4, which need 3"),
         (BYTES[:0], 16, (1,), "0 bytes for 1 elements"),
         (BYTES, 16, (2**31 - 1, 2**31 - 1), "4 bytes for 4611686014132420609 elements"),
         (BYTES, 16, (-2, -4), r"shape \[-2, -4\], expected sizes of at least 0"),
@@ -97,8 +97,8 @@ def test_a_broken_lut_of_ios16(indices, entries, shape, message):
 @pytest.mark.parametrize(
     ("values", "shape", "message"),
     [
-        (8, (33,), r"shape \[33\]: 4 bytes for 33 elements of uint1, which take 5"),
-        (8, (2**31 - 1, 2**31 - 1), "which take 576460751766552577"),
+        (8, (33,), r"shape \[33\]: 4 bytes for 33 elements of uint1, which need 5"),
+        (8, (2**31 - 1, 2**31 - 1), "which need 576460751766552577"),
         (1, (32,), r"data of shape \[1\] for a mask with 8 ones"),
         (9, (32,), r"data of shape \[9\] for a mask with 8 ones"),
     ],

@@ -258,7 +258,7 @@ def test_a_list_for_a_tensor_and_the_reverse(build, operation, parameter, given,
     for each in package.spec.mlProgram.functions["main"].block_specializations["CoreML8"].operations:
         if each.outputs[0].name == operation:
             each.inputs[parameter].arguments[0].name = given
-    with pytest.raises(PackageError, match=f"its input '{parameter}' is no {kind}$"):
+    with pytest.raises(PackageError, match=f"its input '{parameter}' is not a {kind}$"):
         read_function(package, "main")
 
 

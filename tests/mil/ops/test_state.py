@@ -80,7 +80,7 @@ def test_a_write_of_another_shape_or_type(package, op_type, found):
 )
 def test_only_states_are_read_and_written(package, op_type, parameter, name, kind):
     _operation(package, op_type).inputs[parameter].arguments[0].name = name
-    with pytest.raises(PackageError, match=rf"\({op_type}\): its input '{parameter}' is no {kind}$"):
+    with pytest.raises(PackageError, match=rf"\({op_type}\): its input '{parameter}' is not a {kind}$"):
         Program(package, "main")
 
 

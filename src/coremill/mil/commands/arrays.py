@@ -1,4 +1,4 @@
-"""Arrays that go into a model and come out: read from .npz files, drawn from a description, written back."""
+"""Input and output arrays of a model: read from .npz files, drawn from a description, and written."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _UNREADABLE = (
     *(EOFError, LookupError, MemoryError, OverflowError, RuntimeError, SyntaxError, TypeError, ValueError),
     *(lzma.LZMAError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
-"""What zipfile, the decompressors and numpy, which reads headers as Python literals, raise of a file that is
-damaged, encrypted or of an absurd size."""
+"""What zipfile, the decompressors and numpy (which parses headers as Python literals) raise for a file that is
+damaged, encrypted or far too large."""
 
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 _DRAWN_SIZE = 16
-"""Size that is drawn for a dimension of a range, or the nearest that the range admits."""
+"""The drawn size of a dimension with a range, or the nearest size in the range."""
 
 _KEEPS_IDS = frozenset(
     (
@@ -46,15 +46,15 @@ _KEEPS_IDS = frozenset(
         *("split", "squeeze", "tile", "transpose"),
     )
 )
-"""Operations through which ids are followed to the gather that reads them. `add` and `select` are the converter's
-way to let negative ids count from the end."""
+"""Operations through which ids are traced to the gather that reads them. The converter adds `add` and `select` to
+let negative ids count from the end."""
 
 
 def read_npz(path: Path) -> dict[str, Array]:
-    """The arrays of an .npz file, by name; nothing in it is unpickled.
+    """Return the arrays of an .npz file by name; nothing is unpickled.
 
     Raises:
-        PredictionInputError: it is unreadable, or holds Python objects.
+        PredictionInputError: it is unreadable, or contains Python objects.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -75,10 +75,10 @@ def read_npz(path: Path) -> dict[str, Array]:
 def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
     """Write arrays under their names; equal arrays give equal bytes.
 
-    Not `numpy.savez`, whose keywords leave no room for an array called `file`, and which writes the time of day.
+    `numpy.savez` is not used: it does not accept an array called `file`, and it writes the current time.
 
     Raises:
-        OutputError: the place is not writable.
+        OutputError: the file cannot be written.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -92,11 +92,11 @@ def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
 
 
 def draw_inputs(model: MLModel, seed: int) -> dict[str, Array]:
-    """Arrays that the model admits, the same for the same seed and description.
+    """Return random arrays for the model's inputs; they depend on the seed and the description alone.
 
-    Floats are standard normal. Integers are at least 0 and below the sizes of the tables that they index, where the
-    graph shows one, and otherwise 0 or 1. Pixels are 0 to 255. Of enumerated shapes the default is taken; see
-    `_DRAWN_SIZE` for ranges.
+    Floats are standard normal. Integers are at least 0 and less than the size of the tables that they index, or
+    0 or 1 if the graph has no such table. Pixels are 0 to 255. Enumerated shapes use the default; for ranges see
+    `_DRAWN_SIZE`.
     """
     generator = np.random.default_rng(seed)
     limits = index_limits(model.program.graph)
@@ -116,11 +116,11 @@ def draw_inputs(model: MLModel, seed: int) -> dict[str, Array]:
 
 
 def as_images(model: MLModel, data: Mapping[str, Array]) -> dict[str, Array | Image]:
-    """The arrays, with Pillow's images of those for image inputs: (height, width), or with 3 channels behind.
+    """Return the arrays, those of image inputs as PIL images; an image is (height, width) or (height, width, 3).
 
     Raises:
-        PredictionInputError: an array that is no image.
-        MachineError: Pillow is not installed, and there is an image input.
+        PredictionInputError: an array is not an image.
+        MachineError: there is an image input, and Pillow is not installed.
     """
     images = {spec.name: spec.color_space for spec in model.inputs if isinstance(spec, ImageSpec)}
     return {name: _image(name, array, images[name]) if name in images else array for name, array in data.items()}
@@ -145,12 +145,12 @@ def _image(name: str, array: Array, color_space: ColorSpace) -> Image:
 
 
 def _pixel_dtype(color_space: ColorSpace) -> np.dtype[np.generic]:
-    """What Pillow holds the pixels in."""
+    """Return the type of an image's pixels in Pillow."""
     return np.dtype(np.float32 if color_space is ColorSpace.GRAYSCALE_FLOAT16 else np.uint8)
 
 
 def as_arrays(outputs: Mapping[str, Any]) -> dict[str, Array]:
-    """What a model gave, as arrays: an image's pixels, a classifier's label, its probabilities in their order."""
+    """Return outputs as arrays: an image's pixels, a classifier's label, its probabilities in order."""
     return {
         name: np.array(list(value.values())) if isinstance(value, Mapping) else np.asarray(value)
         for name, value in outputs.items()
@@ -166,7 +166,7 @@ def _drawn_shape(spec: TensorSpec) -> tuple[int, ...]:
 
 
 def index_limits(graph: Graph) -> dict[str, int]:
-    """For each input whose values index tables: the size of the smallest of them."""
+    """Return the size of the smallest table that each input indexes; inputs that index none are missing."""
     limits = {}
     for slot in graph.inputs:
         if sizes := _tables(graph, {slot}):
@@ -175,11 +175,11 @@ def index_limits(graph: Graph) -> dict[str, int]:
 
 
 def _tables(graph: Graph, carriers: set[int]) -> list[int]:
-    """Sizes of the tables that the values in these slots index, which other operations may hand on before."""
+    """Return the sizes of the tables that the values in these slots index, also through other operations."""
     sizes = []
     for owner, node in all_nodes(graph):
         if owner is not graph:
-            continue  # A nested block's slots are its own.
+            continue  # a nested block has its own slots
         if node.op_type.startswith("gather"):
             size = _table_size(graph, node, carriers)
             if size is not None:
@@ -197,7 +197,7 @@ def _table_size(graph: Graph, node: Node, carriers: set[int]) -> int | None:
         return None
     table = graph.types[slots["x"][0]].shape
     axis = graph.constants.get(node.attributes["axis"][0]) if "axis" in node.attributes else torch.tensor(0)
-    # An axis that is none, or no index into a table without rows, is for the prediction to refuse.
+    # the prediction rejects an invalid axis, or an index into a table without rows
     if not isinstance(axis, torch.Tensor) or axis.numel() != 1 or not -len(table) <= int(axis) < len(table):
         return None
     return table[int(axis)] or None

@@ -1,9 +1,9 @@
-"""`coremill mil bisect`: where a program's own types cost it precision, operation by operation.
+"""`coremill mil bisect`: the rounding error of each operation of a program.
 
-The program runs twice on the same inputs, step by step side by side: as declared, each value rounded to its type,
-and as the oracle, which computes fp16 in fp32. An operation's relative error is the root mean square of the
-difference divided by that of the oracle's values, rounding of everything before it included. It is a report and no
-gate: the exit code is 0 whatever it finds.
+The program runs twice on the same inputs, step by step: as declared, with each value rounded to its type, and as
+the oracle, which computes fp16 in fp32. The relative error of an operation is the root mean square of the
+difference divided by that of the oracle's values; it includes the rounding of all operations before it. The exit
+code is 0 whatever the errors are.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ from coremill.mil.plan import Step
 from coremill.mil.values import Value
 
 BOUND = 0.01
-"""Relative error that is worth a look: an SQNR of 40 dB, which verification asks of a converted model's outputs.
+"""The default bound of the relative error: an SQNR of 40 dB, as verification requires of a converted model's
+outputs.
 
 Rounding to fp16 alone is at most 2⁻¹¹ ≈ 0.0005 of a value, and grows with the depth of a model."""
 
 LISTED = 10
-"""How many operations are listed: of the worst, of other shapes, of those not compared."""
+"""The number of operations in each list."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,22 @@ class Deviation:
     name: str
     op_type: str
     relative: float
-    """Relative error of the worst output; infinite where only one of the two is finite, the oracle is all 0, or the
-    shapes differ. NaN where no output is compared: lists, labels and dictionaries are not."""
+    """Relative error of the worst output; infinite if only one of the two is finite, the oracle is all 0, or the
+    shapes differ. NaN if no output is compared: lists, labels and dictionaries are not."""
     max_abs_err: float
-    """Where both are finite; NaN where the shapes differ."""
+    """Of values that are finite in both; NaN if the shapes differ."""
     inputs_relative: float
-    """Relative error of its worst input; NaN where one was not compared."""
+    """Relative error of its worst input; NaN if an input was not compared."""
     shapes: str | None
-    """Both shapes, where they differ: what depends on data may be of another size."""
+    """Both shapes, if they differ: a size may depend on the data."""
     saturated: int
-    """Values at the greatest magnitude of their fp16 or bf16 type, where no input was at it."""
+    """Values at the largest magnitude of their fp16 or bf16 type, if no input was at it."""
     infinite: int
     """Infinities from finite inputs."""
     nan: int
     """NaNs from finite inputs."""
     oracle_finite: bool
-    """Whether the oracle's outputs are finite: if not, no wider type would help."""
+    """Whether the oracle's outputs are finite; if not, a wider type does not help."""
 
     @property
     def is_compared(self) -> bool:
@@ -80,13 +81,13 @@ class Deviation:
 
 
 class _StoppedError(Exception):
-    """The declared run ended early, and so does the oracle's."""
+    """The declared run ended early; the oracle's run ends too."""
 
 
 class _Oracle:
-    """The oracle's run, in a thread of its own, one operation ahead of the declared one; the two take turns.
+    """The oracle's run in its own thread, one operation ahead of the declared run; the two take turns.
 
-    So no more is held than the values of one operation, none of them changes while it is compared, and both draw
+    Only the values of one operation are in memory, they do not change while they are compared, and both runs draw
     the same random numbers.
     """
 
@@ -98,7 +99,7 @@ class _Oracle:
         self._stopped = False
 
     def run(self, model: MLModel, data: Mapping[str, Array | Image]) -> None:
-        """The whole run, for the thread."""
+        """Run the model; called in the thread."""
         try:
             self._wait()
             model.predict(data, model.make_state() if model.states else None, observe=self._put)
@@ -115,7 +116,7 @@ class _Oracle:
             raise _StoppedError
 
     def current(self, name: str) -> list[Value]:
-        """The oracle's outputs of the operation that `advance` ran, which is `name`; valid until the next one."""
+        """Return the oracle's outputs of operation `name`, which `advance` ran; valid until the next call of it."""
         if self._current is None:
             raise _StoppedError
         assert self._current[0] == name, "both plans run the same operations in the same order"
@@ -130,16 +131,17 @@ class _Oracle:
         torch.manual_seed(self._count)
 
     def stop(self) -> None:
-        """End a run that waits."""
+        """End a waiting run."""
         self._stopped = True
         self._turn.release()
 
 
 def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Array | Image]) -> list[Deviation]:
-    """Run both on the same inputs; every operation that ran, in its order. Those of nested blocks count as one.
+    """Run both models on the same inputs, and compare every operation in order; nested blocks are not compared
+    inside.
 
     Raises:
-        PredictionInputError: `data` is not what the models admit.
+        PredictionInputError: the models reject `data`.
     """
     found: list[Deviation] = []
     types = declared.program.graph.types
@@ -163,7 +165,7 @@ def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Array | Image]
                 step.node.name,
                 step.node.op_type,
                 *_worst_part(parts),
-                # NaN, of an input that was not compared, is greater than all.
+                # numpy's maximum is NaN if an input was not compared
                 float(np.max([errors.get(slot, 0.0) for slot in step.inputs], initial=0.0)),
                 next(filter(None, map(_other_shapes, outputs, reference)), None),
                 *_overflows(inputs, halves, outputs),
@@ -186,9 +188,9 @@ def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Array | Image]
 
 
 def _deviation(declared: Value, oracle: Value) -> tuple[float, float]:
-    """Relative and greatest absolute error; elements that are equal or both NaN are without one.
+    """Return the relative and the largest absolute error; elements that are equal or both NaN have no error.
 
-    Both are NaN of a list, a label or a dictionary; for another shape see :class:`Deviation`.
+    Both are NaN for a list, a label or a dictionary; for different shapes see :class:`Deviation`.
     """
     if not isinstance(declared, Tensor) or not isinstance(oracle, Tensor):
         return (math.nan, math.nan)
@@ -208,7 +210,7 @@ def _deviation(declared: Value, oracle: Value) -> tuple[float, float]:
 
 
 def _worst_part(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Of those outputs that are compared; nothing is off where there are none at all."""
+    """Return the worst errors of the compared outputs; 0 if there are no outputs."""
     compared = [part for part in parts if not math.isnan(part[0])]
     if parts and not compared:
         return (math.nan, math.nan)
@@ -225,7 +227,7 @@ def _other_shapes(declared: Value, oracle: Value) -> str | None:
 def _overflows(
     inputs: Sequence[Tensor], halves: Sequence[Tensor], outputs: Sequence[Value]
 ) -> tuple[int, int, int]:
-    """How many values of an operation's outputs are at their type's end, infinite, NaN, where no input was."""
+    """Count the saturated, infinite and NaN outputs of an operation whose inputs have no such values."""
     tensors = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
     saturated = sum(_at_end(each, torch.finfo(each.dtype).max) for each in halves)
     if saturated:
@@ -250,14 +252,14 @@ def _is_finite(value: Value) -> bool:
 
 
 def sqnr_db(relative: float) -> float:
-    """A relative error as the signal-to-noise ratio that it is."""
+    """Convert a relative error to a signal-to-noise ratio."""
     if relative == 0:
         return MOST_DB
     return -20 * math.log10(relative) + 0.0 if math.isfinite(relative) else -math.inf
 
 
 def render(deviations: Sequence[Deviation], bound: float, to: Console) -> None:
-    """Print the first operation beyond the bound, the worst ones, what is not compared, and what overflows."""
+    """Print the first operation beyond the bound, the worst ones, those not compared, and those that overflow."""
     compared = [each for each in deviations if each.is_compared]
     first = next((each for each in compared if each.relative > bound), None)
     if first is None:
@@ -351,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
         "--bound",
         type=float,
         default=BOUND,
-        help="relative error from which on an operation is named (default: %(default)s)",
+        help="bound of an operation's relative error (default: %(default)s)",
     )
     options = parser.parse_args(argv)
     if not options.bound > 0:

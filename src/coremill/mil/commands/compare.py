@@ -1,7 +1,7 @@
 """`coremill mil compare`: two models on the same inputs, the second measured against the first.
 
-Each is an .mlpackage, run in reference numerics, or a TorchScript file (*.pt), run by torch in float32. A function
-with states starts from new ones.
+Each is an .mlpackage, run in reference numerics, or a TorchScript file (*.pt), run by torch in float32. States are
+new.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from coremill.mil.model import MLModel
 Runner = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 TORCHSCRIPT = (".pt", ".pth", ".ts")
-"""What the names of TorchScript files end in."""
+"""The suffixes of TorchScript files."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class Difference:
 
     name: str
     dtype: str
-    """Both types, where they differ."""
+    """Both types, if they differ."""
     shape: tuple[int, ...]
     max_abs_err: float
-    """NaN where a value of either is not finite, as are the other measures."""
+    """NaN if a value of either is not finite; so are the other measures."""
     sqnr_db: float
     kl_nats: float | None
-    """The mean over all positions; None where the output is not compared as logits."""
+    """The mean over all positions; None if the output is not compared as logits."""
     finite: str
-    """What is not finite in either: `all` where nothing is."""
+    """`all` if every value is finite, otherwise the counts of other values."""
 
     def passes(self, max_abs: float | None, min_sqnr: float | None) -> bool:
-        """Whether it keeps within both bounds; NaN keeps within none."""
+        """Return whether it is within both bounds; NaN is not."""
         within = max_abs is None or self.max_abs_err <= max_abs
         return within and (min_sqnr is None or self.sqnr_db >= min_sqnr)
 
@@ -61,14 +61,14 @@ class Difference:
 def compare(
     reference: Mapping[str, Array], measured: Mapping[str, Array], logits: Collection[str] = ()
 ) -> list[Difference]:
-    """Compare outputs by name; where the names differ, in order.
+    """Compare outputs by name, or in order if the names differ.
 
     Args:
-        logits: names of outputs to compare as logits besides those that have `logits` in their name.
+        logits: names of further outputs to compare as logits; those with `logits` in their name always are.
 
     Raises:
         PackageError: the numbers of outputs, or the shapes of two, differ.
-        ConfigError: `logits` names no output, or one whose last axis is no distribution.
+        ConfigError: `logits` has an unknown name, or an output whose last axis is not a distribution.
     """
     if len(reference) != len(measured):
         raise PackageError(
@@ -125,14 +125,15 @@ def is_torchscript(path: Path) -> bool:
 
 
 def torchscript_runner(path: Path) -> Runner:
-    """Runs a TorchScript program on arrays by name; floats in float32, outputs in its own order.
+    """Return a function that runs a TorchScript program on arrays by name, in float32.
 
-    Its inputs go by name where all names agree, and otherwise in the order of the arrays. Outputs in bfloat16,
-    which numpy has not, become float32.
+    Inputs are matched by name if all names agree, otherwise in the order of the arrays. bfloat16 outputs become
+    float32, because numpy has no bfloat16.
 
     Raises:
-        TorchScriptError: it is no TorchScript program; when run, one that fails or returns other than tensors.
-        PredictionInputError: when run, an array of a type that torch has not.
+        TorchScriptError: it is not a TorchScript program; when run, it fails or returns something else than
+            tensors.
+        PredictionInputError: when run, an array has a type that torch does not support.
     """
     expected = "a TorchScript program, as torch.jit.save writes it"
     try:
@@ -184,7 +185,7 @@ def _kind(value: Any) -> str:
 
 
 def _array(value: torch.Tensor) -> Array:
-    plain = value.detach()  # a parameter that is returned as it is asks for gradients even here
+    plain = value.detach()  # a returned parameter requires gradients even here
     array: Array = (plain.float() if plain.dtype is torch.bfloat16 else plain).numpy()
     return array
 

@@ -1,4 +1,4 @@
-"""`coremill mil inspect`: what a package holds; nothing of it is run."""
+"""`coremill mil inspect`: the contents of a package, which is not run."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from coremill.mil.loader import Package, open_package
 from coremill.mil.values import ElementType
 
 CONSTEXPR = "constexpr_"
-"""What the names of operations on compressed weights begin with."""
+"""The prefix of operations on compressed weights."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of one element type, each counted once however many operations take it."""
+    """The weights of one element type; each is counted once, even if several operations use it."""
 
     dtype: str
     tensors: int
     elements: int
     size_bytes: int
-    """As they are stored: int4 takes half a byte."""
+    """As stored: int4 takes half a byte."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Compressed:
     count: int
     stored_bytes: int
     dense_bytes: int
-    """What they take decompressed, in their declared type."""
+    """Their decompressed size, in their declared type."""
 
 
 @dataclass(frozen=True)
 class FunctionSummary:
-    """What a function holds. Operations and weights of nested blocks count as its own."""
+    """The contents of a function, including operations and weights of nested blocks."""
 
     name: str
     operation_set: str
@@ -63,7 +63,7 @@ class FunctionSummary:
     outputs: tuple[OutputSpec, ...]
     states: tuple[TensorSpec, ...]
     operations: dict[str, int]
-    """How many of each type, the most frequent first."""
+    """The number of each type, the most frequent first."""
     weights: tuple[Weights, ...]
     compressed: tuple[Compressed, ...]
 
@@ -74,7 +74,7 @@ class FunctionSummary:
 
 @dataclass(frozen=True)
 class PackageSummary:
-    """What a package holds."""
+    """The contents of a package."""
 
     package: str
     specification_version: int
@@ -85,8 +85,8 @@ def summarize(package: Package) -> PackageSummary:
     """Read every function of a package.
 
     Raises:
-        PackageError: it is broken.
-        UnsupportedOperationError: it holds an operation that is not supported.
+        PackageError: it is malformed.
+        UnsupportedOperationError: it contains an unsupported operation.
     """
     program = package.spec.mlProgram
     described = [each.name for each in package.spec.description.functions]
@@ -115,7 +115,7 @@ def _summarize_function(package: Package, name: str) -> FunctionSummary:
 
 
 def all_nodes(graph: Graph) -> Iterator[tuple[Graph, Node]]:
-    """Every operation, those of nested blocks behind the one that holds them, with the graph it is in."""
+    """Yield every operation with its graph; those of nested blocks follow the operation that contains them."""
     for node in graph.nodes:
         yield graph, node
         for block in node.blocks:
@@ -123,7 +123,7 @@ def all_nodes(graph: Graph) -> Iterator[tuple[Graph, Node]]:
 
 
 def _weights(graph: Graph) -> tuple[Weights, ...]:
-    """Constants that operations take as tensors; axes, sizes and the like are attributes and left out."""
+    """Return the constants that are tensor inputs; attributes such as axes and sizes are excluded."""
     seen: dict[int, tuple[ElementType, int]] = {}
     for owner, node in all_nodes(graph):
         for slot in node.tensor_slots:
@@ -191,7 +191,7 @@ def render(summary: PackageSummary, to: Console) -> None:
 
 
 def _row(spec: OutputSpec, *, is_input: bool) -> tuple[str, str, str]:
-    """Name, type and shape. An input's shapes are enforced, and said in full; another's may follow from them."""
+    """Return name, type and shape. Inputs list every allowed shape, because those are enforced."""
     if isinstance(spec, LabelSpec):
         return (spec.name, spec.label_type, "label")
     if isinstance(spec, ProbabilitiesSpec):
@@ -212,7 +212,7 @@ def _render_function(function: FunctionSummary, to: Console) -> None:
     to.print(table(["", "name", "dtype", "shape"], rows))
     to.print()
     to.print(title(f"{sum(function.operations.values())} operations"))
-    # A line of text holds in five lines what a table would stretch over forty.
+    # text takes five lines where a table takes forty
     to.print(Text(", ".join(f"{name} {count}" for name, count in function.operations.items()) or "none"))
     to.print()
     to.print(title(f"weights, {bytes_text(function.weight_bytes)} bytes"))
@@ -240,7 +240,7 @@ def _render_function(function: FunctionSummary, to: Console) -> None:
 
 
 def as_document(summary: PackageSummary) -> dict[str, Any]:
-    """The summary as `--json` prints it."""
+    """Return the document that `--json` prints."""
     return asdict(summary)
 
 

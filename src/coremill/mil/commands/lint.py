@@ -1,8 +1,8 @@
-"""`coremill mil lint`: what keeps a graph off the Neural Engine, or makes it slow there.
+"""`coremill mil lint`: operations that keep a graph off the Neural Engine, or make it slow there.
 
-Hints, from what has been published: Apple documents the Neural Engine's operations nowhere, and which processor
-runs what changes with device and system. Xcode's performance report on the device decides. Each rule names its
-source.
+The rules are hints from published sources: Apple does not document the operations of the Neural Engine, and the
+processor of an operation depends on device and system. Xcode's performance report on the device is decisive. Each
+rule names its source.
 """
 
 from __future__ import annotations
@@ -53,29 +53,29 @@ STATE_MULTIPLE = 32
 
 WIDE_FLOATS = ("fp32", "fp64", "bf16")
 WIDE_INTEGERS = ("int64", "uint32")
-"""Integers that no cast of ML Programs gives."""
+"""Integers that no cast of an ML Program returns."""
 
 RECURRENT = ("gru", "lstm", "rnn")
 SHAPERS = ("reshape", "transpose")
 
 SHOWN = 8
-"""Places of a rule that are printed, unless all are asked for."""
+"""The number of findings of a rule that are printed without --all."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One operation that runs in a prediction (not once beforehand, on constants), and the graph it is in."""
+    """An operation that runs in each prediction (not once, on constants), and its graph."""
 
     graph: Graph
     node: Node
     known: AbstractSet[int]
-    """Slots of the graph that follow from constants alone."""
+    """Slots of the graph that depend on constants alone."""
 
     def is_constant(self, slot: int) -> bool:
         return slot in self.known
 
     def tensors(self, parameter: str) -> tuple[int, ...]:
-        """Slots of a tensor parameter."""
+        """Return the slots of a tensor parameter."""
         if self.node.definition is None:
             return ()
         names = [each.name for each in self.node.definition.tensors]
@@ -91,14 +91,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a rule looks at."""
+    """What a rule examines."""
 
     description: FunctionDescription
     graph: Graph
     places: tuple[Place, ...]
 
     def inputs(self) -> Iterator[tuple[str, TensorType]]:
-        """Inputs and states, as the program declares them."""
+        """Yield inputs and states, as the program declares them."""
         states = {each.name for each in self.description.states}
         for slot in self.graph.inputs:
             if slot in self.graph.types:
@@ -106,7 +106,7 @@ class Subject:
                 yield f"{'state' if name in states else 'input'} {name}", self.graph.types[slot]
 
     def values(self) -> Iterator[tuple[str, TensorType]]:
-        """Every tensor of a prediction: inputs, states, and what operations give."""
+        """Yield every tensor of a prediction: inputs, states and outputs of operations."""
         yield from self.inputs()
         for place in self.places:
             for value_type in place.outputs():
@@ -115,34 +115,34 @@ class Subject:
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that is known of the Neural Engine."""
+    """A known limitation of the Neural Engine."""
 
     name: str
     why: str
     source: str
     find: Callable[[Subject], Iterator[str]]
-    """Names each input, state or operation that it is true of, and what is the matter there."""
+    """Yields each input, state or operation that the rule applies to, with the reason."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One place that a rule is true of."""
+    """One input, state or operation that a rule applies to."""
 
     rule: Rule
     where: str
 
 
 def lint(description: FunctionDescription, graph: Graph) -> list[Finding]:
-    """Everything that the rules find in a function, rule by rule."""
+    """Return the findings of all rules in a function, rule by rule."""
     subject = Subject(description, graph, tuple(_places(graph, set())))
     return [Finding(rule, where) for rule in RULES for where in rule.find(subject)]
 
 
 def _places(graph: Graph, constant: set[int]) -> Iterator[Place]:
-    """Every operation that does not follow from constants alone, with those of nested blocks.
+    """Yield every operation that does not depend on constants alone, including those of nested blocks.
 
     Args:
-        constant: slots of the graph whose values are known beforehand.
+        constant: slots of the graph whose values are known at compilation.
     """
     known = constant | set(graph.constants)
     for node in graph.nodes:
@@ -191,7 +191,7 @@ def _large_dimensions(subject: Subject) -> Iterator[str]:
 
 
 def _of_types(names: Sequence[str], *, besides: Sequence[str] = ()) -> Callable[[Subject], Iterator[str]]:
-    """Inputs of one of these types, and operations that give one, but for some operations."""
+    """Return a rule for inputs and outputs of these types; some operations are excluded."""
 
     def find(subject: Subject) -> Iterator[str]:
         for where, value_type in subject.inputs():
@@ -215,7 +215,7 @@ def _integer_or_bool(subject: Subject) -> Iterator[str]:
             yield f"{where}: {value_type}"
     for place in subject.places:
         found = list(filter(is_narrow, place.outputs()))
-        # From the A17 Pro on it computes with quantized activations as such (coremltools guide, What's New).
+        # since the A17 Pro it computes with quantized activations (coremltools guide, What's New)
         if found and place.node.op_type != "quantize":
             yield f"{place}: {', '.join(map(str, found))}"
 
@@ -391,10 +391,10 @@ RULES: tuple[Rule, ...] = (
 
 
 def render(findings: Sequence[Finding], to: Console, shown: int | None = SHOWN) -> None:
-    """Print the findings by rule: what, where, why, and who says so.
+    """Print the findings by rule, with the reason and the source.
 
     Args:
-        shown: so many places a rule at most; None for all.
+        shown: the largest number of findings of a rule; None for all.
     """
     for rule in RULES:
         places = [each.where for each in findings if each.rule is rule]

@@ -1,4 +1,4 @@
-"""What the commands print: tables that read at 80 columns as in a pipe."""
+"""The commands' output: tables that are readable at 80 columns and in a pipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 from coremill.measures import MOST_DB
 
 _STYLES = {"passed": "green", "failed": "bold red", "not_run": "yellow"}
-"""Colours of the words that say how something came out; colour only repeats them."""
+"""Colours of result words; colour carries no further information."""
 
 
 def console() -> Console:
@@ -26,7 +26,7 @@ def title(text: str) -> Text:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table of plain texts, which wrap rather than being cut; a column called `>name` holds numbers."""
+    """Return a table of plain texts, which wrap and are never cut; a column called `>name` has numbers."""
     # No title: rich would wrap it to the width of the table.
     made = Table(box=SIMPLE_HEAD, header_style="dim", show_edge=False, pad_edge=False, collapse_padding=True)
     for column in columns:
@@ -35,23 +35,23 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
             column.removeprefix(">"), justify="right" if is_number else "left", overflow="fold", no_wrap=is_number
         )
     for cells in rows:
-        # Never parsed as markup: names and shapes hold brackets.
+        # never parsed as markup: names and shapes contain brackets
         made.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in cells))
     return made
 
 
 def print_json(to: Console, document: Any) -> None:
-    """One JSON document and nothing else, not wrapped to any width."""
+    """Print one JSON document, not wrapped to any width."""
     to.file.write(json.dumps(document, indent=2) + "\n")
 
 
 def number(value: float) -> str:
-    """Four significant digits, in as few characters as they take."""
+    """Format four significant digits in as few characters as possible."""
     return f"{value:.4g}"
 
 
 def decibels(sqnr_db: float) -> str:
-    """An SQNR as `coremill.measures.sqnr_db` gives it."""
+    """Format an SQNR of `coremill.measures.sqnr_db`."""
     return "equal" if sqnr_db == MOST_DB else f"{sqnr_db:.1f}"
 
 

@@ -1,4 +1,4 @@
-"""`coremill mil run`: predict with the arrays of an .npz file, and say what came out."""
+"""`coremill mil run`: predict with the arrays of an .npz file, and describe the outputs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ MODES = tuple(each.value for each in Numerics)
 
 
 def predict(model: MLModel, data: Mapping[str, Array]) -> dict[str, Array]:
-    """One prediction from arrays to arrays; a function with states starts from new ones.
+    """Predict once, from arrays to arrays; states are new.
 
     Raises:
-        PredictionInputError: `data` is not what the model admits.
+        PredictionInputError: the model rejects `data`.
     """
     return as_arrays(model.predict(as_images(model, data), model.make_state() if model.states else None))
 
 
 def finite_text(array: Array) -> str:
-    """`all`, or what is not finite: `3 NaN, 1 inf`."""
+    """Return `all`, or the counts of other values: `3 NaN, 1 inf`."""
     if array.dtype.kind != "f":
         return "all"
     counts = ((int(np.isnan(array).sum()), "NaN"), (int(np.isinf(array).sum()), "inf"))
@@ -36,7 +36,8 @@ def finite_text(array: Array) -> str:
 
 
 def describe(name: str, array: Array) -> tuple[str, ...]:
-    """A row of the table: name, type, shape; least, greatest and mean of the finite values; how many are not."""
+    """Return a row of the table: name, type, shape, minimum, maximum and mean of the finite values, and other
+    values."""
     if array.dtype.kind == "U":
         return (name, "string", str(array), "", "", "", "")
     finite = array[np.isfinite(array)]
@@ -53,9 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--input", type=Path, required=True, metavar="X.npz", help="an array for each input")
     parser.add_argument("--function", help="the function to run (default: the package's own)")
     parser.add_argument(
-        "--mode", choices=MODES, default=MODES[0], help="how values are held (default: %(default)s)"
+        "--mode", choices=MODES, default=MODES[0], help="numerics of floating-point values (default: %(default)s)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda where torch sees one (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda if torch has it (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="Y.npz", help="write the outputs")
     options = parser.parse_args(argv)
     if options.out is not None:

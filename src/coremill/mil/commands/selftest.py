@@ -1,8 +1,8 @@
 """`coremill mil selftest`: small packages with inputs and expected outputs that torch and numpy computed.
 
-Each package runs in reference numerics and is compared with what is expected of it; the exit code is 3 where it is
-off. On a Mac it runs through Core ML as well, and the table says how far device and reference are apart: a finding,
-which nothing fails by unless --strict asks for it.
+Each package runs in reference numerics and is compared with its expected outputs; the exit code is 3 if they
+differ. On macOS it also runs through Core ML, and the table shows the difference of device and reference, which is
+an error only with --strict.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from coremill.mil.coremltools_quietly import CoreMLToolsModel
 from coremill.mil.model import MLModel
 
 BUNDLE = Path(__file__).parents[1] / "selftest"
-"""The bundle that comes with coremill; tests/mil/commands/make_selftest.py makes it."""
+"""The bundle in coremill; tests/mil/commands/make_selftest.py makes it."""
 
 INDEX = "bundle.json"
 
 FAR_DB = 40.0
-"""Core ML is far off below: what verification asks of a converted model's outputs."""
+"""Core ML is far from the reference below this SQNR, which verification requires of a converted model's outputs."""
 
 _KEYS = "arrays called `0.input.x`, `0.output.y`, `1.input.x`, …, of calls counted from 0, each with outputs"
 
@@ -55,7 +55,7 @@ _WRITTEN = "a folder that `coremill mil selftest --write` wrote"
 
 @dataclass(frozen=True)
 class Call:
-    """One prediction and what it must give."""
+    """One prediction and its expected outputs."""
 
     inputs: Mapping[str, Array]
     outputs: Mapping[str, Array]
@@ -63,40 +63,40 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """A package of the bundle, and calls of it one after the other, which share one state."""
+    """A package of the bundle, and successive calls of it, which share a state."""
 
     name: str
     package: Path
     min_sqnr_db: float
-    """Asked of every output in floats; one in integers must be equal."""
+    """The bound of float outputs; integer outputs must be equal."""
     calls: tuple[Call, ...]
 
 
 @dataclass(frozen=True)
 class Result:
-    """One output of a case: the worst of its calls."""
+    """One output of a case, in its worst call."""
 
     output: str
     max_abs_err: float
     sqnr_db: float
     passed: bool
     device: Difference | None
-    """How far Core ML is from the reference; None where it was not run, or failed."""
+    """The difference of Core ML and the reference; None if Core ML was not run, or failed."""
     is_far: bool
     """Whether Core ML is far from the reference."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one case."""
+    """The result of one case."""
 
     case: str
     results: tuple[Result, ...]
-    """Empty where the reference did not run."""
+    """Empty if the reference did not run."""
     problem: str | None
     """Why the reference did not run."""
     device_problem: str | None
-    """Why there is nothing of Core ML's to compare, where it was run."""
+    """Why Core ML has no outputs to compare, if it was run."""
 
     @property
     def passed(self) -> bool:
@@ -112,11 +112,11 @@ class Outcome:
 
 
 def read_bundle(folder: Path) -> list[Case]:
-    """The cases of a bundle.
+    """Return the cases of a bundle.
 
     Raises:
-        PackageError: the folder is no bundle.
-        DocumentError: its index or its calls are malformed, or there is nothing in them to compare.
+        PackageError: the directory is not a bundle.
+        DocumentError: its index or its calls are malformed, or have nothing to compare.
         PredictionInputError: its arrays are unreadable.
     """
     path = folder / INDEX
@@ -129,7 +129,7 @@ def read_bundle(folder: Path) -> list[Case]:
     try:
         listed = [(str(case["name"]), float(case["min_sqnr_db"])) for case in document["cases"]]
         if not all(math.isfinite(min_sqnr_db) for _, min_sqnr_db in listed):
-            raise ValueError("min_sqnr_db is no bound")
+            raise ValueError("min_sqnr_db is not finite")
     except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise DocumentError(
             f"{path} does not list cases ({type(error).__name__}: {error})", expected=_WRITTEN
@@ -167,7 +167,7 @@ def _calls(path: Path) -> tuple[Call, ...]:
 
 
 def run_case(case: Case, *, on_device: bool) -> Outcome:
-    """Run a case, and through Core ML as well if asked to."""
+    """Run a case, and with `on_device` also through Core ML."""
     try:
         model = MLModel(case.package)
         state = model.make_state() if model.states else None
@@ -187,14 +187,14 @@ def run_case(case: Case, *, on_device: bool) -> Outcome:
 
 
 def _within(difference: Difference, min_sqnr_db: float, *, is_exact: bool) -> bool:
-    """Integers must be equal; NaN is within no bound."""
+    """Return whether the difference is within the bound; NaN is not, and integers must be equal."""
     return difference.max_abs_err == 0 if is_exact else difference.sqnr_db >= min_sqnr_db
 
 
 def _worst(
     reference: Sequence[Mapping[str, Array]], measured: Sequence[Mapping[str, Array]]
 ) -> dict[str, Difference]:
-    """By output, the call with the least SQNR; NaN is the least of all."""
+    """Return the call with the lowest SQNR by output; NaN is the lowest."""
     worst: dict[str, Difference] = {}
     for own, other in zip(reference, measured, strict=True):
         for each in compare(own, other):
@@ -205,10 +205,10 @@ def _worst(
 
 
 def _on_device(case: Case, reference: Sequence[Mapping[str, Array]]) -> tuple[dict[str, Difference], str | None]:
-    """How far Core ML is from the reference by output, or what went wrong instead."""
+    """Return the difference of Core ML and the reference by output, or an error text."""
     try:
         found = _device_outputs(case)
-    except Exception as error:  # noqa: BLE001 - coremltools raises just that, and the report tells it
+    except Exception as error:  # noqa: BLE001 - coremltools raises Exception itself, and the report contains it
         return {}, f"Core ML does not run it: {error}"
     try:
         return _worst(reference, found), None
@@ -217,7 +217,7 @@ def _on_device(case: Case, reference: Sequence[Mapping[str, Array]]) -> tuple[di
 
 
 def _device_outputs(case: Case) -> list[dict[str, Array]]:
-    """What Core ML gives for the calls. It opens a copy: opening a package writes its manifest anew."""
+    """Return Core ML's outputs of the calls, from a copy: opening a package rewrites its manifest."""
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / case.package.name
         shutil.copytree(case.package, copy)
@@ -227,7 +227,7 @@ def _device_outputs(case: Case) -> list[dict[str, Array]]:
 
 
 def render(outcomes: Sequence[Outcome], *, on_device: bool, to: Console) -> None:
-    """Print a row an output, the reasons of what did not run, and the verdict."""
+    """Print a row per output, the reasons for cases that did not run, and the result."""
     columns = ["package", "output", ">max abs", ">SQNR dB", ""]
     if on_device:
         columns += [">apart", ">apart dB"]
@@ -252,7 +252,7 @@ def render(outcomes: Sequence[Outcome], *, on_device: bool, to: Console) -> None
 
 
 def _rows(outcome: Outcome) -> Iterator[list[str]]:
-    """A row an output: what the reference gave, then how far Core ML is from it."""
+    """Yield a row per output: the reference's figures, then Core ML's difference from it."""
     if outcome.problem is not None:
         yield [outcome.case, "", "", "", "failed", "not_run", ""]
     for each in outcome.results:
@@ -264,10 +264,10 @@ def _rows(outcome: Outcome) -> Iterator[list[str]]:
 
 
 def write_bundle(folder: Path) -> None:
-    """Copy the bundle to a new folder.
+    """Copy the bundle to a new directory.
 
     Raises:
-        OutputError: the folder exists, or cannot be written.
+        OutputError: the directory exists, or cannot be written.
     """
     try:
         shutil.copytree(BUNDLE, folder)

@@ -1,9 +1,9 @@
-"""The registry of operations: kernels over torch tensors, and what their signatures say.
+"""The registry of operations: kernels over torch tensors, and the parameters in their signatures.
 
 A kernel is a function. Its **positional** parameters are the operation's tensor inputs (`Tensor`, `Tensor | None`,
 `Tensors` for several, `TensorList` for a value of list type, `StateCell` for a state). Its **keyword-only**
-parameters are attributes: plain Python values, whether the program fixes them or computes them. A kernel's output
-shape depends on nothing but its tensor inputs' shapes and its attributes' values, unless it is registered with
+parameters are attributes: Python values, whether they are constants of the program or computed. A kernel's output
+shape depends only on its tensor inputs' shapes and its attributes' values, unless it is registered with
 `data_dependent_shape`.
 
 Parameter names are those of the operation in coremltools' definitions, `coremltools.converters.mil.mil.ops.defs`,
@@ -29,28 +29,28 @@ Ints = tuple[int, ...]
 Bools = tuple[bool, ...]
 IntPairs = tuple[tuple[int, int], ...]
 Symbols = tuple[int | str, ...]
-"""Integers and strings: class labels, or sizes of which some are only named."""
+"""Integers and strings: class labels, or sizes of which some are symbolic."""
 Attribute: TypeAlias = "int | float | bool | str | Ints | Bools | IntPairs | Symbols | ElementType"
 Given: TypeAlias = "Value | list[Given]"
-"""What a program gives for an attribute; the numbers of a tensor are nested lists."""
+"""The value of an attribute in a program; the numbers of a tensor are nested lists."""
 Kernel: TypeAlias = "Callable[..., Value]"
 _Kernel = TypeVar("_Kernel", bound="Kernel")
 _Scalar = TypeVar("_Scalar", bool, int, float, str)
 
 
 class OperationError(ValueError):
-    """Values that an operation does not admit; whoever runs it adds the operation's name."""
+    """An operation rejects its values; the caller adds the operation's name."""
 
 
 class Overwritten(NamedTuple):
     """What a kernel wrote into one of its inputs."""
 
     result: Tensor
-    """That input."""
+    """The input."""
     part: Tensor
     """The view of it that was written."""
     before: Tensor
-    """A copy of what the part held."""
+    """A copy of the part's old content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +60,14 @@ class Parameter:
     name: str
     required: bool
     is_list: bool = False
-    """Whether it is given as several tensors."""
+    """Whether it takes several tensors."""
     is_state: bool = False
     is_list_value: bool = False
-    """Whether it is one value of list type."""
+    """Whether it takes one value of list type."""
     convert: Callable[[Given], Attribute] | None = None
-    """Turns a number, list or string of the program into an attribute's value; None for a tensor input."""
+    """Converts a number, list or string of the program to the attribute's value; None for a tensor input."""
     is_element_type: bool = False
-    """Whether it names an element type, which the kernel gets as an ElementType with the mode's storage."""
+    """Whether it is an element type, which the kernel receives as an ElementType with the mode's storage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +79,18 @@ class Definition:
     since: int
     """The first iOS version with these semantics."""
     native: bool
-    """Whether the kernel computes in the storage type itself. Otherwise its fp16 inputs are widened to fp32 and its
-    fp16 results rounded once. Native are those that move or compare values, and those whose torch kernel for
-    fp16 itself computes in fp32 and rounds once; it reads and writes half the bytes."""
+    """Whether the kernel computes in the storage type. Otherwise its fp16 inputs are widened to fp32 and its fp16
+    results are rounded once. Kernels that move or compare values are native, and those whose torch kernel for fp16
+    computes in fp32 and rounds once; they read and write half the bytes."""
     pure: bool
-    """Whether the same inputs always give the same outputs, and nothing else happens."""
+    """Whether equal inputs always give equal outputs, without side effects."""
     data_dependent_shape: bool
     tensors: tuple[Parameter, ...]
     attributes: Mapping[str, Parameter]
     returns_tuple: bool
     """Whether the kernel may return a tuple of outputs; otherwise it returns one."""
     returns_list_value: bool
-    """Whether its output is of list type."""
+    """Whether its output has list type."""
     in_place: Callable[..., Overwritten] | None
     """A kernel that writes into its first input; see `coremill.mil.in_place` for when it is used."""
 
@@ -115,9 +115,9 @@ def op(
     """Register a kernel as the operation of these names; see :class:`Definition` for the options.
 
     Args:
-        fixed: values of keyword-only parameters that this version of the operation fixes; no program gives them.
-            So one kernel serves versions that differ in a rule.
-        in_place: a kernel of the same parameters that writes into its first input instead of copying it.
+        fixed: values of keyword-only parameters that this version of the operation fixes; they are not in programs.
+            One kernel can thus serve several versions.
+        in_place: a kernel with the same parameters that writes into its first input instead of copying it.
     """
     fixed = fixed or {}
 
@@ -150,7 +150,7 @@ def op(
 
 
 def find(op_type: str, ios_version: int) -> Definition | None:
-    """The definition of an operation at the semantics of an iOS version, or None."""
+    """Return the definition of an operation for an iOS version, or None."""
     found = None
     for definition in _REGISTRY.definitions.get(op_type, []):
         if definition.since <= ios_version:
@@ -159,12 +159,12 @@ def find(op_type: str, ios_version: int) -> Definition | None:
 
 
 def definitions() -> list[Definition]:
-    """Every registered definition, by name and version."""
+    """Return every registered definition, sorted by name and version."""
     return [each for name in sorted(_REGISTRY.definitions) for each in _REGISTRY.definitions[name]]
 
 
 def supported_operations() -> list[str]:
-    """Names of the registered operations, sorted."""
+    """Return the sorted names of the registered operations."""
     return sorted(_REGISTRY.definitions)
 
 
@@ -263,6 +263,6 @@ _CONVERTERS: dict[Any, Callable[[Given], Attribute]] = {
     Bools: _sequence(bool),
     IntPairs: _int_pairs,
     Symbols: _symbols,
-    # The lowering knows how a mode stores the named type.
+    # the plan sets the storage of the type
     ElementType: _scalar(str),
 }
