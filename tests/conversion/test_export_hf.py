@@ -1,4 +1,4 @@
-"""The Hugging Face directory: written, loaded by transformers and compared; what is planted in it is found."""
+"""The export to Hugging Face: it is verified with transformers, which finds every planted defect."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def a_model(vocab_size: int, **options: Any) -> ModelConfig:
 
 
 def save_model(path: Path, model: ModelConfig, tokenizer: Tokenizer | TextTokenizer, model_type: str) -> None:
-    """Random weights of a size that makes each answer another one."""
+    """Save random weights, large enough for the answers to differ."""
     training = {IMPORTED_FROM: {"files": {"a.gguf": "sha256:0"}}} if model_type != "magic-8-ball" else {"seed": 6}
     save_checkpoint(
         path,
@@ -103,7 +103,7 @@ def save_model(path: Path, model: ModelConfig, tokenizer: Tokenizer | TextTokeni
 
 @pytest.fixture(scope="module", autouse=True)
 def fewer_texts() -> Iterator[None]:
-    """A third of them: each directory is compared anew."""
+    """Use a third of the texts, because each test compares a directory again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "TEXTS", 330)
         yield
@@ -145,7 +145,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(source: Path, out: Path, *options: str) -> dict[str, str]:
-    """The command, and the figures that it prints."""
+    """Run the command, and return the figures that it prints."""
     (checkpoint,) = source.glob("*.ckpt")
     printed = StringIO()
     with redirect_stdout(printed):
@@ -179,10 +179,10 @@ def directory(exported_toy: Path, tmp_path: Path) -> Path:
 
 
 def expectation(source: Path, folder: Path, dtype: HuggingFaceDtype = "float32") -> Expected:
+    """What `folder` is compared with, if its files are correct."""
     (checkpoint,) = source.glob("*.ckpt")
     ckpt = load_checkpoint(checkpoint)
     prompts = load_prompts(layout.tokenizer_file(source), source, rows=40)
-    """What `folder` is compared with; its files are taken for those that were meant."""
     halt_head = next(folder.glob("halt_head-*.safetensors"), None)
     stored = stored_tensors(ckpt, dtype)
     student = build_student(ckpt)
@@ -204,16 +204,16 @@ BY_HAND = {"logits under mlx-lm", "llama.cpp's converter"}
 
 
 def failures(findings: Findings) -> dict[str, str | None]:
-    """What did not pass, those aside that are asked by hand and say so."""
+    """The reasons of the gates that did not pass, without those that are run by hand."""
     left = {gate.name: gate for gate in findings.gates if gate.outcome is not Outcome.PASSED}
     assert {left.pop(name).outcome for name in BY_HAND} == {Outcome.NOT_RUN}
     return {name: gate.reason for name, gate in left.items()}
 
 
-# --- what is written --------------------------------------------------------------------------------
+# --- the directory --------------------------------------------------------------------------------
 
 
-def test_a_toy_s_directory(toy: Path, exported_toy: Path) -> None:
+def test_directory_of_a_toy(toy: Path, exported_toy: Path) -> None:
     assert {path.name for path in exported_toy.iterdir()} == {
         *FILES,
         "parity.json",
@@ -245,7 +245,7 @@ def test_a_toy_s_directory(toy: Path, exported_toy: Path) -> None:
     assert json.loads((exported_toy / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_an_imported_model_s_directory(imported: Path, exported: Path) -> None:
+def test_directory_of_an_imported_model(imported: Path, exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == {*FILES, "parity.json"}
     config = json.loads((exported / "config.json").read_text())
     assert (config["architectures"], config["vocab_size"]) == (["Qwen3ForCausalLM"], 352)
@@ -256,7 +256,7 @@ def test_an_imported_model_s_directory(imported: Path, exported: Path) -> None:
     assert "license" not in card
 
 
-def test_the_program_on_the_card_runs(
+def test_program_on_the_model_card_runs(
     exported_toy: Path, exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder, count in ((exported_toy, 2), (exported, 1)):
@@ -267,7 +267,7 @@ def test_the_program_on_the_card_runs(
     assert "tensor([[[" in capsys.readouterr().out
 
 
-def test_the_same_checkpoint_gives_the_same_bytes(toy: Path, exported_toy: Path, tmp_path: Path) -> None:
+def test_equal_checkpoints_give_equal_bytes(toy: Path, exported_toy: Path, tmp_path: Path) -> None:
     figures = export(toy, tmp_path / "again", "--license", "apache-2.0")
     assert digest(tmp_path / "again") == digest(exported_toy)
     assert figures.keys() == {
@@ -292,12 +292,12 @@ def test_the_same_checkpoint_gives_the_same_bytes(toy: Path, exported_toy: Path,
 def test_half_precision_is_compared_with_the_rounded_checkpoint(imported: Path, tmp_path: Path) -> None:
     figures = export(imported, tmp_path / "hf", "--dtype", "float16")
     assert float(figures["relative_error_of_logits"]) <= 1e-5
-    # Were it compared with the checkpoint as it is, that would show.
+    # A comparison with the unrounded checkpoint fails.
     findings = compare(tmp_path / "hf", expectation(imported, tmp_path / "hf"))
     assert failures(findings).keys() >= {"tensors that differ", "relative error of logits"}
 
 
-def test_the_stage_writes_into_its_folder(imported: Path, tmp_path: Path) -> None:
+def test_stage_writes_into_its_directory(imported: Path, tmp_path: Path) -> None:
     config = ImportedRun(
         name="tiny-qwen",
         model_type="qwen3",
@@ -317,8 +317,8 @@ def test_the_stage_writes_into_its_folder(imported: Path, tmp_path: Path) -> Non
     assert read_json(layout.parity_report(out), HuggingFaceParity).dtype == "bfloat16"
 
 
-def test_a_tokenizer_that_transformers_replaces_is_found(imported: Path, tmp_path: Path) -> None:
-    """Whatever its files say, AutoTokenizer cuts the texts of a Qwen2 with Qwen's own pattern."""
+def test_tokenizer_that_transformers_replaces_fails(imported: Path, tmp_path: Path) -> None:
+    """AutoTokenizer splits the texts of every Qwen2 with Qwen's pattern, whatever the files contain."""
     source = shutil.copytree(imported, tmp_path / "source")
     tokenizer = TextTokenizer.load(source / "tokenizer.json")
     save_model(source / "tiny_qwen.ckpt", a_model(340, attention_bias="qkv"), tokenizer, "qwen2")
@@ -334,8 +334,8 @@ def test_a_tokenizer_that_transformers_replaces_is_found(imported: Path, tmp_pat
     )
 
 
-def test_a_qwen2_with_qwen_s_own_tokenizer(imported: Path, tmp_path: Path) -> None:
-    """Which names no token for padding or the unknown; transformers' class has its own."""
+def test_qwen2_with_the_tokenizer_of_qwen_passes(imported: Path, tmp_path: Path) -> None:
+    """It declares no padding or unknown token; the class of transformers has defaults."""
     source = shutil.copytree(imported, tmp_path / "source")
     values = json.loads((source / "tokenizer.json").read_text())
     words = {"type": "Split", "pattern": {"Regex": _QWEN2_WORDS}, "behavior": "Isolated", "invert": False}
@@ -352,14 +352,14 @@ def test_a_qwen2_with_qwen_s_own_tokenizer(imported: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
-def test_the_other_families_take_the_tokenizer_as_it_is(imported: Path, tmp_path: Path, model_type: str) -> None:
+def test_other_families_keep_the_tokenizer(imported: Path, tmp_path: Path, model_type: str) -> None:
     source = shutil.copytree(imported, tmp_path / "source")
     tokenizer = TextTokenizer.load(source / "tokenizer.json")
     save_model(source / "tiny_qwen.ckpt", a_model(340), tokenizer, model_type)
     assert export(source, tmp_path / "hf")["texts_that_are_tokenized_differently"] == "0"
 
 
-def test_a_model_without_template_and_without_end_token(imported: Path, tmp_path: Path) -> None:
+def test_model_without_template_and_end_token(imported: Path, tmp_path: Path) -> None:
     source = shutil.copytree(imported, tmp_path / "source")
     (source / CHAT_TEMPLATE).unlink()
     (source / TOKENIZER_CONFIG).unlink()
@@ -370,7 +370,7 @@ def test_a_model_without_template_and_without_end_token(imported: Path, tmp_path
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
 
 
-# --- what is found ----------------------------------------------------------------------------------
+# --- planted defects ----------------------------------------------------------------------------------
 
 
 def edit_json(folder: Path, name: str, **changes: Any) -> None:
@@ -390,7 +390,7 @@ def scale_norm(folder: Path) -> None:
 
 
 def change_a_little(folder: Path) -> None:
-    """Less than logits show."""
+    """Too small a change for the logits."""
     edit_tensor(
         folder, "model.safetensors", "model.layers.0.mlp.down_proj.weight", lambda tensor: tensor.add_(1e-9)
     )
@@ -417,7 +417,7 @@ def prefix_space(folder: Path) -> None:
 
 
 def ordinary_token(folder: Path) -> None:
-    """`<|user|>` no special token any more, so that a text that spells it is cut otherwise."""
+    """Make `<|user|>` ordinary text, so that it is split differently."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [each for each in tokenizer["added_tokens"] if each["content"] != "<|user|>"]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -434,7 +434,7 @@ def welcoming_template(folder: Path) -> None:
 
 
 def edited(name: str, **changes: Any) -> Callable[[Path], None]:
-    """A JSON file of the directory with other values; None for a key that it then lacks."""
+    """Return a function that changes values of a JSON file, or removes the keys whose value is None."""
 
     def plant(folder: Path) -> None:
         values = json.loads((folder / name).read_text()) | changes
@@ -452,9 +452,9 @@ def tokenizer_edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
     return plant
 
 
-def token(place: int, **changes: Any) -> Callable[[Path], None]:
-    """An added token that a text is cut at otherwise."""
-    return tokenizer_edited(lambda values: values["added_tokens"][place].update(changes))
+def token(index: int, **changes: Any) -> Callable[[Path], None]:
+    """Return a function that changes an added token."""
+    return tokenizer_edited(lambda values: values["added_tokens"][index].update(changes))
 
 
 def swap_merges(values: dict[str, Any]) -> None:
@@ -484,7 +484,7 @@ def not_a_number(folder: Path) -> None:
 
 
 def other_dtype(folder: Path) -> None:
-    """Of the same values: norms are 1."""
+    """Change the type but no value: the norms are 1."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
@@ -527,7 +527,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
         (no_tool_results, {FILE}),
         (stray_file, {FILE}),
         (edited(CONFIG, eos_token_id=5), {FILE, SETTING}),
-        (edited(CONFIG, eos_token_id=None), {FILE}),  # Llama's own is the same
+        (edited(CONFIG, eos_token_id=None), {FILE}),  # the default of Llama is equal
         (edited(CONFIG, bos_token_id=5), {FILE, SETTING}),
         (edited(CONFIG, pad_token_id=7), {FILE, SETTING}),
         (edited(CONFIG, max_position_embeddings=64), {FILE, SETTING}),
@@ -536,7 +536,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
         (edited(CONFIG, architectures=["Foo"]), {FILE, SETTING}),
         (edited(CONFIG, model_type="mistral"), {FILE, SETTING}),
         (edited(CONFIG, attention_dropout=0.5), {FILE, SETTING}),
-        (edited(CONFIG, rope_theta=77.0), {FILE}),  # which version 4 reads
+        (edited(CONFIG, rope_theta=77.0), {FILE}),  # the key of version 4
         (edited(CONFIG, rope_parameters=None), {FILE}),
         (lambda folder: (folder / GENERATION).unlink(), {FILE, SETTING}),
         (edited(GENERATION, eos_token_id=[2, 50]), {FILE, SETTING}),
@@ -559,17 +559,17 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
         (edited(TOKENIZER_CONFIG, eos_token="<eot>"), {FILE, SETTING, CHATS}),
     ],
 )
-def test_what_is_planted_in_a_directory_is_found(
+def test_planted_defect_fails_its_gates(
     toy_expected: Expected, directory: Path, plant: Callable[[Path], None], found: set[str]
 ) -> None:
     expected = replace(toy_expected, halt_head=directory / "halt_head-tiny_ball.safetensors")
     plant(directory)
     seen = failures(compare(directory, expected)).keys()
-    assert seen - {GREEDY} == found - {GREEDY}  # what else changes may change them too
+    assert seen - {GREEDY} == found - {GREEDY}  # other changes may change greedy tokens too
     assert seen >= found
 
 
-def test_the_settings_that_are_compared(toy_expected: Expected, exported_toy: Path) -> None:
+def test_settings_that_are_compared(toy_expected: Expected, exported_toy: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported_toy)
     expected = ExpectedSettings(
         config=toy_expected.student.config,
@@ -586,11 +586,11 @@ def test_the_settings_that_are_compared(toy_expected: Expected, exported_toy: Pa
         *(f"generation's {name}" for name in tokens),
         *("tokenizer's bos_token", "tokenizer's eos_token", "tokenizer's pad_token"),
         "tokenizer's model_max_length",
-        *(f"token {place}" for place in range(len(SPECIAL_TOKENS))),
+        *(f"token {token_id}" for token_id in range(len(SPECIAL_TOKENS))),
     ]
 
 
-def test_what_differs_is_named(toy_expected: Expected, directory: Path) -> None:
+def test_reasons_name_the_first_difference(toy_expected: Expected, directory: Path) -> None:
     edited(CONFIG, max_position_embeddings=64, bos_token_id=5)(directory)
     change_a_little(directory)
     stray_file(directory)
@@ -601,10 +601,8 @@ def test_what_differs_is_named(toy_expected: Expected, directory: Path) -> None:
     }
 
 
-def test_an_edit_between_writing_and_reading_is_found(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What was meant is not taken from the folder."""
+def test_edit_between_writing_and_reading_fails(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The expected contents do not come from the directory."""
     save = TextTokenizer.save
 
     def save_and_edit(self: TextTokenizer, folder: Path) -> None:
@@ -620,7 +618,7 @@ def test_an_edit_between_writing_and_reading_is_found(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_logits_that_are_all_zero() -> None:
+def test_relative_error_of_zeros_and_nan() -> None:
     zero = torch.zeros(1, 2, 3)
     difference = _Difference()
     difference.add(zero, zero)
@@ -633,20 +631,20 @@ def test_logits_that_are_all_zero() -> None:
     assert not difference.relative <= 1e-5
 
 
-def test_a_conversation_that_only_one_refuses_is_found(imported: Path, exported: Path, tmp_path: Path) -> None:
+def test_conversation_that_only_one_template_rejects_fails(imported: Path, exported: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exported, tmp_path / "directory")
     expected = expectation(imported, folder)
     welcoming_template(folder)
     assert failures(compare(folder, expected)).keys() == {FILE, CHATS}
 
 
-def test_figures_outside_their_bounds_are_an_error_that_names_them(
+def test_error_names_figures_outside_their_bounds(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = huggingface_writer.huggingface_config
+    original = huggingface_writer.huggingface_config
 
     def wrong(*args: Any, **options: Any) -> dict[str, Any]:
-        return {**told(*args, **options), "rms_norm_eps": 0.5}
+        return {**original(*args, **options), "rms_norm_eps": 0.5}
 
     monkeypatch.setattr(huggingface_writer, "huggingface_config", wrong)
     with pytest.raises(ParityError) as caught:
@@ -664,7 +662,9 @@ def test_figures_outside_their_bounds_are_an_error_that_names_them(
 # --- bad inputs -------------------------------------------------------------------------------------
 
 
-def test_another_tokenizer_is_refused_and_what_was_there_stays(toy: Path, imported: Path, directory: Path) -> None:
+def test_another_tokenizer_is_rejected_and_an_earlier_export_stays(
+    toy: Path, imported: Path, directory: Path
+) -> None:
     before = digest(directory)
     with pytest.raises(VocabularyMismatchError, match=r"^the tokenizer has 340 tokens, the model 400"):
         export(toy, directory, "--tokenizer", str(imported / "tokenizer.json"))
@@ -679,7 +679,7 @@ def test_another_tokenizer_is_refused_and_what_was_there_stays(toy: Path, import
     assert sorted(path.name for path in directory.parent.iterdir()) == ["changed", "directory"]
 
 
-def test_a_value_beyond_float16_leaves_nothing(toy: Path, tmp_path: Path) -> None:
+def test_value_beyond_float16_leaves_no_files(toy: Path, tmp_path: Path) -> None:
     source = shutil.copytree(toy, tmp_path / "source")
     ckpt = load_checkpoint(source / "tiny_ball.ckpt")
     ckpt.state_dict["norm.weight"][0] = 1e5
@@ -691,7 +691,7 @@ def test_a_value_beyond_float16_leaves_nothing(toy: Path, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_one_s_own_directory_is_replaced(imported: Path, directory: Path) -> None:
+def test_earlier_export_is_replaced(imported: Path, directory: Path) -> None:
     export(imported, directory)
     assert {path.name for path in directory.iterdir()} == {*FILES, "parity.json"}
 
@@ -711,9 +711,7 @@ def test_one_s_own_directory_is_replaced(imported: Path, directory: Path) -> Non
         ),
     ],
 )
-def test_something_else_in_the_way_is_left(
-    toy: Path, tmp_path: Path, make: Callable[[Path], Any], found: str
-) -> None:
+def test_other_files_are_not_replaced(toy: Path, tmp_path: Path, make: Callable[[Path], Any], found: str) -> None:
     out = tmp_path / "out"
     make(out)
     before = digest(out)
@@ -727,7 +725,7 @@ def test_something_else_in_the_way_is_left(
     assert digest(out) == before
 
 
-def test_what_was_added_to_a_directory_is_not_lost(toy: Path, directory: Path) -> None:
+def test_added_file_is_not_replaced(toy: Path, directory: Path) -> None:
     (directory / "notes.txt").write_text("mine")
     with pytest.raises(OutputError) as caught:
         export(toy, directory)
@@ -750,9 +748,7 @@ def folder_for_weights(folder: Path) -> None:
     ("edit", "name"),
     [(edit_card, "README.md"), (folder_for_weights, "model.safetensors"), (no_tool_results, CHAT_TEMPLATE)],
 )
-def test_what_was_edited_in_a_directory_is_not_lost(
-    toy: Path, directory: Path, edit: Callable[[Path], None], name: str
-) -> None:
+def test_edited_file_is_not_replaced(toy: Path, directory: Path, edit: Callable[[Path], None], name: str) -> None:
     edit(directory)
     before = digest(directory)
     with pytest.raises(OutputError) as caught:
@@ -765,10 +761,10 @@ def test_what_was_edited_in_a_directory_is_not_lost(
     assert digest(directory) == before
 
 
-def test_a_link_to_a_directory_stays_one(toy: Path, imported: Path, directory: Path) -> None:
+def test_link_to_a_directory_is_kept(toy: Path, imported: Path, directory: Path) -> None:
     link = directory.parent / "link"
     link.symlink_to("directory")
-    (directory / "README.md").unlink()  # nothing is lost with it
+    (directory / "README.md").unlink()  # a missing file may be replaced
     for source in (imported, toy):
         export(source, link)
         assert link.readlink() == Path("directory")
@@ -776,7 +772,7 @@ def test_a_link_to_a_directory_stays_one(toy: Path, imported: Path, directory: P
     assert sorted(path.name for path in directory.parent.iterdir()) == ["directory", "link"]
 
 
-def test_a_file_above_the_directory(toy: Path, tmp_path: Path) -> None:
+def test_file_as_the_parent_directory_is_rejected(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError) as caught:
         export(toy, tmp_path / "file" / "hf")
@@ -787,8 +783,8 @@ def test_a_file_above_the_directory(toy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model", "model-of-mine"])
-def test_no_program_takes_the_halt_head_for_weights(toy: Path, tmp_path: Path, name: str) -> None:
-    """`model*.safetensors` is what mlx-lm, Ollama and llama.cpp's converter read."""
+def test_name_of_the_halt_head_matches_no_pattern_of_weights(toy: Path, tmp_path: Path, name: str) -> None:
+    """mlx-lm, Ollama and llama.cpp's converter read `model*.safetensors`."""
     export(toy, tmp_path / "hf", "--name", name)
     assert [path.name for path in (tmp_path / "hf").glob("model*.safetensors")] == ["model.safetensors"]
     halt_head = layout.halt_head_file(tmp_path / "hf", name)
@@ -796,13 +792,13 @@ def test_no_program_takes_the_halt_head_for_weights(toy: Path, tmp_path: Path, n
     assert list(load_file(halt_head)) == ["halt_head.weight"]
 
 
-def test_a_name_that_would_leave_the_directory(toy: Path, tmp_path: Path) -> None:
+def test_name_with_a_slash_is_rejected(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--name 'a/b'\n"):
         export(toy, tmp_path / "hf", "--name", "a/b")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_memory(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_rejected(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = (toy / "tiny_ball.ckpt").stat().st_size
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 4 * size - 1)
     with pytest.raises(MachineError) as caught:
@@ -815,29 +811,29 @@ def test_too_little_memory(toy: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     export(toy, tmp_path / "hf")
 
 
-def test_the_inputs_are_not_replaced(toy: Path, directory: Path) -> None:
-    """A directory that holds the tokenizer that is read."""
+def test_inputs_are_not_replaced(toy: Path, directory: Path) -> None:
+    """The directory contains the tokenizer that is read."""
     options = ("--tokenizer", str(directory / "tokenizer.json"), "--prompts", str(toy))
     with pytest.raises(OutputError, match=r"is read and would be overwritten"):
         export(toy, directory, *options)
 
 
-def test_questions_without_room_for_an_answer(toy: Path, tmp_path: Path) -> None:
+def test_context_without_space_for_an_answer_is_rejected(toy: Path, tmp_path: Path) -> None:
     source = shutil.copytree(toy, tmp_path / "source")
     tokenizer = Tokenizer.load(source / "tokenizer.json")
     save_model(source / "tiny_ball.ckpt", a_model(400, max_seq_len=3), tokenizer, "magic-8-ball")
     with pytest.raises(DatasetError) as caught:
         export(source, tmp_path / "hf")
-    assert caught.value.found == "no question leaves room for an answer in a context of 3 tokens"
+    assert caught.value.found == "every question fills the context of 3 tokens"
 
 
-def test_a_missing_package_is_named(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_hf, "NEEDS", ("torch", "no_such_package"))
     with pytest.raises(Exception, match=r"^no_such_package is not installed in "):
         export(toy, tmp_path / "hf")
 
 
-def test_a_comparison_without_halt_head_says_nothing_of_it(imported: Path, exported: Path) -> None:
+def test_comparison_without_halt_head_has_no_gate_for_it(imported: Path, exported: Path) -> None:
     expected = expectation(imported, exported)
     assert expected.halt_head is None
     names = [gate.name for gate in compare(exported, replace(expected, halt_head=None)).gates]

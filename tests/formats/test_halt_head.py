@@ -1,4 +1,4 @@
-"""The halt head in a file of its own: what it says is what the model computes."""
+"""The halt head in a file of its own gives the logits of the model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def of(student: Student) -> Checkpoint:
     return checkpoint_of(student, model_type="toy", step=1, tokenizer=ref)
 
 
-def test_it_computes_the_halt_logits_from_the_last_norm(tmp_path: Path) -> None:
+def test_weight_gives_the_halt_logits_from_the_last_norm(tmp_path: Path) -> None:
     student, path = a_student(), tmp_path / "halt_head-toy.safetensors"
     save_halt_head(path, of(student))
     ((name, weight),) = load_file(path).items()
@@ -47,8 +47,8 @@ def test_it_computes_the_halt_logits_from_the_last_norm(tmp_path: Path) -> None:
     assert path.read_bytes() == first
 
 
-def test_a_weight_that_is_not_contiguous_gives_the_same_bytes(tmp_path: Path) -> None:
-    """As a checkpoint of another program may have it."""
+def test_non_contiguous_weight_gives_the_same_bytes(tmp_path: Path) -> None:
+    """A checkpoint of another program may contain one."""
     checkpoint = of(a_student())
     save_halt_head(tmp_path / "a", checkpoint)
     weight = checkpoint.state_dict["halt_head.weight"]
@@ -58,13 +58,13 @@ def test_a_weight_that_is_not_contiguous_gives_the_same_bytes(tmp_path: Path) ->
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_model_without_one(tmp_path: Path) -> None:
+def test_model_without_halt_head_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointContentError) as caught:
         save_halt_head(tmp_path / "a", of(a_student(halt_head=False)))
     assert caught.value.found == "the checkpoint has no halt head"
     assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_in_the_way(tmp_path: Path) -> None:
+def test_path_of_a_directory_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is not a regular file"):
         save_halt_head(tmp_path, of(a_student()))

@@ -15,7 +15,6 @@ from coremill.data.texts import ChatPrompt, Text
 from coremill.formats.parity import (
     ODD_TEXTS,
     TEXTS,
-    added_tokens,
     greedy_differences,
     questions,
     random_texts,
@@ -99,7 +98,7 @@ def test_questions_come_first_and_beginnings_of_texts_after_them(toy: Toy, token
 
 
 def test_questions_without_room_for_an_answer(toy: Toy) -> None:
-    with pytest.raises(DatasetError, match=r"^no question leaves room for an answer in a context of 3 tokens"):
+    with pytest.raises(DatasetError, match=r"^every question fills the context of 3 tokens"):
         questions(toy.prompts, 3, 4)
 
 
@@ -144,7 +143,7 @@ def test_a_thousand_texts_are_odd_ones_the_runs_own_and_random_ones(toy: Toy, to
         assert len(found) == TEXTS == 1000
         assert found[: len(ODD_TEXTS)] == list(ODD_TEXTS)
         assert {"<|end|>b", " <|end|> b", "a<|end|>ab"} <= set(found)
-        special = [token["content"] for token in added_tokens(tokenizer)]
+        special = [token.content for token in tokenizer.added_tokens.values()]
         drawn = [place for place in range(TEXTS) if found[place:] == list(random_texts(TEXTS - place, special))]
         assert len(drawn) == 1
         assert drawn[0] <= 700
@@ -164,7 +163,7 @@ def test_the_random_texts_are_the_same_each_time_and_of_many_scripts() -> None:
 
 
 def test_every_added_token_is_spelled_out(toy: Toy, tokenizer: TextTokenizer) -> None:
-    assert [token["content"] for token in added_tokens(tokenizer)] == list(SPECIAL_TOKENS)
+    assert [token.content for token in tokenizer.added_tokens.values()] == list(SPECIAL_TOKENS)
     found = set(texts(toy.prompts, tokenizer))
     assert {f"{token}b" for token in SPECIAL_TOKENS} <= found
     assert {f"a{token}ab" for token in SPECIAL_TOKENS} <= found

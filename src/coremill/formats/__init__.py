@@ -1,1 +1,1 @@
-"""Model formats other than Core ML's: each is read, written and compared with the checkpoint."""
+"""Model formats other than Core ML: readers, writers and comparisons with the checkpoint."""

@@ -1,6 +1,6 @@
-"""What the forms of a model that others run are asked, and how their greedy tokens are judged.
+"""The inputs on which exported formats are compared with the checkpoint, and the comparison of greedy tokens.
 
-The same for GGUF files under llama.cpp and a Hugging Face directory under transformers.
+GGUF files under llama.cpp and Hugging Face directories under transformers share them.
 
 Legend: N tokens, V vocabulary.
 """
@@ -12,10 +12,9 @@ import itertools
 import random
 import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from coremill.core.errors import DatasetError
 from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
@@ -23,20 +22,20 @@ from coremill.data.prompts import Prompts, RowPrompts, TextPrompts, conversation
 from coremill.text.model_tokenizer import TextTokenizer
 
 TEXTS = 1000
-"""Texts on which a tokenizer is compared."""
+"""The number of texts on which tokenizers are compared."""
 
 POSITIONS = 2048
-"""So many tell the mean of a KL to 2 % of it."""
+"""The number of positions that gives the mean KL divergence to within 2 %."""
 
 _LENGTH = 256
-"""Tokens of a part of running text."""
+"""Tokens of a sequence of text."""
 _BEGINNING = 32
-"""Tokens of a text's beginning, where there are too few questions."""
+"""Tokens of the beginning of a text that replaces a missing question."""
 _SEED = 7
 _SPELLED = 64
-"""Special tokens that have texts of their own; Llama 3 has 256, most of them reserved."""
+"""The most special tokens with texts of their own; Llama 3 has 256, most of them reserved."""
 _RANDOM_SHARE = 0.3
-"""Of the texts, at least."""
+"""The minimum share of random texts."""
 _PIECE = 200
 """Characters of a piece of a text."""
 
@@ -45,12 +44,12 @@ _PIECE = 200
 
 
 def sequences(prompts: Prompts, context: int, positions: int = POSITIONS) -> list[list[int]]:
-    """What logits are compared on: about so many real tokens, in sequences no longer than `context`.
+    """Return about `positions` real tokens on which logits are compared, in sequences of at most `context` tokens.
 
-    A student's conversations, whole, and one sequence of several, one behind another; of running text parts.
+    Of a student they are single conversations and one sequence of several; of an imported model, parts of texts.
 
     Raises:
-        DatasetError: there is not that much text.
+        DatasetError: there is not enough text.
     """
     length = min(_LENGTH, context)
     if not isinstance(prompts, RowPrompts):
@@ -65,10 +64,10 @@ def sequences(prompts: Prompts, context: int, positions: int = POSITIONS) -> lis
 
 
 def questions(prompts: Prompts, context: int, count: int) -> list[list[int]]:
-    """`count` prompts as the model is given them; where there are too few, the beginnings of texts too.
+    """Return `count` encoded prompts; if there are too few, the beginnings of texts as well.
 
     Raises:
-        DatasetError: none leaves room for an answer in `context` tokens.
+        DatasetError: every one fills the context of `context` tokens.
     """
     if isinstance(prompts, RowPrompts):
         asked = [prompts.tokenizer.encode_prompt(row.prompt) for row in prompts.rows[:count]]
@@ -78,26 +77,24 @@ def questions(prompts: Prompts, context: int, count: int) -> list[list[int]]:
         asked += prompts.packed_up_to(min(_BEGINNING, context // 2), count - len(asked))
     if fitting := [ids for ids in asked if len(ids) < context]:
         return fitting
-    raise DatasetError(
-        f"no question leaves room for an answer in a context of {context} tokens", expected="shorter questions"
-    )
+    raise DatasetError(f"every question fills the context of {context} tokens", expected="shorter questions")
 
 
 def greedy_differences(
-    number: int, ids: Sequence[int], answer: Sequence[int], logits: np.ndarray[Any, Any]
+    number: int, ids: Sequence[int], answer: Sequence[int], logits: npt.NDArray[np.float32]
 ) -> Iterator[TokenDifference]:
-    """Where a token of `answer` is not the checkpoint's own choice after the same tokens.
+    """Yield the tokens of `answer` that are not the checkpoint's choice after the same tokens.
 
-    Were a token another, the next is judged after it: so one tie does not hide what comes behind it. Without a
-    difference the answer is the checkpoint's own, decoded greedily.
+    The token after a different one is compared with the checkpoint's choice after that one, so a tie does not hide
+    later differences. Without any difference, the answer is the checkpoint's greedy answer.
 
     Args:
-        number: of the prompt, from 0.
+        number: the index of the prompt.
         ids: the prompt.
-        logits: the checkpoint's, (N, V) float32, after each token of prompt and answer, or all but the last.
+        logits: the checkpoint's logits (N, V), float32, after each token of prompt and answer, or all but the last.
     """
     rows = logits[len(ids) - 1 :][: len(answer)]
-    # Both sides may be off by rounding, so that two as near as twice that may change places.
+    # Rounding may change both logits, so two that differ by at most twice the bound may swap ranks.
     near = 2 * MAX_RELATIVE_ERR * float(np.abs(rows).max(initial=0))
     for place in np.flatnonzero(rows.argmax(-1) != np.asarray(answer)).tolist():
         row, token = rows[place], answer[place]
@@ -107,6 +104,7 @@ def greedy_differences(
 
 
 # --- texts ------------------------------------------------------------------------------------------
+
 
 ODD_TEXTS = (
     "",
@@ -132,20 +130,14 @@ ODD_TEXTS = (
 
 
 def texts(prompts: Prompts, tokenizer: TextTokenizer) -> list[str]:
-    """`TEXTS` texts: odd ones, special tokens spelled out, the run's own, and for the rest random Unicode."""
-    special = [token["content"] for token in added_tokens(tokenizer)]
-    found = [*ODD_TEXTS, *(f"{form}{text}{form}b" for text in special[:_SPELLED] for form in ("", " ", "a"))]
+    """Return `TEXTS` texts: unusual ones, spelled-out special tokens, texts of the run, and random Unicode."""
+    special = [token.content for token in tokenizer.added_tokens.values()]
+    found = [*ODD_TEXTS, *(f"{prefix}{text}{prefix}b" for text in special[:_SPELLED] for prefix in ("", " ", "a"))]
     if len(special) > _SPELLED:
         found.append(" and ".join(special))
     most = int(TEXTS * (1 - _RANDOM_SHARE))
     found += itertools.islice(_own_texts(prompts), most - len(found))
     return [*found, *random_texts(TEXTS - len(found), special)]
-
-
-def added_tokens(tokenizer: TextTokenizer) -> list[dict[str, Any]]:
-    """The tokens that were added to a vocabulary and stand for themselves in a text: `id`, `content`, `special`."""
-    added: list[dict[str, Any]] = msgspec.json.decode(tokenizer.data).get("added_tokens") or []
-    return added
 
 
 def _own_texts(prompts: Prompts) -> Iterator[str]:
@@ -158,7 +150,7 @@ def _own_texts(prompts: Prompts) -> Iterator[str]:
     for prompt, chat in zip(prompts.chat_prompts, prompts.chats, strict=True):
         yield prompt.text
         yield prompts.tokenizer.decode(chat.ids)  # in the model's chat format
-    for some in itertools.zip_longest(*(_pieces(text.text) for text in prompts.texts)):  # of each text in turn
+    for some in itertools.zip_longest(*(_pieces(text.text) for text in prompts.texts)):  # from each text in turn
         yield from (piece for piece in some if piece is not None)
 
 
@@ -167,10 +159,10 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def random_texts(count: int, special: Sequence[str] = ()) -> Iterator[str]:
-    """Texts of Unicode, the same each time: in turn of a few words, and of code points from everywhere.
+    """Yield random texts with a fixed seed: words and arbitrary code points by turns.
 
     Args:
-        special: tokens that are spelled out among the words.
+        special: tokens that occur among the words.
     """
     source = random.Random(_SEED)
     for number in range(count):
@@ -179,7 +171,7 @@ def random_texts(count: int, special: Sequence[str] = ()) -> Iterator[str]:
 
 
 def _word(special: Sequence[str], source: random.Random) -> str:
-    """A few characters of one kind: letters of one script, digits, white space, or a special token spelled out."""
+    """Return characters of one kind: letters of one script, digits or white space; or a special token."""
     if (kind := source.random()) < 0.2:
         return source.choice(_SPACES)
     if kind < 0.25 and special:
@@ -188,12 +180,12 @@ def _word(special: Sequence[str], source: random.Random) -> str:
 
 
 def _characters(source: random.Random) -> str:
-    """Three characters, each of another part of Unicode."""
+    """Return three characters, each from a random part of Unicode."""
     return "".join(_drawn(source, source.choice(_PLANES), 1) for _ in range(3))
 
 
 def _drawn(source: random.Random, points: range, count: int) -> str:
-    """Characters that Unicode knows: of others the tables of two programs say different things."""
+    """Return assigned characters; programs disagree about unassigned ones."""
     drawn: list[str] = []
     while len(drawn) < count:
         if unicodedata.category(char := chr(source.choice(points))) != "Cn":
@@ -210,12 +202,12 @@ _PLANES = (
     *(range(0x3000, 0xD800), range(0xE000, 0x10000), range(0x10000, 0x20000), range(0x20000, 0x32000)),
     range(0xE0000, 0x110000),
 )
-"""Unicode but for surrogates, and for planes that have nothing."""
+"""Unicode without surrogates and empty planes."""
 
 
 @functools.cache
 def _alphabets() -> tuple[range, ...]:
-    """Code points whose words, digits and marks are cut differently."""
+    """Return ranges of code points whose words, digits and marks tokenizers split differently."""
     bounds = (
         (0x20, 0x7F), (0x30, 0x3A), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x530), (0x590, 0x700), (0x900, 0x980),
         (0xE00, 0xE80), (0x1100, 0x1200), (0x2000, 0x2070), (0x2150, 0x2190), (0x3040, 0x3100), (0x4E00, 0x9FFF),

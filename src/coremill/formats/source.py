@@ -1,4 +1,4 @@
-"""What the formats of weights have in common: a source that was opened, and the names of its tensors."""
+"""What the readers of weights share: the interface of a source, its checks, and the names of tensors."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _PARTS = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-"""A layer's modules here and in GGUF, where layer i is `blk.i`."""
+"""The names of a layer's modules in GGUF, by the student's names; layer i is `blk.i` in GGUF."""
 _ENDS = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 
 
 def huggingface_name(name: str) -> str:
-    """What Hugging Face's Llama-family models call the student's tensor `name`."""
+    """Return the name of the student's tensor `name` in Hugging Face's models of the Llama family."""
     return name if name == "lm_head.weight" else f"model.{name}"
 
 
 def gguf_name(name: str) -> str:
-    """What GGUF calls the student's tensor `name`."""
+    """Return the name of the student's tensor `name` in GGUF."""
     module, _, kind = name.rpartition(".")  # kind: weight or bias
     if layer := _LAYER.fullmatch(module):
         return f"blk.{layer[1]}.{_PARTS[layer[2]]}.{kind}"
@@ -48,13 +48,13 @@ def gguf_name(name: str) -> str:
 
 
 class WeightsSource(ABC):
-    """A model that exists, opened: what it is, before its tensors are read.
+    """An existing model, opened: its configuration and the names of its tensors, but not their values.
 
     Raises:
         CheckpointUnreadableError: a file is missing, truncated or damaged.
-        CheckpointContentError: tensors are missing, unexpected or of other shapes than the configuration says.
+        CheckpointContentError: tensors are missing, unexpected or of other shapes than the configuration requires.
         UnsupportedModelError: an architecture or an option that coremill does not compute.
-        UnsafeCheckpointError: its weights are a pickle.
+        UnsafeCheckpointError: the weights are a pickle.
     """
 
     format: ClassVar[str]
@@ -63,53 +63,53 @@ class WeightsSource(ABC):
     """`llama`, `mistral`, `qwen2` or `qwen3`."""
     config: ModelConfig
     notes: tuple[str, ...]
-    """What the importer took another way than the source says it."""
+    """Where the importer deviates from the source."""
 
     @property
     @abstractmethod
     def files(self) -> tuple[Path, ...]:
-        """Those that were read."""
+        """The files that were read."""
 
     @property
     @abstractmethod
     def dtypes(self) -> tuple[str, ...]:
-        """The source's types of tensors, the one with most elements first."""
+        """The types of the source's tensors, the one with the most elements first."""
 
     @property
     @abstractmethod
     def size_bytes(self) -> int:
-        """Of the tensors as :meth:`read` gives them."""
+        """The size of the tensors that :meth:`read` yields."""
 
     @property
     @abstractmethod
     def memory_bytes(self) -> int:
-        """What :meth:`read` takes of memory beyond pages of files, which the system can drop."""
+        """The memory that :meth:`read` needs, without mapped files, whose pages the system can drop."""
 
     @abstractmethod
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """The student's tensors by name, contiguous; those that the source has as floats are mapped from it."""
+        """Yield the student's tensors by name, contiguous; those stored as floats are memory-mapped."""
 
 
 def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], *, where: str) -> None:
     """Check that the tensors `found`, by the student's names, are those of a model of `config`.
 
     Raises:
-        CheckpointContentError: some are missing, unexpected or of another shape; named with its numbers.
+        CheckpointContentError: some are missing, unexpected or of another shape; the error names them.
     """
 
     def refuse(what: str) -> CheckpointContentError:
-        return CheckpointContentError(f"{where}: {what}", expected="the tensors of the model that it describes")
+        return CheckpointContentError(f"{where}: {what}", expected="the tensors of the model in the configuration")
 
-    if config.n_layers > len(found):  # each layer has tensors of its own; modules cost time even without memory
+    if config.n_layers > len(found):  # before parameter_shapes builds a module for each layer
         raise refuse(f"{len(found)} tensors, fewer than {config.n_layers} layers")
     expected = parameter_shapes(config)
     if missing := [name for name in expected if name not in found]:
         raise refuse(f"{_named(missing)} missing")
     if unexpected := [name for name in found if name not in expected]:
-        raise refuse(f"{_named(unexpected)} not part of the model that it describes")
+        raise refuse(f"{_named(unexpected)} not part of the model")
     for name, shape in found.items():
         if shape != expected[name]:
-            raise refuse(f"{name} has shape {shape}, where the model that it describes has {expected[name]}")
+            raise refuse(f"{name} has shape {shape}, and the configuration requires {expected[name]}")
 
 
 def _named(names: list[str]) -> str:
@@ -123,12 +123,12 @@ def elements(shape: tuple[int, ...]) -> int:
 
 
 def by_elements(counts: Mapping[str, int]) -> tuple[str, ...]:
-    """The names of types by falling number of elements."""
+    """Return the names of types, the one with the most elements first."""
     return tuple(sorted(counts, key=lambda name: (-counts[name], name)))
 
 
 def same_values(first: Tensor, second: Tensor) -> bool:
-    """Whether two mapped tensors hold the same; compared row by row, so that no copy of either is made."""
+    """Return whether two memory-mapped tensors are equal. Parts are compared, so that neither is copied."""
     return first.shape == second.shape and all(
         bool(torch.equal(a, b)) for a, b in zip(first.split(1024), second.split(1024), strict=True)
     )

@@ -1,11 +1,7 @@
-"""Weights of others, in the checkpoint's form. The owner of weight formats:
+"""Opens the weights of an existing model in any format that coremill reads.
 
-- :mod:`coremill.formats.source`: what the formats share, and the tensors' names in each;
-- :mod:`coremill.formats.huggingface.reader`: directories with a config.json and safetensors;
-- :mod:`coremill.formats.gguf.reader`: GGUF files, with the header reader of :mod:`coremill.formats.gguf_file`.
-
-A source is opened first, which reads its headers alone: configuration, names, shapes. What can be refused is
-refused then; :meth:`WeightsSource.read` reads the tensors.
+Opening a source reads only its headers: configuration, names and shapes. Whatever can be rejected is rejected then;
+:meth:`WeightsSource.read` reads the tensors.
 """
 
 from __future__ import annotations

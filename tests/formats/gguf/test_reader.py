@@ -455,7 +455,7 @@ def test_a_missing_file_is_reported(tmp_path: Path) -> None:
 def test_shapes_that_contradict_the_metadata_are_rejected(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", a_model("Llama"), **{"llama.feed_forward_length": 128})
     assert refusal(path, CheckpointContentError) == (
-        f"{path}: layers.0.mlp.gate_proj.weight has shape (96, 64), where the model that it describes has (128, 64)"
+        f"{path}: layers.0.mlp.gate_proj.weight has shape (96, 64), and the configuration requires (128, 64)"
     )
 
 

@@ -1,7 +1,8 @@
-"""Hugging Face directories: logits are those of transformers for each option; broken ones are refused."""
+"""Reading Hugging Face directories: logits equal those of transformers; broken ones are rejected."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -46,7 +47,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 def a_model(architecture: str, **options: Any) -> transformers.PreTrainedModel:
-    """A random model of transformers, every parameter of which matters: no bias is 0, no norm is 1."""
+    """A random model of transformers in which every parameter has an effect: no bias is 0, no norm is 1."""
     model_type = architecture.removesuffix("ForCausalLM")
     config = getattr(transformers, f"{model_type}Config")(**{**SIZES, **options})
     with torch.random.fork_rng():
@@ -61,8 +62,8 @@ def a_model(architecture: str, **options: Any) -> transformers.PreTrainedModel:
     return model
 
 
-def through_a_checkpoint(folder: Path) -> tuple[HuggingFaceWeights, Checkpoint]:
-    """The directory, imported into a file and loaded from it."""
+def import_checkpoint(folder: Path) -> tuple[HuggingFaceWeights, Checkpoint]:
+    """Import the directory into a checkpoint, and load that."""
     source = open_weights(folder)
     assert isinstance(source, HuggingFaceWeights)
     ckpt = Checkpoint(
@@ -82,7 +83,7 @@ def some_ids(length: int = 48) -> torch.Tensor:
 
 
 def check_same(model: transformers.PreTrainedModel, folder: Path) -> HuggingFaceWeights:
-    source, ckpt = through_a_checkpoint(folder)
+    source, ckpt = import_checkpoint(folder)
     ids = some_ids()
     with torch.no_grad():
         expected, (found,) = model(ids).logits, build_student(ckpt)(ids)
@@ -148,7 +149,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_logits_are_those_of_transformers(tmp_path: Path, option: str) -> None:
+def test_logits_equal_those_of_transformers(tmp_path: Path, option: str) -> None:
     architecture, options = OPTIONS[option]
     model = a_model(architecture, **options)
     model.save_pretrained(tmp_path)
@@ -160,7 +161,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, option: str) -> None:
 @pytest.mark.parametrize(
     "option", [option for option, (_, options) in OPTIONS.items() if "rope_parameters" in options]
 )
-def test_the_spelling_of_version_4_is_read_alike(tmp_path: Path, option: str) -> None:
+def test_names_of_version_4_give_the_same_config(tmp_path: Path, option: str) -> None:
     architecture, options = OPTIONS[option]
     model = a_model(architecture, **options)
     model.save_pretrained(tmp_path)
@@ -174,36 +175,35 @@ def test_the_spelling_of_version_4_is_read_alike(tmp_path: Path, option: str) ->
 
     change_config(tmp_path, respell)
     assert open_weights(tmp_path).config == new
-    # transformers' own reading of that spelling is the witness.
+    # transformers reads those names too.
     reread = getattr(transformers, architecture).from_pretrained(tmp_path).eval()
     check_same(reread, tmp_path)
 
 
-def test_what_each_option_changes_is_in_the_config(tmp_path: Path) -> None:
-    """Were an option lost on both sides, logits would agree all the same: they differ between options."""
+def test_options_change_the_logits(tmp_path: Path) -> None:
+    """If both sides ignored an option, their logits would still be equal."""
     seen = []
     for option in ("llama", "theta", "linear", "llama3", "yarn", "yarn-mscale", "eps"):
         architecture, options = OPTIONS[option]
         model = a_model(architecture, **options)
         with torch.no_grad():
             seen.append(model(some_ids()).logits)
-    for place, one in enumerate(seen):
-        for other in seen[place + 1 :]:
-            assert (one - other).abs().max() > 1e-3
+    for one, other in itertools.combinations(seen, 2):
+        assert (one - other).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_its_type(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_half_precision_tensors_keep_their_type(tmp_path: Path, dtype: torch.dtype) -> None:
     a_model("Qwen3ForCausalLM", head_dim=16).to(dtype).save_pretrained(tmp_path)
     reread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     source = check_same(reread, tmp_path)
     assert source.dtypes == ({torch.bfloat16: "BF16", torch.float16: "F16"}[dtype],)
-    _, ckpt = through_a_checkpoint(tmp_path)
+    _, ckpt = import_checkpoint(tmp_path)
     assert {tensor.dtype for tensor in ckpt.state_dict.values()} == {dtype}
     assert source.size_bytes == 2 * sum(tensor.numel() for tensor in ckpt.state_dict.values())
 
 
-def test_shards_are_put_together(tmp_path: Path) -> None:
+def test_shards_are_combined(tmp_path: Path) -> None:
     model = a_model("LlamaForCausalLM")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     shards = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
@@ -212,19 +212,19 @@ def test_shards_are_put_together(tmp_path: Path) -> None:
     assert [path.name for path in source.files] == ["config.json", *shards]
 
 
-def test_dynamic_ntk_is_plain_within_the_context_and_says_so(tmp_path: Path) -> None:
+def test_dynamic_ntk_is_plain_rope_with_a_note(tmp_path: Path) -> None:
     architecture, options = OPTIONS["dynamic"]
     a_model(architecture, **options).save_pretrained(tmp_path)
     source = open_weights(tmp_path)
     assert source.config.rope_scaling is None
     assert source.config.max_seq_len == 64
     assert source.notes == (
-        "dynamic NTK scaling is plain RoPE up to max_position_embeddings, 64, and the imported model's context "
-        "ends there",
+        "dynamic NTK scaling equals plain RoPE up to max_position_embeddings, 64, where the imported model's "
+        "context ends",
     )
 
 
-def test_a_tied_head_may_be_stored(tmp_path: Path) -> None:
+def test_stored_tied_head_must_equal_the_embedding(tmp_path: Path) -> None:
     model = a_model("LlamaForCausalLM", tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -239,7 +239,7 @@ def test_a_tied_head_may_be_stored(tmp_path: Path) -> None:
     )
 
 
-def test_buffers_of_old_files_are_passed_over(tmp_path: Path) -> None:
+def test_buffers_of_old_files_are_ignored(tmp_path: Path) -> None:
     model = a_model("LlamaForCausalLM")
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -249,7 +249,7 @@ def test_buffers_of_old_files_are_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_what_config_json_leaves_out_is_what_transformers_takes_it_for(tmp_path: Path, architecture: str) -> None:
+def test_missing_keys_have_the_defaults_of_transformers(tmp_path: Path, architecture: str) -> None:
     heads = {"num_attention_heads": 32, "hidden_size": 64}
     changes = {"LlamaForCausalLM": {}, "MistralForCausalLM": {"sliding_window": None}}.get(architecture, heads)
     kept = {*SIZES, "architectures", "model_type", "sliding_window"} - {"num_key_value_heads"}
@@ -263,7 +263,7 @@ def test_what_config_json_leaves_out_is_what_transformers_takes_it_for(tmp_path:
     check_same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(), tmp_path)
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- invalid directories --------------------------------------------------------------------------------
 
 
 def change_config(folder: Path, change: Any) -> None:
@@ -324,12 +324,12 @@ def sharded(tmp_path: Path) -> Path:
         ),
     ],
 )
-def test_what_is_not_computed_is_refused_by_name(saved: Path, change: dict[str, Any], found: str) -> None:
+def test_unsupported_option_is_named(saved: Path, change: dict[str, Any], found: str) -> None:
     change_config(saved, lambda config: config.update(change))
     assert refusal(saved, UnsupportedModelError) == f"{saved}/config.json: {found}"
 
 
-def test_an_unsupported_architecture_is_told_what_is_supported(saved: Path) -> None:
+def test_unsupported_architecture_lists_the_supported_ones(saved: Path) -> None:
     change_config(saved, lambda config: config.update(architectures=["GemmaForCausalLM"]))
     with pytest.raises(UnsupportedModelError) as caught:
         open_weights(saved)
@@ -347,7 +347,7 @@ def test_an_unsupported_architecture_is_told_what_is_supported(saved: Path) -> N
         ("[]", "F/config.json: found list at `$`"),
     ],
 )
-def test_an_unreadable_configuration(saved: Path, text: str | None, found: str) -> None:
+def test_unreadable_configuration_is_rejected(saved: Path, text: str | None, found: str) -> None:
     (saved / "config.json").unlink()
     if text is not None:
         (saved / "config.json").write_text(text)
@@ -368,18 +368,18 @@ def test_an_unreadable_configuration(saved: Path, text: str | None, found: str) 
         ({"rope_scaling": {"type": "linear", "factor": -2}}, "`factor` must be positive, found -2.0"),
     ],
 )
-def test_an_impossible_configuration(saved: Path, change: dict[str, Any], found: str) -> None:
+def test_invalid_configuration_is_rejected(saved: Path, change: dict[str, Any], found: str) -> None:
     change_config(saved, lambda config: config.update(change))
     assert refusal(saved, DocumentError) == f"{saved}/config.json: {found}"
 
 
-def test_a_missing_shard(sharded: Path) -> None:
+def test_missing_shard_is_named(sharded: Path) -> None:
     gone = sorted(sharded.glob("model-*.safetensors"))[1]
     gone.unlink()
     assert refusal(sharded, CheckpointUnreadableError) == f"{sharded} lacks {gone.name}"
 
 
-def test_a_shard_outside_the_directory(sharded: Path) -> None:
+def test_shard_outside_the_directory_is_rejected(sharded: Path) -> None:
     index = sharded / "model.safetensors.index.json"
     value = json.loads(index.read_text())
     value["weight_map"] = dict.fromkeys(value["weight_map"], "../elsewhere.safetensors")
@@ -387,7 +387,7 @@ def test_a_shard_outside_the_directory(sharded: Path) -> None:
     assert refusal(sharded, DocumentError) == f"{index}: the shard '../elsewhere.safetensors'"
 
 
-def test_an_index_that_its_shards_contradict(sharded: Path) -> None:
+def test_index_that_contradicts_its_shards_is_rejected(sharded: Path) -> None:
     index = sharded / "model.safetensors.index.json"
     value = json.loads(index.read_text())
     names = sorted(set(value["weight_map"].values()))
@@ -397,33 +397,31 @@ def test_an_index_that_its_shards_contradict(sharded: Path) -> None:
     assert refusal(sharded, CheckpointContentError) == f"{index}: {moved} is not in {names[1]}"
 
 
-def test_a_truncated_shard(sharded: Path) -> None:
+def test_truncated_shard_is_rejected(sharded: Path) -> None:
     shard = sorted(sharded.glob("model-*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
-    assert refusal(sharded, CheckpointUnreadableError).startswith(f"{shard} is not a whole safetensors file: ")
+    assert refusal(sharded, CheckpointUnreadableError).startswith(f"{shard} is not a complete safetensors file: ")
 
 
-def test_tensors_of_other_shapes(saved: Path) -> None:
+def test_tensor_of_another_shape_is_named(saved: Path) -> None:
     change_config(saved, lambda config: config.update(intermediate_size=60))
     assert refusal(saved, CheckpointContentError) == (
-        f"{saved}: layers.0.mlp.down_proj.weight has shape (32, 56), where the model that it describes has (32, 60)"
+        f"{saved}: layers.0.mlp.down_proj.weight has shape (32, 56), and the configuration requires (32, 60)"
     )
 
 
-def test_missing_and_unexpected_tensors(saved: Path) -> None:
+def test_missing_and_unexpected_tensors_are_named(saved: Path) -> None:
     tensors = load_file(saved / "model.safetensors")
     norm = tensors.pop("model.norm.weight")
     save_file(tensors, saved / "model.safetensors")
     assert refusal(saved, CheckpointContentError) == f"{saved}: norm.weight is missing"
     save_file({**tensors, "model.norm.weight": norm, "model.extra": norm.clone()}, saved / "model.safetensors")
-    assert refusal(saved, CheckpointContentError) == (
-        f"{saved}: model.extra is not part of the model that it describes"
-    )
+    assert refusal(saved, CheckpointContentError) == (f"{saved}: model.extra is not part of the model")
     change_config(saved, lambda config: config.update(num_hidden_layers=10**9))
     assert refusal(saved, CheckpointContentError) == f"{saved}: 31 tensors, fewer than 1000000000 layers"
 
 
-def test_tensors_that_are_no_floats(saved: Path) -> None:
+def test_integer_tensor_is_rejected(saved: Path) -> None:
     tensors = load_file(saved / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
     save_file(tensors, saved / "model.safetensors")
@@ -431,7 +429,7 @@ def test_tensors_that_are_no_floats(saved: Path) -> None:
 
 
 class Payload:
-    """Unpickling this runs a command that leaves a file behind."""
+    """Unpickling this runs a command that creates a file."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -440,32 +438,32 @@ class Payload:
         return os.system, (f"touch {self.witness}",)
 
 
-def test_a_pickle_alone_is_refused_and_not_executed(saved: Path, tmp_path: Path) -> None:
+def test_pickle_is_rejected_and_not_executed(saved: Path, tmp_path: Path) -> None:
     (saved / "model.safetensors").unlink()
     witness = tmp_path / "executed"
     torch.save({"model.norm.weight": Payload(witness)}, saved / "pytorch_model.bin")
     with pytest.raises(UnsafeCheckpointError) as caught:
         open_weights(saved)
     assert str(caught.value) == (
-        f"{saved} has its weights in pytorch_model.bin alone, pickles that may hold code\n"
+        f"{saved} has its weights only in pytorch_model.bin, pickles that may contain code\n"
         "  expected: model.safetensors, or shards and model.safetensors.index.json; "
-        "nothing of the pickle was executed"
+        "the pickle was not executed"
     )
     assert not witness.exists()
-    pickle.loads(pickle.dumps(Payload(witness)))  # the payload is a real one
+    pickle.loads(pickle.dumps(Payload(witness)))  # the payload works
     assert witness.exists()
 
 
-def test_a_directory_without_weights(saved: Path) -> None:
+def test_directory_without_weights_is_rejected(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
-    assert refusal(saved, CheckpointUnreadableError) == f"{saved} holds no weights"
+    assert refusal(saved, CheckpointUnreadableError) == f"{saved} contains no weights"
 
 
-def test_code_that_comes_along_is_not_run(saved: Path, tmp_path: Path) -> None:
+def test_code_in_the_directory_is_not_run(saved: Path, tmp_path: Path) -> None:
     witness = tmp_path / "executed"
     (saved / "modeling_own.py").write_text(f"open({str(witness)!r}, 'w')\n")
     change_config(saved, lambda config: config.update(auto_map={"AutoModelForCausalLM": "modeling_own.Own"}))
     source = open_weights(saved)
     dict(source.read())
     assert not witness.exists()
-    assert source.notes == ("config.json names code of its own (`auto_map`), which is neither read nor run",)
+    assert source.notes == ("config.json refers to code (`auto_map`), which is neither read nor run",)

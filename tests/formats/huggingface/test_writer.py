@@ -1,4 +1,4 @@
-"""Hugging Face directories, written: transformers computes what was written, and what is read back is the model."""
+"""Writing Hugging Face directories: transformers gives the logits of the model, and reading gives the model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def a_config(**options: Any) -> ModelConfig:
 
 
 def a_checkpoint(config: ModelConfig, model_type: str = "toy", *, seed: int = 5, scale: float = 0.15) -> Checkpoint:
-    """Every parameter matters: no bias is 0, no norm is 1."""
+    """Every parameter has an effect: no bias is 0, no norm is 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in parameter_shapes(config).items():
@@ -69,7 +69,7 @@ def check_logits(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_what_is_read_back_is_the_checkpoint_and_transformers_computes_it(tmp_path: Path, option: str) -> None:
+def test_reading_gives_the_checkpoint_and_transformers_its_logits(tmp_path: Path, option: str) -> None:
     architecture, options = OPTIONS[option]
     a_model(architecture, **options).save_pretrained(tmp_path / "given")
     given_weights = open_weights(tmp_path / "given")
@@ -104,14 +104,16 @@ SCALINGS: tuple[RopeScaling | None, ...] = (
 
 @pytest.mark.parametrize("spelling", ["version 4 and 5", "version 5", "version 4"])
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: type(scaling).__name__)
-def test_either_spelling_of_rope_is_the_model(tmp_path: Path, scaling: RopeScaling | None, spelling: str) -> None:
+def test_rope_names_of_either_version_give_the_logits(
+    tmp_path: Path, scaling: RopeScaling | None, spelling: str
+) -> None:
     checkpoint = a_checkpoint(a_config(rope_theta=500.0, rope_scaling=scaling))
     write_huggingface(tmp_path, checkpoint, dtype="float32", tokens=TOKENS)
     values = json.loads((tmp_path / "config.json").read_text())
     unread = {"version 5": ("rope_theta", "rope_scaling"), "version 4": ("rope_parameters",)}.get(spelling, ())
     (tmp_path / "config.json").write_text(json.dumps({key: values[key] for key in values if key not in unread}))
     check_logits(tmp_path, checkpoint)
-    if not isinstance(scaling, FrequencyFactors):  # LongRoPE is not read here
+    if not isinstance(scaling, FrequencyFactors):  # the reader rejects LongRoPE
         assert open_weights(tmp_path).config == checkpoint.config
 
 
@@ -133,7 +135,7 @@ def test_either_spelling_of_rope_is_the_model(tmp_path: Path, scaling: RopeScali
     st.sampled_from(["magic-8-ball", "llama", "mistral", "qwen2", "qwen3"]),
 )
 @settings(max_examples=40)
-def test_every_model_is_written_whole_or_refused(
+def test_every_model_is_written_completely_or_rejected(
     tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any], model_type: str
 ) -> None:
     folder = tmp_path_factory.mktemp("written")
@@ -169,7 +171,7 @@ def test_every_model_is_written_whole_or_refused(
         ({"n_heads": 6, "n_kv_heads": 3, "head_size": 8}, "llama", "MistralForCausalLM"),
     ],
 )
-def test_the_class_is_one_that_computes_the_model(
+def test_class_computes_the_model(
     tmp_path: Path, options: dict[str, Any], model_type: str, architecture: str
 ) -> None:
     checkpoint = a_checkpoint(a_config(**options), model_type)
@@ -190,7 +192,7 @@ def test_the_class_is_one_that_computes_the_model(
 def test_every_class_attends_to_the_whole_context(
     tmp_path: Path, options: dict[str, Any], model_type: str, own: dict[str, Any]
 ) -> None:
-    """A key that is not there is transformers' default: a window of 4096 for Mistral."""
+    """A missing key has transformers' default, a window of 4096 for Mistral."""
     write_huggingface(tmp_path, a_checkpoint(a_config(**options), model_type), dtype="float32", tokens=TOKENS)
     names = ("attention_bias", "mlp_bias", "sliding_window", "use_sliding_window")
     written = json.loads((tmp_path / "config.json").read_text())
@@ -200,8 +202,8 @@ def test_every_class_attends_to_the_whole_context(
     assert set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
 
 
-def test_tensors_begin_at_a_multiple_of_eight(tmp_path: Path) -> None:
-    """So that they can be mapped where they lie, however long the header is."""
+def test_tensors_are_aligned_to_eight_bytes(tmp_path: Path) -> None:
+    """Readers map tensors into memory, so the header is padded."""
     lengths = set()
     for size in (8, 64, 512, 4096):
         write_huggingface(tmp_path, a_checkpoint(a_config(vocab_size=size)), dtype="float32", tokens=TOKENS)
@@ -224,9 +226,7 @@ def test_tensors_begin_at_a_multiple_of_eight(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_options_that_no_class_computes_are_refused_by_name(
-    tmp_path: Path, options: dict[str, Any], named: str
-) -> None:
+def test_options_that_no_class_computes_are_named(tmp_path: Path, options: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         write_huggingface(tmp_path, a_checkpoint(a_config(**options)), dtype="float32", tokens=TOKENS)
     assert str(caught.value) == (
@@ -236,7 +236,7 @@ def test_options_that_no_class_computes_are_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_configuration_of_a_toy(tmp_path: Path) -> None:
+def test_config_json_of_a_toy(tmp_path: Path) -> None:
     config = a_config(tied=True, halt_head=True)
     write_huggingface(tmp_path, a_checkpoint(config), dtype="bfloat16", tokens=TokenIds(bos=1, eos=(2, 7), pad=0))
     assert json.loads((tmp_path / "config.json").read_text()) == {
@@ -272,7 +272,7 @@ def test_the_configuration_of_a_toy(tmp_path: Path) -> None:
     ("tokens", "expected"),
     [(TokenIds(None, (), None), (None, None, None)), (TokenIds(4, (5,), 6), (4, 5, 6))],
 )
-def test_token_ids_are_those_that_there_are(
+def test_transformers_reads_the_token_ids(
     tmp_path: Path, tokens: TokenIds, expected: tuple[int | None, ...]
 ) -> None:
     write_huggingface(tmp_path, a_checkpoint(a_config()), dtype="float32", tokens=tokens)
@@ -293,7 +293,7 @@ def test_half_precision_is_rounded_to_nearest(tmp_path: Path, dtype: Any) -> Non
     assert transformers.AutoConfig.from_pretrained(tmp_path).dtype == getattr(torch, dtype)
 
 
-def test_a_value_beyond_float16_is_an_error_and_not_infinite(tmp_path: Path) -> None:
+def test_value_beyond_float16_is_rejected(tmp_path: Path) -> None:
     checkpoint = a_checkpoint(a_config())
     checkpoint.state_dict["norm.weight"][3:5] = torch.tensor([-1e5, 65520.0])
     with pytest.raises(CheckpointContentError) as caught:
@@ -306,7 +306,7 @@ def test_a_value_beyond_float16_is_an_error_and_not_infinite(tmp_path: Path) -> 
     write_huggingface(tmp_path, checkpoint, dtype="bfloat16", tokens=TOKENS)
 
 
-def test_half_precision_comes_back_as_float32_without_a_loss(tmp_path: Path) -> None:
+def test_half_precision_is_written_as_float32_without_loss(tmp_path: Path) -> None:
     checkpoint = a_checkpoint(a_config())
     half = {name: tensor.to(torch.bfloat16) for name, tensor in checkpoint.state_dict.items()}
     checkpoint = Checkpoint(**{**vars(checkpoint), "state_dict": half})
@@ -316,7 +316,7 @@ def test_half_precision_comes_back_as_float32_without_a_loss(tmp_path: Path) -> 
         assert torch.equal(tensor, half[name].float())
 
 
-def test_equal_checkpoints_give_equal_bytes_in_the_form_of_safetensors(tmp_path: Path) -> None:
+def test_equal_checkpoints_give_equal_bytes(tmp_path: Path) -> None:
     checkpoint = a_checkpoint(a_config())
     backwards = Checkpoint(**{**vars(checkpoint), "state_dict": dict(reversed(checkpoint.state_dict.items()))})
     # Views of one storage, and one that is not contiguous.
@@ -339,7 +339,7 @@ def test_equal_checkpoints_give_equal_bytes_in_the_form_of_safetensors(tmp_path:
         assert {"model.layers.1.self_attn.q_proj.weight", "lm_head.weight"} <= set(file.keys())
 
 
-def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_directory_at_the_path_of_a_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(OutputError, match=r"model\.safetensors is not a regular file"):
         write_huggingface(tmp_path, a_checkpoint(a_config()), dtype="float32", tokens=TOKENS)

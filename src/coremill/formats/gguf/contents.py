@@ -26,7 +26,6 @@ from coremill.formats.halt_head import HALT_HEAD
 from coremill.formats.llamacpp.process import LlamaCpp
 from coremill.formats.llamacpp.quantize import quantize
 from coremill.formats.llamacpp.template import render_with_llamacpp
-from coremill.formats.parity import added_tokens
 from coremill.model.checkpoint import Checkpoint
 from coremill.model.rope import attention_factor, inverse_frequencies
 from coremill.model.student import parameter_shapes
@@ -206,7 +205,7 @@ def _vocabulary_differences(llamacpp: LlamaCpp, tokenizer: TextTokenizer) -> Ite
     for token in tokenizer.eos_ids:
         yield from _difference(f"whether token {token} ends an answer", True, token in found.end_ids)
     # llama.cpp treats some end tokens as control tokens, whatever the file declares.
-    special = frozenset(added["id"] for added in added_tokens(tokenizer) if added["special"])
+    special = frozenset(token_id for token_id, added in tokenizer.added_tokens.items() if added.special)
     for token in sorted((special - found.control_ids) | (found.control_ids - special - found.end_ids)):
         yield from _difference(f"whether token {token} is special", token in special, token in found.control_ids)
     begin = [tokenizer.bos_id] if tokenizer.add_bos else []

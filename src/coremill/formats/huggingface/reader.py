@@ -1,6 +1,6 @@
-"""Weights in Hugging Face directories: config.json beside model.safetensors, or beside shards and their index.
+"""Reads Hugging Face directories: config.json with model.safetensors, or with shards and their index.
 
-Options and their defaults are those of transformers' configuration classes, for files of version 4 (`rope_theta`,
+Options and defaults are those of transformers' configuration classes, in files of version 4 (`rope_theta`,
 `rope_scaling`) and of version 5 (`rope_parameters`). Tensors: https://huggingface.co/docs/safetensors.
 """
 
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import torch
@@ -28,6 +28,7 @@ from coremill.core.errors import (
     UnsafeCheckpointError,
     UnsupportedModelError,
 )
+from coremill.core.plain import Plain
 from coremill.formats.source import (
     WeightsSource,
     by_elements,
@@ -47,34 +48,36 @@ INDEX = "model.safetensors.index.json"
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BUFFER = ".rotary_emb.inv_freq"
-"""The end of a tensor's name that old files have and that follows from the configuration."""
+"""The end of the names of tensors in old files that can be computed from the configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Family:
-    """How an architecture differs from Llama, and its defaults for what config.json leaves out."""
+    """How an architecture differs from Llama, and its defaults for keys that config.json omits."""
 
-    attention_bias: Literal["none", "qkv", "asked"]
-    """`asked`: all four projections, where `attention_bias` says so."""
+    attention_bias: Literal["none", "qkv", "configured"]
+    """`configured`: all four projections have a bias if `attention_bias` is true."""
     qk_norm: bool = False
     mlp_bias: bool = False
-    """Whether `mlp_bias` may ask for one."""
+    """Whether the architecture supports `mlp_bias`."""
     n_kv_heads: int | None = None
-    """None: as many as there are heads."""
+    """None: the number of heads."""
     head_size: int | None = None
     """None: hidden_size / num_attention_heads."""
-    window: Literal["none", "always", "asked"] = "none"
-    """Whether `sliding_window` holds: never, always, or where `use_sliding_window` says so."""
+    window: Literal["none", "always", "configured"] = "none"
+    """Whether `sliding_window` applies: never, always, or if `use_sliding_window` is true."""
 
 
 FAMILIES = {
-    "LlamaForCausalLM": _Family(attention_bias="asked", mlp_bias=True),
+    "LlamaForCausalLM": _Family(attention_bias="configured", mlp_bias=True),
     "MistralForCausalLM": _Family(attention_bias="none", n_kv_heads=8, window="always"),
-    "Qwen2ForCausalLM": _Family(attention_bias="qkv", n_kv_heads=32, window="asked"),
-    "Qwen3ForCausalLM": _Family(attention_bias="asked", qk_norm=True, n_kv_heads=32, head_size=128, window="asked"),
+    "Qwen2ForCausalLM": _Family(attention_bias="qkv", n_kv_heads=32, window="configured"),
+    "Qwen3ForCausalLM": _Family(
+        attention_bias="configured", qk_norm=True, n_kv_heads=32, head_size=128, window="configured"
+    ),
 }
 _WINDOW = 4096
-"""The default of `sliding_window` where it is left out."""
+"""The default of `sliding_window`."""
 _NOT_COMPUTED = {
     "quantization_config": "quantised weights",
     "final_logit_softcapping": "soft-capped logits",
@@ -84,12 +87,12 @@ _NOT_COMPUTED = {
     "num_experts": "a mixture of experts",
     "num_local_experts": "a mixture of experts",
 }
-"""Keys that change what the model computes, should a model of the family have them."""
+"""Options that change the outputs and that coremill does not support, by their keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Located:
-    """A tensor that a shard holds."""
+    """A tensor in a shard."""
 
     shard: Path
     dtype: str
@@ -97,6 +100,8 @@ class _Located:
 
 
 class HuggingFaceWeights(WeightsSource):
+    """The model in a Hugging Face directory."""
+
     format = "huggingface"
 
     def __init__(self, path: Path) -> None:
@@ -106,17 +111,18 @@ class HuggingFaceWeights(WeightsSource):
         self.config = _config(settings)
         self.notes = _notes(settings)
         self._shards, listed = _shards(path)
-        self._tensors = _located(self._shards)  # by the source's names
+        self._tensors = _located(self._shards)  # by their names in the source
         for name, shard in listed.items():
             if name not in self._tensors or self._tensors[name].shard.name != shard:
                 raise CheckpointContentError(
-                    f"{path / INDEX}: {name} is not in {shard}", expected="shards that hold what the index lists"
+                    f"{path / INDEX}: {name} is not in {shard}",
+                    expected="shards with the tensors that the index lists",
                 )
         if self.config.arch.tie_embeddings:
             self._drop_tied_head()
         plausible = self.config.n_layers <= len(self._tensors)
         known = {huggingface_name(name): name for name in parameter_shapes(self.config)} if plausible else {}
-        self._names = {known.get(name, name): name for name in self._tensors}  # by the student's
+        self._names = {known.get(name, name): name for name in self._tensors}  # by the student's names
         shapes = {name: self._tensors[theirs].shape for name, theirs in self._names.items()}
         check_shapes(self.config, shapes, where=str(path))
 
@@ -140,15 +146,15 @@ class HuggingFaceWeights(WeightsSource):
         return 0  # every tensor is mapped
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        for place, shard in enumerate(self._shards, 1):
+        for number, shard in enumerate(self._shards, 1):
             names = [name for name, theirs in self._names.items() if self._tensors[theirs].shard == shard]
-            log.info("%s, %d of %d: %d tensors", shard.name, place, len(self._shards), len(names))
+            log.info("%s, %d of %d: %d tensors", shard.name, number, len(self._shards), len(names))
             with _opened(shard) as file:
                 for name in names:
                     yield name, file.get_tensor(self._names[name])
 
     def _drop_tied_head(self) -> None:
-        """A tied head may be stored beside its embedding, if it is that."""
+        """Ignore a tied head that is stored as well, if it equals the embedding."""
         head, embedding = "lm_head.weight", huggingface_name("embed_tokens.weight")
         if head not in self._tensors or embedding not in self._tensors:
             return
@@ -156,7 +162,7 @@ class HuggingFaceWeights(WeightsSource):
             if not same_values(one.get_tensor(head), other.get_tensor(embedding)):
                 raise CheckpointContentError(
                     f"{self.path}: {CONFIG} ties lm_head.weight to the embedding, and the two differ",
-                    expected="a tied model without a head of its own, or `tie_word_embeddings` false",
+                    expected="a tied model without a separate head, or `tie_word_embeddings` false",
                 )
         del self._tensors[head]
 
@@ -164,7 +170,7 @@ class HuggingFaceWeights(WeightsSource):
 # --- files ------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Mapping[str, Plain]:
     try:
         value = msgspec.json.decode(path.read_bytes())
     except OSError as failure:
@@ -178,44 +184,47 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shards(path: Path) -> tuple[list[Path], Mapping[str, str]]:
-    """The files with tensors, and what the index says is where (empty without one)."""
+def _shards(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """Return the files with tensors, and the file name of each tensor in the index (empty without an index)."""
     if (path / INDEX).exists():
         listed = _read_json(path / INDEX).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()) or not listed:
+        files = (
+            {key: name for key, name in listed.items() if isinstance(name, str)} if isinstance(listed, dict) else {}
+        )
+        if not files or files != listed:
             raise DocumentError(f"{path / INDEX}: no `weight_map` at `$`", expected="the file of each tensor")
-        names = sorted(set(listed.values()))
+        names = sorted(set(files.values()))
         if outside := [name for name in names if Path(name).name != name]:
-            raise DocumentError(f"{path / INDEX}: the shard {outside[0]!r}", expected="files beside the index")
+            raise DocumentError(f"{path / INDEX}: the shard {outside[0]!r}", expected="files next to the index")
         if missing := [name for name in names if not (path / name).is_file()]:
             raise CheckpointUnreadableError(
                 f"{path} lacks {', '.join(missing)}", expected=f"the {len(names)} shards that {INDEX} lists"
             )
-        return [path / name for name in names], listed
+        return [path / name for name in names], files
     if (path / WHOLE).is_file():
         return [path / WHOLE], {}
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
     if pickles:
         raise UnsafeCheckpointError(
-            f"{path} has its weights in {', '.join(pickles)} alone, pickles that may hold code",
-            expected=f"{WHOLE}, or shards and {INDEX}; nothing of the pickle was executed",
+            f"{path} has its weights only in {', '.join(pickles)}, pickles that may contain code",
+            expected=f"{WHOLE}, or shards and {INDEX}; the pickle was not executed",
         )
-    raise CheckpointUnreadableError(f"{path} holds no weights", expected=f"{WHOLE}, or shards and {INDEX}")
+    raise CheckpointUnreadableError(f"{path} contains no weights", expected=f"{WHOLE}, or shards and {INDEX}")
 
 
 @contextlib.contextmanager
-def _opened(shard: Path) -> Iterator[Any]:
-    """The shard, mapped.
+def _opened(shard: Path) -> Iterator[safe_open]:
+    """Open the shard, memory-mapped.
 
     Raises:
-        CheckpointUnreadableError: it is unreadable, truncated or something else.
+        CheckpointUnreadableError: it is unreadable, truncated or not a safetensors file.
     """
     try:
         with safe_open(shard, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as failure:
         raise CheckpointUnreadableError(
-            f"{shard} is not a whole safetensors file: {failure}", expected="a file as safetensors saves it"
+            f"{shard} is not a complete safetensors file: {failure}", expected="a file as safetensors saves it"
         ) from failure
 
 
@@ -223,12 +232,12 @@ def _located(shards: list[Path]) -> dict[str, _Located]:
     found: dict[str, _Located] = {}
     for shard in shards:
         with _opened(shard) as file:
-            for name in file.keys():  # noqa: SIM118 - no mapping
+            for name in file.keys():  # noqa: SIM118 - not a mapping
                 if name.endswith(_BUFFER):
                     continue
                 if name in found:
                     raise CheckpointContentError(
-                        f"{shard}: {name} is in {found[name].shard.name} too", expected="each tensor once"
+                        f"{shard}: {name} is also in {found[name].shard.name}", expected="each tensor once"
                     )
                 part = file.get_slice(name)
                 if (dtype := part.get_dtype()) not in DTYPES:
@@ -243,7 +252,7 @@ def _located(shards: list[Path]) -> dict[str, _Located]:
 
 
 class _Settings:
-    """config.json, read with the types that its values must have."""
+    """The values of config.json, checked for their types."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -256,11 +265,11 @@ class _Settings:
             )
         self.family = FAMILIES[self.architecture]
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None) -> int:
         value = self.values.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.refuse(key, value, "a whole number")
+            raise self.refuse(key, value, "an integer")
         return value
 
     def flag(self, key: str) -> bool:
@@ -269,34 +278,34 @@ class _Settings:
             raise self.refuse(key, value, "true or false")
         return bool(value)
 
-    def number(self, key: str, default: float | None = None, *, among: Mapping[str, Any] | None = None) -> float:
+    def number(self, key: str, default: float | None = None, *, among: Mapping[str, Plain] | None = None) -> float:
         value = (self.values if among is None else among).get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.refuse(key, value, "a number")
         return float(value)
 
-    def refuse(self, key: str, value: Any, expected: str) -> DocumentError:
+    def refuse(self, key: str, value: Plain, expected: str) -> DocumentError:
         found = f"`{key}` is missing" if value is None else f"`{key}` is {value!r}"
         return DocumentError(f"{self.path}: {found}", expected=expected)
 
 
 def _config(settings: _Settings) -> ModelConfig:
     family = settings.family
-    d_model, n_heads = settings.whole("hidden_size"), settings.whole("num_attention_heads")
-    _refuse_what_is_not_computed(settings)
-    head_size = settings.whole("head_dim", family.head_size or d_model // max(n_heads, 1))
-    biased = family.attention_bias == "asked" and settings.flag("attention_bias")
+    d_model, n_heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
+    _refuse_unsupported(settings)
+    head_size = settings.integer("head_dim", family.head_size or d_model // max(n_heads, 1))
+    biased = family.attention_bias == "configured" and settings.flag("attention_bias")
     try:
         return ModelConfig(
-            vocab_size=settings.whole("vocab_size"),
+            vocab_size=settings.integer("vocab_size"),
             d_model=d_model,
-            n_layers=settings.whole("num_hidden_layers"),
+            n_layers=settings.integer("num_hidden_layers"),
             n_heads=n_heads,
-            n_kv_heads=settings.whole("num_key_value_heads", _default_kv_heads(settings, n_heads)),
+            n_kv_heads=settings.integer("num_key_value_heads", _default_kv_heads(settings, n_heads)),
             head_size=None if head_size * n_heads == d_model else head_size,
-            d_ff=settings.whole("intermediate_size"),
-            max_seq_len=settings.whole("max_position_embeddings"),
+            d_ff=settings.integer("intermediate_size"),
+            max_seq_len=settings.integer("max_position_embeddings"),
             rope_theta=_rope_theta(settings),
             rope_scaling=_rope_scaling(settings),
             norm_eps=settings.number("rms_norm_eps", 1e-6),
@@ -306,16 +315,16 @@ def _config(settings: _Settings) -> ModelConfig:
             arch=ModelArch(use_halt_head=False, tie_embeddings=settings.flag("tie_word_embeddings")),
         )
     except ValueError as failure:
-        raise DocumentError(f"{settings.path}: {failure}", expected="the options of a possible model") from failure
+        raise DocumentError(f"{settings.path}: {failure}", expected="valid options of a model") from failure
 
 
 def _default_kv_heads(settings: _Settings, n_heads: int) -> int:
-    """transformers takes an explicit null for "as many as heads", and a missing key for the class's default."""
+    """As transformers does, return the number of heads for null, and the class's default for a missing key."""
     missing = "num_key_value_heads" not in settings.values
     return settings.family.n_kv_heads if missing and settings.family.n_kv_heads else n_heads
 
 
-def _refuse_what_is_not_computed(settings: _Settings) -> None:
+def _refuse_unsupported(settings: _Settings) -> None:
     values = settings.values
 
     def refuse(found: str, expected: str) -> UnsupportedModelError:
@@ -328,7 +337,7 @@ def _refuse_what_is_not_computed(settings: _Settings) -> None:
         raise refuse(f"the activation {activation!r}", "silu")
     if (part := settings.number("partial_rotary_factor", 1.0)) != 1:
         raise refuse(f"RoPE on {part:g} of each head", "RoPE on all of a head's dimensions")
-    window, max_seq_len = _window(settings), settings.whole("max_position_embeddings")
+    window, max_seq_len = _window(settings), settings.integer("max_position_embeddings")
     if window is not None and window < max_seq_len:
         raise refuse(
             f"a sliding window of {window} positions in a context of {max_seq_len}",
@@ -337,24 +346,24 @@ def _refuse_what_is_not_computed(settings: _Settings) -> None:
 
 
 def _window(settings: _Settings) -> int | None:
-    """The sliding window that some layer has."""
+    """Return the sliding window, or None if no layer has one."""
     family, values = settings.family, settings.values
-    used = family.window == "always" or (family.window == "asked" and settings.flag("use_sliding_window"))
+    used = family.window == "always" or (family.window == "configured" and settings.flag("use_sliding_window"))
     if not used or values.get("sliding_window", _WINDOW) is None:
         return None
-    if family.window == "asked":
+    if family.window == "configured":
         layer_types = values.get("layer_types")
         if isinstance(layer_types, list):
             windowed = "sliding_attention" in layer_types
         else:
-            windowed = settings.whole("max_window_layers", 28) < settings.whole("num_hidden_layers")
+            windowed = settings.integer("max_window_layers", 28) < settings.integer("num_hidden_layers")
         if not windowed:
             return None
-    return settings.whole("sliding_window", _WINDOW)
+    return settings.integer("sliding_window", _WINDOW)
 
 
-def _rope_values(settings: _Settings) -> Mapping[str, Any]:
-    """RoPE's options, from wherever either version of transformers puts them; those of v4 win, as in v5."""
+def _rope_values(settings: _Settings) -> Mapping[str, Plain]:
+    """Return RoPE's options; the key of version 4 takes precedence over that of version 5, as in transformers 5."""
     values = settings.values.get("rope_scaling") or settings.values.get("rope_parameters") or {}
     if isinstance(values, dict) and set(values) == {"full_attention"}:
         values = values["full_attention"]
@@ -370,7 +379,7 @@ def _rope_theta(settings: _Settings) -> float:
     return settings.number("rope_theta", settings.number("rope_theta", 10_000.0), among=values)
 
 
-def _rope_type(values: Mapping[str, Any]) -> str:
+def _rope_type(values: Mapping[str, Plain]) -> str:
     return str(values.get("rope_type") or values.get("type") or "default")
 
 
@@ -387,7 +396,7 @@ def _rope_scaling(settings: _Settings) -> RopeScaling | None:
             expected="RoPE on all of a head's dimensions",
         )
     if kind in ("default", "dynamic"):
-        return None  # dynamic NTK is plain RoPE within the context; see _notes
+        return None  # dynamic NTK equals plain RoPE within the context; see _notes
     if kind == "linear":
         return LinearScaling(factor=number("factor"))
     max_seq_len = settings.number("max_position_embeddings")
@@ -408,7 +417,7 @@ def _rope_scaling(settings: _Settings) -> RopeScaling | None:
     )
 
 
-def _yarn(settings: _Settings, values: Mapping[str, Any], *, original: int, max_seq_len: float) -> YarnScaling:
+def _yarn(settings: _Settings, values: Mapping[str, Plain], *, original: int, max_seq_len: float) -> YarnScaling:
     def number(key: str, default: float) -> float:
         return settings.number(key, default, among=values)
 
@@ -431,9 +440,9 @@ def _notes(settings: _Settings) -> tuple[str, ...]:
     notes = []
     if _rope_type(_rope_values(settings)) == "dynamic":
         notes.append(
-            "dynamic NTK scaling is plain RoPE up to max_position_embeddings, "
-            f"{settings.whole('max_position_embeddings')}, and the imported model's context ends there"
+            "dynamic NTK scaling equals plain RoPE up to max_position_embeddings, "
+            f"{settings.integer('max_position_embeddings')}, where the imported model's context ends"
         )
     if "auto_map" in settings.values:
-        notes.append(f"{CONFIG} names code of its own (`auto_map`), which is neither read nor run")
+        notes.append(f"{CONFIG} refers to code (`auto_map`), which is neither read nor run")
     return tuple(notes)
