@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import coremltools as ct
 import numpy as np
@@ -201,3 +203,9 @@ def test_weight_file_truncated_after_opening_is_rejected(package):
         file.truncate(size)  # zeros now, and no longer a danger
     weights.unlink()
     assert other.predict(data)
+
+
+def test_model_imports_without_rich_and_msgspec():
+    script = "import sys; sys.modules.update(msgspec=None, rich=None); from coremill.mil import MLModel"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import msgspec
-
 from coremill.core.plain import Plain
 
 _CHUNK_BYTES = 1 << 20
@@ -19,6 +17,8 @@ def bytes_digest(data: bytes) -> str:
 
 def value_digest(value: Plain) -> str:
     """Return the digest of a plain value, independent of the order of keys."""
+    import msgspec  # here, so that coremill.mil can be imported without it
+
     return bytes_digest(msgspec.json.encode(value, order="sorted"))
 
 
