@@ -1,4 +1,4 @@
-"""Runs as the stages leave them: all right, not all right, of two lanes, and with a lane that failed."""
+"""Summaries and finished runs: passing, failing, with two lanes, and with a lane that failed."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ BLOCKING = (
     "Held-out answers have the right mood",
     "Every held-out answer is exact",
 )
-"""The must-gates that the bad run does not pass."""
+"""The must-gates that the bad run fails."""
 CONVERT_FAILURE = (
     "coremltools could not convert the graph: NotImplementedError: PyTorch convert function for op 'erfinv' not "
     "implemented; see build/magic-8-ball/torch-2.9.1/convert.failed/conversion.log"
@@ -141,7 +141,7 @@ def good_shapes() -> dict[str, ShapeReport]:
 
 
 def good_gates() -> tuple[Gate, ...]:
-    """As verification gives them, under its names."""
+    """The gates of a verification that passed."""
     return (
         passed(measured="export 3.11.7, conversion 3.11.7", threshold="3.10 or 3.11").gate(
             "Python 3.11 available for export and conversion", MUST
@@ -176,14 +176,14 @@ def good_gates() -> tuple[Gate, ...]:
 
 
 def bad_gates() -> tuple[Gate, ...]:
-    """A package of one fixed shape, without enough precision, and with nobody to ask it anything."""
+    """The gates of a package with one fixed shape, too little precision and no held-out questions."""
     gates = {gate.name: gate for gate in good_gates()}
     error = "shape (1, 64) is not among the shapes that `input_ids` admits, which are [(1, 128)]"
-    nobody = "no dataset with held-out questions was given"
+    reason = "no dataset with held-out questions was given"
     for gate in (
         at_least(31.24, 40.0, " dB").gate("SQNR at the primary shape", MUST),
-        not_run(nobody).gate("Held-out answers have the right mood", MUST),
-        not_run(nobody).gate("Every held-out answer is exact", MUST),
+        not_run(reason).gate("Held-out answers have the right mood", MUST),
+        not_run(reason).gate("Every held-out answer is exact", MUST),
         failed(f"T64: {error}; T256: {error.replace('64', '256')}", measured="0 of 2").gate(
             "Secondary shapes validate", SHOULD
         ),
@@ -334,7 +334,7 @@ def greedy_answers() -> tuple[Answer, ...]:
 
 
 def imported_gates() -> tuple[Gate, ...]:
-    """Those of a model that nobody asked anything."""
+    """The gates of a model without held-out questions."""
     measured = {
         "Primary shape validation succeeds": "T1024 ok",
         "All shape enumerations succeed": "4 of 4",
@@ -346,7 +346,7 @@ def imported_gates() -> tuple[Gate, ...]:
 
 @pytest.fixture
 def imported() -> RunSummary:
-    """Of a run whose model existed."""
+    """The summary of a run that imported its model."""
     lane = msgspec.structs.replace(
         lane_summary("2.9.1", imported_gates(), good_shapes()),
         primary="T1024",
@@ -379,7 +379,7 @@ def failed_lane() -> RunSummary:
 
 @pytest.fixture
 def failed_matrix() -> RunSummary:
-    """The primary lane failed, the other is all right."""
+    """The primary lane failed, the other one passed."""
     return run_summary([broken_lane("2.9.1"), lane_summary("2.8.0", good_gates(), good_shapes())])
 
 
@@ -408,7 +408,7 @@ def summaries(
 
 
 class FinishedRun:
-    """A run on disk as the pipeline publishes it; `publish` makes one stage's folder."""
+    """A run on disk, as the pipeline publishes it."""
 
     def __init__(self, build: Path, config: RunConfig) -> None:
         self.config = config
@@ -416,7 +416,7 @@ class FinishedRun:
         self.layout = RunLayout(build=build, run=config.name)
 
     def publish(self, stage: str, lane: str | None = None, **figures: float | int | str) -> Path:
-        """Write the manifest over what lies in the stage's folder; a failure that it left is gone."""
+        """Write the manifest of the stage's directory, and remove an earlier failure."""
         folder = self.layout.stage(stage, lane)
         folder.mkdir(parents=True, exist_ok=True)
         self._record(folder, stage, lane, None, figures)
@@ -424,7 +424,7 @@ class FinishedRun:
         return folder
 
     def fail(self, stage: str, lane: str | None, error: str, *, log: bool = False) -> Path:
-        """What the stage leaves when it fails; an older success stays where it is."""
+        """Record a failure of the stage; an older success is kept."""
         folder = self.layout.failed_stage(stage, lane)
         folder.mkdir(parents=True)
         if log:
@@ -458,7 +458,7 @@ class FinishedRun:
         write_json(folder / MANIFEST, manifest)
 
     def shared(self) -> None:
-        """The dataset and the training, or the texts and the import."""
+        """Publish the dataset and the training, or the texts and the import."""
         if isinstance(self.config, ImportedRun):
             return self._shared_imported()
         for stage in ("dataset", "training"):
@@ -469,7 +469,7 @@ class FinishedRun:
         self.publish("training", parameters=623_232, loss_last=0.3412)
 
     def formats(self) -> None:
-        """The forms of the model that no lane makes."""
+        """Publish the exported formats, which lanes share."""
         self.publish("hf", max_abs_err=7e-6)
         self.publish("gguf", f32_max_abs_err=2e-5)
 
@@ -488,7 +488,7 @@ class FinishedRun:
         return self.publish("export", lane)
 
     def lane(self, lane: str, gates: tuple[Gate, ...], shapes: dict[str, ShapeReport]) -> None:
-        """A whole lane."""
+        """Publish all stages of a lane."""
         self.export(lane)
         self.convert(lane)
         self.verify(lane, gates, shapes)
@@ -514,7 +514,7 @@ class FinishedRun:
         return self.publish("convert", lane)
 
     def verify(self, lane: str, gates: tuple[Gate, ...], shapes: dict[str, ShapeReport], **digests: str) -> Path:
-        """Args: digests: of the package or the contract, where they are not those of this run."""
+        """Args: digests: other digests of the package or the contract than those of this run."""
         folder = self.layout.stage("verify", lane)
         subjects = {
             "package_digest": digest(package_dir(self.layout.stage("convert", lane), self.config.name)),
@@ -541,7 +541,7 @@ class FinishedRun:
 
 @pytest.fixture
 def finished(tmp_path: Path, config: RunConfig) -> FinishedRun:
-    """Both lanes, all right in the first, not in the second."""
+    """Two lanes: the first passed, the second failed."""
     run = FinishedRun(tmp_path / "build", config)
     run.shared()
     run.lane("2.9.1", good_gates(), good_shapes())
@@ -552,7 +552,7 @@ def finished(tmp_path: Path, config: RunConfig) -> FinishedRun:
 
 @pytest.fixture
 def finished_import(tmp_path: Path) -> FinishedRun:
-    """A run that imported its model, one lane of it, all right."""
+    """A run that imported its model, with one lane that passed."""
     run = FinishedRun(tmp_path / "build", read_config(IMPORTED_CONFIG))
     run.shared()
     run.lane("2.9.1", imported_gates(), imported_shapes())
@@ -562,7 +562,7 @@ def finished_import(tmp_path: Path) -> FinishedRun:
 
 @pytest.fixture
 def golden() -> Callable[[str, str], None]:
-    """Compare a text with the file of that name; `REMAKE_GOLDEN=1 pytest tests/report` writes the files anew."""
+    """Compare a text with the file of that name; `REMAKE_GOLDEN=1 pytest tests/report` rewrites the files."""
 
     def compare(name: str, text: str) -> None:
         path = GOLDEN / name

@@ -1,4 +1,4 @@
-"""The texts that the terminal and the page share."""
+"""The contents that the terminal and STATUS.md share."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def gates(draw: st.DrawFn) -> Gate:
 
 
 @given(st.lists(gates()))
-def test_gates_are_blamed_exactly_when_gates_ok_is_false(drawn: list[Gate]) -> None:
+def test_a_gate_is_blamed_exactly_if_gates_ok_is_false(drawn: list[Gate]) -> None:
     assume(any(gate.severity is not Severity.NICE for gate in drawn))
     assert any(is_blamed(gate) for gate in drawn) == (not gates_ok(drawn))
 
 
-def test_the_final_line(good: RunSummary, bad: RunSummary, matrix: RunSummary) -> None:
+def test_final_line_names_the_gates(good: RunSummary, bad: RunSummary, matrix: RunSummary) -> None:
     assert final_line(good) == "gates_ok: true"
     assert final_line(bad) == (
         "gates_ok: false; must: SQNR at the primary shape (failed), "
@@ -57,14 +57,14 @@ def test_the_final_line(good: RunSummary, bad: RunSummary, matrix: RunSummary) -
     assert final_line(matrix).endswith("; should: torch-2.8.0 Secondary shapes validate (failed)")
 
 
-def test_nothing_checked_is_not_all_right(good: RunSummary) -> None:
+def test_no_gates_is_not_ok(good: RunSummary) -> None:
     lane = msgspec.structs.replace(good.lanes[0], gates=(), gates_ok=False)
     summary = msgspec.structs.replace(good, lanes=(lane,), gates_ok=False)
     assert final_line(summary) == "gates_ok: false; no gate was checked"
     assert count_outcomes(lane) == "no gates"
 
 
-def test_reasons_are_given_once_and_those_of_gates_that_did_not_pass_first(bad: RunSummary) -> None:
+def test_shared_reasons_are_merged_and_those_of_passed_gates_are_last(bad: RunSummary) -> None:
     notes = gate_notes(bad.lanes[0])
     assert [note.word for note in notes] == ["failed", "not_run", "failed", "not_run", "failed", "passed"]
     assert notes[1] == Note(
@@ -74,7 +74,7 @@ def test_reasons_are_given_once_and_those_of_gates_that_did_not_pass_first(bad: 
     )
 
 
-def test_a_long_measured_text_moves_below_the_table(good: RunSummary) -> None:
+def test_long_measured_value_moves_below_the_table(good: RunSummary) -> None:
     lane = good.lanes[0]
     loads = "The Core ML model loads"
 
@@ -89,7 +89,7 @@ def test_a_long_measured_text_moves_below_the_table(good: RunSummary) -> None:
     assert loads not in {note.subject for note in gate_notes(lane)}
 
 
-def test_each_lane_says_how_far_it_came(finished) -> None:
+def test_lanes_show_which_stage_did_not_complete(finished) -> None:
     finished.fail("convert", "2.9.1", "no")
     finished.fail("export", "2.8.0", "no")
     rows = lane_gate_rows(summarise(finished.layout, finished.config, ["2.9.1", "2.8.0"]))
@@ -101,7 +101,7 @@ def test_each_lane_says_how_far_it_came(finished) -> None:
 
 
 @given(st.floats(0, 1))
-def test_only_all_of_them_are_100_percent(share: float) -> None:
+def test_only_1_is_100_percent(share: float) -> None:
     text = percent(share)
     assert (text == "100 %") == (share == 1)
     assert "100.00" not in text
@@ -120,15 +120,15 @@ def test_only_all_of_them_are_100_percent(share: float) -> None:
         ("sha256:9f2c1d7e00", "9f2c1d7e…"),
     ],
 )
-def test_figure(value: float | int | str | None, text: str) -> None:
+def test_figure_formats_values(value: float | int | str | None, text: str) -> None:
     assert figure(value) == text
 
 
-def test_the_rest(good: RunSummary) -> None:
+def test_short_texts(good: RunSummary) -> None:
     assert megabytes(1_392_511) == "1.39 MB"
     assert notices({"harmless": 8, "compatibility": 1, "warning": 0}) == "8 harmless, 1 compatibility"
     assert notices({"harmless": 0}) == "none"
-    assert heldout_text(None) == "no held-out questions: the model does not answer any"
+    assert heldout_text(None) == "no held-out questions: the model was not trained on a dataset"
     assert fallback_text(good) is None
     fell_back = msgspec.structs.replace(good, fell_back_from="2.8.0")
-    assert fallback_text(fell_back) == "fell back: the conversion in torch-2.8.0 failed; this is torch-2.9.1"
+    assert fallback_text(fell_back) == "fell back to torch-2.9.1, because the conversion in torch-2.8.0 failed"

@@ -1,4 +1,4 @@
-"""STATUS.md, to the letter, and as a Markdown parser reads it."""
+"""STATUS.md, verbatim and as a Markdown parser reads it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coremill.report.status import _code, _escape, status_markdown
 
 
 def inline(markdown: str) -> str:
-    """The text that a reader of the rendered `markdown` sees."""
+    """Return the text of the rendered `markdown`."""
     tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
     parts = []
     for token in tokens:
@@ -23,11 +23,11 @@ def inline(markdown: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["good", "bad", "matrix", "failed", "failed-matrix", "imported"])
-def test_the_page(name: str, summaries, golden) -> None:
+def test_page_equals_the_golden_file(name: str, summaries, golden) -> None:
     golden(f"{name}.md", status_markdown(summaries[name]))
 
 
-def test_the_page_is_made_of_real_tables(matrix: RunSummary) -> None:
+def test_page_parses_to_tables_and_headings(matrix: RunSummary) -> None:
     tokens = MarkdownIt("commonmark").enable("table").parse(status_markdown(matrix))
     assert sum(token.type == "table_open" for token in tokens) == 3 + 2 * len(matrix.lanes)
     headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
@@ -41,7 +41,7 @@ def test_the_page_is_made_of_real_tables(matrix: RunSummary) -> None:
         "Gates, torch-2.8.0",
         "Figures",
         "Answers",
-        "Running it again",
+        "Commands",
     ]
 
 
@@ -54,18 +54,18 @@ def as_line(text: str) -> str:
 
 
 @given(punctuation | printable)
-def test_any_text_shows_as_it_is(text: str) -> None:
+def test_escaped_text_renders_verbatim(text: str) -> None:
     assert as_line(inline(f"- **x**: {_escape(text)} x")) == as_line(f"x: {text} x")
 
 
 @given((punctuation | printable).filter(str.strip))
-def test_any_answer_shows_as_it_is(text: str) -> None:
+def test_code_span_renders_verbatim(text: str) -> None:
     line = as_line(text)
     shown = inline(f"- x {_code(line)} x").removeprefix("x ").removesuffix(" x")
     assert shown == line
 
 
-def test_hostile_texts_do_not_break_a_table_or_a_list(good: RunSummary) -> None:
+def test_markup_in_texts_does_not_break_tables_or_lists(good: RunSummary) -> None:
     odd = Answer(prompt="a | b\n# c <b>", answer="``x`` |", mood=None, right=False)
     lane = good.lanes[0]
     gate = msgspec.structs.replace(lane.gates[0], name="a | b")
@@ -75,7 +75,7 @@ def test_hostile_texts_do_not_break_a_table_or_a_list(good: RunSummary) -> None:
     assert r"| must     | passed  | a \| b  " in page
 
 
-def test_the_e2e_test_is_named_for_the_model_that_it_is_of(good: RunSummary) -> None:
+def test_e2e_test_is_listed_only_for_its_model(good: RunSummary) -> None:
     test = "pytest tests/e2e/test_magic_8_ball_pipeline.py::test_magic_8_ball_pipeline_e2e -v -s"
     assert test in status_markdown(good)
     assert test not in status_markdown(msgspec.structs.replace(good, run="smollm2", model_type="llama"))

@@ -1,4 +1,4 @@
-"""Summaries of runs as the stages leave them on disk."""
+"""Summaries of runs on disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from coremill.core.reports import LaneFailed, LaneVerified, RunSummary, ShapeErr
 from coremill.report.summary import main, summarise
 
 
-def test_a_summary_is_of_what_the_stages_left(finished) -> None:
+def test_summary_of_a_distilled_run(finished) -> None:
     summary = summarise(finished.layout, finished.config, ["2.9.1"])
     assert [(row.stage, row.lane, row.python, row.torch, row.outcome) for row in summary.stages] == [
         ("dataset", None, "3.13.0", "2.9.1", Outcome.PASSED),
@@ -55,7 +55,7 @@ def test_a_summary_is_of_what_the_stages_left(finished) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", summary.created_at)
 
 
-def test_a_run_that_imports_its_model_has_stages_of_its_own(finished_import) -> None:
+def test_summary_of_an_imported_run(finished_import) -> None:
     summary = summarise(finished_import.layout, finished_import.config, ["2.9.1"])
     assert [row.stage for row in summary.stages] == ["texts", "import", "hf", "gguf", "export", "convert", "verify"]
     assert {row.outcome for row in summary.stages} == {Outcome.PASSED}
@@ -71,14 +71,14 @@ def test_a_run_that_imports_its_model_has_stages_of_its_own(finished_import) -> 
     assert (lane.stateful.cache_positions, lane.shapes["T1024"].perplexity.tokens) == (4096, 1023)
 
 
-def test_another_export_than_the_build_did_is_refused(finished_import) -> None:
+def test_changed_export_configuration_is_rejected(finished_import) -> None:
     run = finished_import
     other = msgspec.structs.replace(run.config, export=ExportConfig(frontend="torch-export"))
     with pytest.raises(StageError, match=r"^stage export was run with another configuration"):
         summarise(run.layout, other, ["2.9.1"])
 
 
-def test_lanes_share_what_ran_once(finished) -> None:
+def test_lanes_share_the_first_stages(finished) -> None:
     summary = summarise(finished.layout, finished.config, ["2.9.1", "2.8.0"])
     shared = ["dataset", "training", "hf", "gguf"]
     assert [row.stage for row in summary.stages] == [*shared, *["export", "convert", "verify"] * 2]
@@ -101,7 +101,7 @@ def report(finished, *options: str) -> int:
     return exit_on_error(lambda: main(arguments))
 
 
-def test_the_command_prints_and_writes(finished, capsys) -> None:
+def test_command_prints_and_writes(finished, capsys) -> None:
     assert report(finished) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "gates_ok: true"
     folder = finished.layout.stage("report")
@@ -122,12 +122,12 @@ def test_the_command_prints_and_writes(finished, capsys) -> None:
         (["--torch", "2.9.1", "--torch", "2.8.0"], 3, "validate (failed)"),
     ],
 )
-def test_the_exit_code_follows_the_must_gates(finished, capsys, options: list[str], code: int, last: str) -> None:
+def test_exit_code_depends_on_the_must_gates(finished, capsys, options: list[str], code: int, last: str) -> None:
     assert report(finished, *options) == code
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 
-def test_a_should_gate_alone_does_not_block(finished, capsys) -> None:
+def test_failed_should_gate_does_not_block(finished, capsys) -> None:
     summary = summarise(finished.layout, finished.config, ["2.9.1", "2.8.0"])
     good, bad = (lane.gates for lane in summary.lanes)
     should = next(gate for gate in bad if gate.name == "Secondary shapes validate")
@@ -137,16 +137,16 @@ def test_a_should_gate_alone_does_not_block(finished, capsys) -> None:
     assert "gates_ok: false; should: Secondary shapes" in capsys.readouterr().out
 
 
-def test_a_fallback_is_in_every_report(finished, capsys) -> None:
+def test_fallback_is_in_every_report(finished, capsys) -> None:
     assert report(finished, "--torch", "2.9.1", "--fell-back-from", "2.8.0") == 0
-    text = "fell back: the conversion in torch-2.8.0 failed; this is torch-2.9.1"
+    text = "fell back to torch-2.9.1, because the conversion in torch-2.8.0 failed"
     assert text in capsys.readouterr().out
     folder = finished.layout.stage("report")
     assert f"- **Fallback**: {text}" in status_file(folder).read_text()
     assert read_json(summary_file(folder), RunSummary).fell_back_from == "2.8.0"
 
 
-def test_an_altered_report_is_refused(finished, capsys) -> None:
+def test_altered_report_is_rejected(finished, capsys) -> None:
     path = verification_report(finished.layout.stage("verify", "2.9.1"))
     path.write_text(path.read_text().replace('"error"', '"ok"').replace("31.24", "62.8") + " ")
     with pytest.raises(DigestError, match=r"verification_report\.json: found sha256:"):
@@ -155,7 +155,7 @@ def test_an_altered_report_is_refused(finished, capsys) -> None:
     assert not finished.layout.stage("report").exists()
 
 
-def test_an_altered_package_is_refused_though_its_verification_passed(finished, capsys) -> None:
+def test_altered_package_is_rejected(finished, capsys) -> None:
     run = finished
     package = next(run.layout.stage("convert", "2.9.1").glob("*.mlpackage"))
     file = next(path for path in package.rglob("*") if path.is_file()) if package.is_dir() else package
@@ -164,14 +164,14 @@ def test_an_altered_package_is_refused_though_its_verification_passed(finished, 
         summarise(run.layout, run.config, ["2.9.1"])
 
 
-def test_another_bar_than_the_build_met_is_refused(finished) -> None:
+def test_changed_bound_is_rejected(finished) -> None:
     run = finished
     verify = msgspec.structs.replace(run.config.verify, max_teacher_kl_nats=1e-9)
     with pytest.raises(StageError, match="stage verify was run with another configuration"):
         summarise(run.layout, msgspec.structs.replace(run.config, verify=verify), ["2.9.1"])
 
 
-def test_a_folder_without_a_manifest_is_named(finished) -> None:
+def test_directory_without_a_manifest_is_named(finished) -> None:
     folder = finished.layout.stage("verify", "2.9.1")
     (folder / "manifest.json").unlink()
     with pytest.raises(StageError) as failure:
@@ -180,24 +180,24 @@ def test_a_folder_without_a_manifest_is_named(finished) -> None:
     assert report(finished) == 51
 
 
-def test_a_stage_of_another_lane_is_refused(finished) -> None:
+def test_stage_of_another_lane_is_rejected(finished) -> None:
     folder = finished.layout.stage("export", "2.9.1")
     folder.rename(folder.with_name("mislaid"))
     finished.layout.stage("export", "2.8.0").rename(folder)
     with pytest.raises(StageError) as failure:
         summarise(finished.layout, finished.config, ["2.9.1"])
-    assert failure.value.found == f"{folder} is of run 'magic-8-ball', stage export, lane 2.8.0, succeeded"
+    assert failure.value.found == f"{folder} belongs to run 'magic-8-ball', stage export, lane 2.8.0, succeeded"
     assert failure.value.expected == "run 'magic-8-ball', stage export, lane 2.9.1, succeeded"
 
 
-def test_a_report_that_its_stage_did_not_write_is_refused(finished) -> None:
+def test_missing_report_is_rejected(finished) -> None:
     verification_report(finished.layout.stage("verify", "2.9.1")).unlink()
     finished.publish("verify", "2.9.1")
     with pytest.raises(StageError, match=r"has no verification_report\.json"):
         summarise(finished.layout, finished.config, ["2.9.1"])
 
 
-def test_an_unknown_lane_is_a_matter_of_usage(finished) -> None:
+def test_unknown_lane_is_a_usage_error(finished) -> None:
     with pytest.raises(SystemExit) as stop:
         report(finished, "--torch", "2.7.0")
     assert stop.value.code == 2
@@ -212,7 +212,7 @@ def outcomes(summary: RunSummary) -> list[tuple[str, str | None, str]]:
     return [(row.stage, row.lane, row.outcome.value) for row in summary.stages]
 
 
-def test_a_lane_whose_conversion_failed_is_a_row(finished) -> None:
+def test_lane_whose_conversion_failed_is_summarised(finished) -> None:
     folder = finished.fail("convert", "2.8.0", ERROR, log=True)
     summary = summarise(finished.layout, finished.config, ["2.9.1", "2.8.0"])
     good, lane = summary.lanes
@@ -233,7 +233,7 @@ def test_a_lane_whose_conversion_failed_is_a_row(finished) -> None:
     assert outcomes(summary)[-3:] == [
         ("export", "2.8.0", "passed"),
         ("convert", "2.8.0", "failed"),
-        # It has a folder of before the failure, which is of another package.
+        # Its directory from before the failure is of another package.
         ("verify", "2.8.0", "not_run"),
     ]
     failed, after = summary.stages[-2:]
@@ -242,12 +242,12 @@ def test_a_lane_whose_conversion_failed_is_a_row(finished) -> None:
 
 
 @pytest.mark.parametrize("lanes", [["2.8.0"], ["2.9.1", "2.8.0"], ["2.8.0", "2.9.1"]])
-def test_a_failed_lane_is_reported_and_blocks(finished, capsys, lanes: list[str]) -> None:
+def test_failed_lane_is_reported_and_blocks(finished, capsys, lanes: list[str]) -> None:
     finished.fail("convert", "2.8.0", ERROR, log=True)
     assert report(finished, *(option for lane in lanes for option in ("--torch", lane))) == 3
     printed = capsys.readouterr().out
     assert "Stage convert completes (failed)" in " ".join(printed.splitlines()[-2:])
-    # Folded to the width of the terminal, within words too.
+    # It wraps at the width of the terminal, even within words.
     assert "conversion.log" in "".join(printed.split())
     folder = finished.layout.stage("report")
     page = status_file(folder).read_text()
@@ -260,7 +260,7 @@ def test_a_failed_lane_is_reported_and_blocks(finished, capsys, lanes: list[str]
     jsonschema.validate(json.loads(summary_file(folder).read_text()), schema)
 
 
-def test_an_older_success_does_not_hide_a_failure_and_a_later_one_ends_it(finished) -> None:
+def test_older_success_does_not_hide_a_failure(finished) -> None:
     finished.fail("verify", "2.9.1", "not enough memory")
     (lane,) = summarise(finished.layout, finished.config, ["2.9.1"]).lanes
     assert [gate.reason for gate in lane.gates] == ["not enough memory"]
@@ -268,16 +268,16 @@ def test_an_older_success_does_not_hide_a_failure_and_a_later_one_ends_it(finish
     assert summarise(finished.layout, finished.config, ["2.9.1"]).gates_ok
 
 
-def test_a_stage_that_never_ran_is_not_run_and_its_lane_failed(finished) -> None:
+def test_stage_that_was_never_run_fails_its_lane(finished) -> None:
     shutil.rmtree(finished.layout.stage("convert", "2.8.0"))
     shutil.rmtree(finished.layout.stage("verify", "2.8.0"))
     summary = summarise(finished.layout, finished.config, ["2.8.0"])
-    assert summary.lanes == (lane_failed("2.8.0", "convert", "it never ran", None),)
+    assert summary.lanes == (lane_failed("2.8.0", "convert", "the stage was never run", None),)
     assert outcomes(summary)[-2:] == [("convert", "2.8.0", "not_run"), ("verify", "2.8.0", "not_run")]
     assert report(finished, "--torch", "2.8.0") == 3
 
 
-def test_a_failed_training_fails_every_lane(finished) -> None:
+def test_failed_training_fails_every_lane(finished) -> None:
     finished.fail("training", None, "the loss is nan at step 40")
     summary = summarise(finished.layout, finished.config, ["2.9.1", "2.8.0"])
     assert [gate.name for lane in summary.lanes for gate in lane.gates] == ["Stage training completes"] * 2
@@ -291,7 +291,7 @@ def test_a_failed_training_fails_every_lane(finished) -> None:
     assert report(finished, "--torch", "2.9.1", "--torch", "2.8.0") == 3
 
 
-def test_a_failed_format_fails_the_run_and_no_lane(finished, capsys) -> None:
+def test_failed_format_fails_the_run_and_no_lane(finished, capsys) -> None:
     finished.fail("gguf", None, "q8_0 differs from the checkpoint by 0.2 nats")
     summary = summarise(finished.layout, finished.config, ["2.9.1"])
     (lane,) = summary.lanes
@@ -305,32 +305,32 @@ def test_a_failed_format_fails_the_run_and_no_lane(finished, capsys) -> None:
     assert printed.splitlines()[-1] == "gates_ok: false; stages: gguf (failed)"
 
 
-def test_where_nothing_was_built_there_is_nothing_to_report(finished, capsys) -> None:
+def test_report_without_a_build_is_an_error(finished, capsys) -> None:
     shutil.rmtree(finished.layout.root)
     assert report(finished) == 51
     assert capsys.readouterr().err == (
-        f"stage error: {finished.layout.root} holds no stage that ran\n"
+        f"stage error: {finished.layout.root} contains no stage that was run\n"
         "  expected: a build\n"
         "  run: nox -s pipeline -- --config configs/magic-8-ball.toml --torch 2.9.1\n"
     )
     assert not finished.layout.root.exists()
 
 
-def test_a_failure_in_the_place_of_a_success_is_refused(finished) -> None:
+def test_failed_manifest_in_the_directory_of_a_success_is_rejected(finished) -> None:
     shutil.rmtree(finished.layout.stage("export", "2.9.1"))
     finished.fail("export", "2.9.1", "no").rename(finished.layout.stage("export", "2.9.1"))
     with pytest.raises(StageError, match=r"stage export, lane 2\.9\.1, failed"):
         summarise(finished.layout, finished.config, ["2.9.1"])
 
 
-# --- what was verified is what is there -------------------------------------------------------------
+# --- artifacts newer than their reports -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("field", "artifact"),
     [("package_digest", "magic_8_ball.mlpackage"), ("contract_digest", "magic_8_ball_contract.json")],
 )
-def test_a_verification_of_something_else_is_refused(finished, capsys, field: str, artifact: str) -> None:
+def test_verification_of_other_artifacts_is_rejected(finished, capsys, field: str, artifact: str) -> None:
     lane = summarise(finished.layout, finished.config, ["2.9.1"]).lanes[0]
     folder = finished.verify("2.9.1", lane.gates, lane.shapes, **{field: "sha256:beef"})
     paths = {
@@ -339,14 +339,14 @@ def test_a_verification_of_something_else_is_refused(finished, capsys, field: st
     }
     assert report(finished) == 51
     assert capsys.readouterr().err == (
-        f"stage error: {folder}/verification_report.json is of a {artifact} sha256:beef\n"
-        f"  expected: {digest(paths[field])}, as the manifest beside {paths[field]} recorded\n"
+        f"stage error: {folder}/verification_report.json is about {artifact} sha256:beef\n"
+        f"  expected: {digest(paths[field])}, as in the manifest next to {paths[field]}\n"
         "  run: nox -s pipeline -- --config configs/magic-8-ball.toml --torch 2.9.1 --force verify\n"
     )
     assert not finished.layout.stage("report").exists()
 
 
-def test_a_package_converted_after_its_verification_is_refused(finished, capsys) -> None:
+def test_package_converted_after_its_verification_is_rejected(finished, capsys) -> None:
     package = package_dir(finished.layout.stage("convert", "2.9.1"), "magic-8-ball")
     before = digest(package)
     (package / "Manifest.json").write_text("{}")
@@ -355,12 +355,12 @@ def test_a_package_converted_after_its_verification_is_refused(finished, capsys)
     assert capsys.readouterr().err == (
         f"stage error: {finished.layout.stage('verify', '2.9.1')} was made from "
         f"convert/magic_8_ball.mlpackage {before}\n"
-        f"  expected: {digest(package)}, as stage convert has it now\n"
+        f"  expected: {digest(package)}, the current one of stage convert\n"
         "  run: nox -s pipeline -- --config configs/magic-8-ball.toml --torch 2.9.1\n"
     )
 
 
-def test_a_stage_before_the_lanes_run_again_alone_is_refused_in_each(finished) -> None:
+def test_checkpoint_newer_than_the_exports_is_rejected(finished) -> None:
     checkpoint_file(finished.layout.stage("training"), "magic-8-ball").write_text("other weights")
     finished.publish("training")
     for lane in ("2.9.1", "2.8.0"):
@@ -368,9 +368,9 @@ def test_a_stage_before_the_lanes_run_again_alone_is_refused_in_each(finished) -
             summarise(finished.layout, finished.config, [lane])
 
 
-def test_an_input_that_its_producer_no_longer_has_is_refused(finished) -> None:
+def test_removed_input_is_rejected(finished) -> None:
     contract_file(finished.layout.stage("export", "2.9.1"), "magic-8-ball").unlink()
     finished.publish("export", "2.9.1")
     with pytest.raises(StageError) as failure:
         summarise(finished.layout, finished.config, ["2.9.1"])
-    assert failure.value.expected == "nothing, as stage export has it now"
+    assert failure.value.expected == "no such output, the current one of stage export"

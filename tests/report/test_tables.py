@@ -1,4 +1,4 @@
-"""What a terminal and a pipe get, whole at every width."""
+"""The summary in a terminal and in a pipe, complete at every width."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def printed(summary: RunSummary, width: int, **options) -> str:
 
 
 @pytest.mark.parametrize("name", ["good", "bad", "matrix", "failed", "failed-matrix", "imported"])
-def test_what_a_pipe_of_80_columns_gets(name: str, summaries, golden) -> None:
+def test_output_at_80_columns_equals_the_golden_file(name: str, summaries, golden) -> None:
     golden(f"{name}.txt", printed(summaries[name], 80))
 
 
 @pytest.mark.parametrize("width", [80, 100, 120, 200])
 @pytest.mark.parametrize("name", ["good", "bad", "matrix", "failed", "failed-matrix", "imported"])
-def test_no_reason_is_cut_at_any_width(name: str, width: int, summaries) -> None:
+def test_texts_are_complete_at_every_width(name: str, width: int, summaries) -> None:
     summary = summaries[name]
     text = printed(summary, width)
     words = {part for word in text.split() for part in (word, word.rstrip(":"))}
@@ -41,12 +41,12 @@ def test_no_reason_is_cut_at_any_width(name: str, width: int, summaries) -> None
             )
     for answer in summary.sampled:
         assert set(answer.prompt.split()) <= words
-        # Each line of it on a line of its own, to be copied or searched for.
+        # Each line of the answer is on a line of its own, so that it can be copied.
         assert all(f"\n  {line}" in text for line in answer.answer.splitlines() if line)
-    assert "…" not in text.replace("9f2c1d7e…", "")  # what tells a digest apart is all that is shown of it
+    assert "…" not in text.replace("9f2c1d7e…", "")  # only digests are shortened
 
 
-def test_the_order_and_the_last_line(good: RunSummary) -> None:
+def test_order_of_tables_and_last_line(good: RunSummary) -> None:
     text = printed(good, 120)
     titles = [
         "stages, 56.6 s",
@@ -58,7 +58,7 @@ def test_the_order_and_the_last_line(good: RunSummary) -> None:
     assert text.splitlines()[-1] == "gates_ok: true"
 
 
-def test_a_pipe_has_no_colour_and_a_terminal_has(good: RunSummary) -> None:
+def test_only_a_terminal_has_colour(good: RunSummary) -> None:
     assert "\x1b" not in printed(good, 80)
     assert "\x1b[32mpassed" in printed(good, 80, force_terminal=True, color_system="standard")
 
@@ -70,13 +70,13 @@ def test_words_in_brackets_are_not_markup(good: RunSummary) -> None:
     assert "[/]" in text
 
 
-def test_an_empty_answer_is_seen(good: RunSummary) -> None:
+def test_empty_answer_is_shown(good: RunSummary) -> None:
     empty = Answer(prompt="Will it?", answer=" ", mood="hopeful", right=False)
     text = printed(msgspec.structs.replace(good, sampled=(empty,)), 80)
     assert "Will it?\n  (empty)  hopeful, wrong\n" in text
 
 
-def test_nothing_is_said_of_answers_where_nobody_asks(imported: RunSummary, failed_lane: RunSummary) -> None:
+def test_answers_are_omitted_without_questions(imported: RunSummary, failed_lane: RunSummary) -> None:
     stages = (imported.stages[0], imported.stages[1], *failed_lane.stages[2:])
     failed = msgspec.structs.replace(failed_lane, stages=stages)
     for summary in (msgspec.structs.replace(imported, sampled=()), failed):
@@ -85,15 +85,16 @@ def test_nothing_is_said_of_answers_where_nobody_asks(imported: RunSummary, fail
     assert "no question was answered" in printed(failed_lane, 120)
 
 
-def test_greedy_answers_are_the_checkpoints_or_not_and_of_no_mood(imported: RunSummary) -> None:
+def test_greedy_answers_are_compared_with_the_checkpoint(imported: RunSummary) -> None:
     text = printed(imported, 120)
-    assert "2 questions answered by the package, greedily and through its cache: 1 as by the checkpoint\n" in text
-    assert "What is the capital of Australia?\n  Canberra.  as the checkpoint\n" in text
-    assert "  Mostly.  not as the checkpoint\n" in text
+    title = "2 questions answered by the package, greedily with its cache: 1 of 2 answers equal the checkpoint's\n"
+    assert title in text
+    assert "What is the capital of Australia?\n  Canberra.  same as the checkpoint\n" in text
+    assert "  Mostly.  differs from the checkpoint\n" in text
     assert not re.search("held-out|fact", text)
 
 
-def test_a_cache_that_did_not_run_says_why(imported: RunSummary) -> None:
+def test_error_of_cached_functions_is_shown(imported: RunSummary) -> None:
     broken = StatefulError(backend=Backend.MIL_REFERENCE, error="no function `decode`")
     (lane,) = imported.lanes
     lane = msgspec.structs.replace(lane, stateful=broken)
@@ -106,16 +107,16 @@ def test_a_cache_that_did_not_run_says_why(imported: RunSummary) -> None:
     assert rows["perplexity"] == ["15.169", "(15.169)", "15.169", "(15.169)"]
 
 
-def test_a_fallback_is_said_just_before_the_verdict(good: RunSummary) -> None:
+def test_fallback_precedes_the_last_line(good: RunSummary) -> None:
     text = printed(msgspec.structs.replace(good, fell_back_from="2.8.0"), 80)
     assert text.splitlines()[-2:] == [
-        "fell back: the conversion in torch-2.8.0 failed; this is torch-2.9.1",
+        "fell back to torch-2.9.1, because the conversion in torch-2.8.0 failed",
         "gates_ok: true",
     ]
 
 
-def test_a_report_with_earlier_gate_names_reads_and_renders(summaries) -> None:
-    """Gate names are text for people: a report that names its gates otherwise is as readable as a new one."""
+def test_report_with_earlier_gate_names_renders(summaries) -> None:
+    """Gate names are free text, so reports with earlier names stay readable."""
     older = read_json(Path(__file__).with_name("older_verification_report.json"), VerificationReport)
     names = [gate.name for gate in older.gates]
     assert names[10] == "Nothing but rounding sets it apart"

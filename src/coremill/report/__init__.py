@@ -1,1 +1,1 @@
-"""What a run did, for people: one summary, printed in a terminal and written as a page."""
+"""The summary of a run: printed in a terminal, and written as summary.json and STATUS.md."""

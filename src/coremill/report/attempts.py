@@ -1,4 +1,4 @@
-"""How the stages that one lane rests on last ended, as their manifests say, and whether those fit together."""
+"""The last run of each stage that a lane depends on, from the manifests, and whether those match each other."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from coremill.pipeline.stages import find_stage, stages_of
 
 
 class Attempt(NamedTuple):
-    """The last time that a stage was run."""
+    """The last run of a stage."""
 
     stage: str
     folder: Path
-    """Where it left what it made, or what there was when it failed."""
+    """The directory of its outputs; those of a failed stage are incomplete."""
     manifest: StageManifest | None
-    """None for a stage that never ran."""
+    """None if the stage was never run."""
 
     @property
     def failure(self) -> str | None:
-        """Why the stage did not complete, in a line; None where it did."""
+        """The reason why the stage did not complete, in one line; None if it did."""
         if self.manifest is None:
-            return "it never ran"
+            return "the stage was never run"
         if self.manifest.error is None:
             return None
-        said = next((line.strip() for line in self.manifest.error.splitlines() if line.strip()), "no message")
+        error = next((line.strip() for line in self.manifest.error.splitlines() if line.strip()), "no message")
         log = conversion_log(self.folder)
-        return f"{said}; see {_relative(log)}" if log.is_file() else said
+        return f"{error}; see {_relative(log)}" if log.is_file() else error
 
 
 class Completed(NamedTuple):
-    """A stage that came to its end."""
+    """A stage that completed."""
 
     folder: Path
     manifest: StageManifest
 
     def output(self, name: str) -> Output:
-        """What the manifest recorded of an output."""
+        """Return the manifest's record of an output; a StageError if there is none."""
         recorded = self.manifest.outputs.get(name)
         if recorded is None:
             raise StageError(
                 f"{self.folder} has no {name}",
-                expected=f"what stage {self.manifest.stage} writes",
+                expected=f"the outputs of stage {self.manifest.stage}",
                 run=f"nox -s pipeline -- --force {self.manifest.stage}",
             )
         return recorded
 
     def checked(self, path: Path) -> Path:
-        """`path`, an output, hashed again before it is read."""
+        """Return `path`, an output, after checking its digest; a DigestError if the manifest has another."""
         check_outputs(
             self.folder, msgspec.structs.replace(self.manifest, outputs={path.name: self.output(path.name)})
         )
@@ -63,19 +63,20 @@ class Completed(NamedTuple):
 
 
 def build_command(config: RunConfig, lane: str, *, force: str | None = None) -> str:
-    """The command that builds the lane, with `force` as the stage to run even if it is fresh."""
+    """Return the command that builds the lane; `force` is a stage that runs even if it is fresh."""
     forced = f" --force {force}" if force else ""
     return f"nox -s pipeline -- --config configs/{config.name}.toml --torch {lane}{forced}"
 
 
 def read_attempts(layout: RunLayout, config: RunConfig, lane: str) -> list[Attempt]:
-    """The lane's stages and those that lanes share, in the order in which they run.
+    """Return the lane's stages and those that lanes share, in the order in which they run.
 
-    Left out are those that need one that did not complete.
+    Stages that need one that did not complete are excluded.
 
     Raises:
-        StageError: nothing of the run was built; a manifest is unreadable, of another run, or not of how its folder
-            says that the stage ended; or a stage was made from what is no longer there.
+        StageError: nothing of the run was built; a manifest is unreadable or belongs to another run, or
+            contradicts its directory; or a stage was run with another configuration or other inputs.
+        DigestError: an output differs from its manifest.
     """
     attempts: list[Attempt] = []
     stopped: set[str] = set()
@@ -87,7 +88,7 @@ def read_attempts(layout: RunLayout, config: RunConfig, lane: str) -> list[Attem
         stopped.add(stage.name)
     if attempts[0].manifest is None:
         raise StageError(
-            f"{layout.root} holds no stage that ran", expected="a build", run=build_command(config, lane)
+            f"{layout.root} contains no stage that was run", expected="a build", run=build_command(config, lane)
         )
     _check_inputs(attempts, build_command(config, lane))
     for each in completed(attempts).values():
@@ -97,12 +98,12 @@ def read_attempts(layout: RunLayout, config: RunConfig, lane: str) -> list[Attem
 
 
 def first_failed(attempts: Sequence[Attempt]) -> Attempt | None:
-    """The stage that the others wait for."""
+    """Return the first stage that did not complete, or None."""
     return next((each for each in attempts if each.failure is not None), None)
 
 
 def completed(attempts: Sequence[Attempt]) -> dict[str, Completed]:
-    """The stages that came to their end."""
+    """Return the stages that completed, by name."""
     return {
         each.stage: Completed(each.folder, each.manifest)
         for each in attempts
@@ -111,7 +112,7 @@ def completed(attempts: Sequence[Attempt]) -> dict[str, Completed]:
 
 
 def _last(layout: RunLayout, config: RunConfig, stage: str, lane: str | None) -> Attempt:
-    # First, because an older success stays beside a later failure.
+    # The failure first: an older success is kept next to a later failure.
     failed, good = layout.failed_stage(stage, lane), layout.stage(stage, lane)
     if failed.exists():
         return Attempt(stage, failed, _manifest(failed, config, stage, lane, "failed"))
@@ -127,7 +128,7 @@ def _manifest(
     found = (manifest.run, manifest.stage, manifest.lane, manifest.outcome)
     if found != (config.name, stage, lane, outcome):
         raise StageError(
-            f"{folder} is of run {found[0]!r}, stage {found[1]}, lane {found[2]}, {found[3]}",
+            f"{folder} belongs to run {found[0]!r}, stage {found[1]}, lane {found[2]}, {found[3]}",
             expected=f"run {config.name!r}, stage {stage}, lane {lane}, {outcome}",
             run="nox -s pipeline",
         )
@@ -135,18 +136,18 @@ def _manifest(
 
 
 def _check_config(config: RunConfig, manifest: StageManifest, run: str) -> None:
-    """The stage was run as the configuration says now: a report must not bless one bar with what met another."""
+    """Check that the stage was run with the current configuration, whose bounds the report is about."""
     stage = find_stage(manifest.stage, stages_of(config))
     if manifest.fingerprint.config != value_digest(stage.config_slice(config)):
         raise StageError(
             f"stage {manifest.stage} was run with another configuration",
-            expected=f"one run with what configs/{config.name}.toml says now (`coremill status` says what differs)",
+            expected=f"the current configs/{config.name}.toml (`coremill status` lists the differences)",
             run=run,
         )
 
 
 def _check_inputs(attempts: Sequence[Attempt], run: str) -> None:
-    """Each stage was made from what its producers hold now: nobody ran one of them again, and not this one."""
+    """Check that no stage was run again without the stages that depend on it."""
     now = {
         f"{stage}/{name}": output.digest
         for stage, done in completed(attempts).items()
@@ -158,7 +159,7 @@ def _check_inputs(attempts: Sequence[Attempt], run: str) -> None:
             if now.get(name) != recorded:
                 raise StageError(
                     f"{attempt.folder} was made from {name} {recorded}",
-                    expected=f"{now.get(name, 'nothing')}, as stage {name.split('/')[0]} has it now",
+                    expected=f"{now.get(name, 'no such output')}, the current one of stage {name.split('/')[0]}",
                     run=run,
                 )
 

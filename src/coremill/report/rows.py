@@ -1,4 +1,4 @@
-"""What the terminal's tables and the status page both show: the figures of a summary as rows of text."""
+"""The contents that the terminal and STATUS.md share: the figures of a summary as rows of text."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class Column(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A table: its columns, and a text for each in every row."""
+    """A table: its columns, and rows with one text per column."""
 
     columns: tuple[Column, ...]
     cells: Sequence[tuple[str, ...]]
 
 
 class Note(NamedTuple):
-    """A text too long for a cell, below its table."""
+    """A text below a table that is too long for a cell."""
 
     word: str
-    """How its subject came out."""
+    """The outcome of the subject."""
     subject: str
     text: str
 
@@ -71,7 +71,7 @@ def stage_rows(summary: RunSummary) -> Rows:
 
 
 def total_s(summary: RunSummary) -> float:
-    """Seconds of the stages that ran, each as it last did."""
+    """Return the duration of the stages' last runs, in seconds."""
     return sum(row.duration_s for row in summary.stages if row.duration_s is not None)
 
 
@@ -82,9 +82,9 @@ def shape_rows(lane: LaneVerified) -> Rows:
         Column("max error", numeric=True),
         Column("SQNR", numeric=True),
         Column("KL, nats", numeric=True),
-        Column("argmax", numeric=True),
+        Column("top-1", numeric=True),
         Column("positions", numeric=True),
-        Column("left out", numeric=True),
+        Column("excluded", numeric=True),
     )
     return Rows(columns, [_shape_row(lane, name, report) for name, report in lane.shapes.items()])
 
@@ -106,7 +106,7 @@ def _shape_row(lane: LaneVerified, name: str, report: ShapeReport) -> tuple[str,
 
 
 def perplexity_text(lane: LaneVerified) -> str | None:
-    """The perplexities in one sentence; None where no text was read."""
+    """Return the perplexities in one sentence; None if none was measured."""
     texts = [
         f"{name} {report.perplexity.measured:.3f} ({report.perplexity.reference:.3f})"
         for name, report in lane.shapes.items()
@@ -114,20 +114,20 @@ def perplexity_text(lane: LaneVerified) -> str | None:
     ]
     if not texts:
         return None
-    return f"perplexity of a text (the checkpoint's): {', '.join(texts)}"
+    return f"perplexity of the package (of the checkpoint): {', '.join(texts)}"
 
 
 def stateful_text(report: StatefulReport | None) -> str | None:
-    """What the functions with a cache showed, in one sentence; None where there are none."""
+    """Return the results of the functions with a cache, in one sentence; None if there are none."""
     if report is None:
         return None
     if isinstance(report, StatefulError):
         return f"prefill and decode: error: {report.error}"
     return (
-        f"a cache of {report.cache_positions} tokens, SQNR against main: prefill "
-        f"{report.prefill_sqnr_db:.1f} dB of {report.prefills} prompts, decode {report.continued_sqnr_db:.1f} dB "
-        f"of {report.continued} tokens after them and {report.decode_sqnr_db:.1f} dB of {report.decoded} one by "
-        f"one; {report.emptied_sqnr_db:.1f} dB with an emptied cache"
+        f"with a cache of {report.cache_positions} tokens, SQNR relative to main: prefill "
+        f"{report.prefill_sqnr_db:.1f} dB ({report.prefills} prompts), decode {report.continued_sqnr_db:.1f} dB "
+        f"({report.continued} tokens after a prefill) and {report.decode_sqnr_db:.1f} dB ({report.decoded} tokens "
+        f"from an empty cache); {report.emptied_sqnr_db:.1f} dB in a control with a zeroed cache"
     )
 
 
@@ -140,16 +140,16 @@ def stage_notes(summary: RunSummary) -> list[Note]:
 
 
 def shape_notes(lane: LaneSummary) -> list[Note]:
-    """The shapes that did not run, of those that were tried."""
+    """Return a note on each shape that failed to run."""
     shapes = {} if isinstance(lane, LaneFailed) else lane.shapes
     return [Note("error", name, report.error) for name, report in shapes.items() if isinstance(report, ShapeError)]
 
 
 def gate_notes(lane: LaneSummary, *, longest: int | None = None) -> list[Note]:
-    """The gates that give a reason, by reason: those that did not pass, then those whose pass cites something.
+    """Return the reasons of gates, one note per reason; those of gates that passed are last.
 
     Args:
-        longest: what was measured is given too, where it is a text of more characters.
+        longest: measured values with more characters are included.
     """
     sharing: dict[tuple[Outcome, str], list[str]] = {}
     for gate in ordered(lane.gates):
@@ -161,12 +161,12 @@ def gate_notes(lane: LaneSummary, *, longest: int | None = None) -> list[Note]:
 
 
 def backends(lane: LaneVerified) -> str:
-    """What ran the package."""
-    return ", ".join(sorted({report.backend.value for report in lane.shapes.values()})) or "nothing"
+    """Return the names of the backends that ran the package."""
+    return ", ".join(sorted({report.backend.value for report in lane.shapes.values()})) or "no backend"
 
 
 def gate_rows(lane: LaneSummary, *, longest: int | None = None) -> Rows:
-    """Args: longest: texts of more characters are left to :func:`gate_notes`."""
+    """Args: longest: measured values with more characters are left to :func:`gate_notes`."""
     columns = (
         Column("severity"),
         Column("outcome"),
@@ -192,12 +192,12 @@ def _is_long(gate: Gate, longest: int | None) -> bool:
 
 
 def ordered(gates: tuple[Gate, ...]) -> list[Gate]:
-    """Must before should before nice; in a severity, as the verification gave them."""
+    """Return the gates in the order must, should, nice; within a severity the order is kept."""
     return sorted(gates, key=lambda gate: list(Severity).index(gate.severity))
 
 
 def in_lanes(summary: RunSummary, notes: Callable[[LaneSummary], list[Note]]) -> list[Note]:
-    """The notes of all lanes; their subjects name the lane, and one that lanes share is given once."""
+    """Return the notes of all lanes with the lanes' names; notes that lanes share are merged."""
     sharing: dict[Note, list[str]] = {}
     for lane in summary.lanes:
         for note in notes(lane):
@@ -207,7 +207,7 @@ def in_lanes(summary: RunSummary, notes: Callable[[LaneSummary], list[Note]]) ->
 
 
 def lane_rows(summary: RunSummary) -> Rows:
-    """The lanes side by side: what they ran with, and what their packages compute."""
+    """Return the lanes side by side: their packages' versions and the results of their shapes."""
     lanes = summary.lanes
     shapes = dict.fromkeys(name for lane in summary.verified for name in lane.shapes)
     packages = ("torch", "coremltools", "numpy")
@@ -227,7 +227,7 @@ def lane_rows(summary: RunSummary) -> Rows:
 def _optional_row(
     name: str, lanes: Sequence[LaneSummary], text: Callable[[LaneVerified], str | None]
 ) -> list[tuple[str, ...]]:
-    """A row of what some lanes have; none where none has it."""
+    """Return a row, or none if no lane has a text for it."""
     texts = [text(lane) if isinstance(lane, LaneVerified) else None for lane in lanes]
     return [(name, *(each or ABSENT for each in texts))] if any(texts) else []
 
@@ -256,7 +256,7 @@ def _if_verified(lane: LaneSummary, text: Callable[..., str], *arguments: str) -
 
 
 def lane_gate_rows(summary: RunSummary) -> Rows:
-    """Every gate, in each lane; those of the stages themselves, too, where one did not complete."""
+    """Return every gate in each lane, including the gate on a stage that did not complete."""
     lanes = summary.lanes
     gates = {gate.name: gate for lane in lanes for gate in lane.gates}
     completion = {gate.name: lane.stage for lane in lanes if isinstance(lane, LaneFailed) for gate in lane.gates}
@@ -271,12 +271,12 @@ def lane_gate_rows(summary: RunSummary) -> Rows:
         (gate.severity.value, gate.name, *(in_short(lane, gate.name) for lane in lanes))
         for gate in ordered(tuple(gates.values()))
     ]
-    verdict = ("", "gates_ok", *(str(lane.gates_ok).lower() for lane in lanes))
-    return Rows((Column("severity"), Column("gate"), *_lane_columns(summary)), [*cells, verdict])
+    result = ("", "gates_ok", *(str(lane.gates_ok).lower() for lane in lanes))
+    return Rows((Column("severity"), Column("gate"), *_lane_columns(summary)), [*cells, result])
 
 
-LANE_SHAPES = "of each shape: max error, SQNR, argmax agreement"
-"""What :func:`lane_rows` says of a shape."""
+LANE_SHAPES = "for each shape: max error, SQNR, top-1 agreement"
+"""What the cells of :func:`lane_rows` contain for a shape."""
 
 
 def _lane_columns(summary: RunSummary) -> list[Column]:
@@ -293,7 +293,7 @@ def _shape_in_short(lane: LaneVerified, name: str) -> str:
 
 
 def _completion(summary: RunSummary, lane: LaneSummary, stage: str) -> str:
-    """Whether the stage completed in a lane that did not stop at it; a verified lane has all of them behind it."""
+    """Return the outcome of the stage in a lane that did not stop at it; a verified lane completed every stage."""
     if isinstance(lane, LaneVerified):
         return Outcome.PASSED.value
     return next(row.outcome.value for row in summary.stages if row.stage == stage and row.lane in (None, lane.lane))
@@ -308,42 +308,42 @@ def _gate_in_short(lane: LaneSummary, name: str) -> str:
 
 
 def notices(counts: dict[str, int]) -> str:
-    """`3 harmless, 1 compatibility`: the kinds of notices that there are."""
+    """Return the number of notices of each kind, such as `3 harmless, 1 compatibility`."""
     return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "none"
 
 
 def count_outcomes(lane: LaneSummary) -> str:
-    """`14 passed, 1 failed, 2 not_run`: the outcomes that there are."""
+    """Return the number of gates with each outcome, such as `14 passed, 1 failed, 2 not_run`."""
     counts = {outcome: sum(gate.outcome is outcome for gate in lane.gates) for outcome in Outcome}
     return ", ".join(f"{count} {outcome.value}" for outcome, count in counts.items() if count) or "no gates"
 
 
 def stopped_text(lane: LaneFailed) -> str:
-    """Why there is nothing to show of a lane."""
+    """Return the reason why a lane has no results."""
     return f"stage {lane.stage} did not complete"
 
 
 def heldout_text(heldout: HeldoutAnswers | None) -> str:
-    """The held-out answers in one sentence."""
+    """Return the results of held-out questions in one sentence."""
     if heldout is None:
-        return "no held-out questions: the model does not answer any"
+        return "no held-out questions: the model was not trained on a dataset"
     return (
-        f"{heldout.asked} held-out questions, answered greedily by the package: {heldout.exact} to the letter, "
-        f"{heldout.right_mood} of {heldout.with_mood} in the right mood, "
-        f"{heldout.right_tool_call} of {heldout.with_tool_call} the right tool call, "
-        f"{heldout.out_of_vocabulary} ids beyond the vocabulary; KL(teacher ‖ package) "
-        f"{heldout.teacher_kl_nats:.4f} nats an answer token, cross entropy {heldout.cross_entropy_nats:.4f} "
-        f"(the teacher's entropy: {heldout.teacher_entropy_nats:.4f})"
+        f"{heldout.asked} held-out questions, answered greedily by the package: {heldout.exact} answers are exact, "
+        f"{heldout.right_mood} of {heldout.with_mood} have the right mood, "
+        f"{heldout.right_tool_call} of {heldout.with_tool_call} tool calls are right, "
+        f"{heldout.out_of_vocabulary} ids are outside the vocabulary; per answer token, KL(teacher ‖ package) is "
+        f"{heldout.teacher_kl_nats:.4f} nats and the cross entropy {heldout.cross_entropy_nats:.4f} nats "
+        f"(entropy of the teacher: {heldout.teacher_entropy_nats:.4f})"
     )
 
 
 def answers_questions(summary: RunSummary) -> bool:
-    """Whether the run's model is asked questions."""
+    """Return whether the summary has a section on answers."""
     return learned_to_answer(summary) or bool(summary.sampled)
 
 
 def learned_to_answer(summary: RunSummary) -> bool:
-    """Whether the run's model was taught to answer the questions of a dataset."""
+    """Return whether the model was trained to answer the questions of a dataset."""
     return any(row.stage == "dataset" for row in summary.stages)
 
 
@@ -355,8 +355,8 @@ def answers_title(summary: RunSummary) -> str:
     if not learned_to_answer(summary):
         right = sum(answer.right for answer in summary.sampled)
         return (
-            f"{len(summary.sampled)} questions answered by the package{which}, greedily and through its cache: "
-            f"{right} as by the checkpoint"
+            f"{len(summary.sampled)} questions answered by the package{which}, greedily with its cache: "
+            f"{right} of {len(summary.sampled)} answers equal the checkpoint's"
         )
     return (
         f"{len(summary.sampled)} questions answered by the package{which}, "
@@ -365,7 +365,7 @@ def answers_title(summary: RunSummary) -> str:
 
 
 def answer_text(answer: Answer) -> str:
-    """The answer, or a word for one that ended before it began."""
+    """Return the answer, or `(empty)`."""
     return answer.answer.strip() or "(empty)"
 
 
@@ -374,14 +374,14 @@ def rightness(answer: Answer) -> str:
 
 
 def answer_verdict(summary: RunSummary, answer: Answer) -> tuple[str, str]:
-    """What kind of question it was, if there are kinds, and how the answer is."""
+    """Return the kind of the question, if there are kinds, and whether the answer is right."""
     if learned_to_answer(summary):
         return f"{answer.mood or 'fact'}, ", rightness(answer)
-    return "", "as the checkpoint" if answer.right else "not as the checkpoint"
+    return "", "same as the checkpoint" if answer.right else "differs from the checkpoint"
 
 
 def final_line(summary: RunSummary) -> str:
-    """`gates_ok: true`, or false and the gates that are why: `gates_ok: false; must: A (failed); should: …`."""
+    """Return `gates_ok: true`, or the gates that prevent it: `gates_ok: false; must: A (failed); should: …`."""
     if summary.gates_ok:
         return "gates_ok: true"
     parts = ["gates_ok: false"]
@@ -400,16 +400,16 @@ def final_line(summary: RunSummary) -> str:
 
 
 def is_blamed(gate: Gate) -> bool:
-    """Whether the gate keeps `gates_ok` from being true, by the rule of `coremill.core.gates.gates_ok`."""
+    """Return whether the gate makes `gates_ok` false, by the rule of `coremill.core.gates.gates_ok`."""
     return not gates_ok((gate,)) and gate.severity is not Severity.NICE
 
 
 def fallback_text(summary: RunSummary) -> str | None:
-    """That another lane was built than the one asked for, or None."""
+    """Return a sentence if another lane than the requested one was built, or None."""
     if summary.fell_back_from is None:
         return None
     built = ", ".join(lane_name(lane.lane) for lane in summary.lanes)
-    return f"fell back: the conversion in {lane_name(summary.fell_back_from)} failed; this is {built}"
+    return f"fell back to {built}, because the conversion in {lane_name(summary.fell_back_from)} failed"
 
 
 def lane_name(lane: str) -> str:
@@ -417,7 +417,7 @@ def lane_name(lane: str) -> str:
 
 
 def figure(value: float | int | str | None) -> str:
-    """A gate's figure: numbers to six digits, as its reason gives them; of a digest, what tells it apart."""
+    """Return a gate's figure as text: numbers with six digits, as in its reason; digests shortened."""
     if value is None:
         return ABSENT
     if isinstance(value, float):
@@ -427,7 +427,7 @@ def figure(value: float | int | str | None) -> str:
 
 
 def percent(share: float) -> str:
-    """Rounded down, so that only all of them are 100 %."""
+    """Return the share in percent, rounded down, so that only 1 is 100 %."""
     return "100 %" if share == 1 else f"{math.floor(share * 1e4) / 100:.2f} %"
 
 

@@ -1,4 +1,4 @@
-"""`STATUS.md`: the summary as a page, for a terminal and for GitHub."""
+"""`STATUS.md`: the summary as a Markdown page."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ E2E_TEST = "pytest tests/e2e/test_magic_8_ball_pipeline.py::test_magic_8_ball_pi
 
 
 def status_markdown(summary: RunSummary) -> str:
-    """The page; every figure in it is the summary's."""
+    """Return the page."""
     sections = [
         [f"# {summary.run}: pipeline status", "", *_head(summary)],
         ["## Stages", "", *_stages(summary)],
     ]
     if len(summary.lanes) > 1:
         tables = [*_table(lane_rows(summary)), "", *_table(lane_gate_rows(summary))]
-        sections.append(["## Lanes", "", f"Side by side; {LANE_SHAPES}.", "", *tables])
+        sections.append(["## Lanes", "", f"{LANE_SHAPES[0].upper()}{LANE_SHAPES[1:]}.", "", *tables])
     for lane in summary.lanes:
         sections.append([f"## Shapes, {lane_name(lane.lane)}", "", *_shapes(lane)])
         sections.append([f"## Gates, {lane_name(lane.lane)}", "", *_gates(lane)])
     sections.append(["## Figures", "", *_figures(summary)])
     if answers_questions(summary):
         sections.append(["## Answers", "", *_answers(summary)])
-    sections.append(["## Running it again", "", *_commands(summary)])
+    sections.append(["## Commands", "", *_commands(summary)])
     return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
 
@@ -79,13 +79,13 @@ def _head(summary: RunSummary) -> list[str]:
 
 
 def _flow(summary: RunSummary, lane: str) -> str:
-    """The stages that one lane rests on, in a line."""
+    """Return the stages that one lane depends on and their outcomes, in a line."""
     stages = [row for row in summary.stages if row.lane in (None, lane)]
     return f"{lane_name(lane)}: " + " → ".join(f"{row.stage} {row.outcome.value}" for row in stages)
 
 
 def _time(timestamp: str) -> str:
-    """To the minute, from ISO 8601 in UTC."""
+    """Format an ISO 8601 time in UTC to the minute."""
     return f"{datetime.datetime.fromisoformat(timestamp):%Y-%m-%d %H:%M} UTC"
 
 
@@ -94,17 +94,18 @@ def _stages(summary: RunSummary) -> list[str]:
     return [
         *_table(stage_rows(summary)),
         "",
-        f"{total_s(summary):.1f} s in all, each stage as it last ran; the first started at {_time(started_at[0])}.",
+        f"{total_s(summary):.1f} s in total, counting the last run of each stage; the first one started at "
+        f"{_time(started_at[0])}.",
         *_notes(stage_notes(summary)),
     ]
 
 
 def _shapes(lane: LaneSummary) -> list[str]:
     if isinstance(lane, LaneFailed):
-        return [f"No shape ran: {stopped_text(lane)}."]
+        return [f"No shape was run: {stopped_text(lane)}."]
     return [
-        f"The package run by {backends(lane)}, against the checkpoint's logits in eager torch, on real prompts.",
-        "Positions whose two best logits are all but equal are left out of the argmax agreement.",
+        f"The package was run by {backends(lane)} on real prompts and compared with the checkpoint in eager torch.",
+        "Top-1 agreement excludes positions whose two largest logits are almost equal.",
         "",
         *_table(shape_rows(lane)),
         *_notes(shape_notes(lane)),
@@ -117,7 +118,7 @@ def _shapes(lane: LaneSummary) -> list[str]:
 
 
 def _sentences(*texts: str | None) -> list[str]:
-    """A paragraph of each text that there is."""
+    """Return a paragraph for each text that is not None."""
     return [line for text in texts if text for line in ("", f"{_escape(text[0].upper() + text[1:])}.")]
 
 
@@ -142,7 +143,7 @@ def _figures(summary: RunSummary) -> list[str]:
 
 def _heldout(lane: LaneSummary) -> str:
     if isinstance(lane, LaneFailed):
-        return f"no held-out question was asked: {stopped_text(lane)}"
+        return f"no held-out questions were answered: {stopped_text(lane)}"
     return heldout_text(lane.heldout)
 
 
@@ -165,7 +166,7 @@ def _commands(summary: RunSummary) -> list[str]:
 
 
 def _table(rows: Rows) -> list[str]:
-    """A Markdown table whose source is aligned too."""
+    """Return a Markdown table whose source is aligned."""
     header = [column.name for column in rows.columns]
     cells = [[_escape(cell).replace("|", r"\|") for cell in row] for row in rows.cells]
     widths = [max(len(row[index]) for row in [header, *cells]) for index in range(len(header))]
@@ -186,13 +187,13 @@ def _table(rows: Rows) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    """`text` as one line of Markdown that shows as it is; underscores within words are literal as they are."""
+    """Escape `text` to one line of Markdown that renders verbatim; underscores within words need no escape."""
     line = " ".join(text.split())
     return re.sub(r"[\\`*\[<&~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
 
 
 def _code(text: str) -> str:
-    """`text` as a code span, with a fence longer than any run of backticks in it."""
+    """Return `text` as a code span, with a fence longer than any run of backticks in it."""
     line = " ".join(text.split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     pad = " " if line.startswith("`") or line.endswith("`") else ""

@@ -1,6 +1,6 @@
-"""One summary of a run, from the manifests and reports that its stages left: `summary.json` and `STATUS.md`.
+"""Summarises a run from the manifests and reports of its stages: `summary.json`, `STATUS.md` and the terminal.
 
-`coremill report` prints it as well. Nothing is measured here, and no stage is imported.
+Nothing is measured here, and no stage is imported.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from coremill.report.tables import render
 def summarise(
     layout: RunLayout, config: RunConfig, lanes: Sequence[str], fell_back_from: str | None = None
 ) -> RunSummary:
-    """The summary of the run in `layout`; a lane with a stage that failed or never ran is a failed lane of it.
+    """Return the summary of the run in `layout`; a lane with a stage that failed or was never run is a failed lane.
 
     Args:
-        lanes: torch versions that are reported, the primary one first; at least one.
-        fell_back_from: the lane that was asked for, where another one was built instead.
+        lanes: the torch versions to report, the primary one first; at least one.
+        fell_back_from: the requested lane, if another one was built instead.
 
     Raises:
-        StageError: nothing was built; a stage belongs to another run, or was made from what is no longer there; a
-            verification is of another package or contract.
-        DigestError: a report is not the one that its stage wrote.
+        StageError: nothing was built; a stage belongs to another run, or was run with another configuration or with
+            other inputs; a verification is of another package or contract.
+        DigestError: an output differs from its manifest.
     """
     shared = [stage.name for stage in stages_of(config) if not stage.per_lane]
     per_lane = [stage.name for stage in stages_of(config) if stage.per_lane]
@@ -98,7 +98,7 @@ def summarise(
 
 
 def _verification(done: dict[str, Completed], config: RunConfig, lane: str) -> VerificationReport:
-    """The lane's verification; a StageError if it is not of the package and the contract that are there now."""
+    """Return the lane's verification; a StageError if it is not of the current package and contract."""
     verify, export, convert = done["verify"], done["export"], done["convert"]
     path = verify.checked(verification_report(verify.folder))
     again = build_command(config, lane, force="verify")
@@ -110,8 +110,8 @@ def _verification(done: dict[str, Completed], config: RunConfig, lane: str) -> V
     ):
         if found != recorded.digest:
             raise StageError(
-                f"{path} is of a {artifact.name} {found}",
-                expected=f"{recorded.digest}, as the manifest beside {artifact} recorded",
+                f"{path} is about {artifact.name} {found}",
+                expected=f"{recorded.digest}, as in the manifest next to {artifact}",
                 run=again,
             )
     return report
@@ -120,7 +120,7 @@ def _verification(done: dict[str, Completed], config: RunConfig, lane: str) -> V
 def _stage_rows(
     names: Sequence[str], attempts: Sequence[Attempt], lane: str | None, report: VerificationReport | None
 ) -> list[StageSummary]:
-    """The named stages, of a lane, or for None those that lanes share; the ones after a failed one are not_run."""
+    """Return the named stages of a lane (None: those that lanes share); stages after a failed one are not_run."""
     by_stage = {each.stage: each for each in attempts}
     stopped = first_failed(attempts)
     return [
@@ -136,10 +136,10 @@ def _not_run(stage: str, lane: str | None, reason: str) -> StageSummary:
 
 
 def _stage_row(attempt: Attempt, lane: str | None, report: VerificationReport | None) -> StageSummary:
-    """Args: report: of the lane's verification."""
+    """Args: report: the lane's verification."""
     manifest, reason = attempt.manifest, attempt.failure
     if manifest is None:
-        return _not_run(attempt.stage, lane, "it never ran")
+        return _not_run(attempt.stage, lane, "the stage was never run")
     if attempt.stage == "verify" and report is not None and not must_gates_ok(report.gates):
         blocking = [g.name for g in report.gates if g.severity is Severity.MUST and g.outcome is not Outcome.PASSED]
         reason = f"must-gates: {'; '.join(blocking) or 'none was checked'}"
@@ -157,7 +157,7 @@ def _stage_row(attempt: Attempt, lane: str | None, report: VerificationReport | 
 
 def _lane_stopped(lane: str, attempts: Sequence[Attempt]) -> LaneSummary:
     last = first_failed(attempts)
-    assert last is not None, "every stage completed"  # else there were a verification
+    assert last is not None, "every stage completed"  # otherwise there would be a verification
     reason = last.failure
     assert reason is not None
     toolchain = None if last.manifest is None else last.manifest.toolchain
@@ -166,12 +166,12 @@ def _lane_stopped(lane: str, attempts: Sequence[Attempt]) -> LaneSummary:
 
 def _lane_verified(lane: str, convert: Completed, config: RunConfig, report: VerificationReport) -> LaneSummary:
     path = convert.checked(diagnostics_file(convert.folder))
-    said = read_json(
+    diagnostics = read_json(
         path, ConversionDiagnostics, error=StageError, run=build_command(config, lane, force="convert")
     )
     return LaneVerified(
         lane=lane,
-        toolchain=said.toolchain,
+        toolchain=diagnostics.toolchain,
         primary=report.primary,
         gates_ok=report.gates_ok,
         gates=report.gates,
@@ -180,18 +180,18 @@ def _lane_verified(lane: str, convert: Completed, config: RunConfig, report: Ver
         heldout=report.heldout,
         package_size_bytes=convert.output(package_dir(convert.folder, config.name).name).size_bytes,
         convert_duration_s=convert.manifest.duration_s,
-        converter_notices=count_notices(said.notices),
+        converter_notices=count_notices(diagnostics.notices),
     )
 
 
 def write_report(summary: RunSummary, folder: Path) -> None:
-    """Write `summary.json` and `STATUS.md` into `folder`, each whole or not at all."""
+    """Write `summary.json` and `STATUS.md` into `folder`, each atomically."""
     write_json(summary_file(folder), summary)
     write_atomic(status_file(folder), status_markdown(summary).encode())
 
 
 def exit_code(summary: RunSummary) -> int:
-    """0 if every lane's must-gates passed, and every stage that lanes share: only they block."""
+    """Return 0 if every lane's must-gates passed and every stage that lanes share completed."""
     gates = [lane.gates for lane in summary.lanes]
     return OK if shared_stages_ok(summary.stages) and all(map(must_gates_ok, gates)) else GATES_FAILED
 
@@ -199,17 +199,17 @@ def exit_code(summary: RunSummary) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(
         "report",
-        "Print what a run did, and write it to its report/ as summary.json and STATUS.md.",
+        "Print the results of a run, and write them to its report/ directory as summary.json and STATUS.md.",
         example="--config configs/smollm2-135m.toml",
     )
     parser.add_argument(
         "--torch",
         action="append",
         choices=LANES,
-        help=f"a lane, once or more often: several are compared (default: {PRIMARY_LANE})",
+        help=f"a lane; may be repeated to compare lanes (default: {PRIMARY_LANE})",
     )
     parser.add_argument(
-        "--fell-back-from", choices=LANES, help="the lane asked for, whose conversion failed; the report says so"
+        "--fell-back-from", choices=LANES, help="the requested lane, whose conversion failed; for the report"
     )
     add_run_options(parser)
     options = parser.parse_args(argv)

@@ -1,7 +1,6 @@
-"""The summary in a terminal: stages, shapes, gates, answers, and the verdict in the last line.
+"""The summary in a terminal: stages, shapes, gates, answers, and `gates_ok` in the last line.
 
-Read at 80 columns as at 120, and in a pipe: every outcome is a word, colour only repeats it, and texts wrap
-rather than being cut.
+It is readable at 80 columns and in a pipe: every outcome is a word, colour only repeats it, and long texts wrap.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from coremill.report.rows import (
 )
 
 _LONGEST_FIGURE = 12
-"""Characters of what a gate measured beyond which it is given below the table."""
+"""Characters of a measured value; a longer one is printed below the table."""
 _STYLES = {
     "passed": "green",
     "ok": "green",
@@ -60,11 +59,11 @@ _STYLES = {
     "false": "bold red",
     "not_run": "yellow",
 }
-"""Colours of the words that say how something came out."""
+"""The colours of outcomes."""
 
 
 def render(summary: RunSummary, console: Console) -> None:
-    """Print the summary; for several lanes, their comparison in the place of each one's figures."""
+    """Print the summary; for several lanes, their comparison instead of the figures of each."""
     console.print(stages_table(summary))
     if len(summary.lanes) == 1:
         lane = summary.lanes[0]
@@ -81,12 +80,12 @@ def render(summary: RunSummary, console: Console) -> None:
 
 
 def stages_table(summary: RunSummary) -> RenderableType:
-    title = f"{summary.run}: stages, {total_s(summary):.1f} s in all, each as it last ran"
+    title = f"{summary.run}: last runs of the stages, {total_s(summary):.1f} s in total"
     return Group(_title(title), _table(stage_rows(summary)), *_notes(stage_notes(summary)), "")
 
 
 def shapes_table(lane: LaneVerified) -> RenderableType:
-    title = f"{lane_name(lane.lane)}: shapes, run by {backends(lane)}, against the checkpoint in torch"
+    title = f"{lane_name(lane.lane)}: shapes, run by {backends(lane)}, compared with the checkpoint"
     size = f"package {megabytes(lane.package_size_bytes)}; converter notices: {notices(lane.converter_notices)}"
     more = [_below(Text(text)) for text in (perplexity_text(lane), stateful_text(lane.stateful)) if text]
     return Group(_title(title), _table(shape_rows(lane)), *_notes(shape_notes(lane)), *more, _below(Text(size)), "")
@@ -99,7 +98,7 @@ def gates_table(lane: LaneSummary) -> RenderableType:
 
 
 def comparison_table(summary: RunSummary) -> RenderableType:
-    """The lanes side by side, of one run."""
+    """Return the lanes of a run side by side."""
     return Group(
         _title(f"{summary.run}: lanes; {LANE_SHAPES}"),
         _table(lane_rows(summary)),
@@ -113,15 +112,15 @@ def comparison_table(summary: RunSummary) -> RenderableType:
 
 
 def answers_list(summary: RunSummary) -> RenderableType:
-    """Each question, and the answer below it: side by side, a tool call would be cut into four lines."""
+    """Return each question with the answer below it; next to each other, a tool call would wrap into four lines."""
     lines: list[RenderableType] = []
     for answer in summary.sampled:
         kind, word = answer_verdict(summary, answer)
         verdict = Text.assemble((kind, "dim"), (word, _STYLES[rightness(answer)]))
         lines.append(Text(answer.prompt))
         lines.append(Padding(Text.assemble((answer_text(answer), "bold"), "  ", verdict), (0, 0, 0, 2)))
-    asked = summary.verified[:1] if learned_to_answer(summary) else ()
-    heldout = [_below(Text(heldout_text(lane.heldout))) for lane in asked]
+    lanes = summary.verified[:1] if learned_to_answer(summary) else ()
+    heldout = [_below(Text(heldout_text(lane.heldout))) for lane in lanes]
     return Group(_title(answers_title(summary)), *lines, *heldout, "")
 
 
@@ -154,7 +153,7 @@ def _table(rows: Rows) -> Table:
 
 
 def _grouped(rows: Rows) -> Table:
-    """A table whose first column becomes titles of groups, which leaves the others more room."""
+    """Return a table whose first column becomes titles of groups, which leaves the others more width."""
     table = _empty_table()
     for column in rows.columns[1:]:
         table.add_column(column.name, justify="right" if column.numeric else "left", overflow="fold")
@@ -168,7 +167,7 @@ def _grouped(rows: Rows) -> Table:
 
 
 def _cell(text: str) -> Text:
-    """Never parsed as markup: questions and reasons may hold brackets."""
+    """Return the text of a cell. It is not parsed as markup, because questions and reasons may contain brackets."""
     word = text.split(",")[0]
     return Text(text, style=_STYLES.get(word, ""), overflow="fold")
 
