@@ -1,4 +1,4 @@
-"""Programs built with coremltools' own builder, and coremltools' own results where it has any."""
+"""Fixtures that build programs with coremltools' builder, run them, and infer their values with coremltools."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from coremltools.converters.mil.mil import get_new_symbol, types
 
 from coremill.mil import MLModel
 
-# These models are far too small to gain from a second thread, and two threads on busy cores wait for each other.
+# These models are too small to gain from a second thread, and two threads on busy cores wait for each other.
 torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # ct.convert leaves it to the collector to remove the temporary directory in which it wrote the weights.
+    # ct.convert relies on garbage collection to remove the temporary directory of the weights.
     config.addinivalue_line("filterwarnings", "ignore:Implicitly cleaning up <Temp:ResourceWarning")
 
 
@@ -45,7 +45,7 @@ def _symbol(size: Any) -> Any:
 
 
 def package_of(program: Any, ios: int, inputs: list[Any] | None) -> Any:
-    """A coremltools model of a built program, as it was built: no pass of the converter changes it."""
+    """Return a coremltools model of a built program; no pass of the converter changes the program."""
     return ct.convert(
         program,
         inputs=inputs,
@@ -59,9 +59,9 @@ def package_of(program: Any, ios: int, inputs: list[Any] | None) -> Any:
 
 @pytest.fixture(scope="session")
 def build() -> Callable[..., Any]:
-    """`build({"x": array}, lambda x: mb.relu(x=x), ios=18)`: a coremltools model with inputs like the arrays.
+    """`build({"x": array}, lambda x: mb.relu(x=x), ios=18)` returns a coremltools model with such inputs.
 
-    A shape may be given instead of an array, as `(shape, dtype)`; a size in it may be a range, `(least, greatest)`.
+    Instead of an array, `(shape, dtype)` is accepted; a size in the shape may be a range, `(minimum, maximum)`.
     """
 
     def build_model(inputs: Mapping[str, Any], body: Callable[..., Any], *, ios: int = 18) -> Any:
@@ -83,7 +83,7 @@ def build() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def evaluate(build: Callable[..., Any]) -> Callable[..., list[np.ndarray[Any, Any]]]:
-    """Outputs of `body` on the arrays, by the evaluator: `evaluate({"x": array}, lambda x: mb.relu(x=x))`."""
+    """`evaluate({"x": array}, lambda x: mb.relu(x=x))` returns the evaluator's outputs of the function."""
 
     def run(
         inputs: Mapping[str, np.ndarray[Any, Any]],
@@ -100,7 +100,7 @@ def evaluate(build: Callable[..., Any]) -> Callable[..., list[np.ndarray[Any, An
 
 @pytest.fixture(scope="session")
 def inferred() -> Callable[..., list[Any] | None]:
-    """What coremltools' own value inference gives for `body` on constants, or None where it has none."""
+    """`inferred(inputs, body)` returns the values that coremltools infers for constant inputs, or None."""
 
     def infer(inputs: Mapping[str, Any], body: Callable[..., Any], *, ios: int = 18) -> list[Any] | None:
         values: list[Any] = []

@@ -1,4 +1,4 @@
-"""Commands as a shell runs them, and packages on disk."""
+"""Fixtures that run commands as a shell does, and save packages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Ended(NamedTuple):
 
 @pytest.fixture
 def mil(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    """`mil("inspect", path)`: exit code and texts of `coremill mil inspect path`, at 80 columns."""
+    """`mil("inspect", path)` returns the exit code and output of `coremill mil inspect path`, at 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
 
     def run(*arguments: Any) -> Ended:
@@ -31,7 +31,7 @@ def mil(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         except SystemExit as stop:  # argparse
             code = int(stop.code or 0)
         captured = capsys.readouterr()
-        # A table's cells are padded to the width of their column.
+        # rich pads the cells of a table to the width of their column.
         return Ended(code, "".join(line.rstrip() + "\n" for line in captured.out.splitlines()), captured.err)
 
     return run
@@ -39,7 +39,7 @@ def mil(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def save_in(build: Callable[..., Any]) -> Callable[..., Path]:
-    """`save_in(folder, "name", {"x": array}, lambda x: mb.relu(x=x))`: a package there, as `build` takes it."""
+    """`save_in(folder, "name", …)` saves a package in the directory; the other arguments are those of `build`."""
 
     def save_model(folder: Path, name: str, *arguments: Any, **options: Any) -> Path:
         path = folder / f"{name}.mlpackage"
@@ -51,7 +51,7 @@ def save_in(build: Callable[..., Any]) -> Callable[..., Path]:
 
 @pytest.fixture
 def save(save_in: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """`save_in`, in the test's own folder."""
+    """`save_in` for the test's temporary directory."""
     return functools.partial(save_in, tmp_path)
 
 

@@ -1,10 +1,10 @@
-"""Make the bundle of `coremill mil selftest`: small packages, inputs, and outputs that torch and numpy computed.
+"""Create the bundle of `coremill mil selftest`: small packages, inputs, and outputs computed by torch and numpy.
 
-Not a test. Run it in a convert environment that has the tests' packages:
+This is a script, not a test. Run it in a convert environment with the tests' packages:
 
     python tests/mil/commands/make_selftest.py src/coremill/mil/selftest
 
-Nothing of coremill.mil computes here. `test_selftest.py` makes the expected outputs again and compares.
+coremill.mil computes none of the outputs. `test_selftest.py` computes them again and compares.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from coremill.mil.commands.arrays import write_npz
 Arrays = dict[str, np.ndarray]
 
 HALF_DB, SINGLE_DB = 50.0, 100.0
-"""Least SQNR that is asked of programs in fp16 and in fp32: either is far above a wrong operation's and below what
-rounding costs."""
+"""Minimum SQNR of programs in fp16 and in fp32: far above that of a wrong operation, and below that of rounding."""
 
 VOCAB, WIDTH, HEADS = 48, 32, 4
 LENGTHS = (8, 16, 24)
@@ -42,7 +41,7 @@ LENGTHS = (8, 16, 24)
 
 @dataclass(frozen=True)
 class Case:
-    """A package, and calls of it one after the other, which share one state."""
+    """A package and its calls, which run in order and share one state."""
 
     name: str
     covers: str
@@ -60,11 +59,11 @@ def ids(length: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCAB, (1, length)).astype(np.int32)
 
 
-# --- models that torch has --------------------------------------------------------------------------
+# --- models in torch -------------------------------------------------------------------------------
 
 
 class Decoder(nn.Module):
-    """One layer: layer norm, rotary positions, causal attention with grouped heads, a gated MLP."""
+    """One layer: layer norm, rotary embedding, causal attention with grouped heads, gated MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +80,7 @@ class Decoder(nn.Module):
         self.register_buffer("sin", torch.cat((angles, angles), 1).sin())
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids (1, T) int32 to logits (1, T, V)."""
+        """Return the logits (1, T, V) of input_ids (1, T) int32."""
         length = input_ids.shape[1]
         x = self.embed(input_ids)
         y = self.norm(x)
@@ -124,7 +123,7 @@ CACHE = 16
 
 
 class Cached(nn.Module):
-    """One layer of attention with a key/value cache, which is written at the end that the mask's width says."""
+    """One layer of attention with a key/value cache; the width of the mask is the end of the written positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +138,7 @@ class Cached(nn.Module):
         return x.view(1, -1, HEADS, 8).transpose(1, 2)
 
     def forward(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """input_ids (1, q), mask (1, 1, q, end) of 0 and -30000, to logits (1, q, V)."""
+        """Return the logits (1, q, V) of input_ids (1, q) with a mask (1, 1, q, end) of 0 and -30000."""
         x = self.embed(input_ids)
         end = mask.shape[-1]
         start = end - input_ids.shape[-1]
@@ -197,7 +196,7 @@ _MIL_TYPES = {np.dtype(np.float16): types.fp16, np.dtype(np.float32): types.fp32
 
 
 def program(inputs: Mapping[str, np.ndarray], body: Callable[..., Any], ios: int = 18) -> Callable[[], Any]:
-    """Makes a model of `body`, as it is written: no pass of the converter changes it."""
+    """Return a function that converts `body` to a model; no pass of the converter changes the program."""
     target = getattr(ct.target, f"iOS{ios}")
 
     def make() -> Any:
@@ -253,7 +252,7 @@ def int8_expected() -> list[Arrays]:
 
 LUT_INDICES = np.random.default_rng(16).integers(0, 16, (24, 32)).astype(np.uint8)
 LUT = random(2, 16, seed=17).astype(np.float16)
-"""A table for each 12 of 24 rows."""
+"""One table for each block of 12 rows."""
 
 
 def lut_body(x: Any) -> Any:
@@ -276,7 +275,7 @@ CONTROL_CALLS = [
 
 
 def control_body(x: Any, limit: Any) -> Any:
-    """x with one of two biases, by the sign of its sum; then doubled while its magnitudes are within a limit."""
+    """Add one of two biases to x by the sign of its sum, then double x while its magnitudes are within a limit."""
     is_positive = mb.greater(x=mb.reduce_sum(x=x, axes=[0], keep_dims=False), y=np.float32(0))
     biased = mb.cond(
         pred=is_positive,
@@ -399,7 +398,7 @@ CASES = (
 
 
 def save_package(model: Any, package: Path) -> None:
-    """Save a model so that equal ones have equal bytes: ids in the manifest derived from content, no metadata."""
+    """Save a model reproducibly: the manifest's ids are derived from the content, and metadata are removed."""
     with tempfile.TemporaryDirectory() as scratch:
         saved = Path(scratch) / "saved.mlpackage"
         model.save(str(saved))
@@ -414,7 +413,7 @@ def save_package(model: Any, package: Path) -> None:
 
 
 def arrays_of(case: Case) -> Arrays:
-    """Inputs and expected outputs of every call, in one dictionary: `0.input.x`, `0.output.y`, `1.input.x`, …"""
+    """Return the inputs and expected outputs of all calls by name: `0.input.x`, `0.output.y`, `1.input.x`, …"""
     arrays = {}
     for position, (call, expected) in enumerate(zip(case.calls, case.expected(), strict=True)):
         arrays |= {f"{position}.input.{name}": array for name, array in call.items()}

@@ -1,4 +1,4 @@
-"""Axes outside of a tensor's rank: an error of every operation that takes one, never another axis."""
+"""Axes outside a tensor's rank are errors in every operation that has an axis."""
 
 from __future__ import annotations
 
@@ -63,25 +63,25 @@ SEVERAL_AXES = [
 ]
 
 
-def test_counts_from_either_end():
+def test_negative_axes_count_from_the_end():
     assert [axis_of(3, axis) for axis in (0, 2, -1, -3)] == [0, 2, 2, 0]
     assert axes_of(3, (-1, 0)) == (0, 2)
 
 
 @pytest.mark.parametrize("axis", [3, -4, 7])
-def test_outside_of_the_rank(axis):
+def test_axis_outside_the_rank_is_rejected(axis):
     with pytest.raises(OperationError, match=f"^axis {axis} of a tensor of rank 3, whose axes are -3 to 2$"):
         axis_of(3, axis)
 
 
-def test_one_axis_twice():
+def test_repeated_axis_is_rejected():
     with pytest.raises(OperationError, match=r"^axes \[1, -2\] of a tensor of rank 3, expected each at most once$"):
         axes_of(3, (1, -2))
 
 
 @pytest.mark.parametrize("axis", [5, -6])
 @pytest.mark.parametrize("op_type", ONE_AXIS)
-def test_every_operation_of_one_axis(op_type, axis):
+def test_every_operation_rejects_an_invalid_axis(op_type, axis):
     definition = find(op_type, 18)
     with pytest.raises(KERNEL_FAILURES, match=r"axis -?\d|out of range|index out of"):
         definition.kernel(*ONE_AXIS[op_type], axis=axis, **OTHERS.get(op_type, {}))
@@ -89,25 +89,25 @@ def test_every_operation_of_one_axis(op_type, axis):
 
 @pytest.mark.parametrize("axes", [(0, 6), (-6,), (1, 1)], ids=str)
 @pytest.mark.parametrize("op_type", SEVERAL_AXES)
-def test_every_operation_of_several_axes(op_type, axes):
+def test_every_operation_rejects_invalid_axes(op_type, axes):
     with pytest.raises(KERNEL_FAILURES, match=r"ax[ei]s -?\[?\d|out of range|multiple times"):
         find(op_type, 18).kernel(X, axes=axes)
 
 
-def test_interleaving_and_tables():
+def test_interleaved_concat_and_lookup_tables_reject_an_invalid_axis():
     with pytest.raises(OperationError, match="axis 3 of a tensor of rank 3"):
         find("concat", 18).kernel((X, X), axis=3, interleave=True)
     with pytest.raises(OperationError, match="axis 2 of a tensor of rank 2"):
         find("constexpr_lut_to_dense", 18).kernel(AT[0], torch.zeros(1, 1, 4, 2), vector_axis=2)
 
 
-def test_the_list_names_every_operation_with_an_axis():
-    """But those whose axes are two, or of weights, which have tests of their own."""
+def test_every_operation_with_an_axis_is_listed():
+    """Operations with two axes or with an axis of a weight have their own tests."""
     known = {*ONE_AXIS, *SEVERAL_AXES, "constexpr_affine_dequantize"}
     assert {each.op_type for each in definitions() if {"axis", "axes"} & set(each.attributes)} == known
 
 
-def test_a_program_says_which_operation(build):
+def test_error_names_the_operation(build):
     model = build({"x": X.numpy()}, lambda x: mb.gather(x=x, indices=np.int32([0]), axis=1, name="embed"))
     package = Package("toy", model.get_spec(), open_package(model).weights)
     block = package.spec.mlProgram.functions["main"].block_specializations["CoreML8"]

@@ -17,7 +17,7 @@ def test_select_broadcasts(evaluate):
 
 
 def _branching(x):
-    scale = mb.add(x=x, y=np.float32(1))  # Captured by one branch, with a constant.
+    scale = mb.add(x=x, y=np.float32(1))  # captured by one branch, together with a constant
     positive = mb.greater(x=mb.reduce_sum(x=x), y=np.float32(0))
     return mb.cond(
         pred=positive,
@@ -33,8 +33,8 @@ def test_branches_capture_outer_values(evaluate):
     assert found.tolist() == [-0.5, -1.0]
 
 
-def test_the_other_branch_is_not_run(build):
-    """An index out of bounds in the branch that is not taken is no error."""
+def test_only_the_selected_branch_runs(build):
+    """An index out of bounds in the other branch is not an error."""
     table = np.arange(3, dtype=np.float32)
 
     def body(index):
@@ -54,8 +54,8 @@ def test_the_other_branch_is_not_run(build):
         model.predict({"index": np.array([-1], np.int32)})
 
 
-def test_a_loop_runs_until_its_condition_fails(evaluate):
-    """The sum of 1 to n, with n captured from outside by the condition and a step by the body."""
+def test_loop_runs_until_its_condition_is_false(evaluate):
+    """The sum of 1 to n; the condition captures n and the body captures the step."""
 
     def body(n, step):
         def condition(i, total):

@@ -24,7 +24,7 @@ def _random(*shape):
 
 
 def _reference(module, x):
-    """A torch module's output in float64, with its weight and bias as float32."""
+    """Return a torch module's output in float64, and its weight and bias as float32."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(parameter.float())
@@ -41,7 +41,7 @@ CONFIGURATIONS = [  # strides, dilations, groups, whether there is a bias
 
 
 def _configured(modules, rank, padding, x):
-    """Expected outputs, and options of the operation, at each configuration."""
+    """Yield the expected outputs and the operation's options for each configuration."""
     expected, options = [], []
     for strides, dilations, groups, has_bias in CONFIGURATIONS:
         module = modules[rank](
@@ -95,7 +95,7 @@ def test_conv_with_unequal_padding(evaluate):
     np.testing.assert_allclose(found[0, 0], scipy.signal.correlate2d(around, weight[0, 0], "valid"), rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # Of torch's own padding.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # a warning of torch
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_conv_keeps_the_size_with_same_padding(evaluate, rank):
     x = _random(2, 4, *SIZES[:rank])
@@ -120,7 +120,7 @@ def test_conv_with_same_padding_and_strides(evaluate, pad_type, expected):
     np.testing.assert_array_equal(found, [[expected]])
 
 
-def test_conv_of_a_weight_that_is_computed(evaluate):
+def test_conv_with_a_computed_weight(evaluate):
     x, weight = _random(1, 2, 6), _random(3, 2, 2)
     (found,) = evaluate({"x": x, "weight": weight}, lambda x, weight: mb.conv(x=x, weight=weight))
     expected = torch.conv1d(torch.from_numpy(x).double(), torch.from_numpy(weight).double())
@@ -151,7 +151,7 @@ def test_conv_transpose(evaluate, rank, ios):
 
 
 def test_conv_transpose_to_an_output_shape(evaluate):
-    """What torch calls output padding: more at the end, where nothing but the bias may be."""
+    """An output shape adds elements at the end that may contain only the bias, as torch's output padding does."""
     x = _random(1, 2, 4, 3)
     module = torch.nn.ConvTranspose2d(2, 3, (2, 3), 3, (0, 1), (2, 1), dtype=torch.float64)
     expected, weight, bias = _reference(module, x)
@@ -172,7 +172,7 @@ def test_conv_transpose_to_an_output_shape(evaluate):
 
 @pytest.mark.parametrize("pad_type", ["same", "valid"])
 def test_conv_transpose_is_the_transpose_of_conv(evaluate, pad_type):
-    """The inner products of conv's output with y, and of its input with the transpose of y, are the same."""
+    """The inner product of conv(x) with y equals that of x with conv_transpose(y)."""
     x = _random(1, 1, 6)
     options = [
         {"weight": _random(1, 1, kernel), "strides": [stride], "pad_type": pad_type}
@@ -194,7 +194,9 @@ def test_conv_transpose_with_same_padding(evaluate):
     x = np.array([[[1, 10]]], np.float32)
     weight = np.array([[[1, 2, 3, 4]]], np.float32)
     (found,) = evaluate({"x": x}, lambda x: mb.conv_transpose(x=x, weight=weight, strides=[2], pad_type="same"))
-    np.testing.assert_array_equal(found, [[[2, 3 + 10, 4 + 20, 30]]])  # One of each end of 1 2 13 24 30 40.
+    np.testing.assert_array_equal(
+        found, [[[2, 3 + 10, 4 + 20, 30]]]
+    )  # 1 2 13 24 30 40 without its first and last element
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -224,7 +226,7 @@ def test_conv_quantized(evaluate, per_channel):
 
 
 def _changed(build, body, inputs, parameter, value):
-    """A model whose operation takes another value, one that coremltools refuses, for a constant parameter."""
+    """Return a model in which a constant parameter has a value that coremltools rejects."""
     model = build(inputs, body)
     operations = model._spec.mlProgram.functions["main"].block_specializations["CoreML8"].operations
     operation = next(each for each in operations if each.type != "const")
@@ -274,7 +276,7 @@ ONES = np.ones((1, 1, 2), np.float32)
         ),
     ],
 )
-def test_refused_values(build, body, parameter, value, message):
+def test_invalid_parameter_values_are_rejected(build, body, parameter, value, message):
     with pytest.raises(CoremillError) as caught:
         _changed(build, body, {"x": X}, parameter, value).predict({"x": X})
     assert str(caught.value).endswith(message)
@@ -287,7 +289,7 @@ def test_refused_values(build, body, parameter, value, message):
         ({"quantization_type": "linear", "nbits": 9}, "weights of 9 bits, expected 1 to 8"),
     ],
 )
-def test_conv_quantized_that_is_not_defined(build, options, message):
+def test_undefined_conv_quantized_is_rejected(build, options, message):
     codes, one = np.ones((1, 1, 2), np.uint8), np.float32([1])
     body = lambda x: mb.conv_quantized(x=x, weight=codes, quant_scale=one, quant_bias=one, name="q", **options)  # noqa: E731
     model = MLModel(build({"x": X}, body, ios=15))

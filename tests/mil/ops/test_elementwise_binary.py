@@ -1,4 +1,4 @@
-"""Elementwise operations of two inputs, against numpy on any shapes that broadcast."""
+"""Elementwise operations with two inputs, against numpy on shapes that broadcast."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def kernel(name: str):
 
 
 def pairs(dtype, elements):
-    """Two arrays whose shapes broadcast."""
+    """Draw two arrays whose shapes broadcast."""
     return hnp.mutually_broadcastable_shapes(num_shapes=2, max_dims=4, max_side=4).flatmap(
         lambda shapes: st.tuples(*(hnp.arrays(dtype, shape, elements=elements) for shape in shapes.input_shapes))
     )
@@ -59,7 +59,7 @@ def compute(name, x, y):
 
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "maximum", "minimum"])
 @given(data=st.data())
-def test_floats_broadcast_as_numpy(name, data):
+def test_floats_broadcast_as_in_numpy(name, data):
     x, y = data.draw(pairs(np.float32, FLOATS))
     np.testing.assert_array_equal(compute(name, x, y), FLOAT[name](x, y))
 
@@ -75,14 +75,14 @@ def test_halves_are_rounded_once(name, data):
 
 @pytest.mark.parametrize("name", ["real_div", "floor_div", "mod"])
 @given(data=st.data())
-def test_division_as_numpy(name, data):
+def test_division_matches_numpy(name, data):
     x, y = data.draw(pairs(np.float32, st.floats(-1024, 1024, width=16).filter(lambda v: abs(v) > 2**-10)))
     np.testing.assert_allclose(compute(name, x, y), FLOAT[name](x, y), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
 @given(data=st.data())
-def test_comparisons_give_bools(name, data):
+def test_comparisons_return_bools(name, data):
     x, y = data.draw(pairs(np.float32, st.sampled_from([-1.0, 0.0, 0.5, np.inf, np.nan])))
     result = compute(name, x, y)
     assert result.dtype == np.bool_
@@ -98,7 +98,7 @@ def test_logical(name, data):
 
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "floor_div", "mod", "maximum", "minimum"])
 @given(data=st.data())
-def test_integers_as_numpy(name, data):
+def test_integers_match_numpy(name, data):
     elements = SMALL_INTS.filter(bool) if name in ("floor_div", "mod") else SMALL_INTS
     x, y = data.draw(pairs(np.int32, elements))
     result = compute(name, x, y)
@@ -107,7 +107,7 @@ def test_integers_as_numpy(name, data):
 
 
 @given(data=st.data())
-def test_integer_quotient_loses_its_fraction(data):
+def test_integer_division_truncates(data):
     x, y = data.draw(pairs(np.int32, SMALL_INTS.filter(bool)))
     np.testing.assert_array_equal(compute("real_div", x, y), np.trunc(x / y).astype(np.int32))
 

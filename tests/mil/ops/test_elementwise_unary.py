@@ -1,4 +1,4 @@
-"""Elementwise operations of one input, against numpy and coremltools' value inference."""
+"""Elementwise operations with one input, against numpy and coremltools' value inference."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _call(operation):
 
 @pytest.fixture(scope="module", params=[np.float32, np.float16], ids=["fp32", "fp16"])
 def results(request, evaluate):
-    """Outputs of one program that holds every case, by case."""
+    """Return the outputs of one program that contains every case, by case."""
     inputs = {name: array.astype(request.param) for name, (array, _, _) in CASES.items()}
 
     def body(*arguments):
@@ -75,7 +75,7 @@ def test_matches_numpy(results, name):
     exact = reference(array.astype(dtype).astype(np.float64))
     assert outputs[name].dtype == dtype
     if dtype == np.float16:
-        # One rounding of a value that is itself right to fp32: at most the neighbour of the exact value's rounding.
+        # The fp32 value is rounded once more: the result is at most one fp16 number away from the exact rounding.
         np.testing.assert_array_max_ulp(outputs[name], exact.astype(np.float16), maxulp=1)
     else:
         np.testing.assert_allclose(outputs[name], exact, rtol=3e-6, atol=1e-6)
@@ -135,12 +135,12 @@ def test_round_takes_halves_to_even(evaluate):
 
 
 class TestCast:
-    def test_cuts_fractions_off(self, evaluate):
+    def test_truncates_fractions(self, evaluate):
         (whole,) = evaluate({"x": np.array([1.9, -1.9, 0.5], np.float32)}, lambda x: mb.cast(x=x, dtype="int32"))
         assert whole.dtype == np.int32
         assert whole.tolist() == [1, -1, 0]
 
-    def test_holds_floats_within_the_integer_range(self):
+    def test_clamps_floats_to_the_integer_range(self):
         cast = find("cast", 18).kernel
         from coremill.mil.values import BY_NAME
 
@@ -162,7 +162,7 @@ class TestCast:
         )
         assert flags.tolist() == [0, 1, 1]
 
-    def test_an_integer_that_does_not_fit_is_an_error(self, build):
+    def test_integer_out_of_range_is_rejected(self, build):
         """Converters narrow token ids to uint16 before a gather: 65,541 must not become 5."""
         from coremill.mil import MLModel
 

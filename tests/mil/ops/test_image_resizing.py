@@ -1,4 +1,4 @@
-"""Resizing and resampling, against torch in float64, scipy.ndimage and values that coremltools publishes."""
+"""Resizing and resampling, against torch in float64, scipy.ndimage and values published by coremltools."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coremill.mil import MLModel
 RNG = np.random.default_rng(31)
 X = RNG.standard_normal((2, 3, 5, 7)).astype(np.float32)
 PAIR = np.float32([[[0, 1]]])
-PAIR_GRIDS = {  # Of an interval of 2, to 5 and 6 points: the examples of the operation's documentation.
+PAIR_GRIDS = {  # the documentation's examples: an interval of 2 sampled at 5 and 6 points
     "UNALIGN_CORNERS": ([0, 0.1, 0.5, 0.9, 1], [0, 0, 1 / 3, 2 / 3, 1, 1]),
     "STRICT_ALIGN_CORNERS": ([0, 0.25, 0.5, 0.75, 1], [0, 0.2, 0.4, 0.6, 0.8, 1]),
     "ALIGN_CORNERS": ([0, 0.25, 0.5, 0.75, 1], [0, 0.2, 0.4, 0.6, 0.8, 1]),
@@ -54,7 +54,7 @@ def test_documented_sampling_grids(evaluate, mode):
     _assert_all_close([five[0, 0], six[0, 0], one[0, 0], linear[0, 0]], [*grids, [0.5 if middle else 0], grids[1]])
 
 
-def test_resize_bilinear_like_torch(evaluate):
+def test_resize_bilinear_matches_torch(evaluate):
     sizes = [(9, 4), (2, 14)]
     found = evaluate(
         {"x": X},
@@ -75,7 +75,7 @@ def test_resize_bilinear_like_torch(evaluate):
 
 
 def _at(x, rows, columns, outside, fill=0.0):
-    """x at every row and column, interpolated by scipy."""
+    """Return x at every row and column, interpolated by scipy."""
     grid = np.meshgrid(rows, columns, indexing="ij")
     planes = x.astype(np.float64).reshape(-1, *x.shape[-2:])
     found = [
@@ -85,8 +85,8 @@ def _at(x, rows, columns, outside, fill=0.0):
     return np.reshape(found, (*x.shape[:-2], len(rows), len(columns)))
 
 
-def test_resize_of_more_dimensions(evaluate):
-    """Sizes count from the end of `shape`; 0 keeps; nearest neighbours with half-pixel centres."""
+def test_resize_of_several_dimensions(evaluate):
+    """Sizes count from the end of `shape`; 0 keeps a size; nearest neighbours use half-pixel centres."""
     x = X[0]
     pair = np.float32([[-6.174, 9.371]]).T
     found = evaluate(
@@ -117,14 +117,14 @@ def test_resize_of_more_dimensions(evaluate):
         [
             _interpolated(x[None, None], (4, 8, 6), "trilinear", align_corners=False)[0, 0],
             _interpolated(x[None], (5, 10), "bilinear", align_corners=True),
-            [[low, low], [high, high], [high, high]],  # What coremltools' own test expects.
+            [[low, low], [high, high], [high, high]],  # expected by coremltools' test
             [[low], [low], [high], [high]],
             _interpolated(x[None], (8, 3), "nearest-exact")[0],
         ],
     )
 
 
-def test_resize_of_whole_numbers(evaluate):
+def test_resize_of_integers(evaluate):
     (found,) = evaluate(
         {"x": np.int32([[0, 10], [20, 1 << 30]])},
         lambda x: mb.resize(x=x, shape=[4], resized_dims=np.uint32(1), sampling_mode="STRICT_ALIGN_CORNERS"),
@@ -152,7 +152,7 @@ def test_nearest_neighbours(evaluate):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_size_is_scaled_in_fp32(evaluate):
+def test_size_is_scaled_in_fp32(evaluate):
     """0.7 in fp32 is below 0.7, but its product with 10 in fp32 is 7: the size that coremltools declares."""
     x = np.arange(10, dtype=np.float32).reshape(1, 1, 10)
     found = evaluate(
@@ -165,7 +165,7 @@ def test_a_size_is_scaled_in_fp32(evaluate):
     assert [each.shape for each in found] == [(1, 1, 7), (1, 1, 7)]
 
 
-def test_upsample_bilinear_like_torch(evaluate):
+def test_upsample_bilinear_matches_torch(evaluate):
     factors = [(2, 3), (1.5, 0.6)]
     found = evaluate(
         {"x": X},
@@ -204,7 +204,7 @@ def test_upsample_bilinear_with_half_pixel_centers(evaluate, build):
     )
 
 
-def test_infinities_stay_at_their_size(evaluate):
+def test_infinities_are_kept_at_the_same_size(evaluate):
     x = np.float32([[[np.inf, 1], [2, -np.inf]]])
     found = evaluate(
         {"x": x},
@@ -246,8 +246,8 @@ def test_crop(evaluate, build):
 SQUARE = np.arange(1, 17, dtype=np.float32).reshape(1, 1, 4, 4)
 
 
-def test_crop_resize_to_published_values(evaluate):
-    """What coremltools' tests expect of Core ML."""
+def test_crop_resize_matches_published_values(evaluate):
+    """coremltools' tests expect these values of Core ML."""
     rois = {
         "corners": np.float32([1, 1, 2, 2]).reshape(1, 1, 4, 1, 1),
         "normalized": np.float32([0, 0, 0, 1 / 3, 1 / 3]).reshape(1, 1, 5, 1, 1),
@@ -281,7 +281,7 @@ BOXES = np.float32([[0.1, 0.3, 1.3, 1], [0.5, 1.8, 1, 0.3], [0, 0.4, 0.6, 0.7]])
 BOX_VALUES = [3.1, 5.2, -9, -9, -9, 7.9, -9, 13.9, 2.2, 3.1, 9.4, 10.3]
 
 
-def test_crop_resize_outside_of_the_image(evaluate):
+def test_crop_resize_outside_the_image(evaluate):
     options = {
         "target_height": 2,
         "target_width": 2,
@@ -301,7 +301,7 @@ def test_crop_resize_outside_of_the_image(evaluate):
 
 
 def test_crop_resize_up_to_the_border(evaluate):
-    """In fp32, 0.07 + (4 - 0.07) is above 4, the last row: no point of the box may count as outside for that."""
+    """In fp32, 0.07 + (4 - 0.07) is above 4, the last row, but the point must not count as outside."""
     boxes = np.float32([[0.07, 0, 4, 6]])
     options = {"target_height": 2, "target_width": 7, "sampling_mode": "ALIGN_CORNERS", "pad_value": -9.0}
     (found,) = evaluate({"x": X[:1]}, lambda x: mb.crop_resize(x=x, boxes=boxes, **options))
@@ -309,7 +309,7 @@ def test_crop_resize_up_to_the_border(evaluate):
 
 
 def test_crop_resize_sampling_modes(evaluate):
-    """A box with corners at pixels is the crop, resized; (2, 1) and (4, 5) of 5 × 7."""
+    """A box with its corners at pixels, (2, 1) and (4, 5) of 5 × 7, is the resized crop."""
     boxes = np.float32([[2, 1, 4, 5]])
     low = np.float32([[2, 1, 2.5, 5]])
     modes = list(PAIR_GRIDS)
@@ -330,15 +330,15 @@ def test_crop_resize_sampling_modes(evaluate):
         "STRICT_ALIGN_CORNERS": strict,
         "ALIGN_CORNERS": strict,
         "DEFAULT": _at(cut, np.arange(4) * 3 / 4, np.arange(2) * 5 / 2, "nearest"),
-        "OFFSET_CORNERS": _at(cut, (np.arange(4) + 0.5) / 2, [1, 3], "nearest"),  # Centres of RoI Align's bins.
+        "OFFSET_CORNERS": _at(cut, (np.arange(4) + 0.5) / 2, [1, 3], "nearest"),  # centres of RoI Align's bins
     }
     _assert_all_close(found, [expected[mode] for mode in modes])
-    # Bins of a box below one pixel are those of one pixel, and yet no point is outside of the box.
+    # A box smaller than one pixel has the bins of one pixel, but no point is outside the box.
     _assert_all_close([lowest], [_at(X[:1], [2.25, 2.5], [2, 4], "nearest")])
 
 
 def test_crop_resize_box_coordinates(evaluate):
-    """One box in every convention, on both images and on the second alone; the scale multiplies it."""
+    """One box in every convention, on both images and only on the second; the scale multiplies it."""
     box = {
         "CORNERS_HEIGHT_FIRST": [1, 2, 3, 5],
         "CORNERS_WIDTH_FIRST": [2, 1, 5, 3],
@@ -368,7 +368,7 @@ def test_crop_resize_box_coordinates(evaluate):
 
 
 def test_crop_resize_box_types(evaluate, build):
-    """Boxes of whole numbers, an image for each box, and one that there is not."""
+    """Boxes of integers, an image index for each box, and an invalid image index."""
     boxes, image = np.array([[1, 2, 3, 5], [0, 0, 2, 3]], np.int32), np.int32([1, 0])
     options = {"target_height": 3, "target_width": 4, "sampling_mode": "STRICT_ALIGN_CORNERS", "name": "crops"}
 
@@ -391,7 +391,7 @@ COORDINATES = RNG.uniform(-2.5, 2.5, (2, 6, 4, 2)).astype(np.float32)
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
-def test_resample_like_grid_sample(evaluate, align_corners):
+def test_resample_matches_grid_sample(evaluate, align_corners):
     paddings = {
         "constant": "zeros",
         "border": "border",
@@ -425,8 +425,8 @@ def test_resample_like_grid_sample(evaluate, align_corners):
     )
 
 
-def test_resample_at_elements_like_scipy(evaluate):
-    """Every padding mode with coordinates in elements, and in 0 … 1 where 1 is the last element."""
+def test_resample_at_elements_matches_scipy(evaluate):
+    """Every padding mode, with coordinates in elements and in 0 … 1, where 1 is the last element."""
     modes = {"constant": "grid-constant", "border": "nearest", "reflection": "mirror", "symmetric": "reflect"}
     places = RNG.uniform(-9, 15, (2, 3, 4, 2)).astype(np.float32)
     found = evaluate(
@@ -460,8 +460,8 @@ def test_resample_at_elements_like_scipy(evaluate):
         np.testing.assert_allclose(found[2 * index + 1], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_resample_to_published_values(evaluate):
-    """What coremltools' tests expect of Core ML: a constant, and 0 … 1 at the edges of pixels."""
+def test_resample_matches_published_values(evaluate):
+    """coremltools' tests expect these values of Core ML: a constant, and 0 … 1 at the edges of pixels."""
     x = np.float32([11, 22, 33, 44]).reshape(1, 1, 2, 2)
     coordinates = np.float32([-1, -2, -3.7, -1, 0, 0, 3.5, 1.2]).reshape(1, 2, 2, 2)
     options = {"x": x, "padding_value": 6.17}
@@ -519,8 +519,8 @@ def test_resample_coordinate_types(evaluate, dtype):
     np.testing.assert_array_equal(found[:, :, 0], [X[0, :, [4, 3], [6, 0]].T, X[1, :, [2, 0], [2, 1]].T])
 
 
-def test_resample_beyond_numbers(evaluate):
-    """NaN coordinates give NaN, infinite ones the padding; neither is an index."""
+def test_resample_at_nan_and_infinity(evaluate):
+    """NaN coordinates return NaN, infinite coordinates the padding; neither is used as an index."""
     places = np.float32([np.nan, 0, np.inf, 0, -np.inf, 0, 1e30, 0]).reshape(1, 1, 4, 2)
     found = evaluate(
         {"places": places},
@@ -556,7 +556,7 @@ def _affine(x, matrix, height, width, align_corners=True):
 
 
 def test_affine(evaluate):
-    """Published values, then a matrix for each image against torch."""
+    """Compare with published values, then with torch for one matrix per image."""
     square = np.float32([11, 22, 33, 44]).reshape(1, 1, 2, 2)
     matrices = np.float32([[0.5, 0.2, 0.1, -0.3, 0.7, 0.2], [1.1, 0, -0.4, 0.1, 0.9, 0]])
     wide, tall, aligned, edges = evaluate(
@@ -615,8 +615,8 @@ def test_affine(evaluate):
         ),
     ],
 )
-def test_refused_modes(build, body, old, new, message):
-    """Modes that coremltools' own builder would refuse."""
+def test_invalid_modes_are_rejected(build, body, old, new, message):
+    """coremltools' builder rejects these modes too."""
     model = build({"x": X}, body)
     for operation in model._spec.mlProgram.functions["main"].block_specializations["CoreML8"].operations:
         strings = (

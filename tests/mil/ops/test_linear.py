@@ -25,7 +25,7 @@ def test_linear(evaluate, inferred):
 
 
 def test_linear_of_halves_accumulates_in_fp32(evaluate):
-    """1,024 products of 1 and 3: a sum kept in fp16 would stick once it is 2,048 times a term's size."""
+    """1,024 products of 1 and 3: a sum in fp16 would stop growing at 2,048 times a term."""
     x = np.ones((1, 4096), np.float16)
     weight = np.full((2, 4096), 3.0, np.float16)
     weight[1] = 1 + 2**-10
@@ -38,7 +38,7 @@ def test_linear_of_halves_is_rounded_once_after_the_bias(evaluate):
     x = np.array([[2048.0]], np.float16)
     weight, bias = np.ones((1, 1), np.float16), np.array([1.5], np.float16)
     (found,) = evaluate({"x": x}, lambda x: mb.linear(x=x, weight=weight, bias=bias))
-    assert found.tolist() == [[2050.0]]  # 2049.5 lies between 2048 and 2050.
+    assert found.tolist() == [[2050.0]]  # 2049.5 is between 2048 and 2050
 
 
 MATMULS = [
@@ -103,7 +103,7 @@ def test_scaled_dot_product_attention(evaluate, kind, dtype):
 
 
 def test_attention_follows_its_mask(evaluate):
-    """The first row sees one key alone: it gives exactly that key's value."""
+    """The mask leaves the first row one key, so its result is exactly that key's value."""
     query, key, value = (_array(1, 1, 4, 8) for _ in range(3))
     mask = np.where(np.tril(np.ones((4, 4), np.bool_)), 0, -np.inf).astype(np.float32)
     (found,) = evaluate(
@@ -119,7 +119,7 @@ def test_attention_follows_its_mask(evaluate):
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-# A mask that is causal in effect: half of the work, and not another number
+# A mask with a causal effect: half of the work, and bit-identical results
 
 LONG = 1024
 
@@ -135,7 +135,7 @@ def _queries_and_keys(scale=1.0):
 
 
 @pytest.mark.parametrize("kind", ["bool", "-inf", "-3e4"])
-def test_a_causal_mask_is_known_and_changes_no_bit(kind, monkeypatch):
+def test_causal_mask_is_recognised_and_bit_identical(kind, monkeypatch):
     query, key, value = _queries_and_keys()
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=_causal(kind))
     asked = []
@@ -150,7 +150,7 @@ def test_a_causal_mask_is_known_and_changes_no_bit(kind, monkeypatch):
 
 @pytest.mark.parametrize("row", [1, 255, 256, 700, LONG - 1])
 @pytest.mark.parametrize("change", ["one seen key hidden", "one later key seen", "a bias on one seen key"])
-def test_a_mask_with_one_other_value_is_not_causal(row, change):
+def test_mask_with_one_different_value_is_not_causal(row, change):
     query, key, value = _queries_and_keys()
     mask = _causal("-3e4")
     place, number = {
@@ -165,11 +165,11 @@ def test_a_mask_with_one_other_value_is_not_causal(row, change):
     arrays = (each.numpy() for each in (query, key, value, mask))
     np.testing.assert_allclose(found, _attention(*arrays), rtol=1e-4, atol=1e-5)
     causal = _attention(query.numpy(), key.numpy(), value.numpy(), _causal("bool").numpy())
-    assert np.abs(found[0, :, row] - causal[0, :, row]).max() > 1e-5  # or the change could not be seen
+    assert np.abs(found[0, :, row] - causal[0, :, row]).max() > 1e-5  # otherwise the change would not be visible
 
 
 @pytest.mark.parametrize(("scale", "hidden"), [(1.0, "-5"), (300.0, "-3e4")])
-def test_a_mask_too_weak_for_its_scores_is_added(scale, hidden):
+def test_mask_too_weak_for_the_scores_is_added(scale, hidden):
     query, key, value = _queries_and_keys(scale)
     found = transformer.scaled_dot_product_attention(query, key, value / scale, _causal(hidden))
     arrays = [each.numpy() for each in (query, key, value / scale)]
@@ -178,7 +178,7 @@ def test_a_mask_too_weak_for_its_scores_is_added(scale, hidden):
     assert np.abs(expected - _attention(*arrays, _causal("bool").numpy())).max() > 0.1
 
 
-def test_a_mask_for_each_head_or_a_broadcast_one_is_added():
+def test_mask_per_head_or_broadcast_is_added():
     query, key, value = _queries_and_keys()
     each_head = torch.stack([_causal("-3e4"), torch.zeros(LONG, LONG)])[None]  # (1, 2, L, L)
     for mask in (each_head, torch.zeros(1, LONG)):

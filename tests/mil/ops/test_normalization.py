@@ -57,8 +57,8 @@ def test_layer_norm_of_an_inner_axis(evaluate):
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_layer_norm_of_halves_does_not_overflow_inside(evaluate):
-    x = np.array([[1000.0, -1000.0, 500.0, -500.0]], np.float16)  # Squares are beyond fp16.
+def test_layer_norm_of_halves_does_not_overflow_internally(evaluate):
+    x = np.array([[1000.0, -1000.0, 500.0, -500.0]], np.float16)  # the squares overflow fp16
     (found,) = evaluate({"x": x}, lambda x: mb.layer_norm(x=x, axes=[-1]))
     np.testing.assert_allclose(found, x.astype(np.float64) / np.sqrt(625000), rtol=1e-3)
 

@@ -1,4 +1,4 @@
-"""Pooling, against torch.nn in float64 and windows cut out by numpy."""
+"""Pooling, against torch.nn in float64 and numpy windows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def _random(*shape):
-    return RNG.standard_normal(shape).astype(np.float32) - 3  # Mostly below 0, which padding would exceed.
+    return (
+        RNG.standard_normal(shape).astype(np.float32) - 3
+    )  # mostly negative, so that zero padding would be the maximum
 
 
 def _windows(rank):
@@ -28,7 +30,7 @@ def _windows(rank):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_like_torch(evaluate, rank):
+def test_matches_torch(evaluate, rank):
     x = _random(2, 3, *SIZES[:rank])
     plain, padded = _windows(rank)
     found = evaluate(
@@ -59,8 +61,8 @@ def test_like_torch(evaluate, rank):
 
 
 @pytest.mark.parametrize("size", [6, 8])
-def test_ceil_mode_like_torch(evaluate, size):
-    """At 6 a window would begin in the padding after x, and is left out; at 8 the last reaches beyond it."""
+def test_ceil_mode_matches_torch(evaluate, size):
+    """At size 6 a window would begin in the padding after x and is omitted; at 8 the last one extends beyond it."""
     x = _random(1, 2, size, 8)
     options = {"kernel_sizes": [3, 2], "strides": [4, 3], "ceil_mode": True}
     padded = options | {"pad_type": "custom", "pad": [1, 1, 1, 1]}
@@ -91,7 +93,7 @@ def test_ceil_mode_like_torch(evaluate, size):
 
 
 def test_ceil_mode_without_padding(evaluate):
-    """The documented number of windows holds one that begins after x; torch leaves it out."""
+    """The documented number of windows includes one that begins after x; torch omits it."""
     x = np.float32([[[1, 2, 3, 4]]])
     (found,) = evaluate(
         {"x": x}, lambda x: mb.max_pool(x=x, kernel_sizes=[1], strides=[4], pad_type="valid", ceil_mode=True)
@@ -100,7 +102,7 @@ def test_ceil_mode_without_padding(evaluate):
 
 
 def test_same_padding(evaluate):
-    """Windows of 3 with stride 2 on 4 elements need one of padding: after, or before."""
+    """Windows of 3 with stride 2 on 4 elements need one element of padding, after or before."""
     x = np.float32([[[-1, -2, -3, -4]]])
     after, before, averages, counted, norms = evaluate(
         {"x": x},
@@ -147,11 +149,11 @@ def test_pools_of_halves(evaluate):
     np.testing.assert_array_equal(maxima, cut.max(-1))
     exact = cut.astype(np.float64)
     np.testing.assert_allclose(means, exact.mean(-1).astype(np.float16), rtol=1e-3)
-    # The squares are beyond fp16, the root is not.
+    # The squares overflow fp16, but the root does not.
     np.testing.assert_allclose(norms, np.linalg.norm(exact, axis=-1).astype(np.float16), rtol=1e-3)
 
 
-def test_a_window_that_does_not_fit(build):
+def test_window_larger_than_the_input_is_rejected(build):
     model = MLModel(
         build(
             {"x": ((1, 1, (2, 8)), np.float32)},
@@ -166,8 +168,8 @@ def test_a_window_that_does_not_fit(build):
     assert str(caught.value) == "operation 'pool' (max_pool): a window of 5 for 2 elements with padding [1, 1]"
 
 
-def test_unequal_padding_in_ceil_mode(build):
-    """`same` padding of a flexible size shows only at run time that one side gets more."""
+def test_unequal_padding_in_ceil_mode_is_rejected(build):
+    """With `same` padding of a flexible size, unequal padding is detected only at run time."""
     model = MLModel(
         build(
             {"x": ((1, 1, (3, 8)), np.float32)},

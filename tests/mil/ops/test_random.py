@@ -1,4 +1,4 @@
-"""Random operations, against the distributions of scipy. Every draw is seeded: a test passes always or never."""
+"""Random operations, against scipy's distributions. Every draw is seeded, so the tests are deterministic."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from coremill.mil.ops.registry import OperationError, find
 
 COUNT = 20_000
 LEAST_P = 1e-3
-"""A test of fit below this probability fails; right draws fall below it for one seed in a thousand."""
+"""A test of fit fails below this probability; correct draws are below it for one seed in a thousand."""
 X = {"x": np.zeros((1,), np.float32)}
 
 
 @pytest.fixture
 def draw(evaluate):
-    """Draws of one operation, which hangs on no input."""
+    """Return draws of one operation that does not depend on inputs."""
     return lambda body, **options: evaluate(X, lambda x: (mb.relu(x=x), body()), **options)[1]
 
 
@@ -33,7 +33,7 @@ def test_normal(draw, mode):
     assert found.shape == (100, 200)
     assert found.dtype == (np.float64 if mode == "oracle-fp64" else np.float32)
     assert stats.kstest(found.reshape(-1), stats.norm(-2.0, 0.5).cdf).pvalue > LEAST_P
-    # A state of the generator that shows in the next draw would show here.
+    # Successive draws must not be correlated.
     assert abs(np.corrcoef(found.reshape(-1)[:-1], found.reshape(-1)[1:])[0, 1]) < 4 / COUNT**0.5
 
 
@@ -81,26 +81,26 @@ def test_categorical(evaluate, mode):
         assert counts[~possible].sum() == 0
         expected = probabilities[possible] / probabilities.sum() * COUNT
         assert stats.chisquare(counts[possible], expected).pvalue > LEAST_P
-    # Rows are drawn independently of each other.
+    # Rows are drawn independently.
     assert stats.chi2_contingency(np.histogram2d(*found, bins=(4, 4))[0][[0, 2, 3]]).pvalue > LEAST_P
 
 
 @pytest.mark.parametrize(("draw", "index"), [(0.0, 1), (1.0, 2)])
-def test_the_ends_of_a_categorical_draw_are_possible(monkeypatch, draw, index):
-    """The least draw and one that rounds up to the greatest: neither picks an entry of probability 0 beyond."""
+def test_extreme_categorical_draws_are_possible(monkeypatch, draw, index):
+    """The smallest draw, and one that rounds up to the largest, do not select an entry with probability 0."""
     monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, draw, dtype=torch.float64))
     found = find("random_categorical", 18).kernel(torch.tensor([0.0, 3.0, 1.0, 0.0]), mode="probs", size=2)
     assert found.tolist() == [index, index]
 
 
-def test_a_computed_shape(evaluate):
+def test_computed_shape(evaluate):
     (found,) = evaluate(
         {"shape": np.array([3, 1, 2], np.int32)}, lambda shape: mb.random_uniform(shape=shape, low=4.0, high=4.0)
     )
     np.testing.assert_array_equal(found, np.full((3, 1, 2), 4, np.float32))
 
 
-def test_a_seed_repeats_its_draws(build, draw):
+def test_seed_repeats_the_draws(build, draw):
     model = MLModel(build(X, lambda x: (mb.relu(x=x), _normal())))
     first, again = (list(model.predict(X).values())[1] for _ in range(2))
     np.testing.assert_array_equal(first, again)
@@ -109,7 +109,7 @@ def test_a_seed_repeats_its_draws(build, draw):
     assert not (draw(lambda: _normal(seed=8)) == first).any()
 
 
-def test_without_a_seed_every_run_draws_anew(build):
+def test_without_a_seed_every_run_differs(build):
     model = MLModel(build(X, lambda x: (mb.relu(x=x), _normal(seed=-1))))
 
     def run():
@@ -122,7 +122,7 @@ def test_without_a_seed_every_run_draws_anew(build):
     np.testing.assert_array_equal(run(), first)
 
 
-def test_what_is_no_distribution():
+def test_invalid_distributions_are_rejected():
     half = torch.tensor(0.5)
     with pytest.raises(OperationError, match=r"prob 1\.5; it must be from 0 to 1"):
         find("random_bernoulli", 18).kernel(3 * half, shape=(2,))

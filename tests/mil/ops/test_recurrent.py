@@ -20,13 +20,13 @@ def _random(*shape, dtype=np.float32):
 
 
 def _module(kind, **options):
-    """A torch layer and its parameters' gates in torch's order."""
+    """Return a torch layer and its parameters, with the gates in torch's order."""
     torch.manual_seed(3)
     return getattr(torch.nn, kind)(INPUTS, HIDDEN, **options).requires_grad_(False)
 
 
 def _gates(module, name, order, dtype=np.float32, suffix=""):
-    """A parameter with its gates in another order, given by their places in torch's."""
+    """Return a parameter with its gates reordered; `order` contains their indices in torch's order."""
     parts = np.split(getattr(module, f"{name}_l0{suffix}").numpy().astype(dtype), len(order))
     return np.concatenate([parts[place] for place in order])
 
@@ -37,7 +37,7 @@ def _data(states, dtype, directions=1):
 
 
 def _run_torch(module, data, direction):
-    """Outputs in the order of processing: torch's own layers are not reversed."""
+    """Return the outputs in the order of processing, because torch's layers are not reversed."""
     x, *states = (torch.from_numpy(each).float() for each in data.values())
     states = tuple(torch.stack(each.chunk(2 if module.bidirectional else 1, -1)) for each in states)
     states = states if len(states) > 1 else states[0]
@@ -107,7 +107,7 @@ def test_lstm(evaluate, ios, dtype, has_bias, direction, every):
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_lstm_of_both_directions(evaluate, has_bias):
-    """Every step is in the order of x; of the last ones the backward half is that of the first step."""
+    """All steps are in the order of x; the backward half of the last output belongs to the first step."""
     module = _module("LSTM", bias=has_bias, bidirectional=True)
     data = _data(["h", "c"], np.float32, directions=2)
 
@@ -192,8 +192,8 @@ def test_lstm_with_peepholes(evaluate, names, clip):
 
 
 @pytest.mark.parametrize(("direction", "every"), CASES)
-def test_gru_that_resets_after_the_product(evaluate, direction, every):
-    """As torch's layer does."""
+def test_gru_with_reset_after_the_product(evaluate, direction, every):
+    """torch's layer does the same."""
     module = _module("GRU")
     data = _data(["h"], np.float32)
 
@@ -253,7 +253,7 @@ def test_gru(evaluate, ios, dtype, names, direction, every):
 
 
 def test_every_activation(evaluate):
-    """One step without a recurrent part is the activation itself. `rnn` names one of them differently."""
+    """One step without a recurrent part is the activation. `rnn` has a different name for one of them."""
     x = np.linspace(-4, 4, 9, dtype=np.float32).reshape(1, 9, 1)
     names = {**{name: name for name in ACTIVATIONS}, "sigmoid_hard": "hard_sigmoid", "TANH": "tanh"}
 
@@ -267,7 +267,7 @@ def test_every_activation(evaluate):
         np.testing.assert_allclose(found, ACTIVATIONS[name](x[0]), rtol=1e-5, atol=1e-7)
 
 
-def test_what_the_definitions_exclude():
+def test_unsupported_options_are_rejected():
     x, h = torch.zeros(2, 1, 4), torch.zeros(1, 2)
     weights = torch.zeros(8, 4), torch.zeros(8, 2)
     with pytest.raises(

@@ -44,7 +44,7 @@ def test_matches_numpy(results, name, axes):
     keep, outputs = results
     expected = REFERENCES[name](X.astype(np.float64), axis=None if axes is None else tuple(axes), keepdims=keep)
     found = outputs[name, str(axes)]
-    assert found.shape == (expected.shape or (1,))  # Core ML has no scalars.
+    assert found.shape == (expected.shape or (1,))  # Core ML has no scalars
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -69,7 +69,7 @@ def test_argument(evaluate, name):
 
 
 def test_halves_accumulate_in_fp32(evaluate):
-    """2,048 ones and a thousand halves: in fp16 arithmetic the sum would stick at 2,048."""
+    """2,048 ones and a thousand halves: in fp16 the sum would stop growing at 2,048."""
     x = np.array([1.0] * 2048 + [0.5] * 1000, np.float16)
     total, mean = evaluate({"x": x}, lambda x: (mb.reduce_sum(x=x), mb.reduce_mean(x=x)))
     assert total.dtype == np.float16
@@ -77,8 +77,8 @@ def test_halves_accumulate_in_fp32(evaluate):
     assert mean.tolist() == [np.float16(2548 / 3048)]
 
 
-def test_a_sum_of_squares_of_halves_does_not_overflow_inside(evaluate):
-    x = np.full(4, 200.0, np.float16)  # 4 · 40,000 is beyond fp16, its root is not.
+def test_sum_of_squares_of_halves_does_not_overflow_internally(evaluate):
+    x = np.full(4, 200.0, np.float16)  # 4 · 40,000 overflows fp16, but its root does not
     (norm,) = evaluate({"x": x}, lambda x: mb.reduce_l2_norm(x=x))
     assert norm.tolist() == [400.0]
 

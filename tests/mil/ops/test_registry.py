@@ -1,4 +1,4 @@
-"""What is registered, and that it is what coremltools registers."""
+"""The registered operations match those of coremltools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from coremill.mil import ops
 from coremill.mil.ops.registry import OperationError, definitions, find, op, supported_operations
 
-# `coreml_update_state` is saved as `write_state`, which coremltools' converter has no operation for.
+# `coreml_update_state` is saved as `write_state`, for which coremltools' converter has no operation.
 SAVED_ONLY = {"write_state"}
 
 
@@ -27,13 +27,13 @@ IOS_VERSIONS = (15, 16, 17, 18)
 
 
 def _theirs(op_type, version):
-    """coremltools' class of an operation for an iOS version, None before its first."""
+    """Return coremltools' class of an operation for an iOS version, or None if the version is too old."""
     classes = {target.name: each for target, each in SSAOpRegistry.core_ops.get(op_type, {}).items()}
     return classes.get(f"iOS{version}")
 
 
 def _kernel(definition):
-    """The function as it was written, under the parameters that a version fixes."""
+    """Return the kernel's function, without the parameters that a version fixes."""
     return getattr(definition.kernel, "func", definition.kernel)
 
 
@@ -44,7 +44,7 @@ def test_every_family_is_imported():
 
 @pytest.mark.parametrize("op_type", sorted(set(SSAOpRegistry.core_ops) - set(STRUCTURE)))
 def test_every_operation_has_its_parameters_in_every_version(op_type):
-    """Names, and which may be left out, as coremltools' definition for each iOS version says."""
+    """The names and the optional parameters match coremltools' definition for each iOS version."""
     for version in IOS_VERSIONS:
         theirs, mine = _theirs(op_type, version), find(op_type, version)
         if theirs is None:
@@ -57,15 +57,15 @@ def test_every_operation_has_its_parameters_in_every_version(op_type):
         assert optional <= {each.name for each in parameters if not each.required}, f"iOS{version}"
 
 
-def test_structure_is_what_has_no_kernel():
+def test_only_structural_operations_have_no_kernel():
     assert set(STRUCTURE) <= set(SSAOpRegistry.core_ops)
     assert not set(STRUCTURE) & set(supported_operations())
     assert set(supported_operations()) - set(SSAOpRegistry.core_ops) == SAVED_ONLY
 
 
 @pytest.mark.parametrize("definition", definitions(), ids=lambda each: f"{each.op_type}-iOS{each.since}")
-def test_a_definition_is_of_a_version_that_differs(definition):
-    """Each begins with a version of coremltools' definitions, so that none is registered in vain."""
+def test_definitions_start_at_a_version_of_coremltools(definition):
+    """Each one starts at a version of coremltools' definitions, so that none is redundant."""
     if definition.op_type in SAVED_ONLY:
         return
     theirs = _theirs(definition.op_type, definition.since)
@@ -74,7 +74,7 @@ def test_a_definition_is_of_a_version_that_differs(definition):
 
 
 @pytest.mark.parametrize("definition", definitions(), ids=lambda each: f"{each.op_type}-iOS{each.since}")
-def test_a_kernel_says_what_it_is(definition):
+def test_kernel_is_documented(definition):
     kernel = _kernel(definition)
     documentation = inspect.getdoc(kernel)
     assert documentation
@@ -83,7 +83,7 @@ def test_a_kernel_says_what_it_is(definition):
     assert "Source of the semantics: `coremltools.converters.mil.mil.ops.defs" in module.__doc__
 
 
-def test_versions_of_one_operation():
+def test_find_returns_the_version_of_an_operation():
     versions = [find("gather", version) for version in IOS_VERSIONS]
     assert [each.since for each in versions] == [15, 16, 17, 17]
     assert find("gather", 26) is versions[-1]
@@ -92,7 +92,7 @@ def test_versions_of_one_operation():
     assert "gather" in supported_operations()
 
 
-def test_a_version_is_registered_once():
+def test_duplicate_version_is_rejected():
     with pytest.raises(ValueError, match="operation gather of iOS17 is registered twice"):
 
         @op("gather", since=17)
@@ -100,7 +100,7 @@ def test_a_version_is_registered_once():
             return x
 
 
-def test_a_positional_parameter_is_a_tensor():
+def test_positional_parameter_must_be_a_tensor():
     with pytest.raises(TypeError, match="positional parameter axis is <class 'int'>, not a tensor"):
 
         @op("of_a_test")
@@ -127,7 +127,7 @@ def test_attributes_are_converted():
 
 
 def test_no_kernel_writes_to_its_inputs(evaluate):
-    """The plan hands constants and states to kernels as they are."""
+    """The plan passes constants and states to kernels without copying them."""
     import numpy as np
     from coremltools.converters.mil import Builder as mb  # noqa: N813
 

@@ -1,4 +1,4 @@
-"""Gathers and scatters, against numpy; indices out of bounds."""
+"""Gathers and scatters, against numpy; errors for indices out of bounds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_gather(evaluate, indices, axis):
     np.testing.assert_array_equal(found, np.take(TABLE, indices, axis))
 
 
-def test_gather_of_one(evaluate):
+def test_gather_of_one_index(evaluate):
     (found,) = evaluate({"x": TABLE}, lambda x: mb.gather(x=x, indices=np.int32(3), axis=0), ios=17)
     np.testing.assert_array_equal(found, TABLE[3])
 
@@ -43,7 +43,7 @@ def test_gather_with_batches(evaluate):
 @pytest.mark.parametrize(("ios", "index", "bounds"), [(16, 6, "-6 to 5"), (16, -7, "-6 to 5"), (18, 6, "0 to 5")])
 @pytest.mark.parametrize("validate", [False, True])
 def test_gather_out_of_bounds_is_an_error(build, ios, index, bounds, validate):
-    """Whether or not Core ML would check: without `validate_indices` what it gives is undefined."""
+    """The evaluator always checks; without `validate_indices` Core ML's result is undefined."""
     options = {"validate_indices": validate} if ios >= 17 else {}
     inputs = {"ids": _int(1, 2)}
     model = MLModel(build(inputs, lambda ids: mb.gather(x=TABLE, indices=ids, name="embed", **options), ios=ios))
@@ -125,7 +125,7 @@ def test_scatters(evaluate, mode):
     np.testing.assert_allclose(at_pairs, expected)
 
 
-def test_scatter_adds_repeated_indices(evaluate):
+def test_scatter_add_accumulates_repeated_indices(evaluate):
     (found,) = evaluate(
         {"updates": np.ones((3, 4), np.float32)},
         lambda updates: mb.scatter(data=TABLE, indices=_int(2, 2, 0), updates=updates, mode="add"),
@@ -159,7 +159,7 @@ def _zeros(*shape):
         ("scatter_nd", (X, _zeros(2, 4), X), {}, r"indices of shape \[2, 4\] into the sizes \[2, 3, 4\]"),
     ],
 )
-def test_shapes_that_do_not_fit(op_type, arguments, attributes, message):
-    """torch would broadcast, wrap or leave out; the definitions of coremltools refuse."""
+def test_mismatched_shapes_are_rejected(op_type, arguments, attributes, message):
+    """torch would broadcast, wrap or ignore; coremltools' definitions reject them."""
     with pytest.raises(OperationError, match=message):
         find(op_type, 18).kernel(*arguments, **attributes)

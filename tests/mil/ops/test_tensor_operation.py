@@ -10,8 +10,8 @@ from coremltools.converters.mil.mil.ops.tests.iOS14.test_tensor_operation import
 from coremill.mil.ops.registry import OperationError, find
 
 overlaps = TestNonMaximumSuppression._compute_iou_matrix
-"""(B, 4) boxes to the (B, B) ratios of their intersections to their unions, by coremltools' own test."""
-del TestNonMaximumSuppression  # Not to be collected here.
+"""Returns the (B, B) intersections over unions of (B, 4) boxes; from coremltools' test."""
+del TestNonMaximumSuppression  # not collected here
 
 X = np.array([[3.0, -1.0, 4.0, -1.5], [5.0, 9.0, -2.0, 6.0]], np.float32)
 Y = X + 100
@@ -135,7 +135,7 @@ def test_one_hot(evaluate):
     np.testing.assert_array_equal(first, np.eye(4, dtype=np.int32)[[0, 2, 1]].T)
 
 
-def test_impossible_parts_are_refused():
+def test_sizes_that_do_not_fit_are_rejected():
     import torch
 
     x = torch.zeros(2, 5)
@@ -156,10 +156,10 @@ def _suppress(evaluate, boxes, scores, **options):
 
 
 def test_suppression_of_few_boxes(evaluate):
-    """Of two boxes that overlap by half the better one stays, though it comes later."""
+    """Of two boxes that overlap by half, the one with the higher score is kept, although it is second."""
     boxes = np.array([[[1, 1, 2, 2], [1, 2, 2, 2], [9, 9, 2, 2], [5, 5, 0, 0]]], np.float32)
     scores = np.array([[[0.5], [0.75], [0.25], [-1]]], np.float32)
-    # The first two share 2 of 6.
+    # The first two boxes share 2 of 6 units.
     for iou_threshold, chosen in ((0.32, [1, 2]), (0.34, [1, 0, 2])):
         found = _suppress(evaluate, boxes, scores, iou_threshold=iou_threshold, score_threshold=0.0, max_boxes=5)
         padding = 5 - len(chosen)
@@ -170,7 +170,7 @@ def test_suppression_of_few_boxes(evaluate):
         assert found[2].dtype == found[3].dtype == np.int32
 
 
-def test_suppression_keeps_the_best_box_where_none_passes(evaluate):
+def test_suppression_keeps_the_best_box_if_none_passes(evaluate):
     boxes = np.array([[[1, 1, 2, 2], [6, 6, 2, 2]]], np.float32)
     scores = np.array([[[0.25, 0.5], [0.75, 0.1]]], np.float32)
     _, _, indices, count = _suppress(evaluate, boxes, scores, iou_threshold=0.5, score_threshold=0.9, max_boxes=2)
@@ -178,7 +178,7 @@ def test_suppression_keeps_the_best_box_where_none_passes(evaluate):
     assert count.tolist() == [1]
 
 
-def test_a_score_at_the_threshold_passes(evaluate):
+def test_score_at_the_threshold_passes(evaluate):
     boxes = np.array([[[1, 1, 2, 2], [6, 6, 2, 2]]], np.float32)
     scores = np.array([[[0.25], [0.5]]], np.float32)
     indices = _suppress(evaluate, boxes, scores, iou_threshold=0.5, score_threshold=0.25, max_boxes=2)[2]
@@ -188,12 +188,12 @@ def test_a_score_at_the_threshold_passes(evaluate):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("per_class", [False, True])
 @pytest.mark.parametrize("max_boxes", [7, 60])
-def test_what_suppression_leaves(evaluate, dtype, per_class, max_boxes):
-    """Which boxes stay follows from three properties, whatever the way to find them."""
+def test_suppression_keeps_the_best_boxes(evaluate, dtype, per_class, max_boxes):
+    """Three properties determine which boxes are kept."""
     rng = np.random.default_rng(3)
     centres, sizes = rng.uniform(0, 400, (2, 50, 2)), rng.uniform(100, 300, (2, 50, 2))
     boxes = np.concatenate([centres, sizes], -1).astype(dtype)
-    scores = rng.permutation(2 * 50 * 3).reshape(2, 50, 3).astype(dtype)  # No two are equal.
+    scores = rng.permutation(2 * 50 * 3).reshape(2, 50, 3).astype(dtype)  # all different
     options = {"iou_threshold": dtype(0.25), "max_boxes": max_boxes, "per_class_suppression": per_class}
     threshold = float(np.median(scores.max(-1)))
     found = _suppress(evaluate, boxes, scores, score_threshold=dtype(threshold), **options)
@@ -204,7 +204,7 @@ def test_what_suppression_leaves(evaluate, dtype, per_class, max_boxes):
         overlap = overlaps(boxes[sample]) > 0.25
         if per_class:
             overlap &= classes[:, None] == classes[None, :]
-        # By falling score; none overlaps another; whoever is left out overlaps a better one that stays.
+        # Descending scores; no kept boxes overlap; each dropped box overlaps a kept one with a higher score.
         assert (np.diff(best[chosen]) < 0).all()
         assert overlap[np.ix_(chosen, chosen)].sum() == count
         passing = np.flatnonzero(best >= threshold)
@@ -216,8 +216,8 @@ def test_what_suppression_leaves(evaluate, dtype, per_class, max_boxes):
     assert found[0].dtype == dtype
 
 
-def test_suppression_of_ios17(evaluate):
-    """As before with the boxes last, every score passing and no number of boxes."""
+def test_suppression_in_ios17(evaluate):
+    """As in earlier versions, with the boxes last, no score threshold, and no number of boxes."""
     rng = np.random.default_rng(5)
     boxes = rng.uniform(100, 300, (2, 20, 4)).astype(np.float32)
     scores = rng.uniform(-1, 1, (2, 20, 3)).astype(np.float32)

@@ -30,7 +30,7 @@ def _rank(draw):
 
 @st.composite
 def slices(draw):
-    """A shape and what slice_by_index takes for it, no slice empty: Core ML has no empty tensors."""
+    """Draw a shape and arguments of slice_by_index; no slice is empty, as Core ML has no empty tensors."""
     shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
     begin, end, stride, begin_mask, end_mask, squeeze_mask = [], [], [], [], [], []
     for size in shape:
@@ -69,7 +69,7 @@ def numpy_index(arguments):
 
 
 @given(slices())
-def test_slice_by_index_is_numpys(case):
+def test_slice_by_index_matches_numpy(case):
     shape, arguments = case
     x = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
     found = kernel("slice_by_index")(torch.from_numpy(x), **arguments)
@@ -77,7 +77,7 @@ def test_slice_by_index_is_numpys(case):
 
 
 @given(slices())
-def test_slice_update_is_numpys(case):
+def test_slice_update_matches_numpy(case):
     shape, arguments = case
     x = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
     expected = x.copy()
@@ -87,7 +87,7 @@ def test_slice_update_is_numpys(case):
     given_tensor = torch.from_numpy(x.copy())
     found = kernel("slice_update")(given_tensor, torch.from_numpy(np.array(update)), **arguments)
     np.testing.assert_array_equal(found.numpy(), expected)
-    np.testing.assert_array_equal(given_tensor.numpy(), x)  # A kernel never writes to its inputs.
+    np.testing.assert_array_equal(given_tensor.numpy(), x)  # a kernel never writes to its inputs
 
 
 SLICES = [
@@ -118,13 +118,13 @@ def test_slice_by_index_matches_value_inference(evaluate, inferred):
 
 
 def test_slice_with_computed_bounds(evaluate):
-    """begin and end come from an input: nothing of the slice is known before the run."""
+    """begin and end are computed from an input."""
     inputs = {"x": X, "begin": np.array([0, 1, 0, 2], np.int32), "end": np.array([1, 3, 4, 4], np.int32)}
     (found,) = evaluate(inputs, lambda x, begin, end: mb.slice_by_index(x=x, begin=begin, end=end))
     np.testing.assert_array_equal(found, X[0:1, 1:3, :, 2:4])
 
 
-def test_an_index_past_the_end_is_an_error(build):
+def test_index_past_the_end_is_rejected(build):
     inputs = {"x": X, "begin": np.array([0, 3, 0, 0], np.int32)}
     mask = [False, True, False, False]
     model = MLModel(
@@ -155,7 +155,7 @@ def test_reshape_inherits_sizes_at_zero(ios):
     assert tuple(found.shape) == (2, 3, 4, 5)
 
 
-def test_reshape_before_ios17_inherits_at_the_same_rank_only():
+def test_reshape_before_ios17_inherits_only_at_the_same_rank():
     with pytest.raises(OperationError, match=r"shape \[0, -1\] has a 0 and another rank than \[2, 3, 4, 5\]"):
         kernel("reshape", 16)(torch.from_numpy(X), shape=(0, -1))
 
@@ -171,7 +171,7 @@ def test_reshape_before_ios17_inherits_at_the_same_rank_only():
         (X, [0, 2, 0, -1, 0]),
     ],
 )
-def test_reshape_of_ios17_inherits_from_the_last_size_on(evaluate, inferred, x, shape):
+def test_reshape_in_ios17_inherits_from_the_last_size(evaluate, inferred, x, shape):
     (expected,) = inferred({"x": x}, lambda x: mb.reshape(x=x, shape=shape), ios=17)
     (found,) = evaluate({"x": x}, lambda x: mb.reshape(x=x, shape=shape), ios=17)
     np.testing.assert_array_equal(found, expected)
@@ -183,7 +183,7 @@ def test_reshape_of_a_transposed_tensor(evaluate):
     np.testing.assert_array_equal(found, X.transpose(0, 2, 1, 3).reshape(2, 4, 15))
 
 
-def test_an_impossible_reshape_names_operation_and_shapes(build):
+def test_invalid_reshape_error_names_operation_and_shapes(build):
     inputs = {"x": X, "shape": np.array([7, 7], np.int32)}
     model = MLModel(build(inputs, lambda x, shape: mb.reshape(x=x, shape=shape, name="square")))
     with pytest.raises(PackageError, match=r"^operation 'square' \(reshape\) fails on float32\[2, 3, 4, 5\]"):
@@ -210,12 +210,12 @@ def test_others_match_value_inference(evaluate, inferred):
         np.testing.assert_array_equal(mine, theirs, err_msg=name)
 
 
-def test_squeeze_leaves_sizes_above_one(evaluate):
+def test_squeeze_keeps_sizes_above_one(evaluate):
     (found,) = evaluate({"x": X[:, :1]}, lambda x: mb.squeeze(x=x, axes=[0, 1]))
     assert found.shape == (2, 4, 5)
 
 
-def test_pixels_and_blocks(evaluate):
+def test_pixel_shuffle_and_space_to_depth(evaluate):
     x = np.arange(2 * 8 * 4 * 6, dtype=np.float32).reshape(2, 8, 4, 6)
     shuffled, unshuffled, to_space, there_and_back = evaluate(
         {"x": x},
@@ -235,8 +235,8 @@ def test_pixels_and_blocks(evaluate):
     np.testing.assert_array_equal(there_and_back, x)
 
 
-# The examples of TensorFlow's documentation of tf.space_to_batch, which has the channel last: an input (N, H, W),
-# block sizes, paddings, and the result.
+# Examples from TensorFlow's documentation of tf.space_to_batch, channels last: input (N, H, W), block sizes,
+# paddings, result.
 TENSORFLOW_BLOCKS = {
     "one block": ([[[1, 2], [3, 4]]], [2, 2], [[0, 0], [0, 0]], [[[1]], [[2]], [[3]], [[4]]]),
     "four blocks": (
@@ -258,7 +258,7 @@ TENSORFLOW_BLOCKS = {
 
 
 @pytest.mark.parametrize("name", TENSORFLOW_BLOCKS)
-def test_blocks_as_in_tensorflow(evaluate, name):
+def test_blocks_match_tensorflow(evaluate, name):
     x, blocks, borders, expected = TENSORFLOW_BLOCKS[name]
     x, expected = (np.array(each, np.float32)[:, None] for each in (x, expected))
     (batches,) = evaluate({"x": x}, lambda x: mb.space_to_batch(x=x, block_shape=blocks, paddings=borders))
@@ -267,20 +267,20 @@ def test_blocks_as_in_tensorflow(evaluate, name):
     np.testing.assert_array_equal(back, x)
 
 
-def test_uneven_blocks_there_and_back(evaluate):
+def test_uneven_blocks_round_trip(evaluate):
     def body(x):
         batches = mb.space_to_batch(x=x, block_shape=[3, 2], paddings=[[1, 1], [1, 2]])
         return batches, mb.batch_to_space(x=batches, block_shape=[3, 2], crops=[[1, 1], [1, 2]])
 
     batches, back = evaluate({"x": X}, body)
     padded = np.pad(X, [(0, 0), (0, 0), (1, 1), (1, 2)])
-    # The sample at (row, column) of its block, of the sample n, is number (row * 2 + column) * 2 + n.
+    # The element at (row, column) of a block of sample n is in sample (row * 2 + column) * 2 + n.
     expected = [padded[n, :, row::3, column::2] for row in range(3) for column in range(2) for n in range(2)]
     np.testing.assert_array_equal(batches, expected)
     np.testing.assert_array_equal(back, X)
 
 
-def test_impossible_blocks_are_refused():
+def test_invalid_blocks_are_rejected():
     x, none = torch.from_numpy(X), ((0, 0), (0, 0))
     with pytest.raises(OperationError, match="4 x 5 elements with their padding in blocks of 2 x 2"):
         kernel("space_to_batch")(x, block_shape=(2, 2), paddings=none)
@@ -320,6 +320,6 @@ def test_reshape_like(evaluate):
 
 
 @pytest.mark.parametrize(("begin", "size"), [((0,), (1,)), ((0, 0, 0), (1, 1, 1)), ((0, 0), (1,))])
-def test_a_slice_by_size_of_another_rank(begin, size):
+def test_slice_by_size_of_a_different_rank_is_rejected(begin, size):
     with pytest.raises(OperationError, match="for a tensor of rank 2"):
         find("slice_by_size", 18).kernel(torch.zeros(2, 3), begin=begin, size=size)
