@@ -34,6 +34,7 @@ from coremill.core.digest import size_bytes
 from coremill.coreml.decoder import Decoder, Main
 from coremill.mil import MLModel
 from coremill.mil.plan import Step
+from coremill.mil.values import Value
 from coremill.model.student import Layer, Student, each, new_student
 
 FOLDER = Path("build/bench-mil")
@@ -251,7 +252,7 @@ def largest_live_bytes(model: MLModel, tokens: npt.NDArray[np.int32]) -> int:
     constant = plan.general.constant_storages
     largest = 0
 
-    def observe(step: Step, values: list[object]) -> None:
+    def observe(step: Step, values: list[Value]) -> None:
         nonlocal largest
         storages = {
             value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()

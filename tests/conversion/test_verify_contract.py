@@ -200,7 +200,7 @@ def test_the_contract_of_another_package_is_caught(build):
         "Contract file generated and valid": (
             f"the contract is {file_digest(build.contract)}, not "
             + read_spec(build.package).description.metadata.userDefined["com.coremill.contract_digest"]
-            + "; model_type: the contract says 'toy', the checkpoint 'magic-8-ball'"
+            + "; model_type: the contract has 'toy', the checkpoint 'magic-8-ball'"
         )
     }
 
@@ -242,8 +242,8 @@ def test_another_checkpoint_is_caught(build):
 @pytest.mark.parametrize(
     ("remove", "gate", "reason"),
     [
-        ("graph", "Export completes", "there is no tiny_ball.pt beside the contract"),
-        ("diagnostics", "Core ML conversion completes", "there is no diagnostics.json beside the package"),
+        ("graph", "Export completes", "there is no tiny_ball.pt next to the contract"),
+        ("diagnostics", "Core ML conversion completes", "there is no diagnostics.json next to the package"),
     ],
 )
 def test_what_was_not_there_to_be_checked_did_not_pass(build, remove, gate, reason):
@@ -382,7 +382,7 @@ def test_every_gate_fails_on_the_record_of_a_failed_conversion(build, report, gi
     ]
     assert {gate.outcome for gate in failed.gates} == {Outcome.FAILED}
     assert {gate.reason for gate in failed.gates} == {
-        "the conversion made no package: coremltools could not convert the graph: NotImplementedError: no such op"
+        "the conversion failed: coremltools could not convert the graph: NotImplementedError: no such op"
     }
     assert not failed.gates_ok
     assert all(isinstance(shape, ShapeError) for shape in failed.shapes.values())

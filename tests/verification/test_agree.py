@@ -111,11 +111,11 @@ def test_the_table_of_a_good_run(project, capsys):
         "passed",
     ]
     text = " ".join(" ".join(lines).split())
-    assert "SQNR dB ≥ 90 mil-float32 float32's rounding, on both sides' same rounded weights" in text
-    assert "perplexity ≤ 0.5 % every row but GGUF's max_perplexity_change in [verify]" in text
+    assert "SQNR dB ≥ 90 mil-float32 float32 rounding; both sides have the same rounded weights" in text
+    assert "perplexity ≤ 0.5 % every row except GGUF max_perplexity_change in [verify]" in text
     assert "mil-float32: against the checkpoint in float32, its weights rounded as the package's" in text
     assert (
-        "top-1 of 24 positions, less the ties: where the reference's best leads by no more than 0.05 logits" in text
+        "top-1 of 24 positions, except ties, where the reference's best leads by no more than 0.05 logits" in text
     )
 
 
@@ -124,7 +124,7 @@ def test_a_format_beyond_its_tolerance_is_named_and_the_exit_code_is_3(project, 
     project.config.write_text(strict)
     assert agree("--out", "agreement.json") == GATES_FAILED
     text = " ".join(capsys.readouterr().out.split())
-    assert "failed: mil-reference: SQNR dB, KL nats beyond its tolerance" in text
+    assert "failed: mil-reference: SQNR dB, KL nats outside its tolerance" in text
     assert not read_json(project.root / "agreement.json", AgreementMatrix).within
 
 
@@ -132,7 +132,7 @@ def test_formats_and_shape_are_chosen(project, capsys):
     assert agree("--formats", "eager,torchscript", "--shape", "40") == 0
     out = capsys.readouterr().out
     assert "at T40\n" in out
-    assert "not_run: mil-reference: not asked for: see --formats\n" in out
+    assert "not_run: mil-reference: not selected by --formats\n" in out
     assert not (project.root / "agreement.json").exists()
 
 
@@ -183,7 +183,7 @@ def test_a_lane_that_was_not_built(project, capsys):
         (
             ["--run", "other", "--config", "configs/tiny-llama.toml"],
             10,
-            "configuration error: configs/tiny-llama.toml is of the run 'tiny-llama'\n"
+            "configuration error: configs/tiny-llama.toml configures the run 'tiny-llama'\n"
             "  expected: the configuration of 'other'\n",
         ),
         (

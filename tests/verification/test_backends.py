@@ -97,13 +97,13 @@ def test_at_the_end_of_the_cache_nothing_runs(models, contract, text):
     with pytest.raises(CacheFullError) as caught:
         runner.decode(text[0][0])
     assert str(caught.value) == (
-        "the cache holds 40 tokens, and 1 more are beyond its 40\n"
+        "the cache holds 40 tokens; 1 more exceed its 40 positions\n"
         "  expected: a shorter conversation, or a package with more positions: export.context"
     )
     assert caught.value.exit_code == 47
     assert (len(recorded["decode"].asked), runner.position) == (asked, 40)
     runner.reset()
-    with pytest.raises(CacheFullError, match=r"^the cache holds 0 tokens, and 41 more are beyond its 40\n"):
+    with pytest.raises(CacheFullError, match=r"^the cache holds 0 tokens; 41 more exceed its 40 positions\n"):
         runner.prefill([*text[0], 1])
     assert runner.position == 0
     runner.prefill(text[0])
@@ -174,7 +174,7 @@ def test_outputs_that_are_not_the_contracts_are_refused(models, contract, text, 
 
 
 def test_a_contract_without_a_cache_has_no_such_runner(pristine, models):
-    with pytest.raises(ValueError, match=r"^the contract has the functions \[\] beside `main`$"):
+    with pytest.raises(ValueError, match=r"^the contract has the functions \[\] in addition to `main`$"):
         StatefulRunner(models, Backend.MIL_REFERENCE, pristine.read_contract(), pad_id=PAD)
 
 

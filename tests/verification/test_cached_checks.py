@@ -192,7 +192,7 @@ class Endless(StatefulRunner):
 
 def test_a_cache_that_wraps_is_caught(models, contract, main, failing):
     found = measure_stateful(Endless(models, Backend.MIL_REFERENCE, contract, pad_id=PAD), main)
-    assert failing(found) == {END: "a token beyond the 40 positions of the cache was taken"}
+    assert failing(found) == {END: "a token after the 40 positions of the cache was accepted"}
 
 
 class Unchecked(StatefulRunner):
@@ -203,7 +203,7 @@ class Unchecked(StatefulRunner):
 def test_an_end_that_only_the_package_notices_is_caught(models, contract, main, failing):
     found = measure_stateful(Unchecked(models, Backend.MIL_REFERENCE, contract, pad_id=PAD), main)
     (reason,) = failing(found).values()
-    assert reason.startswith("a token beyond the 40 positions of the cache was run: ")
+    assert reason.startswith("a token after the 40 positions of the cache was run: ")
 
 
 class NotANumber(Bent):

@@ -169,10 +169,10 @@ def test_each_tolerance_is_the_configuration_s_or_float32_s(pristine_imported, m
         (Measure.KL_NATS, 1.0, ("gguf-q4_0",)),
     ]
     assert [each.source for each in matrix.tolerances][:7] == [
-        f"float32's rounding, as at export: 1e-05 of the largest logit, {largest:.4g}",
+        f"float32 rounding, as at export: 1e-05 of the largest logit, {largest:.4g}",
         "min_sqnr_db in [verify]",
-        "float32's rounding, on both sides' same rounded weights",
-        "every position but the ties, by argmax_margin in [verify]: 0.05 logits",
+        "float32 rounding; both sides have the same rounded weights",
+        "every position except ties, by argmax_margin in [verify]: 0.05 logits",
         "max_kl_nats in [verify]",
         "max_excluded_share in [verify]",
         "max_perplexity_change in [verify]",
@@ -211,9 +211,7 @@ def test_formats_that_are_not_chosen_say_so_and_read_nothing(imported):
     found = rows_of(matrix)
     assert isinstance(found.pop("torch-export"), FormatMeasured)
     assert list(found.values()) == [
-        FormatNotRun(format=name, reason="not asked for: see --formats")
-        for name in FORMATS
-        if name != "torch-export"
+        FormatNotRun(format=name, reason="not selected by --formats") for name in FORMATS if name != "torch-export"
     ]
 
 
@@ -249,11 +247,11 @@ def test_weights_that_float16_does_not_hold_are_not_rounded_and_their_row_says_s
     assert names == list(FORMATS)
     assert groups[1].formats[0].not_run == FormatNotRun(
         format="mil-float32",
-        reason="a weight is beyond float16's range, so that the conversion rounds none of them",
+        reason="a weight is outside float16's range, so the conversion does not round the weights",
     )
 
 
-# What is beyond its tolerance, and what does not run
+# What is outside its tolerance, and what does not run
 
 
 def test_a_weight_scaled_by_a_hundredth_is_seen_by_the_row_that_leaves_rounding_aside(imported):
@@ -311,7 +309,7 @@ def test_artifacts_of_different_builds_are_not_compared(imported, changed):
     with pytest.raises(ContractMismatchError) as caught:
         matrix_of(imported)
     assert caught.value.found.startswith(f"{what} is sha256:")
-    assert caught.value.expected.endswith(f", as {imported.contract} has it")
+    assert caught.value.expected.endswith(f", as {imported.contract} records")
 
 
 def _scaled(checkpoint):
@@ -359,7 +357,7 @@ def test_of_the_formats_logits_one_s_are_kept_at_a_time(pristine_imported):
 @pytest.mark.parametrize(
     ("outputs", "error"),
     [
-        (lambda n: {"other": np.ones((n, 5), np.float32)}, "ValueError: it gives no `logits`"),
+        (lambda n: {"other": np.ones((n, 5), np.float32)}, "ValueError: it has no output `logits`"),
         (
             lambda n: {"logits": np.full((n, 5), np.nan, np.float32)},
             "ValueError: 15 of the 15 measured logits are NaN or infinite",
@@ -392,7 +390,7 @@ def test_gguf_rows_are_logits_of_the_model_itself(pristine_imported, rows):
     assert rows["gguf-f32"].top1_agreement == rows["gguf-f16"].top1_agreement == 1.0
     assert rows["gguf-f32"].max_abs_err < rows["gguf-f16"].max_abs_err < rows["gguf-q8_0"].max_abs_err
     assert rows["gguf-q4_k"] == FormatNotRun(
-        format="gguf-q4_k", reason="the configuration's [gguf] types do not name it"
+        format="gguf-q4_k", reason="the configuration's [gguf] types do not include it"
     )
 
 
@@ -427,7 +425,7 @@ def test_a_flipped_bit_is_a_failed_row(imported, broken_forms):
     found = rows_of(matrix_of(imported, chosen=["gguf-f32", "gguf-q8_0", "transformers"]))
     assert isinstance(found["gguf-f32"], FormatMeasured)
     assert found["gguf-q8_0"] == FormatFailed(
-        format="gguf-q8_0", error=f"{path} is {file_digest(path)}, {proved} was proved"
+        format="gguf-q8_0", error=f"{path} is {file_digest(path)}, but {proved} was verified"
     )
     assert found["transformers"].error.startswith(f"{broken_forms.hf}/README.md is sha256:")
 
@@ -438,8 +436,8 @@ def test_files_of_another_checkpoint_are_failed_rows(imported, broken_forms):
         report = layout.parity_report(folder)
         write_json(report, msgspec.structs.replace(read_json(report, kind), checkpoint_digest=other))
     found = rows_of(matrix_of(imported, chosen=["gguf-f16", "transformers"]))
-    assert found["gguf-f16"].error == f"{broken_forms.gguf['f16']} was made of {other}"
-    assert found["transformers"].error.endswith(f" was made of {other}")
+    assert found["gguf-f16"].error == f"{broken_forms.gguf['f16']} was made from {other}"
+    assert found["transformers"].error.endswith(f" was made from {other}")
 
 
 def test_another_model_s_directory_is_beyond_its_tolerance(imported, broken_forms):

@@ -236,7 +236,7 @@ def test_texts_are_refused_where_a_held_out_set_is_meant(pristine_imported, caps
     assert verify_here(pristine_imported, "--config", str(config), "--out", str(out)) == 10
     assert capsys.readouterr().err == (
         f"configuration error: {pristine_imported.dataset} has texts\n"
-        "  expected: a held-out set, whose answers the configuration asks for\n"
+        "  expected: a held-out set: the configuration checks answers\n"
     )
     assert not out.exists()
 
@@ -247,7 +247,7 @@ def test_a_held_out_set_is_refused_where_texts_are_meant(pristine, capsys, tmp_p
     assert verify_here(pristine, "--config", str(config), "--out", str(out)) == 10
     assert capsys.readouterr().err == (
         f"configuration error: {pristine.dataset} has a held-out set\n"
-        "  expected: texts, as the configuration is of a run that imports its model\n"
+        "  expected: texts: the configuration is of a run that imports its model\n"
     )
 
 

@@ -79,7 +79,7 @@ class Tolerance(Record):
 class FormatMeasured(Record, tag_field="status", tag="measured"):
     """A format that ran, against its reference.
 
-    Errors, SQNR and KL are over every position; the first two are of the worst output.
+    Errors, SQNR and KL cover every position; the first two are those of the worst output.
 
     Raises:
         ValueError: a figure is not finite, or a count is no part of another.
@@ -103,7 +103,7 @@ class FormatMeasured(Record, tag_field="status", tag="measured"):
     perplexity: Perplexity | None
     """Of real text; None for a student, which learned to answer questions."""
     outside: tuple[Measure, ...]
-    """What is beyond its tolerance."""
+    """What is outside its tolerance."""
 
     def __post_init__(self) -> None:
         for name in ("max_abs_err", "sqnr_db", "kl_nats", "top1_agreement"):

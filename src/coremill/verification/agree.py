@@ -1,6 +1,6 @@
-"""The agreement matrix of a run: its checkpoint, its programs and its package on the same text, in one table.
+"""Compare every format of a run's model with its checkpoint on the same text, in one table.
 
-Exit code 0 says that every format that ran is within its tolerances, 3 that one is not, or did not run to its end.
+The exit code is 0 if every format that ran is within its tolerances, and 3 if one is not or failed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from coremill.core.publish import check_apart
 from coremill.core.stage import StageContext
 from coremill.infra.version_gate import check_installed
 
-# This module imports nothing heavy: what is missing is named before an import fails.
+# This module imports nothing heavy, so that missing files are reported by name before an import fails.
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +56,14 @@ def _parser() -> argparse.ArgumentParser:
     formats = "\n".join(f"  {name:<{width}}  {form.purpose}" for name, form in FORMATS.items())
     parser = command_parser("agree", f"{__doc__}\nformats:\n{formats}", example="--run magic-8-ball")
     parser.add_argument("--run", required=True, metavar="NAME", help="a finished run: build/NAME")
-    parser.add_argument("--config", type=Path, help="its configuration (default: configs/NAME.toml)")
+    parser.add_argument("--config", type=Path, help="the run's configuration (default: configs/NAME.toml)")
     parser.add_argument(
         "--build-dir", type=Path, default=Path("build"), help="where runs are built (default: %(default)s)"
     )
-    parser.add_argument("--torch", metavar="LANE", help="the lane (default: that of the torch that runs this)")
+    parser.add_argument("--torch", metavar="LANE", help="the lane (default: the running torch's)")
     parser.add_argument("--shape", type=int, metavar="T", help="the sequence length (default: the primary shape)")
-    parser.add_argument("--formats", metavar="NAME,…", help="run these alone (default: all)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the matrix as JSON as well")
+    parser.add_argument("--formats", metavar="NAME,…", help="run only these (default: all)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the matrix as JSON")
     return parser
 
 
@@ -73,13 +73,15 @@ def main(argv: list[str] | None = None) -> int:
     path: Path = options.config or Path("configs") / f"{options.run}.toml"
     config = read_config(path)
     if config.name != options.run:
-        raise ConfigError(f"{path} is of the run {config.name!r}", expected=f"the configuration of {options.run!r}")
+        raise ConfigError(
+            f"{path} configures the run {config.name!r}", expected=f"the configuration of {options.run!r}"
+        )
     check_installed(*NEEDS)
     context = _context(options, config, options.torch or _running_torch())
     _check_there(context, chosen, path)
     if options.out is not None:
         check_apart([options.out], [path, *_artifacts(context, chosen)])
-    import coremill.coreml.converter  # noqa: F401  # first: it imports coremltools without its chatter
+    import coremill.coreml.converter  # noqa: F401  # first: it imports coremltools without its messages
     from coremill.core.outputs import check_writable
     from coremill.verification.matrix import Subject, agreement_matrix
 
@@ -112,14 +114,14 @@ def _chosen(names: str | None) -> tuple[str, ...]:
 
 
 def _running_torch() -> str:
-    """The lane of this process; torch itself is not imported for it."""
+    """Return the lane of this process without importing torch."""
     from importlib.metadata import version
 
     return Version(version("torch")).public
 
 
 def _context(options: argparse.Namespace, config: RunConfig, lane: str) -> StageContext[RunConfig]:
-    """The run's folders, as a stage of the lane would be given them."""
+    """Return the run's directories as a stage of the lane receives them."""
     run = layout.RunLayout(build=options.build_dir.resolve(), run=config.name)
     shared = {name: run.stage(name) for name in ("dataset", "training", "texts", "import", "hf", "gguf")}
     of_lane = {name: run.stage(name, lane) for name in ("export", "convert")}
@@ -127,7 +129,7 @@ def _context(options: argparse.Namespace, config: RunConfig, lane: str) -> Stage
 
 
 def _artifacts(context: StageContext[RunConfig], chosen: tuple[str, ...]) -> Iterator[Path]:
-    """What is read, the first that is made first."""
+    """Yield the files that are read, in the order in which a build writes them."""
     name, export = context.config.name, context.inputs["export"]
     yield layout.checkpoint_file(context.model_dir, name)
     yield layout.tokenizer_file(context.tokenizer_dir)
@@ -191,7 +193,7 @@ def _figure(row: FormatMeasured, measure: Measure) -> str:
         case Measure.EXCLUDED_SHARE:
             return str(row.excluded)
         case Measure.PERPLEXITY_CHANGE:
-            assert row.perplexity is not None  # its change was there
+            assert row.perplexity is not None  # row.value() would have been None
             signed = row.perplexity.measured / row.perplexity.reference - 1
             return f"{row.perplexity.measured:.4g} {signed:+.2%}"
     return f"{value:.2g}"
@@ -202,19 +204,19 @@ def _tolerance_cells(tolerance: Tolerance) -> list[str]:
     shares = (Measure.TOP1_AGREEMENT, Measure.EXCLUDED_SHARE, Measure.PERPLEXITY_CHANGE)
     bound = f"{tolerance.bound:.4g}" if tolerance.measure not in shares else f"{100 * tolerance.bound:.4g} %"
     every = set(tolerance.rows) == FORMATS.keys() - GGUF.keys()
-    of = "every row but GGUF's" if every else ", ".join(tolerance.rows)
+    of = "every row except GGUF" if every else ", ".join(tolerance.rows)
     return [f"{_COLUMNS[tolerance.measure]} {sign} {bound}", of, tolerance.source]
 
 
 def _notes(matrix: AgreementMatrix) -> Iterator[str]:
-    """What does not fit a cell: what rows are compared with, and why one did not pass."""
+    """Yield what does not fit a cell: the references, and the reasons of rows that did not pass."""
     yield ""
     measured = [row for row in matrix.rows if isinstance(row, FormatMeasured)]
     for reference in dict.fromkeys(row.reference for row in measured):
         yield f"{', '.join(row.format for row in measured if row.reference == reference)}: against {reference}"
     for judged in dict.fromkeys(row.judged for row in measured):
         yield (
-            f"top-1 of {judged} positions, less the ties: where the reference's best leads by no more than "
+            f"top-1 of {judged} positions, except ties, where the reference's best leads by no more than "
             f"{matrix.argmax_margin:g} logits"
         )
     for row in matrix.rows:
@@ -223,7 +225,7 @@ def _notes(matrix: AgreementMatrix) -> Iterator[str]:
         elif isinstance(row, FormatFailed):
             yield f"failed: {row.format}: {row.error}"
         elif row.outside:
-            yield f"failed: {row.format}: {', '.join(_COLUMNS[each] for each in row.outside)} beyond its tolerance"
+            yield f"failed: {row.format}: {', '.join(_COLUMNS[each] for each in row.outside)} outside its tolerance"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What can run a package: `coremill.mil` anywhere, Core ML itself on macOS.
+"""The backends that run a package: `coremill.mil` anywhere, Core ML on macOS.
 
 Legend: T sequence length, S positions of the cache, V vocabulary.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from coremill.core.contract import Contract, StatefulFunction, TensorSpec, shape_key
 from coremill.core.errors import CacheFullError, ContractMismatchError, PredictionInputError
@@ -19,63 +20,65 @@ from coremill.coreml.converter import ct
 from coremill.coreml.graph import DECODE, PREFILL
 from coremill.mil import MLModel
 
-Array = Any
-"""An np.ndarray; numpy has no types where this is checked."""
+Array = npt.NDArray[np.float32]
+"""An output of a package."""
+
+Input = npt.NDArray[np.int32]
 
 State = Any
-"""What a stateful model keeps between predictions; coremill.mil and Core ML have each their own."""
+"""The state of a model between predictions; coremill.mil and Core ML each have their own type."""
 
 
 class Predictor(Protocol):
-    """The part of coremltools' MLModel that both have."""
+    """The part of coremltools' MLModel that both backends have."""
 
-    def predict(self, data: Mapping[str, Array]) -> dict[str, Array]: ...
+    def predict(self, data: Mapping[str, Input]) -> dict[str, Array]: ...
 
 
 class StatefulPredictor(Protocol):
-    """The same of a function with states."""
+    """The same for a function with states."""
 
     def make_state(self) -> State: ...
-    def predict(self, data: Mapping[str, Array], state: State) -> dict[str, Array]: ...
+    def predict(self, data: Mapping[str, Input], state: State) -> dict[str, Array]: ...
 
 
 class Runner:
-    """A package and what runs it, checked against the contract at every prediction."""
+    """A package and its backend; every prediction is checked against the contract."""
 
     def __init__(
         self, predictor: Predictor, backend: Backend, contract: Contract, *, operations: int | None = None
     ) -> None:
         self.backend = backend
         self.operations = operations
-        """How many operations the backend lowered; None where it does not tell."""
+        """The number of operations that the backend lowered; None if it does not report it."""
         self._predictor = predictor
         (self._input,) = contract.inputs
         self._outputs = contract.outputs
 
     def run(self, ids: Sequence[int]) -> dict[str, Array]:
-        """The outputs by name for `ids` (T,), T one of the package's lengths; each without its batch dimension.
+        """Return the outputs by name for `ids` (T,), T one of the package's lengths, without the batch dimension.
 
         Raises:
-            PredictionInputError: the package does not admit this length or input.
-            ContractMismatchError: an output of the contract is missing, or has another shape or dtype.
+            PredictionInputError: the package does not accept this length or input.
+            ContractMismatchError: an output is missing, or differs from the contract in shape or dtype.
         """
         found = self._predictor.predict({self._input.name: _given(self._input, [list(ids)])})
         return {spec.name: _checked(spec, found, len(ids)) for spec in self._outputs}
 
 
 class StatefulRunner:
-    """A package's functions with a key/value cache: a prompt is read, then tokens follow one by one.
+    """A package's functions with a key/value cache: read a prompt, then decode tokens one by one.
 
-    There is one cache, empty at first. Every prediction is checked against the contract, and no token goes in where
-    there is no room for it.
+    There is one cache, initially empty. Every prediction is checked against the contract, and a token that does not
+    fit the cache is an error.
 
     Args:
-        predictors: the package's functions by name: one `prefill` for each length that passed, and `decode`. The
-            state that one makes serves all.
-        pad_id: what a prompt is padded with; its keys and values are hidden until they are overwritten.
+        predictors: the package's functions by name: one `prefill` for each exported length, and `decode`. They
+            share one state.
+        pad_id: the padding token; its keys and values are masked until they are overwritten.
 
     Raises:
-        ValueError: the contract has no such functions, or a predictor is missing.
+        ValueError: the contract has other functions, or a predictor is missing.
     """
 
     def __init__(
@@ -83,10 +86,10 @@ class StatefulRunner:
     ) -> None:
         functions = {function.name: function for function in contract.functions}
         if functions.keys() != {PREFILL, DECODE}:
-            raise ValueError(f"the contract has the functions {sorted(functions)} beside `main`")
+            raise ValueError(f"the contract has the functions {sorted(functions)} in addition to `main`")
         self.backend = backend
         self.capacity = contract.cache_positions
-        """S: how many tokens the cache holds."""
+        """S: the number of tokens that the cache can hold."""
         self._decode = _Function(functions[DECODE], predictors[DECODE])
         self._prefill = {
             seq_len: _Function(functions[PREFILL], predictors[_prefill_name(seq_len)])
@@ -97,23 +100,23 @@ class StatefulRunner:
 
     @property
     def position(self) -> int:
-        """How many tokens the cache holds; the next one's place."""
+        """The number of tokens in the cache: the position of the next one."""
         return self._position
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The lengths that prompts are padded to, ascending."""
+        """The lengths to which prompts are padded, ascending."""
         return tuple(self._prefill)
 
     def reset(self, position: int = 0) -> None:
         """Empty the cache.
 
         Args:
-            position: how many tokens it is to count as holding all the same; their keys and values are zeros. A
-                check that the cache matters, or one near its end, begins there.
+            position: the number of tokens that the cache then counts, with zeros as keys and values: for checks
+                that decode depends on the cache, or near its end.
 
         Raises:
-            ValueError: `position` is beyond the cache.
+            ValueError: `position` is outside the cache.
         """
         if not 0 <= position <= self.capacity:
             raise ValueError(f"position {position} of a cache of {self.capacity}")
@@ -127,17 +130,17 @@ class StatefulRunner:
 
         Args:
             ids: (n,) token ids.
-            seq_len: the length to pad to; the smallest that holds them if it is not given.
-            pad_id: instead of the runner's own.
+            seq_len: the length to pad to; by default the smallest that fits.
+            pad_id: overrides the runner's own.
 
         Returns:
             The outputs by name at the last token: `logits` (V,), `halt_logits` (2,).
 
         Raises:
-            CacheFullError: more tokens than the cache holds; nothing was run.
-            PredictionInputError: more tokens than the longest length, or a length that the package has not.
-            ContractMismatchError: an output of the contract is missing, or has another shape or dtype.
-            ValueError: no tokens, or a cache that is not empty.
+            CacheFullError: more tokens than the cache can hold; nothing was run.
+            PredictionInputError: more tokens than the longest length, or a length that the package does not have.
+            ContractMismatchError: an output is missing, or differs from the contract in shape or dtype.
+            ValueError: there are no tokens, or the cache is not empty.
         """
         if not ids or self._position:
             raise ValueError(f"a prompt of {len(ids)} tokens for a cache that holds {self._position}")
@@ -154,14 +157,14 @@ class StatefulRunner:
         return outputs
 
     def decode(self, token: int) -> dict[str, Array]:
-        """Put `token` at the next place of the cache.
+        """Append `token` to the cache.
 
         Returns:
-            The outputs by name after it: `logits` (V,), `halt_logits` (2,).
+            The outputs by name at this token: `logits` (V,), `halt_logits` (2,).
 
         Raises:
-            CacheFullError: there is no next place; nothing was run.
-            ContractMismatchError: an output of the contract is missing, or has another shape or dtype.
+            CacheFullError: the cache is full; nothing was run.
+            ContractMismatchError: an output is missing, or differs from the contract in shape or dtype.
         """
         self._check_room(1)
         outputs = self._decode.run([token], self._position, self._state)
@@ -171,13 +174,13 @@ class StatefulRunner:
     def _check_room(self, tokens: int) -> None:
         if self._position + tokens > self.capacity:
             raise CacheFullError(
-                f"the cache holds {self._position} tokens, and {tokens} more are beyond its {self.capacity}",
+                f"the cache holds {self._position} tokens; {tokens} more exceed its {self.capacity} positions",
                 expected="a shorter conversation, or a package with more positions: export.context",
             )
 
 
 class _Function:
-    """`prefill` or `decode`, with what runs it."""
+    """`prefill` or `decode`, with its predictor."""
 
     def __init__(self, function: StatefulFunction, predictor: StatefulPredictor) -> None:
         self.predictor = predictor
@@ -185,7 +188,7 @@ class _Function:
         self._outputs = function.outputs
 
     def run(self, ids: Sequence[int], number: int, state: State) -> dict[str, Array]:
-        """The outputs for `ids` and the function's number: the length of a prompt, or a position."""
+        """Return the outputs for `ids` and the function's number: the length of the prompt, or the position."""
         given = {
             self._ids.name: _given(self._ids, [list(ids)]),
             self._number.name: _given(self._number, [number]),
@@ -195,25 +198,25 @@ class _Function:
 
 
 def reference_runner(package: Path, contract: Contract) -> Runner:
-    """`coremill.mil` on the package: parsed, validated and lowered here, or an error that says why not.
+    """Load the package with `coremill.mil`: parse, validate and lower it.
 
     Raises:
-        PackageError: unreadable, or a part is missing.
-        UnsupportedOperationError: it has an operation that coremill.mil does not run.
+        PackageError: the package is unreadable, or a part is missing.
+        UnsupportedOperationError: coremill.mil does not support an operation.
     """
     model = MLModel(package)
-    operations = len(model.program.graph.nodes)  # what the package became, not what its protobuf lists
+    operations = len(model.program.graph.nodes)  # after lowering, not as listed in the protobuf
     return Runner(model, Backend.MIL_REFERENCE, contract, operations=operations)
 
 
 def reference_stateful_runner(package: Path, contract: Contract, *, pad_id: int) -> StatefulRunner:
-    """`coremill.mil` on the package's functions with a cache; raises as :func:`reference_runner` does."""
+    """Load the package's functions with a cache with `coremill.mil`; raises as :func:`reference_runner` does."""
     predictors = {name: MLModel(package, function_name=name) for name in _stateful_names(contract)}
     return StatefulRunner(predictors, Backend.MIL_REFERENCE, contract, pad_id=pad_id)
 
 
 def wide_stateful_runner(package: Path, contract: Contract, *, pad_id: int) -> StatefulRunner:
-    """The functions with a cache, their constants as saved; all arithmetic, and the cache, in float32."""
+    """Load the functions with a cache, with constants as saved, and all arithmetic and the cache in float32."""
     predictors = {name: MLModel(package, function_name=name, mode="oracle") for name in _stateful_names(contract)}
     return StatefulRunner(predictors, Backend.MIL_REFERENCE, contract, pad_id=pad_id)
 
@@ -223,12 +226,12 @@ def has_core_ml() -> bool:
 
 
 def core_ml_runner(package: Path, contract: Contract) -> Runner:
-    """Core ML itself on the package, on the CPU, whose results do not depend on the machine's other units."""
+    """Load the package with Core ML, on the CPU only: its results do not depend on other compute units."""
     return Runner(_core_ml_model(package), Backend.COREML, contract)
 
 
 def core_ml_stateful_runner(package: Path, contract: Contract, *, pad_id: int) -> StatefulRunner:
-    """Core ML itself on the package's functions with a cache, on the CPU."""
+    """Load the package's functions with a cache with Core ML, on the CPU only."""
     predictors = {name: _core_ml_model(package, name) for name in _stateful_names(contract)}
     return StatefulRunner(predictors, Backend.COREML, contract, pad_id=pad_id)
 
@@ -245,12 +248,12 @@ def _prefill_name(seq_len: int) -> str:
     return f"{PREFILL}_{shape_key(seq_len)}"
 
 
-def _given(spec: TensorSpec, values: Sequence[Any]) -> Array:
+def _given(spec: TensorSpec, values: Sequence[int] | Sequence[list[int]]) -> Input:
     return np.asarray(values, dtype=spec.dtype.value)
 
 
 def _checked(spec: TensorSpec, found: Mapping[str, Array], seq_len: int) -> Array:
-    """The output that `spec` promises, without its batch dimension."""
+    """Return the output that `spec` describes, without its batch dimension."""
     if spec.name not in found:
         raise ContractMismatchError(
             f"the package returns {', '.join(f'`{name}`' for name in found)}", expected=f"an output `{spec.name}`"
@@ -261,4 +264,5 @@ def _checked(spec: TensorSpec, found: Mapping[str, Array], seq_len: int) -> Arra
             f"the package returns `{spec.name}` as {array.dtype} {list(array.shape)}",
             expected=f"{spec.dtype.value} {list(shape)}",
         )
-    return array[0]
+    valid: Array = array[0]
+    return valid

@@ -1,4 +1,4 @@
-"""The measurements of the functions with a key/value cache: `prefill` and `decode` against `main`, and the cache.
+"""Measurements of the functions with a key/value cache: `prefill` and `decode` against `main`, and the cache.
 
 Legend: n tokens of a prompt, T sequence length, S positions of the cache, V vocabulary.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from coremill.core.errors import CacheFullError, CoremillError
 from coremill.core.reports import Answer, StatefulError, StatefulMeasured, StatefulReport
@@ -22,11 +23,11 @@ from coremill.verification.backends import Array, StatefulRunner
 from coremill.verification.main_checks import Outputs
 
 CONTINUED = 2
-"""Tokens decoded after each prompt: the first reads what `prefill` wrote, the second also what `decode` did."""
+"""Tokens decoded after each prompt: the first reads what `prefill` wrote, the second also what `decode` wrote."""
 ANSWERS = 4
 """Questions answered greedily through the cache."""
 ANSWER_TOKENS = 32
-"""Most tokens of such an answer."""
+"""The maximum number of tokens of such an answer."""
 
 
 class Prompted(NamedTuple):
@@ -37,7 +38,7 @@ class Prompted(NamedTuple):
 
 
 def planned_prompts(lengths: Sequence[int]) -> tuple[Prompted, ...]:
-    """The prompts that are read at `lengths`.
+    """Return the prompts that are read at `lengths`.
 
     At the shortest, prompts of one token, of an odd number of tokens, of all but one and of all; at each other,
     where a prompt may take ten seconds, of all but one.
@@ -51,19 +52,19 @@ def planned_prompts(lengths: Sequence[int]) -> tuple[Prompted, ...]:
 
 
 def _odd(seq_len: int) -> int:
-    """An odd length in the first half."""
+    """Return an odd length in the first half."""
     return max(1, seq_len // 4 * 2 - 1)
 
 
 class Said(NamedTuple):
-    """What a function said after the token at a place of the text."""
+    """The outputs of a function after the token at a position of the text."""
 
     place: int
     outputs: Outputs
 
 
 class MainRows:
-    """What `main` said at some positions of a text.
+    """The outputs of `main` at some positions of a text.
 
     Args:
         ids: the text, of the longest length that runs.
@@ -79,7 +80,7 @@ class MainRows:
         wanted = set(range(self.decoded))
         for prompt in self.prompts:
             wanted |= set(range(prompt.length - 1, min(prompt.length + CONTINUED, len(ids))))
-        # Copies, so that the rest of the outputs, which may be 800 MB, can go.
+        # Copies, so that the rest of the outputs, up to 800 MB, can be freed.
         self._rows = {
             place: {name: array[place].copy() for name, array in outputs.items()} for place in sorted(wanted)
         }
@@ -88,7 +89,7 @@ class MainRows:
         return place in self._rows
 
     def sqnr_db(self, found: Sequence[Said]) -> float:
-        """The SQNR of outputs at some positions, all together, of the worst output; NaN of none.
+        """Return the SQNR over all given positions, of the worst output; NaN without positions.
 
         That of fp16 noise varies between positions by 20 dB, so that none is judged alone: one that is wrong leaves
         at most 10·log10(their number) of it.
@@ -108,7 +109,7 @@ class MainRows:
         )
 
 
-def _difference(reference: Array, measured: Array) -> Array:
+def _difference(reference: Array, measured: Array) -> npt.NDArray[np.float64]:
     return reference.astype(np.float64) - measured.astype(np.float64)
 
 
@@ -135,18 +136,18 @@ def measure_stateful(runner: StatefulRunner, main: MainRows) -> StatefulReport:
         )
     except CoremillError as failure:
         return StatefulError(backend=runner.backend, error=failure.found)
-    except (RuntimeError, ValueError) as failure:  # of the backend, or of outputs that are not finite
+    except (RuntimeError, ValueError) as failure:  # from the backend, or because outputs are not finite
         return StatefulError(backend=runner.backend, error=f"{type(failure).__name__}: {failure}")
 
 
 def _middle(main: MainRows) -> Prompted:
-    """The prompt with the most padding that is not a single token."""
+    """Return the prompt with the most padding that is longer than one token."""
     shortest = min(prompt.seq_len for prompt in main.prompts)
     return Prompted(shortest, _odd(shortest))
 
 
 def _read(runner: StatefulRunner, main: MainRows, prompt: Prompted, *, pad_id: int | None = None) -> Iterator[Said]:
-    """What is said after a prompt, and after each of the tokens that follow it in the text."""
+    """Return the outputs after a prompt, and after each of the tokens that follow it in the text."""
     runner.reset()
     outputs = runner.prefill(main.ids[: prompt.length], seq_len=prompt.seq_len, pad_id=pad_id)
     yield Said(prompt.length - 1, outputs)
@@ -156,14 +157,14 @@ def _read(runner: StatefulRunner, main: MainRows, prompt: Prompted, *, pad_id: i
 
 
 def _one_by_one(runner: StatefulRunner, main: MainRows) -> Iterator[Said]:
-    """What is said after each token, from an empty cache on."""
+    """Return the outputs after each token, starting with an empty cache."""
     runner.reset()
     for place in range(min(main.decoded, runner.capacity)):
         yield Said(place, runner.decode(main.ids[place]))
 
 
 def _padding_err(runner: StatefulRunner, main: MainRows, prompt: Prompted, before: Sequence[Said]) -> float:
-    """The largest change of any output, after the prompt and after what follows it, with other padding."""
+    """Return the largest change of any output, after the prompt and the tokens that follow, with other padding."""
     other = next(token for token in (*main.ids, 0, 1) if token != runner.pad_id)
     again = _read(runner, main, prompt, pad_id=other)
     changes = [
@@ -175,9 +176,9 @@ def _padding_err(runner: StatefulRunner, main: MainRows, prompt: Prompted, befor
 
 
 def _emptied(runner: StatefulRunner, main: MainRows, prompt: Prompted, before: Sequence[Said]) -> float:
-    """The SQNR of the logits of the token after the prompt, when the prompt's keys and values are zeros.
+    """Return the SQNR of the logits after the prompt with zeros as the prompt's keys and values.
 
-    Against what `decode` itself said with them: one that never looks at the cache says the same.
+    The reference is `decode` with the cache: a function that ignores the cache gives equal logits.
     """
     if len(before) < 2:
         raise ValueError(f"no token of the text follows a prompt of {prompt.length}")
@@ -187,7 +188,7 @@ def _emptied(runner: StatefulRunner, main: MainRows, prompt: Prompted, before: S
 
 
 def end_problem(runner: StatefulRunner, token: int) -> str | None:
-    """Why the end of the cache is not an error, if so: the last place takes a token, and none comes after it."""
+    """Return why a full cache is not an error, or None: the last position takes a token, and the next one fails."""
     runner.reset(position=runner.capacity - 1)
     runner.decode(token)
     for what, beyond in (
@@ -199,8 +200,8 @@ def end_problem(runner: StatefulRunner, token: int) -> str | None:
         except CacheFullError:
             continue
         except (CoremillError, RuntimeError) as failure:
-            return f"{what} beyond the {runner.capacity} positions of the cache was run: {failure}"
-        return f"{what} beyond the {runner.capacity} positions of the cache was taken"
+            return f"{what} after the {runner.capacity} positions of the cache was run: {failure}"
+        return f"{what} after the {runner.capacity} positions of the cache was accepted"
     return None
 
 
@@ -212,7 +213,7 @@ def _prompt_beyond(runner: StatefulRunner, token: int) -> None:
 def answer_greedily(
     runner: StatefulRunner, reference: Reference, prompts: TextPrompts, *, margin: float
 ) -> tuple[Answer, ...]:
-    """Answer a few questions through the cache, each token the likeliest.
+    """Answer a few questions through the cache, greedily.
 
     An answer is right where every token of it is the checkpoint's own choice after the same tokens, or within
     `margin` logits of it: there, rounding alone may turn the order.
@@ -243,6 +244,6 @@ def _answer(runner: StatefulRunner, chat: Chat, prompts: TextPrompts) -> list[in
         said: Mapping[str, Array] = runner.decode(tokens[-1]) if runner.position else runner.prefill(tokens)
         return said[LOGITS]
 
-    room = min(ANSWER_TOKENS, runner.capacity - len(chat.ids) + 1)  # the last token need not be in the cache
+    count = min(ANSWER_TOKENS, runner.capacity - len(chat.ids) + 1)  # the last token need not be in the cache
     stop_ids = prompts.tokenizer.eos_ids
-    return generate(next_logits, chat.ids, stop_ids=stop_ids, max_new_tokens=room, sampler=greedy)
+    return generate(next_logits, chat.ids, stop_ids=stop_ids, max_new_tokens=count, sampler=greedy)

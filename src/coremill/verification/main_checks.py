@@ -28,17 +28,17 @@ from coremill.verification.backends import Array, Runner
 from coremill.verification.scoring import ScoredAnswer, Scorer, answer_question, score_answer
 
 Outputs = Mapping[str, Array]
-"""By name, each (T, …) without the batch dimension."""
+"""Outputs by name, each (T, …) without the batch dimension."""
 
 
 class ShapeRun(NamedTuple):
-    """What came of one shape."""
+    """The result at one shape."""
 
     report: ShapeReport
     ids: list[int]
-    """The first sequence that was compared, T tokens."""
+    """The first compared sequence, T tokens."""
     outputs: Outputs
-    """The package's, for `ids`; none where the shape did not run."""
+    """The package's outputs for `ids`; empty if the shape did not run."""
 
 
 def measure_shape(
@@ -46,7 +46,7 @@ def measure_shape(
 ) -> ShapeRun:
     """Run the package at `seq_len` and compare it with the checkpoint's model, on real token ids.
 
-    Errors, SQNR and KL are over every position; the first two are of the worst output. See
+    Errors, SQNR and KL cover every position; the first two are those of the worst output. See
     :meth:`Prompts.compared` for what top-1 agreement is about.
     """
     by_output = {name: Comparison(margin=margin) for name in reference.names}
@@ -61,12 +61,15 @@ def measure_shape(
                 comparison.add(expected[name], found[name], judged=judged, tokens=tokens)
             if not first:
                 first, outputs = ids, found
-            del expected, found  # each may take 800 MB, and the next ones come first
+            del expected, found  # each may take 800 MB; free them before the next ones are computed
         report = _measured(runner, {name: comparison.result() for name, comparison in by_output.items()})
         return ShapeRun(report, first, outputs)
     except CoremillError as failure:
         error = failure.found
-    except (RuntimeError, ValueError) as failure:  # of the backend at this shape, or of logits that are not finite
+    except (
+        RuntimeError,
+        ValueError,
+    ) as failure:  # from the backend at this shape, or because logits are not finite
         error = f"{type(failure).__name__}: {failure}"
     return ShapeRun(ShapeError(backend=runner.backend, error=error), [], {})
 
@@ -96,13 +99,13 @@ def _measured(runner: Runner, by_output: Mapping[str, Agreement]) -> ShapeMeasur
 
 
 def causality_leak(runner: Runner, probes: Sequence[Probe], known: ShapeRun) -> float | None:
-    """The largest change of any output before the place of a token that changes.
+    """Return the largest change of any output before the position of a token that changes.
 
     Args:
-        known: what the package said of a sequence already; it is not asked again.
+        known: the package's outputs for a sequence, which is not run again.
 
     Returns:
-        None where nothing was compared; NaN where an output is.
+        None if nothing was compared; NaN if an output is NaN.
     """
     leaks = []
     for ids, changes in probes:
@@ -110,18 +113,18 @@ def causality_leak(runner: Runner, probes: Sequence[Probe], known: ShapeRun) -> 
         for place, token in changes:
             after = runner.run([*ids[:place], token, *ids[place + 1 :]])
             leaks += [_largest_change(before[name][:place], after[name][:place]) for name in before]
-    return float(np.max(leaks)) if leaks else None  # unlike Python's max, NaN where there is one
+    return float(np.max(leaks)) if leaks else None  # unlike Python's max, NaN if there is one
 
 
 def _largest_change(before: Array, after: Array) -> float:
-    """The largest difference; row by row, because a copy of all logits in float64 may take 1.6 GB."""
+    """Return the largest difference, row by row: a float64 copy of all logits may take 1.6 GB."""
     return float(np.max([max_abs_err(*rows) for rows in zip(before, after, strict=True)], initial=0.0))
 
 
 def padding_sqnr_db(runner: Runner, reference: Reference, prompts: Prompts, lengths: Sequence[int]) -> float | None:
-    """The worst SQNR of the valid positions of padded conversations, at any length and of any output.
+    """Return the worst SQNR in dB of the valid positions of padded conversations, over all lengths and outputs.
 
-    Against the checkpoint's model on the conversation without padding; in dB. None where nothing was compared.
+    The reference is the checkpoint's model on the conversation without padding. None if nothing was compared.
     """
     ratios = []
     for ids, padded_to in prompts.padded(lengths).items():
@@ -133,19 +136,19 @@ def padding_sqnr_db(runner: Runner, reference: Reference, prompts: Prompts, leng
 
 
 class Heldout(msgspec.Struct, frozen=True, kw_only=True):
-    """What held-out questions show, asked greedily."""
+    """The results of held-out questions, answered greedily."""
 
     answers: HeldoutAnswers
     halt_agreement: float | None
-    """Share of halt decisions, from the prompt's last token on, that are the label; None without a halt head."""
+    """Share of halt decisions, from the prompt's last token on, that equal the label; None without a halt head."""
 
 
 def ask_heldout(scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer, key: AnswerKey) -> Heldout | None:
     """Answer each question greedily through the package, and score the teacher's answer to it.
 
-    An id is beyond the vocabulary where the package's logits have no entry for it, or the tokenizer no token. It is
-    counted, never clamped: a row that has one is not asked, and an answer that has one is not exact. None where no
-    row could be asked.
+    An id is outside the vocabulary if the package's logits have no entry for it, or the tokenizer has no token.
+    Such ids are counted, never clamped: a row with one is not run, and an answer with one is not exact. None if no
+    row could be run.
 
     Raises:
         ContractMismatchError: a conversation is longer than the package's longest length.
@@ -197,24 +200,24 @@ def ask_heldout(scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer, key: 
 
 
 def _kind(row: Row) -> Literal["mood", "tool_call"] | None:
-    """What a right answer to the row is judged by, if not by the letter alone."""
+    """What makes an answer to the row right, besides an exact match."""
     if row.mood is not None:
         return "mood"
     return "tool_call" if row.teacher_text.startswith(TOOL_CALL) else None
 
 
 def _beyond(ids: Sequence[int], limit: int) -> int:
-    """How many of `ids` are at or beyond `limit`."""
+    """Return how many of `ids` are at least `limit`."""
     return sum(token >= limit for token in ids)
 
 
 def _text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The text of an answer; of ids that the tokenizer does not know there is none."""
+    """Return the text of an answer, without ids that the tokenizer does not know."""
     return tokenizer.decode_answer([token for token in ids if token < tokenizer.vocab_size])
 
 
 def _teacher_figures(scored: ScoredAnswer, row: Row, tokenizer: Tokenizer) -> list[tuple[float, float]]:
-    """Cross entropy with the teacher, and the teacher's entropy, at each answer token; in nats.
+    """Return the cross entropy with the teacher and the teacher's entropy at each answer token, in nats.
 
     KL(teacher ‖ package) is their difference: Σ p·log p − Σ p·log q.
     """
@@ -227,7 +230,7 @@ def _teacher_figures(scored: ScoredAnswer, row: Row, tokenizer: Tokenizer) -> li
 
 
 def _halt_decisions(scored: ScoredAnswer) -> list[bool]:
-    """Whether each decision is the label."""
+    """Return whether each decision equals the label."""
     if scored.halt_logits is None:
         return []
     decisions = scored.halt_logits.argmax(-1)  # (A + 1,): the prompt's last token, then the answer's

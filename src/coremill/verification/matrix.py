@@ -1,7 +1,7 @@
-"""The agreement matrix: every format of one model on the same text, against the checkpoint's model.
+"""The agreement matrix: every format of a model, on the same text, against the checkpoint's model.
 
-A format is whatever gives logits for token ids: a row more is a :class:`Format` more in :func:`groups_of`, and a
-line in `core.matrix.FORMATS`.
+A format is anything that gives logits for token ids. To add a row, add a :class:`Format` to :func:`groups_of` and a
+line to `core.matrix.FORMATS`.
 
 Legend: N tokens of a sequence, T the length that it is padded to, V vocabulary.
 """
@@ -89,28 +89,28 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: Path
     tokenizer: Path
     prompts: Path
-    """What the model is run on: a folder with texts or with a held-out set."""
+    """What the model is run on: a directory with texts or with a held-out set."""
     contract: Path
-    """The program that it describes lies beside it."""
+    """Next to the program that it describes."""
     package: Path
     hf: Path
     """The Hugging Face directory."""
     hf_dtype: str
-    """Of its tensors."""
+    """The dtype of its tensors."""
     gguf: Mapping[GgufType, Path]
-    """The files that the run makes."""
+    """The files that the run writes, by type."""
 
 
 class Format(msgspec.Struct, frozen=True, kw_only=True):
-    """A form of the model."""
+    """One format of the model."""
 
     name: str
     load: Callable[[], AbstractContextManager[Run]]
-    """Called once, when its row's turn comes; what it holds is released before the next row's."""
+    """Called once, when its row is measured; the context is closed before the next row is measured."""
     is_float32: bool = False
-    """Whether it computes in float32 with the reference's weights, so that float32's rounding bounds its errors."""
+    """Whether it computes in float32 with the reference's weights: then float32 rounding bounds its errors."""
     not_run: FormatNotRun | None = None
-    """Why this machine cannot run it."""
+    """The reason why this machine cannot run it, or None."""
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,18 +129,18 @@ def agreement_matrix(
     seq_len: int | None,
     chosen: Collection[str],
 ) -> AgreementMatrix:
-    """Run the formats `chosen` on what the package is verified on, at one length.
+    """Run the formats `chosen` on the inputs of verification, at one length, and compare them.
 
     Args:
-        seq_len: the length that every format runs at; the contract's primary shape where it is None.
-        chosen: names of formats; the others are rows that did not run.
+        seq_len: the length at which every format runs; None for the contract's primary shape.
+        chosen: names of formats; the rows of the others are `not_run`.
 
     Raises:
-        DocumentError, SchemaVersionError: the contract is not one.
-        ContractMismatchError: the checkpoint, the program or the package is not the contract's.
+        DocumentError, SchemaVersionError: the contract is not valid.
+        ContractMismatchError: the contract describes another checkpoint, program or package.
         ConfigError: the graph does not run at `seq_len`.
         PackageError, DigestError: the package is broken, or was altered after it was saved.
-        CoremillError: the checkpoint, the tokenizer or the texts do not read, or do not fit one another.
+        CoremillError: the checkpoint, the tokenizer or the texts are unreadable or do not fit together.
     """
     contract = read_contract(subject.contract)
     check_main(contract)
@@ -187,7 +187,7 @@ def _checked_length(contract: Contract, seq_len: int | None) -> int:
 
 
 def _check_digests(subject: Subject, contract: Contract, *, reads_package: bool) -> None:
-    """Check that what lies there is what the contract is about, before anything is run."""
+    """Check that the contract describes these files, before anything is run."""
     graph = subject.contract.parent / contract.graph
     found = {
         f"{subject.checkpoint}": (file_digest(subject.checkpoint), contract.checkpoint_digest),
@@ -200,7 +200,7 @@ def _check_digests(subject: Subject, contract: Contract, *, reads_package: bool)
         if is_digest != expected:
             raise ContractMismatchError(
                 f"{what} is {is_digest}",
-                expected=f"{expected}, as {subject.contract} has it",
+                expected=f"{expected}, as {subject.contract} records",
                 run=_AGAIN,
             )
 
@@ -216,7 +216,7 @@ def groups_of(
     convert: ConvertConfig,
     seq_len: int,
 ) -> tuple[Group, ...]:
-    """The rows of the matrix, those with a reference of their own last: it takes the student's place."""
+    """Return the rows of the matrix. The group with rounded weights is last: it rounds the student in place."""
 
     def padded(run: Run) -> Run:
         return lambda ids: run([*ids, *[prompts.pad_id] * (seq_len - len(ids))])
@@ -227,7 +227,8 @@ def groups_of(
         format=COREML, reason="Core ML runs on macOS only", platform_reason=PlatformReason.NEEDS_MACOS
     )
     unknown_rounding = FormatNotRun(
-        format=MIL_FLOAT32, reason="a weight is beyond float16's range, so that the conversion rounds none of them"
+        format=MIL_FLOAT32,
+        reason="a weight is outside float16's range, so the conversion does not round the weights",
     )
 
     def program(frontend: Frontend) -> Run:
@@ -273,7 +274,7 @@ def groups_of(
 
 
 def _gguf_formats(subject: Subject, contract: Contract, seq_len: int) -> Iterator[Format]:
-    absent = "the configuration's [gguf] types do not name it"
+    absent = "the configuration's [gguf] types do not include it"
     for name, kind in GGUF.items():
         path = subject.gguf.get(kind, Path())
         yield Format(
@@ -285,7 +286,7 @@ def _gguf_formats(subject: Subject, contract: Contract, seq_len: int) -> Iterato
 
 
 def _check_proved(files: Iterable[Path], proof: HuggingFaceParity | GgufParity, contract: Contract) -> None:
-    """Check that files are those that were proved, of the checkpoint that is compared.
+    """Check that files are as verified, and were written from the checkpoint that is compared.
 
     Raises:
         ContractMismatchError, DigestError: they are not.
@@ -293,11 +294,11 @@ def _check_proved(files: Iterable[Path], proof: HuggingFaceParity | GgufParity, 
     for path in files:
         if proof.checkpoint_digest != contract.checkpoint_digest:
             raise ContractMismatchError(
-                f"{path} was made of {proof.checkpoint_digest}", expected=contract.checkpoint_digest, run=_AGAIN
+                f"{path} was made from {proof.checkpoint_digest}", expected=contract.checkpoint_digest, run=_AGAIN
             )
         if (found := file_digest(path)) != (expected := proof.digests.get(path.name)):
             raise DigestError(
-                f"{path} is {found}, {expected} was proved", expected="the file as written", run=_AGAIN
+                f"{path} is {found}, but {expected} was verified", expected="the file as written", run=_AGAIN
             )
 
 
@@ -316,7 +317,7 @@ def _transformers_run(folder: Path, contract: Contract) -> Run:
 @contextmanager
 def _llama_cpp(path: Path, contract: Contract, *, context: int) -> Iterator[Run]:
     with LlamaCpp(path, context=context, threads=torch.get_num_threads()) as model:
-        # Behind the loading, which names the tensor at which a file is cut.
+        # After loading, which names the tensor at which a file is truncated.
         _check_proved([path], read_json(parity_report(path.parent), GgufParity), contract)
         yield lambda ids: {LOGITS: model.logits(ids)}
 
@@ -324,7 +325,7 @@ def _llama_cpp(path: Path, contract: Contract, *, context: int) -> Iterator[Run]
 def _program(
     frontend: Frontend, subject: Subject, contract: Contract, student: Student, prompts: Prompts
 ) -> Program:
-    """The run's own program, or one made of its checkpoint by the front end that it did not choose."""
+    """The run's own program, or one made from its checkpoint with the other front end."""
     graph = subject.contract.parent / contract.graph
     if frontend == contract.frontend:
         return load_program(graph, frontend)
@@ -351,7 +352,7 @@ def _program_run(program: Program, contract: Contract) -> Run:
 
 
 class _Measured:
-    """Runs formats on the same sequences; of their logits, one format's are kept at a time."""
+    """Runs formats on the same sequences, and keeps the logits of one format at a time."""
 
     def __init__(self, compared: Sequence[Compared], verify: VerifyConfig) -> None:
         self._compared = compared
@@ -360,7 +361,7 @@ class _Measured:
         """The largest magnitude of the first reference's logits."""
 
     def rows(self, group: Group, chosen: Collection[str]) -> list[FormatRow]:
-        """The rows of a group; its reference is run only if one of them is."""
+        """Return the rows of a group; the reference runs only if a row does."""
         runnable = [each for each in group.formats if each.name in chosen and each.not_run is None]
         expected: list[Outputs] = []
         if runnable:
@@ -372,7 +373,7 @@ class _Measured:
 
     def _row(self, subject: Format, group: Group, expected: list[Outputs], chosen: Collection[str]) -> FormatRow:
         if subject.name not in chosen:
-            return FormatNotRun(format=subject.name, reason="not asked for: see --formats")
+            return FormatNotRun(format=subject.name, reason="not selected by --formats")
         if subject.not_run is not None:
             return subject.not_run
         log.info("%s …", subject.name)
@@ -380,7 +381,7 @@ class _Measured:
             return self._measure(subject, group, expected)
         except CoremillError as failure:
             error = failure.found
-        except (RuntimeError, ValueError) as failure:  # of torch at this length, or of logits that are not finite
+        except (RuntimeError, ValueError) as failure:  # from torch at this length, or because logits are not finite
             error = f"{type(failure).__name__}: {failure}"
         return FormatFailed(format=subject.name, error=error)
 
@@ -393,9 +394,9 @@ class _Measured:
                     comparison = by_output.setdefault(name, Comparison(margin=self._margin))
                     tokens = ids if is_scored and name == LOGITS else None
                     comparison.add(wanted[name], found[name][: len(ids)], judged=judged, tokens=tokens)
-                del found  # it may take 800 MB, and the next one comes first
+                del found  # it may take 800 MB; free it before the next one is computed
         if LOGITS not in by_output:
-            raise ValueError(f"it gives no `{LOGITS}`")
+            raise ValueError(f"it has no output `{LOGITS}`")
         figures = {name: comparison.result() for name, comparison in by_output.items()}
         logits = figures[LOGITS]
         return FormatMeasured(
@@ -414,12 +415,12 @@ class _Measured:
 
 
 def _tolerances(formats: Sequence[Format], verify: VerifyConfig, largest: float) -> tuple[Tolerance, ...]:
-    """What is allowed of each row, and where it comes from.
+    """Return the bounds of each row, with their sources.
 
     Args:
-        largest: the largest magnitude of the reference's logits; 0 where it was not run.
+        largest: the largest magnitude of the reference's logits; 0 if it did not run.
     """
-    # GGUF files have bounds of their own: a type of few bits is not what [verify] is about.
+    # GGUF files have their own bounds: [verify] is not meant for types of few bits.
     names = tuple(each.name for each in formats if each.name not in GGUF)
     in_float32 = tuple(each.name for each in formats if each.is_float32)
     configured = {
@@ -433,7 +434,7 @@ def _tolerances(formats: Sequence[Format], verify: VerifyConfig, largest: float)
             measure=Measure.MAX_ABS_ERR,
             bound=MAX_RELATIVE_ERR * largest,
             rows=in_float32,
-            source=f"float32's rounding, as at export: {MAX_RELATIVE_ERR:g} of the largest logit, {largest:.4g}",
+            source=f"float32 rounding, as at export: {MAX_RELATIVE_ERR:g} of the largest logit, {largest:.4g}",
         ),
         Tolerance(
             measure=Measure.SQNR_DB,
@@ -445,13 +446,13 @@ def _tolerances(formats: Sequence[Format], verify: VerifyConfig, largest: float)
             measure=Measure.SQNR_DB,
             bound=MIN_SQNR_DB,
             rows=(MIL_FLOAT32,),
-            source="float32's rounding, on both sides' same rounded weights",
+            source="float32 rounding; both sides have the same rounded weights",
         ),
         Tolerance(
             measure=Measure.TOP1_AGREEMENT,
             bound=1.0,
             rows=names,
-            source=f"every position but the ties, by argmax_margin in [verify]: {verify.argmax_margin:g} logits",
+            source=f"every position except ties, by argmax_margin in [verify]: {verify.argmax_margin:g} logits",
         ),
         *(
             Tolerance(measure=measure, bound=bound, rows=names, source=f"{key} in [verify]")
@@ -462,7 +463,7 @@ def _tolerances(formats: Sequence[Format], verify: VerifyConfig, largest: float)
 
 
 def _gguf_tolerances(formats: Sequence[Format]) -> Iterator[Tolerance]:
-    """Those of the run's GGUF files that have a column here; float32's rounding has one for all rows."""
+    """Yield the bounds of the run's GGUF files; the bound for float32 rounding covers all rows."""
     for name, kind in GGUF.items():
         if not any(each.name == name and each.not_run is None for each in formats):
             continue

@@ -1,4 +1,6 @@
-"""What running a package shows: `main` at every length, then all that can be asked of it; `checklist.py` judges it.
+"""Measurements of a running package: `main` at every length, then every other check.
+
+`checklist.py` compares them with bounds.
 
 Legend: T sequence length.
 """
@@ -53,7 +55,7 @@ from coremill.verification.scoring import Scorer
 log = logging.getLogger(__name__)
 
 _DECODED_TOKENS = 32
-"""Tokens of a student decoded one by one; for an imported model its configuration says how many."""
+"""The number of a student's tokens that are decoded one by one; an imported model's configuration sets its own."""
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,12 +159,12 @@ def _rounding(
         return rounding_aside_db(package, contract, student, prompts, settings), None
     except CoremillError as failure:
         return None, f"in float32 arithmetic: {failure.found}"
-    except (RuntimeError, ValueError) as failure:  # of the backend, or of outputs that are not finite
+    except (RuntimeError, ValueError) as failure:  # from the backend, or because outputs are not finite
         return None, f"in float32 arithmetic: {type(failure).__name__}: {failure}"
 
 
 class _Shapes:
-    """What `main` shows at each length; of its outputs, which may take 800 MB, what is asked for later is kept."""
+    """The measurements of `main` at each length. Of its outputs, up to 800 MB, only those needed later are kept."""
 
     def __init__(
         self, runner: Runner, contract: Contract, reference: Reference, prompts: Prompts, config: VerifyConfig
@@ -174,12 +176,12 @@ class _Shapes:
         self.running: list[int] = []
         """The lengths at which the package runs."""
         self.main: MainRows
-        """Of the longest of them, what the functions with a cache are compared with."""
+        """At the longest of them: the reference for the functions with a cache."""
 
     def measure(self, seq_len: int, core_ml: _CoreML) -> None:
         exported = self._contract.shape_validation[shape_key(seq_len)]
         if isinstance(exported, ShapeFailed):
-            error = f"left out, because it failed at export: {exported.error}"
+            error = f"skipped, because it failed at export: {exported.error}"
             self.reports[shape_key(seq_len)] = ShapeError(backend=self._runner.backend, error=error)
             log.warning("%s: %s", shape_key(seq_len), error)
             return
@@ -201,8 +203,8 @@ class _Shapes:
 
     @property
     def leak(self) -> float | None:
-        """The largest at any length; None where nothing was compared."""
-        return float(np.max(self._leaks)) if self._leaks else None  # unlike Python's max, NaN where there is one
+        """The largest leak at any length; None if nothing was compared."""
+        return float(np.max(self._leaks)) if self._leaks else None  # unlike Python's max, NaN if there is one
 
 
 def _measure_stateful(
@@ -213,7 +215,7 @@ def _measure_stateful(
     prompts: Prompts,
     config: VerifyConfig,
 ) -> tuple[StatefulReport, tuple[Answer, ...]]:
-    """What the functions with a cache show, and what an imported model answers through them."""
+    """Measure the functions with a cache, and answer questions through them if the model is imported."""
     try:
         runner = reference_stateful_runner(package, contract, pad_id=prompts.pad_id)
     except (PackageError, UnsupportedOperationError) as failure:
@@ -226,13 +228,13 @@ def _measure_stateful(
         return report, ()
     try:
         return report, answer_greedily(runner, reference, prompts, margin=config.argmax_margin)
-    except (RuntimeError, ValueError) as failure:  # of the backend, or of logits that have no largest
+    except (RuntimeError, ValueError) as failure:  # from the backend, or because logits have no largest
         error = f"no answer to a question: {type(failure).__name__}: {failure}"
         return StatefulError(backend=runner.backend, error=error), ()
 
 
 class _CoreML:
-    """Core ML's own outputs against the reference backend's; nothing where there is no Core ML."""
+    """Core ML's outputs against the reference backend's; does nothing without Core ML."""
 
     def __init__(self, package: Path, contract: Contract) -> None:
         self._ratios: list[float] = []
@@ -245,7 +247,7 @@ class _CoreML:
         self._runner = core_ml_runner(package, contract)
 
     def compare(self, ids: Sequence[int], known: ShapeRun, reference: Runner) -> None:
-        """Run `ids`; `known` is what the reference backend said of some already."""
+        """Run `ids` and compare; `known` holds the reference backend's outputs for one sequence."""
         runner = self._runner
         if runner is None or self._problem is not None:
             return
@@ -258,7 +260,7 @@ class _CoreML:
         self._trying(run)
 
     def compare_stateful(self, package: Path, contract: Contract, main: MainRows, pad_id: int) -> None:
-        """Run the functions with a cache against the reference backend's `main`."""
+        """Run the functions with a cache and compare them with the reference backend's `main`."""
         if self._runner is None or self._problem is not None:
             return
 
@@ -278,7 +280,7 @@ class _CoreML:
             self._problem = f"Core ML: {failure}"
 
     def result(self) -> tuple[float | None, str | None]:
-        """The worst SQNR of all that was compared, and what went wrong instead; None twice off macOS."""
+        """Return the worst SQNR, or the problem; (None, None) off macOS."""
         if self._problem is not None or not has_core_ml():
             return None, self._problem
         return (float(np.min(self._ratios)), None) if self._ratios else (None, "Core ML: nothing was compared")

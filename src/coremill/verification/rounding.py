@@ -1,4 +1,4 @@
-"""Whether a package computes the checkpoint's model to the letter, once both have the same rounded weights.
+"""Whether a package matches the checkpoint's model exactly, once both have the same rounded weights.
 
 A package in float16 is some 60 dB from its checkpoint, and a bug as small as that hides there: a weight scaled by a
 hundredth, an epsilon of 1e-3 where 1e-5 is meant. What is rounding and what is not can be told apart. The package's
@@ -27,7 +27,7 @@ from coremill.model.student import Student
 from coremill.verification.backends import Array, Runner, StatefulRunner, wide_stateful_runner
 
 MIN_SQNR_DB = 90.0
-"""What remains is float32's: 2⁻²⁴ a rounding is 144 dB, and a few hundred of them in a row leave more than 100."""
+"""Only float32 rounding remains: one rounding (2⁻²⁴) is 144 dB, a few hundred in sequence leave over 100 dB."""
 
 
 _DECODED = 2
@@ -37,7 +37,7 @@ _DECODED = 2
 def rounding_aside_db(
     package: Path, contract: Contract, student: Student, prompts: Prompts, settings: ConvertConfig
 ) -> float:
-    """The worst SQNR of what the package computes at its shortest length, `prefill` and `decode` included.
+    """Return the worst SQNR of the package at its shortest length, including `prefill` and `decode`.
 
     Args:
         student: the checkpoint's model; its weights are rounded as the conversion rounds them, and stay so.
@@ -53,11 +53,11 @@ def rounding_aside_db(
     if contract.functions:
         runner = wide_stateful_runner(package, contract, pad_id=prompts.pad_id)
         ratios += _cached_ratios(runner, ids, expected)
-    return float(np.min(ratios))  # unlike Python's min, NaN where there is one
+    return float(np.min(ratios))  # unlike Python's min, NaN if there is one
 
 
 def _cached_ratios(runner: StatefulRunner, ids: Sequence[int], expected: Mapping[str, Array]) -> list[float]:
-    """Of the first half of `ids` as a prompt, and of the tokens that follow it."""
+    """Return the ratios for the first half of `ids` as a prompt, and for the tokens that follow."""
     n = max(1, len(ids) // 2)
     said = {n - 1: runner.prefill(ids[:n])}
     said |= {place: runner.decode(ids[place]) for place in range(n, min(n + _DECODED, len(ids)))}
@@ -65,7 +65,7 @@ def _cached_ratios(runner: StatefulRunner, ids: Sequence[int], expected: Mapping
 
 
 def wide_runner(package: Path, contract: Contract) -> Runner:
-    """`main` of a package under `coremill.mil`, with its constants as they are saved and all arithmetic in float32.
+    """Load `main` of a package with `coremill.mil`, with constants as saved and all arithmetic in float32.
 
     Raises:
         PackageError, UnsupportedOperationError: as `backends.reference_runner`.
@@ -74,7 +74,7 @@ def wide_runner(package: Path, contract: Contract) -> Runner:
 
 
 def are_rounded(student: Student, settings: ConvertConfig) -> bool:
-    """Whether the conversion rounds the model's weights to float16.
+    """Return whether the conversion rounds the model's weights to float16.
 
     It rounds none of them where one is beyond float16's range; see `converter.prepared`.
     """
@@ -85,6 +85,6 @@ def are_rounded(student: Student, settings: ConvertConfig) -> bool:
 
 
 def round_weights(student: Student) -> Student:
-    """Round the model's weights and tables to float16, in float32 as they are; the model given is changed."""
+    """Round the model's weights and tables to float16 values, stored in float32, in place."""
     rounded: Student = student.half().float()
     return rounded

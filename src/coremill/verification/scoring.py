@@ -1,4 +1,4 @@
-"""Scores of token sequences through a package: padded to the smallest length that fits, cut to what was asked.
+"""Scores of token sequences under a package: padded to the smallest length that fits, and truncated again.
 
 Legend: N tokens of a sequence, T the length that it is padded to, V vocabulary.
 """
@@ -18,15 +18,15 @@ from coremill.text.student_tokenizer import Tokenizer
 from coremill.verification.backends import Array, Runner
 
 MAX_NEW_TOKENS = 96
-"""No answer of a toy's teacher is longer; one that does not end by then is not exact."""
+"""No answer of a toy's teacher is longer; an answer that does not end by then is not exact."""
 
 
 class Scorer:
-    """A package that scores sequences of any length up to its longest.
+    """Scores sequences of any length up to the package's longest.
 
     Args:
-        lengths: those at which the package was found to run.
-        pad_id: what sequences are padded with, on the right; the causal mask hides it.
+        lengths: the lengths at which the package runs.
+        pad_id: the padding token, on the right; the causal mask hides it.
     """
 
     def __init__(self, runner: Runner, lengths: Sequence[int], pad_id: int) -> None:
@@ -40,14 +40,14 @@ class Scorer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """V: how many scores the package itself gives a position, whatever its contract says."""
+        """V: the number of scores per position that the package returns, whatever its contract states."""
         return int(self.score([self._pad_id])[LOGITS].shape[-1])
 
     def fits(self, n: int) -> bool:
         return n <= self.longest
 
     def score(self, ids: Sequence[int]) -> dict[str, Array]:
-        """The outputs by name at each of the N tokens of `ids`: `logits` (N, V), `halt_logits` (N, 2).
+        """Return the outputs by name at each of the N tokens of `ids`: `logits` (N, V), `halt_logits` (N, 2).
 
         Raises:
             ValueError: `ids` is longer than the package's longest length.
@@ -58,16 +58,17 @@ class Scorer:
         return {name: array[: len(ids)] for name, array in self.score_at(ids, seq_len).items()}
 
     def score_at(self, ids: Sequence[int], seq_len: int) -> dict[str, Array]:
-        """The outputs at all T positions of `ids` padded to the length `seq_len`."""
+        """Return the outputs at all T positions of `ids`, padded to the length `seq_len`."""
         return self._runner.run([*ids, *[self._pad_id] * (seq_len - len(ids))])
 
     def next_logits(self, ids: list[int]) -> Array:
-        """Scores (V,) of the token after `ids`."""
-        return self.score(ids)[LOGITS][-1]
+        """Return the scores (V,) of the token after `ids`."""
+        last: Array = self.score(ids)[LOGITS][-1]
+        return last
 
 
 class ScoredAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """A row's conversation, scored; A tokens of answer, the end token included."""
+    """The scores of a row's conversation; A tokens of answer, including the end token."""
 
     answer: tuple[int, ...]
     logits: Array
@@ -77,12 +78,12 @@ class ScoredAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def score_answer(scorer: Scorer, row: Row, tokenizer: Tokenizer) -> ScoredAnswer | None:
-    """Score the teacher's answer to the row's question; None where the conversation is too long for the package."""
+    """Score the teacher's answer to the row's question; None if the conversation is too long for the package."""
     ids = conversation(row, tokenizer)
     if not scorer.fits(len(ids)):
         return None
     answer = tokenizer.encode_answer(row.teacher_text)
-    start = len(ids) - len(answer) - 1  # the last token of the prompt, which scores the first of the answer
+    start = len(ids) - len(answer) - 1  # the last token of the prompt: it scores the first token of the answer
     scores = scorer.score(ids)
     halt = scores.get(HALT_LOGITS)
     return ScoredAnswer(
@@ -93,14 +94,14 @@ def score_answer(scorer: Scorer, row: Row, tokenizer: Tokenizer) -> ScoredAnswer
 
 
 def answer_question(scorer: Scorer, question: str, tokenizer: Tokenizer, sampler: Sampler) -> list[int]:
-    """The ids of the package's answer, with the end token or the id that is no token if it came to one.
+    """Return the ids of the package's answer, including the end token or an id outside the vocabulary.
 
-    [] where nothing more fits.
+    The answer is empty if the prompt leaves no position for it.
     """
     prompt = tokenizer.encode_prompt(question)
-    room = min(MAX_NEW_TOKENS, scorer.longest - len(prompt))
-    if room < 1:
+    count = min(MAX_NEW_TOKENS, scorer.longest - len(prompt))
+    if count < 1:
         return []
-    # After an id that is no token there is nothing to go on from.
+    # Decoding cannot continue after an id outside the vocabulary.
     stop_ids = {tokenizer.end_id, *range(tokenizer.vocab_size, scorer.vocab_size)}
-    return generate(scorer.next_logits, prompt, stop_ids=stop_ids, max_new_tokens=room, sampler=sampler)
+    return generate(scorer.next_logits, prompt, stop_ids=stop_ids, max_new_tokens=count, sampler=sampler)

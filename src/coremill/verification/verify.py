@@ -1,4 +1,4 @@
-"""The verification of a package: what is read, measured and reported; see `verify_contract.py`.
+"""Verify a package: read the files, measure, evaluate the gates, report; see `verify_contract.py`.
 
 Legend: T sequence length.
 """
@@ -44,9 +44,9 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: Path
     tokenizer: Path
     prompts: Path
-    """What the model is run on: a folder with texts or with a held-out set, or a held-out set itself."""
+    """What the model is run on: a directory with texts or with a held-out set, or a held-out set."""
     stateful: bool | None
-    """Whether the run exports functions with a key/value cache; None where no run says, and the contract does."""
+    """Whether the run exports functions with a key/value cache; None, without a run, leaves it to the contract."""
 
 
 def verify_to(out: Path, subject: Subject, config: VerifyConfig) -> VerificationReport:
@@ -58,15 +58,15 @@ def verify_to(out: Path, subject: Subject, config: VerifyConfig) -> Verification
 
 
 def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
-    """Verify a package; of the record of a failed conversion, every gate fails.
+    """Verify a package. For the record of a failed conversion, every gate fails.
 
     Raises:
-        DocumentError, SchemaVersionError: the contract is not one.
-        ContractMismatchError: the contract is not that of a graph `main`, or does not say which torch exported it.
-        PackageError: the package is missing, or a part of it.
-        DigestError: a part of it was altered after it was saved.
-        CoremillError: the checkpoint, the tokenizer, the texts or the held-out set does not read, or does not fit.
-        ConfigError: what is asked is of another kind of run than what there is to ask.
+        DocumentError, SchemaVersionError: the contract is not valid.
+        ContractMismatchError: the contract describes no graph `main`, or does not name the torch that exported it.
+        PackageError: the package, or a part of it, is missing.
+        DigestError: a part of the package was changed after it was saved.
+        CoremillError: the checkpoint, the tokenizer, the texts or the held-out set is unreadable or does not fit.
+        ConfigError: the settings and the prompts are of different kinds of run.
     """
     contract = read_contract(subject.contract)
     check_main(contract)
@@ -129,10 +129,10 @@ def _check_files(
 
 
 def lane_of(contract: Contract) -> str:
-    """The lane of a contract: the release of torch that exported its graph, `2.9.1` for a build `2.9.1+cpu`.
+    """Return the lane of a contract: the release of torch that exported its graph, `2.9.1` for a build `2.9.1+cpu`.
 
     Raises:
-        ContractMismatchError: its toolchain names no version of torch.
+        ContractMismatchError: its toolchain has no valid version of torch.
     """
     found = contract.toolchain.packages.get("torch")
     try:
@@ -151,21 +151,21 @@ def _prompts(subject: Subject, config: VerifyConfig) -> Prompts:
     if isinstance(prompts, RowPrompts) != asks_answers:
         found = "a held-out set" if isinstance(prompts, RowPrompts) else "texts"
         expected = (
-            "a held-out set, whose answers the configuration asks for"
+            "a held-out set: the configuration checks answers"
             if asks_answers
-            else "texts, as the configuration is of a run that imports its model"
+            else "texts: the configuration is of a run that imports its model"
         )
         raise ConfigError(f"{subject.prompts} has {found}", expected=expected)
     return prompts
 
 
 def _seed(config: VerifyConfig) -> int | None:
-    """Of the sampled answers; those of an imported model are greedy."""
+    """The seed of the sampled answers; an imported model's answers are greedy."""
     return config.sampling_seed if isinstance(config, DistilledVerify) else None
 
 
 def find_failure(package: Path) -> ConversionFailure | None:
-    """The record of a failed conversion where `package` should be: given as the package, or lying beside it."""
+    """Return the record of a failed conversion, given as the package or next to where it should be; else None."""
     record = layout.placeholder_file(package.parent)
     if not record.is_file():
         return None
@@ -174,10 +174,10 @@ def find_failure(package: Path) -> ConversionFailure | None:
 
 
 def _diagnostics(package: Path) -> tuple[ConversionDiagnostics | None, str | None]:
-    """The diagnostics of this very package, or why there are none."""
+    """Return the diagnostics of this package, or the reason why there are none."""
     path = layout.diagnostics_file(package.parent)
     if not path.is_file():
-        return None, f"there is no {path.name} beside the package"
+        return None, f"there is no {path.name} next to the package"
     diagnostics = read_json(path, ConversionDiagnostics)
     problem = _differs(f"the package that {path.name} describes", diagnostics.package_digest, digest(package))
     return (None, problem) if problem else (diagnostics, None)
@@ -185,7 +185,7 @@ def _diagnostics(package: Path) -> tuple[ConversionDiagnostics | None, str | Non
 
 def _graph_problem(graph: Path, contract: Contract) -> str | None:
     if not graph.is_file():
-        return f"there is no {graph.name} beside the contract"
+        return f"there is no {graph.name} next to the contract"
     return _differs("the exported program", file_digest(graph), contract.graph_digest)
 
 
@@ -196,7 +196,7 @@ def _differs(what: str, found: str, recorded: str) -> str | None:
 def _contract_problem(
     subject: Subject, contract: Contract, package: PackageFacts, checkpoint: Checkpoint
 ) -> str | None:
-    """Why the contract is not the one that the package was made from, or not the checkpoint's, or not the run's."""
+    """Return why the contract is not the package's, the checkpoint's or the run's; None if it is."""
     problems = [_differs("the contract", file_digest(subject.contract), package.contract_digest)]
     if subject.stateful is not None and subject.stateful != bool(contract.functions):
         functions = ", ".join(function.name for function in contract.functions) or "no functions"
@@ -206,7 +206,7 @@ def _contract_problem(
     for name in ("model_type", "model_arch", "tokenizer"):
         promised, found = getattr(contract, name), getattr(checkpoint, name)
         if promised != found:
-            problems.append(f"{name}: the contract says {promised!r}, the checkpoint {found!r}")
+            problems.append(f"{name}: the contract has {promised!r}, the checkpoint {found!r}")
     return "; ".join(problem for problem in problems if problem) or None
 
 
@@ -225,7 +225,7 @@ def _report_failure(
     facts: Facts,
     lane: str,
 ) -> VerificationReport:
-    reason = f"the conversion made no package: {failure.error}"
+    reason = f"the conversion failed: {failure.error}"
     gates = evaluate_failure(reason, facts)
     return VerificationReport(
         run=subject.run,
@@ -253,7 +253,7 @@ def _log(report: VerificationReport) -> None:
 
 
 def figures(report: VerificationReport) -> Figures:
-    """What the gates came to, for the manifest."""
+    """Return the number of gates by outcome, for the manifest."""
     outcomes = [gate.outcome for gate in report.gates]
     return {
         "gates_ok": str(report.gates_ok).lower(),

@@ -90,7 +90,7 @@ def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     data += b" " * (-len(data) % 8)  # aligns the tensors, so that they can be memory-mapped
     file.write(struct.pack("<Q", len(data)) + data)
     for name in sorted(tensors):
-        file.write(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
 
 
 def stored_tensors(checkpoint: Checkpoint, dtype: HuggingFaceDtype) -> dict[str, Tensor]:

@@ -259,7 +259,7 @@ class _Worker:
         with self._whole_answer():
             answer = self._exchange(Decode(ids=list(ids), first=first, every=len(out) == len(ids)))
             if isinstance(answer, Logits):
-                self._read_into(memoryview(out).cast("B"))
+                self._read_into(out.data.cast("B"))
         self._expected(answer, Logits)
 
     def query(self, request: Request, expected: type[_AnswerT]) -> _AnswerT:
