@@ -56,7 +56,7 @@ from coremill.formats import parity
 from coremill.formats.huggingface import writer as huggingface_writer
 from coremill.formats.huggingface.parity import Expected, Findings, _Difference, compare, load_model
 from coremill.formats.huggingface.settings import ExpectedSettings, settings
-from coremill.formats.huggingface.writer import HuggingFaceDtype, architecture_of, stored_tensors
+from coremill.formats.huggingface.writer import architecture_of, stored_tensors
 from coremill.model.checkpoint import IMPORTED_FROM, build_student, checkpoint_of, load_checkpoint, save_checkpoint
 from coremill.model.student import new_student
 from coremill.text.model_tokenizer import _QWEN2_WORDS, CHAT_TEMPLATE, TOKENIZER_CONFIG, TextTokenizer
@@ -178,22 +178,20 @@ def directory(exported_toy: Path, tmp_path: Path) -> Path:
     return shutil.copytree(exported_toy, tmp_path / "directory")
 
 
-def expectation(source: Path, folder: Path, dtype: HuggingFaceDtype = "float32") -> Expected:
+def expectation(source: Path, folder: Path) -> Expected:
     """What `folder` is compared with, if its files are correct."""
     (checkpoint,) = source.glob("*.ckpt")
     ckpt = load_checkpoint(checkpoint)
     prompts = load_prompts(layout.tokenizer_file(source), source, rows=40)
     halt_head = next(folder.glob("halt_head-*.safetensors"), None)
-    stored = stored_tensors(ckpt, dtype)
+    stored = stored_tensors(ckpt, "float32")
     student = build_student(ckpt)
     student.load_state_dict(stored, strict=False)
-    tokenizer = prompts.tokenizer
-    text = tokenizer if isinstance(tokenizer, TextTokenizer) else TextTokenizer.of_student(tokenizer)
     return Expected(
         student=student,
         architecture=architecture_of(ckpt.config, ckpt.model_type),
         stored=stored,
-        tokenizer=text,
+        tokenizer=prompts.text_tokenizer,
         prompts=prompts,
         files={name: (folder / name).read_bytes() for name in FILES - {"model.safetensors"}},
         halt_head=halt_head,
@@ -247,6 +245,8 @@ def test_directory_of_a_toy(toy: Path, exported_toy: Path) -> None:
 
 def test_directory_of_an_imported_model(imported: Path, exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == {*FILES, "parity.json"}
+    gates = read_json(exported / "parity.json", HuggingFaceParity).gates
+    assert "relative error of halt logits" not in {gate.name for gate in gates}
     config = json.loads((exported / "config.json").read_text())
     assert (config["architectures"], config["vocab_size"]) == (["Qwen3ForCausalLM"], 352)
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 0)
@@ -831,10 +831,3 @@ def test_missing_package_is_named(toy: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(export_hf, "NEEDS", ("torch", "no_such_package"))
     with pytest.raises(Exception, match=r"^no_such_package is not installed in "):
         export(toy, tmp_path / "hf")
-
-
-def test_comparison_without_halt_head_has_no_gate_for_it(imported: Path, exported: Path) -> None:
-    expected = expectation(imported, exported)
-    assert expected.halt_head is None
-    names = [gate.name for gate in compare(exported, replace(expected, halt_head=None)).gates]
-    assert "relative error of halt logits" not in names

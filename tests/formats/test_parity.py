@@ -1,4 +1,4 @@
-"""What other programs are asked: real prompts in full, odd and random texts; and where a greedy token is a tie."""
+"""The inputs of a comparison: prompts, unusual and random texts; and ties of greedy tokens."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tokenizer(toy: Toy) -> TextTokenizer:
 
 
 def running_text(toy: Toy, tokenizer: TextTokenizer, lengths: list[int]) -> TextPrompts:
-    """Texts of at least so many tokens each."""
+    """Texts with about `lengths` tokens each."""
     words = " ".join(f"{row.prompt} {row.teacher_text}" for row in toy.rows)
     found = [
         Text(id=str(number), source="here", licence=None, text=tokenizer.decode(tokenizer.encode(words)[:length]))
@@ -50,24 +50,24 @@ def running_text(toy: Toy, tokenizer: TextTokenizer, lengths: list[int]) -> Text
 # --- token ids --------------------------------------------------------------------------------------
 
 
-def test_a_student_is_asked_whole_conversations_and_one_sequence_of_several(toy: Toy) -> None:
+def test_sequences_of_a_student_are_conversations(toy: Toy) -> None:
     found = sequences(toy.prompts, CONTEXT)
     assert found[0] == toy.prompts.packed(CONTEXT, 1)[0]
     assert found[1:] == [conversation(row, toy.tokenizer) for row in toy.prompts.rows]
     assert len(found) == 1 + 16
 
 
-def test_conversations_longer_than_the_context_are_cut(toy: Toy) -> None:
+def test_conversations_longer_than_the_context_are_truncated(toy: Toy) -> None:
     assert {len(ids) for ids in sequences(toy.prompts, 5)} == {5}
 
 
-def test_no_more_than_two_thousand_tokens_or_so_are_asked(toy: Toy) -> None:
+def test_sequences_have_about_two_thousand_tokens(toy: Toy) -> None:
     many = RowPrompts(toy.rows * 3, toy.tokenizer, Path("answers.json"))
     count = sum(map(len, sequences(many, CONTEXT)))
     assert 2048 <= count < 2048 + CONTEXT
 
 
-def test_running_text_is_asked_in_eight_parts(toy: Toy, tokenizer: TextTokenizer) -> None:
+def test_sequences_of_texts_are_eight_parts(toy: Toy, tokenizer: TextTokenizer) -> None:
     prompts = running_text(toy, tokenizer, [1100, 1100])
     found = sequences(prompts, 4096)
     assert [len(ids) for ids in found] == [256] * 8
@@ -77,18 +77,16 @@ def test_running_text_is_asked_in_eight_parts(toy: Toy, tokenizer: TextTokenizer
 
 
 @pytest.mark.parametrize(("lengths", "count"), [([300, 300], 2), ([600, 300], 3), ([300, 600], 2), ([900], 3)])
-def test_of_short_texts_there_are_as_many_parts_as_they_hold(
-    toy: Toy, tokenizer: TextTokenizer, lengths: list[int], count: int
-) -> None:
+def test_short_texts_give_fewer_parts(toy: Toy, tokenizer: TextTokenizer, lengths: list[int], count: int) -> None:
     assert len(sequences(running_text(toy, tokenizer, lengths), 4096)) == count
 
 
-def test_a_text_too_short_for_one_part_is_refused(toy: Toy, tokenizer: TextTokenizer) -> None:
+def test_text_shorter_than_one_part_is_rejected(toy: Toy, tokenizer: TextTokenizer) -> None:
     with pytest.raises(DatasetError, match=r"^the text 0 has 200 tokens"):
         sequences(running_text(toy, tokenizer, [200]), 4096)
 
 
-def test_questions_come_first_and_beginnings_of_texts_after_them(toy: Toy, tokenizer: TextTokenizer) -> None:
+def test_beginnings_of_texts_follow_the_questions(toy: Toy, tokenizer: TextTokenizer) -> None:
     prompts = running_text(toy, tokenizer, [100, 100])
     found = questions(prompts, 64, 4)
     assert found == [prompts.chats[0].ids, *prompts.packed(32, 3)]
@@ -97,7 +95,7 @@ def test_questions_come_first_and_beginnings_of_texts_after_them(toy: Toy, token
     assert questions(toy.prompts, CONTEXT, 3) == own
 
 
-def test_questions_without_room_for_an_answer(toy: Toy) -> None:
+def test_questions_that_fill_the_context_are_rejected(toy: Toy) -> None:
     with pytest.raises(DatasetError, match=r"^every question fills the context of 3 tokens"):
         questions(toy.prompts, 3, 4)
 
@@ -108,20 +106,20 @@ BEST, OTHER = 3, 5
 
 
 def logits_with(gap: float, *, scale: float = 10.0) -> np.ndarray:
-    """Of a prompt of two tokens and an answer of three: BEST leads OTHER by `gap` at the second of the answer."""
+    """Logits for a prompt of 2 tokens and an answer of 3; at its second, BEST exceeds OTHER by `gap`."""
     rows = np.zeros((4, 8), np.float32)
     rows[:, BEST] = scale
     rows[2, OTHER] = scale - gap
     return rows
 
 
-def test_the_checkpoints_own_tokens_are_no_difference() -> None:
+def test_greedy_tokens_of_the_checkpoint_do_not_differ() -> None:
     assert list(greedy_differences(0, [1, 2], [BEST] * 3, logits_with(1.0))) == []
 
 
 @pytest.mark.parametrize(("gap", "is_tie"), [(0.0, True), (1e-4, True), (4e-4, False), (1.0, False)])
-def test_what_rounding_may_turn_about_is_a_tie(gap: float, is_tie: bool) -> None:
-    """At logits of 10 both sides may be off by 1e-4."""
+def test_gap_within_rounding_is_a_tie(gap: float, is_tie: bool) -> None:
+    """With logits of 10, each side may have an error of 1e-4."""
     assert pytest.approx(2e-4) == 2 * MAX_RELATIVE_ERR * 10
     (found,) = greedy_differences(7, [1, 2], [BEST, OTHER, BEST], logits_with(gap))
     assert found == TokenDifference(
@@ -129,7 +127,7 @@ def test_what_rounding_may_turn_about_is_a_tie(gap: float, is_tie: bool) -> None
     )
 
 
-def test_what_comes_after_a_difference_is_judged_too() -> None:
+def test_tokens_after_a_difference_are_compared() -> None:
     found = list(greedy_differences(0, [1, 2], [OTHER, BEST, 6], logits_with(0.5)))
     assert [(each.place, each.token) for each in found] == [(0, OTHER), (2, 6)]
 
@@ -137,21 +135,21 @@ def test_what_comes_after_a_difference_is_judged_too() -> None:
 # --- texts ------------------------------------------------------------------------------------------
 
 
-def test_a_thousand_texts_are_odd_ones_the_runs_own_and_random_ones(toy: Toy, tokenizer: TextTokenizer) -> None:
+def test_texts_are_unusual_ones_those_of_the_run_and_random_ones(toy: Toy, tokenizer: TextTokenizer) -> None:
     for prompts in (toy.prompts, running_text(toy, tokenizer, [3000, 3000])):
         found = texts(prompts, tokenizer)
         assert len(found) == TEXTS == 1000
         assert found[: len(ODD_TEXTS)] == list(ODD_TEXTS)
         assert {"<|end|>b", " <|end|> b", "a<|end|>ab"} <= set(found)
         special = [token.content for token in tokenizer.added_tokens.values()]
-        drawn = [place for place in range(TEXTS) if found[place:] == list(random_texts(TEXTS - place, special))]
+        drawn = [start for start in range(TEXTS) if found[start:] == list(random_texts(TEXTS - start, special))]
         assert len(drawn) == 1
         assert drawn[0] <= 700
         own = toy.prompts.rows[0].prompt if prompts is toy.prompts else "Will it rain?"
         assert own in found
 
 
-def test_the_random_texts_are_the_same_each_time_and_of_many_scripts() -> None:
+def test_random_texts_are_reproducible_and_of_many_scripts() -> None:
     found = list(random_texts(500, ["<|end|>"]))
     assert found == list(random_texts(500, ["<|end|>"]))
     assert len(set(found)) == 500
@@ -162,13 +160,13 @@ def test_the_random_texts_are_the_same_each_time_and_of_many_scripts() -> None:
     assert any("<|end|>" in text for text in found)
 
 
-def test_every_added_token_is_spelled_out(toy: Toy, tokenizer: TextTokenizer) -> None:
+def test_texts_contain_every_added_token(toy: Toy, tokenizer: TextTokenizer) -> None:
     assert [token.content for token in tokenizer.added_tokens.values()] == list(SPECIAL_TOKENS)
     found = set(texts(toy.prompts, tokenizer))
     assert {f"{token}b" for token in SPECIAL_TOKENS} <= found
     assert {f"a{token}ab" for token in SPECIAL_TOKENS} <= found
 
 
-def test_conversations_in_the_model_s_own_format_are_among_the_texts(toy: Toy, tokenizer: TextTokenizer) -> None:
+def test_texts_contain_conversations_in_the_chat_format(toy: Toy, tokenizer: TextTokenizer) -> None:
     prompts = running_text(toy, tokenizer, [3000])
     assert "<|bos|><|user|>Will it rain?<|assistant|>" in texts(prompts, tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -116,10 +115,6 @@ def _named(names: list[str]) -> str:
     some = ", ".join(names[:3])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{some}{more} {'is' if len(names) == 1 else 'are'}"
-
-
-def elements(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
 
 
 def by_elements(counts: Mapping[str, int]) -> tuple[str, ...]:

@@ -18,7 +18,6 @@ __all__ = ["GgufWeights", "HuggingFaceWeights", "WeightsSource", "open_weights"]
 
 def open_weights(path: Path) -> GgufWeights | HuggingFaceWeights:
     """Open the Hugging Face directory or the GGUF file at `path`; raises as :class:`WeightsSource` does."""
-    path = Path(path)
     if not path.exists():
         raise CheckpointUnreadableError(
             f"there is no {path}", expected="a Hugging Face directory with safetensors, or a GGUF file"

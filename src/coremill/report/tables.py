@@ -16,6 +16,7 @@ from rich.text import Text
 from coremill.core.reports import LaneSummary, LaneVerified, RunSummary
 from coremill.report.rows import (
     LANE_SHAPES,
+    Column,
     Note,
     Rows,
     answer_text,
@@ -144,9 +145,7 @@ def _notes(notes: Sequence[Note]) -> list[RenderableType]:
 
 
 def _table(rows: Rows) -> Table:
-    table = _empty_table()
-    for column in rows.columns:
-        table.add_column(column.name, justify="right" if column.numeric else "left", overflow="fold")
+    table = _empty_table(rows.columns)
     for cells in rows.cells:
         table.add_row(*(_cell(cell) for cell in cells))
     return table
@@ -154,9 +153,7 @@ def _table(rows: Rows) -> Table:
 
 def _grouped(rows: Rows) -> Table:
     """Return a table whose first column becomes titles of groups, which leaves the others more width."""
-    table = _empty_table()
-    for column in rows.columns[1:]:
-        table.add_column(column.name, justify="right" if column.numeric else "left", overflow="fold")
+    table = _empty_table(rows.columns[1:])
     group = ""
     for first, *cells in rows.cells:
         if first != group:
@@ -172,6 +169,9 @@ def _cell(text: str) -> Text:
     return Text(text, style=_STYLES.get(word, ""), overflow="fold")
 
 
-def _empty_table() -> Table:
+def _empty_table(columns: Sequence[Column]) -> Table:
     # No title: rich would wrap it to the width of the table.
-    return Table(box=SIMPLE_HEAD, header_style="dim", show_edge=False, pad_edge=False, collapse_padding=True)
+    table = Table(box=SIMPLE_HEAD, header_style="dim", show_edge=False, pad_edge=False, collapse_padding=True)
+    for column in columns:
+        table.add_column(column.name, justify="right" if column.numeric else "left", overflow="fold")
+    return table

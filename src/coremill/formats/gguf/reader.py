@@ -5,6 +5,7 @@ Keys of metadata: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from coremill.core.config import FrequencyFactors, LinearScaling, ModelConfig, R
 from coremill.core.contract import ModelArch
 from coremill.core.errors import CheckpointContentError, UnsupportedModelError
 from coremill.formats.gguf_file import GgufFile
-from coremill.formats.source import WeightsSource, by_elements, check_shapes, elements, gguf_name
+from coremill.formats.source import WeightsSource, by_elements, check_shapes, gguf_name
 from coremill.model.rope import yarn_attention_factor
 from coremill.model.student import parameter_shapes
 
@@ -76,7 +77,7 @@ class GgufWeights(WeightsSource):
     def dtypes(self) -> tuple[str, ...]:
         counts: Counter[str] = Counter()
         for tensor in self.file.tensors.values():
-            counts[tensor.kind.name] += elements(tensor.shape)
+            counts[tensor.kind.name] += math.prod(tensor.shape)
         return by_elements(counts)
 
     @property
@@ -93,7 +94,7 @@ class GgufWeights(WeightsSource):
 
     def _read_bytes(self, name: str) -> int:
         tensor = self.file.tensors[self._names[name]]
-        return elements(tensor.shape) * int(_FLOATS.get(tensor.kind, torch.float32).itemsize)
+        return math.prod(tensor.shape) * int(_FLOATS.get(tensor.kind, torch.float32).itemsize)
 
     def _is_mapped(self, name: str) -> bool:
         return self.file.tensors[self._names[name]].kind in _FLOATS and not self._is_permuted(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,6 @@ from coremill.formats.source import (
     WeightsSource,
     by_elements,
     check_shapes,
-    elements,
     huggingface_name,
     same_values,
 )
@@ -134,12 +134,12 @@ class HuggingFaceWeights(WeightsSource):
     def dtypes(self) -> tuple[str, ...]:
         counts: Counter[str] = Counter()
         for located in self._tensors.values():
-            counts[located.dtype] += elements(located.shape)
+            counts[located.dtype] += math.prod(located.shape)
         return by_elements(counts)
 
     @property
     def size_bytes(self) -> int:
-        return sum(elements(each.shape) * DTYPES[each.dtype].itemsize for each in self._tensors.values())
+        return sum(math.prod(each.shape) * DTYPES[each.dtype].itemsize for each in self._tensors.values())
 
     @property
     def memory_bytes(self) -> int:
