@@ -52,7 +52,7 @@ class TensorSpec:
     enumerated_shapes: tuple[tuple[int, ...], ...] = ()
     """The shapes of an input with enumerated shapes, the default first."""
     size_ranges: tuple[tuple[int, int | None], ...] = ()
-    """Least and greatest size of each dimension of an input with range shapes; None is no upper limit."""
+    """Minimum and maximum size of each dimension of an input with range shapes; None means unlimited."""
     default: DefaultValue | None = None
     """Of an optional input; None if the input is required."""
 

@@ -16,7 +16,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package apart
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a separate package
 
 from coremill.core.errors import PackageError
 from coremill.mil.coremltools_quietly import CoreMLToolsModel, Model_pb2

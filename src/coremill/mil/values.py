@@ -173,7 +173,7 @@ class StateCell:
 
 
 Constant: TypeAlias = "torch.Tensor | str | int | float | list[Constant] | tuple[Constant, ...]"
-"""A constant of a program; a tuple holds the elements of a list, a list the numbers of a tensor in it."""
+"""A constant of a program; a tuple contains the elements of a list, a list the numbers of a tensor in it."""
 
 Value: TypeAlias = "Constant | TensorList | StateCell | dict[int | str, float] | tuple[Value, ...] | None"
 """A value of a running program: a dictionary has the probabilities of a classifier, a tuple the results of an

@@ -59,7 +59,7 @@ def test_report_starts_with_the_first_deviation(mil, save, tmp_path):
     body = ended.out.split("x.npz\n", 1)[1]
     assert body == (
         "\n"
-        "the first operation that leaves the oracle by more than 0.01:\n"
+        "the first operation with a relative error above 0.01:\n"
         "operation 'lowered' (sub): 0.3132 (10.1 dB), its inputs by at most 0.000244\n"
         "\n"
         "the worst of 3 operations\n"
@@ -69,19 +69,19 @@ def test_report_starts_with_the_first_deviation(mil, save, tmp_path):
         "lowered    sub     0.3132  10.1   0.000244   0.7002\n"
         "raised     add   0.000244  72.3          0   0.7002\n"
         "\n"
-        "no operation saturates, or gives infinities or NaNs for finite inputs\n"
+        "no operation saturates, or returns infinities or NaNs for finite inputs\n"
     )
 
 
 def test_nothing_beyond_the_bound(mil, save):
     package = save("cancel", {"x": X}, _cancel)
     text = mil("bisect", package, "--bound", "9").out
-    assert "none of 3 operations leaves the oracle by more than 9\n" in text
+    assert "none of 3 operations has a relative error above 9\n" in text
     exact = mil("bisect", save("relu", {"x": X}, lambda x: mb.relu(x=x, name="y"))).out
     assert exact.endswith(
         "input x [4], drawn with seed 0\n\n"
-        "none of 1 operations leaves the oracle by more than 0.01\n\n"
-        "no operation saturates, or gives infinities or NaNs for finite inputs\n"
+        "none of 1 operations has a relative error above 0.01\n\n"
+        "no operation saturates, or returns infinities or NaNs for finite inputs\n"
     )
 
 
@@ -149,11 +149,11 @@ def test_the_table_of_overflows(mil, save, tmp_path):
     np.savez(tmp_path / "x.npz", x=X)
     out = mil("bisect", save("exp", {"x": X}, body), "--input", tmp_path / "x.npz").out
     assert out.endswith(
-        "operations that saturate, or give infinities or NaNs for finite inputs\n"
+        "operations that saturate, or return infinities or NaNs for finite inputs\n"
         "operation  type   saturated  infinite  NaN  oracle\n"
-        "───────────────────────────────────────────────────\n"
+        "──────────────────────────────────────────────────────\n"
         "exp        exp            0         3    0  finite\n"
-        "rsqrt      rsqrt          0         4    0  as well\n"
+        "rsqrt      rsqrt          0         4    0  not finite\n"
     )
     assert "operation 'exp' (exp): inf (-inf dB), its inputs by at most 0.000" in out
 
@@ -164,11 +164,11 @@ def test_nan_inputs_are_reported_as_such(mil, save, tmp_path, monkeypatch):
     save("double", {"x": X}, lambda x: mb.mul(x=x, y=np.float16(2), name="y"))
     assert mil("bisect", "double.mlpackage", "--input", "x.npz").out == (
         "double.mlpackage, function main\n"
-        "input x [4], from x.npz; it holds 1 NaN, 1 inf\n"
+        "input x [4], from x.npz; it contains 1 NaN, 1 inf\n"
         "\n"
-        "none of 1 operations leaves the oracle by more than 0.01\n"
+        "none of 1 operations has a relative error above 0.01\n"
         "\n"
-        "no operation saturates, or gives infinities or NaNs for finite inputs\n"
+        "no operation saturates, or returns infinities or NaNs for finite inputs\n"
     )
 
 
@@ -199,9 +199,9 @@ def test_what_is_not_compared_is_counted(mil, save, tmp_path):
     assert "operation 'y' (sub): 0.3132 (10.1 dB), its inputs by at most 0.000244\n" in text
     assert "the worst of 3 operations\n" in text
     assert "read       list_read  0.000244  72.3    unknown   0.7002\n" in text
-    assert "\nnot compared: 1, which give lists, labels or dictionaries\nwritten (list_write)\n\n" in text
+    assert "\nnot compared: 1, which return lists, labels or dictionaries\nwritten (list_write)\n\n" in text
     calm = mil("bisect", package, "--input", tmp_path / "x.npz", "--bound", "9").out
-    assert "none of 3 operations leaves the oracle by more than 9\n" in calm
+    assert "none of 3 operations has a relative error above 9\n" in calm
 
 
 def test_labels_are_not_compared():
@@ -244,7 +244,7 @@ def test_other_shapes_are_listed(mil, save, tmp_path, monkeypatch):
     save("select", {"x": FEWER}, _select)
     text = mil("bisect", "select.mlpackage", "--input", "x.npz").out
     assert (
-        "operations that give another shape than the oracle\n"
+        "operations whose shape differs from the oracle's\n"
         "found (non_zero): [2, 1], the oracle [3, 1]\n"
         "y (cast): [2, 1], the oracle [3, 1]\n"
     ) in text

@@ -121,11 +121,11 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("rule", "inputs", "body", "expected"), BROKEN, ids=[each[0] for each in BROKEN])
-def test_a_program_that_breaks_it(findings, rule, inputs, body, expected):
+def test_rule_finds_a_violation(findings, rule, inputs, body, expected):
     assert findings(inputs, body)[rule] == expected
 
 
-def test_a_program_that_breaks_none(findings):
+def test_conforming_program_has_no_findings(findings):
     """Convolution-shaped, fp16, fixed; what follows from constants alone is computed beforehand and counts not."""
 
     def body(x):
@@ -140,7 +140,7 @@ def test_a_program_that_breaks_none(findings):
     assert findings({"x": np.ones((1, 4, 1, 64), np.float16)}, body) == {}
 
 
-def test_what_follows_from_constants_is_not_computed(findings):
+def test_constant_operations_are_ignored(findings):
     """Indices behind a cast and a shape behind a concat, each of constants alone; here and in a nested block."""
 
     def of_constants(x):
@@ -240,7 +240,7 @@ def test_many_enumerated_shapes():
     assert _found(rule, inputs=(TensorSpec("x", "float16", (1, None), shapes[1:]),)) == []
 
 
-def test_a_range_without_an_end():
+def test_range_without_an_upper_bound():
     spec = TensorSpec("x", "float16", (1, None), size_ranges=((1, 1), (2, None)))
     assert _found(_rule("inputs with range shapes"), inputs=(spec,)) == [
         "input x: rank 2 with sizes [1, at least 2], which has no upper bound"
@@ -256,7 +256,7 @@ def test_recurrent_layers_and_dilations():
 
 
 def test_states_of_odd_sizes():
-    rule = _rule("states whose last axis is no multiple of 32")
+    rule = _rule("states whose last axis is not a multiple of 32")
     assert _found(rule, states=(TensorSpec("keys", "float16", (1, 4, 70)),)) == ["state keys: [1, 4, 70]"]
     assert _found(rule, states=(TensorSpec("keys", "float16", (1, 4, 64)),)) == []
 
@@ -270,7 +270,7 @@ def test_every_rule_names_its_source_and_has_a_test():
         "inputs with more than 128 enumerated shapes",
         "recurrent layers",
         "dilated convolutions",
-        "states whose last axis is no multiple of 32",
+        "states whose last axis is not a multiple of 32",
     }
     assert {rule.name for rule in RULES} == {each[0] for each in BROKEN} | by_hand
 
@@ -278,7 +278,7 @@ def test_every_rule_names_its_source_and_has_a_test():
 # --- the command ----------------------------------------------------------------------------------------
 
 
-def test_the_report(mil, save, monkeypatch, tmp_path):
+def test_report(mil, save, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     save("topk", {"x": HALF}, lambda x: mb.topk(x=x, k=2, axis=1, name="best")[0])
     ended = mil("lint", "topk.mlpackage")
@@ -299,7 +299,7 @@ def test_the_report(mil, save, monkeypatch, tmp_path):
         "  source: a user's measurement with MLComputePlan (M3 Pro, macOS 27),\n"
         "  github.com/roboflow/rf-detr/pull/1495\n"
         "\n"
-        "2 findings; hints, not a verdict: see --help\n"
+        "2 findings; these are hints, see --help\n"
     )
 
 
@@ -321,7 +321,7 @@ def test_findings_are_cut_without_all(mil, save):
     assert "linear_8" not in short
     assert "    linear_8 (linear): fp16[1, 5, 4]\n  why: " in whole
     assert "more" not in whole
-    assert short.splitlines()[-1] == whole.splitlines()[-1] == "9 findings; hints, not a verdict: see --help"
+    assert short.splitlines()[-1] == whole.splitlines()[-1] == "9 findings; these are hints, see --help"
     assert mil("lint", linears(8)).out.count("linear_") == 8
     assert "--all" not in mil("lint", linears(8)).out
 
@@ -331,7 +331,7 @@ def test_strict(mil, save, bundle):
     clean = save("clean", {"x": np.ones((1, 4, 1, 64), np.float16)}, lambda x: mb.relu(x=x))
     ended = mil("lint", clean, "--strict")
     assert ended.code == 0
-    assert ended.out.endswith("\n0 findings; hints, not a verdict: see --help\n")
+    assert ended.out.endswith("\n0 findings; these are hints, see --help\n")
 
 
 def test_unknown_function_is_rejected(mil, bundle):

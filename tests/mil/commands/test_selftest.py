@@ -74,7 +74,7 @@ def test_expected_outputs_are_those_of_torch_and_numpy(recipe, bundle):
             np.testing.assert_allclose(stored[name], array, rtol=1e-5, atol=1e-6, err_msg=f"{case.name} {name}")
 
 
-def test_the_packages_are_what_the_recipe_builds(recipe, bundle, tmp_path):
+def test_packages_match_the_recipe(recipe, bundle, tmp_path):
     """Those built operation by operation, to the byte; the converter's own may change with its version."""
     for case in recipe.CASES[2:]:
         made = tmp_path / f"{case.name}.mlpackage"
@@ -82,7 +82,7 @@ def test_the_packages_are_what_the_recipe_builds(recipe, bundle, tmp_path):
         assert digest(made) == digest(bundle / made.name), case.name
 
 
-def test_the_index_lists_the_recipe(recipe, bundle):
+def test_index_lists_the_recipe(recipe, bundle):
     listed = json.loads((bundle / "bundle.json").read_text())["cases"]
     assert [(each["name"], each["min_sqnr_db"]) for each in listed] == [
         (case.name, case.min_sqnr_db) for case in recipe.CASES
@@ -145,7 +145,7 @@ def test_value_that_is_not_finite_is_the_worst(mil, altered):
     assert "control_flow  y            nan      nan  failed\n" in ended.out
 
 
-def test_a_package_that_does_not_run_fails_and_the_others_run(mil, altered):
+def test_failing_package_does_not_stop_the_others(mil, altered):
     weights = altered / "int8.mlpackage" / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     weights.write_bytes(weights.read_bytes()[:100])
     ended = mil("selftest", altered)
@@ -161,7 +161,10 @@ def test_written_and_run_elsewhere(mil, tmp_path):
     assert digest(tmp_path / "copy") == digest(selftest.BUNDLE)
     assert mil("selftest", tmp_path / "copy").out == mil("selftest").out
     ended = mil("selftest", "--write", tmp_path / "copy")
-    assert (ended.code, ended.err) == (52, f"output error: {tmp_path / 'copy'} exists\n  expected: a new folder\n")
+    assert (ended.code, ended.err) == (
+        52,
+        f"output error: {tmp_path / 'copy'} exists\n  expected: a new directory\n",
+    )
     (tmp_path / "file").write_text("")
     assert mil("selftest", "--write", tmp_path / "file" / "copy").code == 52
 
@@ -171,7 +174,7 @@ def test_invalid_bundle_is_rejected(mil, tmp_path):
     assert (ended.code, ended.err) == (
         44,
         f"package error: cannot read {tmp_path / 'bundle.json'}: No such file or directory\n"
-        "  expected: a folder that `coremill mil selftest --write` wrote\n",
+        "  expected: a directory that `coremill mil selftest --write` wrote\n",
     )
     (tmp_path / "bundle.json").write_text("{")
     assert mil("selftest", tmp_path).code == 11
@@ -190,7 +193,7 @@ def test_invalid_bundle_is_rejected(mil, tmp_path):
 
 
 @pytest.mark.parametrize("cases", [[], {}])
-def test_a_bundle_without_cases(mil, tmp_path, cases):
+def test_bundle_without_cases_is_rejected(mil, tmp_path, cases):
     (tmp_path / "bundle.json").write_text(json.dumps({"cases": cases}))
     ended = mil("selftest", tmp_path)
     assert (ended.code, ended.out) == (11, "")
@@ -203,13 +206,13 @@ Y = np.ones((1, 2), np.float32)
 @pytest.mark.parametrize(
     ("arrays", "reason"),
     [
-        ({}, "holds no calls"),
+        ({}, "contains no calls"),
         ({"0.input.x": Y}, "expects no outputs of call 0"),
         ({"0.input.x": Y, "0.output.y": Y, "1.input.x": Y}, "expects no outputs of call 1"),
         ({"0.input.x": Y, "0.output.y": Y[:, :0]}, "expects nothing of output 'y' of call 0, of shape [1, 0]"),
-        ({"0.input.x": Y, "0.output.y": Y, "2.input.x": Y, "2.output.y": Y}, "holds the calls [0, 2]"),
+        ({"0.input.x": Y, "0.output.y": Y, "2.input.x": Y, "2.output.y": Y}, "contains the calls [0, 2]"),
         *(
-            ({"0.output.y": Y, key: Y}, f"holds an array called {key!r}")
+            ({"0.output.y": Y, key: Y}, f"contains an array named {key!r}")
             for key in ("x", "0.input", "0.input.", "0.inputs.x", "x.input.x", "-1.input.x", "00.input.x", "²..x")
         ),
     ],
@@ -271,7 +274,7 @@ def test_macos_reports_the_difference_of_device_and_reference(mil, bundle, devic
     assert len(FakeDevice.opened) == 8
     assert not any(path.is_relative_to(bundle) for path in FakeDevice.opened)
     assert ended.out.endswith(
-        "apart: Core ML from the reference, by the same measures\n"
+        "apart: difference between Core ML and the reference, in the same measures\n"
         "Core ML: 8 of 8 packages ran\n"
         "Core ML is far off (below 40 dB, or other integers) in 0\n"
         "8 of 8 packages passed\n"
@@ -323,7 +326,7 @@ def test_core_ml_with_different_outputs_is_reported(mil, altered, device, output
     ended = mil("selftest", altered)
     assert ended.code == 0
     assert REFERENCE_ROW.search(ended.out)
-    assert re.search(r"^int8: Core ML gives something else: .*outputs? ", ended.out, re.MULTILINE)
+    assert re.search(r"^int8: Core ML's outputs cannot be compared: .*outputs? ", ended.out, re.MULTILINE)
     assert mil("selftest", altered, "--strict").code == 3
 
 
@@ -370,7 +373,7 @@ def test_strict_needs_core_ml(mil, altered, monkeypatch):
     assert (ended.code, ended.out, ended.err) == (
         32,
         "",
-        "machine error: --strict asks for Core ML, and this is linux\n  expected: macOS\n",
+        "machine error: --strict requires Core ML, and this is linux\n  expected: macOS\n",
     )
 
 

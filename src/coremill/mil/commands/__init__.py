@@ -1,5 +1,5 @@
-"""The commands behind `coremill mil`: one module a command, each with `main(argv)`.
+"""The commands of `coremill mil`: one module for each command, with a function `main(argv)`.
 
-They alone of this room print, and import rich. What a command finds is a value that a function returns; rendering
-is apart from it.
+Only these modules of the package print and import rich. The result of a command is a value that a function returns;
+other functions render it.
 """

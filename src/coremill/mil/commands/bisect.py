@@ -38,7 +38,7 @@ BOUND = 0.01
 """The default bound of the relative error: an SQNR of 40 dB, as verification requires of a converted model's
 outputs.
 
-Rounding to fp16 alone is at most 2⁻¹¹ ≈ 0.0005 of a value, and grows with the depth of a model."""
+One rounding to fp16 changes a value by at most 2⁻¹¹ ≈ 0.0005 of it; the error grows with the depth of a model."""
 
 LISTED = 10
 """The number of operations in each list."""
@@ -263,9 +263,9 @@ def render(deviations: Sequence[Deviation], bound: float, to: Console) -> None:
     compared = [each for each in deviations if each.is_compared]
     first = next((each for each in compared if each.relative > bound), None)
     if first is None:
-        to.print(Text(f"none of {len(compared)} operations leaves the oracle by more than {number(bound)}"))
+        to.print(Text(f"none of {len(compared)} operations has a relative error above {number(bound)}"))
     else:
-        to.print(Text(f"the first operation that leaves the oracle by more than {number(bound)}:", style="bold"))
+        to.print(Text(f"the first operation with a relative error above {number(bound)}:", style="bold"))
         to.print(Text(f"{first}: {_error_text(first)}, its inputs by at most {_known(first.inputs_relative)}"))
     worst = [each for each in sorted(compared, key=lambda each: -each.relative)[:LISTED] if each.relative > 0]
     if worst:
@@ -274,19 +274,19 @@ def render(deviations: Sequence[Deviation], bound: float, to: Console) -> None:
         to.print(_worst_table(worst))
     to.print()
     if reshaped := [each for each in deviations if each.shapes]:
-        to.print(title("operations that give another shape than the oracle"))
+        to.print(title("operations whose shape differs from the oracle's"))
         _print_some([f"{each.name} ({each.op_type}): {each.shapes}" for each in reshaped], to)
         to.print()
     if apart := [each for each in deviations if not each.is_compared]:
-        to.print(title(f"not compared: {len(apart)}, which give lists, labels or dictionaries"))
+        to.print(title(f"not compared: {len(apart)}, which return lists, labels or dictionaries"))
         _print_some([f"{each.name} ({each.op_type})" for each in apart], to)
         to.print()
     overflows = [each for each in deviations if each.overflows]
     if overflows:
-        to.print(title("operations that saturate, or give infinities or NaNs for finite inputs"))
+        to.print(title("operations that saturate, or return infinities or NaNs for finite inputs"))
         to.print(_overflow_table(overflows))
     else:
-        to.print(Text("no operation saturates, or gives infinities or NaNs for finite inputs"))
+        to.print(Text("no operation saturates, or returns infinities or NaNs for finite inputs"))
 
 
 def _print_some(lines: Sequence[str], to: Console) -> None:
@@ -333,7 +333,7 @@ def _overflow_table(overflows: Sequence[Deviation]) -> Table:
                 str(each.saturated),
                 str(each.infinite),
                 str(each.nan),
-                "finite" if each.oracle_finite else "as well",
+                "finite" if each.oracle_finite else "not finite",
             )
             for each in overflows
         ],
@@ -367,8 +367,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, array in data.items():
         source = f"from {options.input}" if options.input else f"drawn with seed {options.seed}"
         finite = finite_text(array)
-        holds = "" if finite == "all" else f"; it holds {finite}"
-        to.print(Text(f"input {name} {shape_text(array.shape)}, {source}{holds}"), soft_wrap=True)
+        nonfinite = "" if finite == "all" else f"; it contains {finite}"
+        to.print(Text(f"input {name} {shape_text(array.shape)}, {source}{nonfinite}"), soft_wrap=True)
     to.print()
     render(deviations, options.bound, to)
     return 0

@@ -156,7 +156,7 @@ def torchscript_runner(path: Path) -> Runner:
         if not values or not all(map(_is_comparable, values)):
             raise TorchScriptError(
                 f"{path} returns {', '.join(map(_kind, values)) or 'nothing'}",
-                expected="dense tensors of real numbers alone",
+                expected="only dense tensors of real numbers",
             )
         found = _output_names(program)
         if len(set(found)) != len(values):
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--function", help="the function of each package (default: its own)")
     parser.add_argument(
-        "--mode", choices=MODES, default=MODES[0], help="how packages hold values (default: %(default)s)"
+        "--mode", choices=MODES, default=MODES[0], help="precision of values in packages (default: %(default)s)"
     )
     parser.add_argument("--kl", action="append", default=[], metavar="OUTPUT", help="compare it as logits")
     parser.add_argument("--max-abs", type=float, metavar="X", help="fail above this difference of any output")

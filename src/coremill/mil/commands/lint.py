@@ -215,7 +215,7 @@ def _integer_or_bool(subject: Subject) -> Iterator[str]:
             yield f"{where}: {value_type}"
     for place in subject.places:
         found = list(filter(is_narrow, place.outputs()))
-        # since the A17 Pro it computes with quantized activations (coremltools guide, What's New)
+        # since the A17 Pro the Neural Engine computes with quantized activations (coremltools guide, What's New)
         if found and place.node.op_type != "quantize":
             yield f"{place}: {', '.join(map(str, found))}"
 
@@ -281,7 +281,7 @@ def _state_sizes(subject: Subject) -> Iterator[str]:
 RULES: tuple[Rule, ...] = (
     Rule(
         "inputs with range shapes",
-        "Core ML runs them on the Neural Engine at the input's default shape alone, and at every enumerated shape. "
+        "Core ML runs them on the Neural Engine only at the default shape; it runs every enumerated shape there. "
         "From iOS 17.4 the hint reshapeFrequency = infrequent can allow others.",
         f"an Apple engineer, developer.apple.com/forums/thread/724930; {FLEXIBLE_INPUTS}",
         _range_shapes,
@@ -301,7 +301,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "very large dimensions",
-        f"The Neural Engine's compiler refuses a height or width above {MAX_INNER_SIZE:,}, and any size above "
+        f"The Neural Engine's compiler rejects a height or width above {MAX_INNER_SIZE:,}, and any size above "
         f"{MAX_OUTER_SIZE:,}.",
         'its message ("Tensor dimensions … are not within supported range"), as logged in '
         "github.com/FluidInference/FluidAudio/issues/121",
@@ -315,7 +315,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "64-bit and uint32 integers",
-        "Left over from the source framework: `cast` gives int8, int16, int32, uint8, uint16, bool, fp16 and fp32.",
+        "They come from the source framework; `cast` has int8, int16, int32, uint8, uint16, bool, fp16 and fp32.",
         "coremltools reference, MIL operations, cast (iOS17), "
         "apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html",
         _of_types(WIDE_INTEGERS),
@@ -377,12 +377,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "a last axis of 1",
-        "The last axis is padded to 64 bytes: in fp16, one of 1 takes 32 times its memory.",
+        "The last axis is padded to 64 bytes: in fp16, a last axis of 1 takes 32 times its memory.",
         f"{ARTICLE}, principle 1",
         _single_last_axis,
     ),
     Rule(
-        f"states whose last axis is no multiple of {STATE_MULTIPLE}",
+        f"states whose last axis is not a multiple of {STATE_MULTIPLE}",
         "A model with such a state failed on the Neural Engine, and ran with a multiple.",
         "a user's report (M4, macOS 15.2), github.com/apple/coremltools/issues/2631",
         _state_sizes,
@@ -411,14 +411,14 @@ def render(findings: Sequence[Finding], to: Console, shown: int | None = SHOWN) 
         to.print(Padding(Text.assemble(("source: ", "dim"), rule.source), (0, 0, 0, 2), expand=False))
         to.print()
     count = len(findings)
-    to.print(Text(f"{count} finding{'' if count == 1 else 's'}; hints, not a verdict: see --help"))
+    to.print(Text(f"{count} finding{'' if count == 1 else 's'}; these are hints, see --help"))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("mil lint", __doc__, example="model.mlpackage --strict")
     parser.add_argument("package", type=Path, help="an .mlpackage")
     parser.add_argument("--function", help="the function to look at (default: the package's own)")
-    parser.add_argument("--all", action="store_true", help=f"list every place, not {SHOWN} a finding")
+    parser.add_argument("--all", action="store_true", help=f"list all findings of a rule, not only {SHOWN}")
     parser.add_argument("--strict", action="store_true", help="exit with 3 if there is a finding")
     options = parser.parse_args(argv)
     package = open_package(options.package)

@@ -50,7 +50,7 @@ _KEYS = "arrays called `0.input.x`, `0.output.y`, `1.input.x`, …, of calls cou
 
 _KEY = re.compile(r"(?P<position>0|[1-9][0-9]*)\.(?P<kind>input|output)\.(?P<name>.+)", re.DOTALL)
 
-_WRITTEN = "a folder that `coremill mil selftest --write` wrote"
+_WRITTEN = "a directory that `coremill mil selftest --write` wrote"
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,12 @@ def _calls(path: Path) -> tuple[Call, ...]:
     for key, array in read_npz(path).items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise DocumentError(f"{path} holds an array called {key!r}", expected=_KEYS)
+            raise DocumentError(f"{path} contains an array named {key!r}", expected=_KEYS)
         calls.setdefault(int(match["position"]), ({}, {}))[match["kind"] == "output"][match["name"]] = array
     if not calls:
-        raise DocumentError(f"{path} holds no calls", expected=_KEYS)
+        raise DocumentError(f"{path} contains no calls", expected=_KEYS)
     if sorted(calls) != list(range(len(calls))):
-        raise DocumentError(f"{path} holds the calls {sorted(calls)}", expected=_KEYS)
+        raise DocumentError(f"{path} contains the calls {sorted(calls)}", expected=_KEYS)
     for position, (_, outputs) in calls.items():
         if not outputs:
             raise DocumentError(f"{path} expects no outputs of call {position}", expected=_KEYS)
@@ -213,7 +213,7 @@ def _on_device(case: Case, reference: Sequence[Mapping[str, Array]]) -> tuple[di
     try:
         return _worst(reference, found), None
     except CoremillError as error:
-        return {}, f"Core ML gives something else: {error}"
+        return {}, f"Core ML's outputs cannot be compared: {error}"
 
 
 def _device_outputs(case: Case) -> list[dict[str, Array]]:
@@ -240,15 +240,15 @@ def render(outcomes: Sequence[Outcome], *, on_device: bool, to: Console) -> None
     to.print()
     if on_device:
         ran, far = sum(each.ran_on_device for each in outcomes), [each.case for each in outcomes if each.is_far]
-        to.print(Text("apart: Core ML from the reference, by the same measures"))
+        to.print(Text("apart: difference between Core ML and the reference, in the same measures"))
         to.print(Text(f"Core ML: {ran} of {len(outcomes)} packages ran"))
         bound = f"below {FAR_DB:g} dB, or other integers"
         to.print(Text(f"Core ML is far off ({bound}) in {len(far)}{': ' if far else ''}{', '.join(far)}"))
     else:
         to.print(Text(f"Core ML: not_run, it needs macOS and this is {sys.platform}"))
     count = sum(each.passed for each in outcomes)
-    verdict = f"{count} of {len(outcomes)} packages passed"
-    to.print(Text(verdict, style="bold green" if count == len(outcomes) else "bold red"))
+    result = f"{count} of {len(outcomes)} packages passed"
+    to.print(Text(result, style="bold green" if count == len(outcomes) else "bold red"))
 
 
 def _rows(outcome: Outcome) -> Iterator[list[str]]:
@@ -272,9 +272,11 @@ def write_bundle(folder: Path) -> None:
     try:
         shutil.copytree(BUNDLE, folder)
     except FileExistsError as error:
-        raise OutputError(f"{folder} exists", expected="a new folder") from error
+        raise OutputError(f"{folder} exists", expected="a new directory") from error
     except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error}", expected="a writable place with room") from error
+        raise OutputError(
+            f"cannot write {folder}: {error}", expected="a writable path on a disk with free space"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -286,14 +288,14 @@ def main(argv: list[str] | None = None) -> int:
     chosen.add_argument(
         "--write", type=Path, metavar="DIR", help="write coremill's own bundle there, and run nothing"
     )
-    parser.add_argument("--strict", action="store_true", help="fail as well where Core ML fails or is far off")
+    parser.add_argument("--strict", action="store_true", help="fail also if Core ML fails or is far off")
     options = parser.parse_args(argv)
     if options.write is not None:
         write_bundle(options.write)
         return OK
     on_device = sys.platform == "darwin"
     if options.strict and not on_device:
-        raise MachineError(f"--strict asks for Core ML, and this is {sys.platform}", expected="macOS")
+        raise MachineError(f"--strict requires Core ML, and this is {sys.platform}", expected="macOS")
     outcomes = [run_case(case, on_device=on_device) for case in read_bundle(options.bundle)]
     render(outcomes, on_device=on_device, to=console())
     passed = all(each.passed for each in outcomes)
