@@ -1,7 +1,7 @@
-"""Two small models, exported and converted once for the room's tests.
+"""Two small models, exported and converted once for the tests of coreml, verification and conversion.
 
-One is a student, trained until it answers its questions; the other has random weights and passes for a model that
-was imported, with real texts to be run on and with a key/value cache.
+One is a student that is trained until it answers its questions. The other has random weights and stands for an
+imported model, with real texts and with a key/value cache.
 """
 
 from __future__ import annotations
@@ -361,15 +361,15 @@ def imported(pristine_imported: Build, tmp_path: Path) -> Build:
     return Build(tmp_path / "imported", IMPORTED)
 
 
-class Forms(msgspec.Struct, frozen=True):
+class Exports(msgspec.Struct, frozen=True):
     """A model in other formats."""
 
     hf: Path
     gguf: dict[GgufType, Path]
 
 
-def write_forms(build: Build, folder: Path) -> Forms:
-    """The build's model as a Hugging Face directory and as GGUF, as the stages write and prove them."""
+def write_exports(build: Build, folder: Path) -> Exports:
+    """The build's model as a Hugging Face directory and as GGUF, as the stages write and verify them."""
     sources = (build.checkpoint, build.tokenizer, build.dataset)
     name, types = build.config.name, build.config.gguf.types
     hf, gguf = folder / "hf", folder / "gguf"
@@ -377,15 +377,18 @@ def write_forms(build: Build, folder: Path) -> Forms:
         out.mkdir(parents=True)
     export_hf(*sources, hf, name=name, settings=build.config.hf)
     export_gguf(*sources, gguf, name=name, types=types)
-    return Forms(hf, {kind: layout.gguf_file(gguf, name, kind) for kind in types})
+    return Exports(hf, {kind: layout.gguf_file(gguf, name, kind) for kind in types})
 
 
 @pytest.fixture(scope="session")
-def forms(pristine: Build, pristine_imported: Build, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Forms]:
+def exports(
+    pristine: Build, pristine_imported: Build, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Exports]:
     """By the run's name."""
-    folder = tmp_path_factory.mktemp("forms")
+    folder = tmp_path_factory.mktemp("exports")
     return {
-        build.config.name: write_forms(build, folder / build.config.name) for build in (pristine, pristine_imported)
+        build.config.name: write_exports(build, folder / build.config.name)
+        for build in (pristine, pristine_imported)
     }
 
 

@@ -1,4 +1,4 @@
-"""What the tests of verification read off a report, and a shape in which nothing is wrong."""
+"""Helpers for the tests of verification: what a report contains, and evidence with changes."""
 
 from __future__ import annotations
 

@@ -68,13 +68,13 @@ class Project(msgspec.Struct, frozen=True):
 
 
 @pytest.fixture
-def project(pristine_imported, forms, tmp_path, monkeypatch) -> Project:
+def project(pristine_imported, exports, tmp_path, monkeypatch) -> Project:
     lane = read_contract(pristine_imported.contract).toolchain.packages["torch"].partition("+")[0]
     made = Project(tmp_path, lane)
     for stage in pristine_imported.stages:
         per_lane = lane if stage in ("export", "convert") else None
         shutil.copytree(pristine_imported.root / stage, made.run.stage(stage, per_lane))
-    written = forms[pristine_imported.config.name]
+    written = exports[pristine_imported.config.name]
     shutil.copytree(written.hf, made.run.stage("hf"))
     shutil.copytree(next(iter(written.gguf.values())).parent, made.run.stage("gguf"))
     made.config.parent.mkdir()

@@ -46,13 +46,13 @@ BY_NAME = {
 """The formats that run anywhere, with what they are compared with."""
 
 
-FORMS = {}
+EXPORTS = {}
 """Of each run, by its name."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _forms(forms):
-    FORMS.update(forms)
+def _forms(exports):
+    EXPORTS.update(exports)
 
 
 def subject_of(build) -> Subject:
@@ -63,9 +63,9 @@ def subject_of(build) -> Subject:
         prompts=build.dataset,
         contract=build.contract,
         package=build.package,
-        hf=FORMS[build.config.name].hf,
+        hf=EXPORTS[build.config.name].hf,
         hf_dtype="float32",
-        gguf=FORMS[build.config.name].gguf,
+        gguf=EXPORTS[build.config.name].gguf,
     )
 
 
@@ -396,13 +396,15 @@ def test_gguf_rows_are_logits_of_the_model_itself(pristine_imported, rows):
 
 @pytest.fixture
 def broken_forms(imported, tmp_path, monkeypatch):
-    """The forms in folders of their own, to be broken."""
-    whole = FORMS[imported.config.name]
+    """The exports in folders of their own, to be broken."""
+    whole = EXPORTS[imported.config.name]
     shutil.copytree(whole.hf, tmp_path / "hf")
     shutil.copytree(whole.gguf["f16"].parent, tmp_path / "gguf")
     files = {kind: tmp_path / "gguf" / path.name for kind, path in whole.gguf.items()}
-    monkeypatch.setitem(FORMS, imported.config.name, msgspec.structs.replace(whole, hf=tmp_path / "hf", gguf=files))
-    return FORMS[imported.config.name]
+    monkeypatch.setitem(
+        EXPORTS, imported.config.name, msgspec.structs.replace(whole, hf=tmp_path / "hf", gguf=files)
+    )
+    return EXPORTS[imported.config.name]
 
 
 def test_a_truncated_gguf_is_a_failed_row_and_the_others_stand(imported, broken_forms):
