@@ -77,13 +77,15 @@ def test_a_failed_lane_has_one_failed_must_gate() -> None:
     ],
 )
 def test_a_failed_lane_holds_nothing_else(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^lane 2\.8\.0 failed, and its gates are not 'Stage convert completes'"):
+    with pytest.raises(
+        ValueError, match=r"^lane 2\.8\.0 failed, but its gates are not exactly 'Stage convert completes'"
+    ):
         msgspec.structs.replace(FAILED, **changes)
 
 
 def test_a_verified_lane_agrees_with_its_gates_and_has_its_primary_shape() -> None:
     assert verified().gates_ok
-    with pytest.raises(ValueError, match="`gates_ok` is False, the gates say True"):
+    with pytest.raises(ValueError, match="`gates_ok` is False, but the gates give True"):
         verified(gates_ok=False)
     with pytest.raises(ValueError, match="the primary shape T128 has no report"):
         verified(primary="T128")
@@ -102,11 +104,11 @@ def test_only_verified_lanes_answer() -> None:
     summary = run(FAILED, verified(), sampled_seed=8, sampled=(answer,))
     assert [lane.lane for lane in summary.verified] == ["2.9.1"]
     assert run(verified(), sampled=(answer,), gates_ok=True).sampled_seed is None  # greedy
-    with pytest.raises(ValueError, match=r"^no lane was verified, and there are 0 answers, of seed 8$"):
+    with pytest.raises(ValueError, match=r"^no lane was verified, but there are 0 answers, of seed 8$"):
         run(FAILED, sampled_seed=8)
-    with pytest.raises(ValueError, match=r"^no lane was verified, and there are 1 answers, of seed None$"):
+    with pytest.raises(ValueError, match=r"^no lane was verified, but there are 1 answers, of seed None$"):
         run(FAILED, sampled=(answer,))
-    with pytest.raises(ValueError, match="`gates_ok` is True, the lanes and what they share say otherwise"):
+    with pytest.raises(ValueError, match="`gates_ok` is True, which the lanes or their shared stages contradict"):
         run(FAILED, verified(), sampled_seed=8, gates_ok=True)
 
 
@@ -159,15 +161,23 @@ RAN = {"python": "3.11.7", "duration_s": 1.0, "started_at": "2026-05-04T09:13:20
     ("outcome", "parts", "message"),
     [
         (Outcome.FAILED, RAN, "stage 'convert' is failed without a reason"),
-        (Outcome.PASSED, {}, "stage 'convert' is passed, and what it ran with says otherwise"),
-        (Outcome.FAILED, {"reason": "no"}, "stage 'convert' is failed, and what it ran with says otherwise"),
-        (Outcome.PASSED, {**RAN, "python": None}, "stage 'convert' is passed, and what it ran with says otherwise"),
+        (Outcome.PASSED, {}, "stage 'convert' is passed, which its interpreter and times contradict"),
+        (Outcome.FAILED, {"reason": "no"}, "stage 'convert' is failed, which its interpreter and times contradict"),
+        (
+            Outcome.PASSED,
+            {**RAN, "python": None},
+            "stage 'convert' is passed, which its interpreter and times contradict",
+        ),
         (
             Outcome.NOT_RUN,
             {**RAN, "reason": "no"},
-            "stage 'convert' is not_run, and what it ran with says otherwise",
+            "stage 'convert' is not_run, which its interpreter and times contradict",
         ),
-        (Outcome.NOT_RUN, {"torch": "2.9.1", "reason": "no"}, "stage 'convert' is not_run, and what it ran with"),
+        (
+            Outcome.NOT_RUN,
+            {"torch": "2.9.1", "reason": "no"},
+            "stage 'convert' is not_run, which its interpreter and times contradict",
+        ),
     ],
 )
 def test_a_stage_ran_or_did_not(outcome: Outcome, parts: dict[str, Any], message: str) -> None:

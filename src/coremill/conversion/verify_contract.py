@@ -1,7 +1,7 @@
-"""Verification: a package against its contract and its checkpoint, by running it.
+"""Verify a package: run it, and compare it with its contract and its checkpoint.
 
-The package runs under `coremill.mil` everywhere, and under Core ML as well on macOS. Exit code 0 says that every
-must-gate passed, 3 that one did not; the report is written either way.
+The package runs under `coremill.mil` everywhere, and also under Core ML on macOS. The exit code is 0 if every must
+gate passed, and 3 otherwise; the report is written in both cases.
 """
 
 from __future__ import annotations

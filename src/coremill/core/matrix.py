@@ -1,4 +1,4 @@
-"""AgreementMatrix: how each format of one model agrees with its checkpoint on one text, and what is allowed."""
+"""AgreementMatrix: how each format of a model agrees with its checkpoint on one text, and the bounds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from coremill.core.gates import PlatformReason
 from coremill.core.reports import Perplexity
 
 
-class Form(NamedTuple):
-    """What a format is."""
+class FormatInfo(NamedTuple):
+    """The description of a format."""
 
     purpose: str
     reads: Literal["checkpoint", "program", "package", "hf", "gguf"]
@@ -25,16 +25,16 @@ TRANSFORMERS = "transformers"
 GGUF: dict[str, GgufType] = {f"gguf-{kind}": kind for kind in get_args(GgufType)}
 """The rows of GGUF files, by name."""
 FORMATS = {
-    EAGER: Form("the checkpoint's own model in float32, again", "checkpoint"),
-    TORCHSCRIPT: Form("the traced program", "program"),
-    TORCH_EXPORT: Form("the ExportedProgram of torch.export", "program"),
-    MIL_REFERENCE: Form("the package under coremill.mil", "package"),
-    COREML: Form("the package under Core ML itself", "package"),
-    TRANSFORMERS: Form("the Hugging Face directory under transformers", "hf"),
-    **{name: Form(f"the GGUF file of type {kind} under llama.cpp", "gguf") for name, kind in GGUF.items()},
-    MIL_FLOAT32: Form("the package, its arithmetic in float32: all but rounding", "package"),
+    EAGER: FormatInfo("the checkpoint's model in float32, run again", "checkpoint"),
+    TORCHSCRIPT: FormatInfo("the traced program", "program"),
+    TORCH_EXPORT: FormatInfo("the ExportedProgram of torch.export", "program"),
+    MIL_REFERENCE: FormatInfo("the package under coremill.mil", "package"),
+    COREML: FormatInfo("the package under Core ML", "package"),
+    TRANSFORMERS: FormatInfo("the Hugging Face directory under transformers", "hf"),
+    **{name: FormatInfo(f"the GGUF file of type {kind} under llama.cpp", "gguf") for name, kind in GGUF.items()},
+    MIL_FLOAT32: FormatInfo("the package in float32 arithmetic: everything except rounding", "package"),
 }
-"""The rows of the matrix, by name and in its order."""
+"""The rows of the matrix by name, in order."""
 
 
 class Measure(str, enum.Enum):
@@ -49,30 +49,30 @@ class Measure(str, enum.Enum):
 
 
 AT_LEAST = frozenset({Measure.SQNR_DB, Measure.TOP1_AGREEMENT})
-"""The measures of which more is better."""
+"""The measures for which more is better."""
 
 
 class Tolerance(Record):
-    """What is allowed of one measure.
+    """The bound of one measure.
 
     Raises:
-        ValueError: the bound is not finite, or there are no rows that it is for.
+        ValueError: the bound is not finite, or it applies to no rows.
     """
 
     measure: Measure
     bound: float
-    """The least that passes where more is better, and the most where less is."""
+    """The minimum if more is better, the maximum if less is."""
     rows: tuple[str, ...]
-    """The formats that it is for."""
+    """The formats that it applies to."""
     source: str
-    """Where it comes from."""
+    """The source of the bound."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.bound) or not self.rows:
             raise ValueError(f"`{self.measure.value}` has the bound {self.bound} for {list(self.rows)}")
 
     def admits(self, value: float) -> bool:
-        """Whether `value` is within the bound; NaN is not."""
+        """Return whether `value` is within the bound; NaN is not."""
         return value >= self.bound if self.measure in AT_LEAST else value <= self.bound
 
 
@@ -82,38 +82,38 @@ class FormatMeasured(Record, tag_field="status", tag="measured"):
     Errors, SQNR and KL cover every position; the first two are those of the worst output.
 
     Raises:
-        ValueError: a figure is not finite, or a count is no part of another.
+        ValueError: a figure is not finite, or a count exceeds its total.
     """
 
     format: str
     reference: str
-    """What it was compared with."""
+    """The reference that it was compared with."""
     max_abs_err: float
     sqnr_db: float
-    """At most 300, which equal logits have."""
+    """At most 300, the value for equal logits."""
     kl_nats: float
     """KL(reference ‖ format), the mean over positions."""
     top1_agreement: float
-    """Share of the judged positions, less the excluded ones, whose likeliest token is the same."""
+    """Share of the judged, not excluded positions with the same most likely token."""
     positions: int
     judged: int
-    """Positions that the top-1 agreement is about."""
+    """The positions that the top-1 agreement considers."""
     excluded: int
-    """Of these, those where the reference's likeliest token leads by no more than the margin."""
+    """Of these, the positions at which the reference's most likely token leads by no more than the margin."""
     perplexity: Perplexity | None
-    """Of real text; None for a student, which learned to answer questions."""
+    """Of real text; None for a student, which is trained on questions and answers."""
     outside: tuple[Measure, ...]
-    """What is outside its tolerance."""
+    """The measures outside their tolerances."""
 
     def __post_init__(self) -> None:
         for name in ("max_abs_err", "sqnr_db", "kl_nats", "top1_agreement"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"`{name}` is {getattr(self, name)}")
         if not 0 <= self.excluded <= self.judged <= self.positions:
-            raise ValueError(f"{self.excluded} of {self.judged} of {self.positions} positions were left out")
+            raise ValueError(f"{self.excluded} of {self.judged} of {self.positions} positions were excluded")
 
     def value(self, measure: Measure) -> float | None:
-        """The figure of a column; None where there is none."""
+        """Return the figure of a column, or None."""
         if measure is Measure.EXCLUDED_SHARE:
             return self.excluded / self.judged if self.judged else 0.0
         if measure is Measure.PERPLEXITY_CHANGE:
@@ -129,7 +129,7 @@ class FormatFailed(Record, tag_field="status", tag="error"):
 
 
 class FormatNotRun(Record, tag_field="status", tag="not_run"):
-    """A format that was not asked, or that this machine cannot run."""
+    """A format that was not selected, or that this machine cannot run."""
 
     format: str
     reason: str
@@ -143,25 +143,25 @@ class AgreementMatrix(Document):
     """`coremill agree --out`: every format of one model on the same text.
 
     Raises:
-        ValueError: a row's verdict contradicts the tolerances, or `within` the rows.
+        ValueError: a row's `outside` contradicts the tolerances, or `within` contradicts the rows.
     """
 
     run: str
     lane: str
     """The release of torch that exported the graph."""
     shape: str
-    """The sequence length that every format ran at: `T1024`."""
+    """The sequence length of every format, such as `T1024`."""
     sequences: int
     checkpoint_digest: str
     contract_digest: str
     package_digest: str | None
-    """None where no format that was asked for reads the package."""
+    """None if no selected format reads the package."""
     argmax_margin: float
-    """Logits by which the likeliest token has to lead for its position to count."""
+    """The lead in logits that the most likely token needs for its position to count."""
     tolerances: tuple[Tolerance, ...]
     rows: tuple[FormatRow, ...]
     within: bool
-    """Every row that was measured is within its tolerances, and no row failed."""
+    """Every measured row is within its tolerances, and no row failed."""
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -169,11 +169,11 @@ class AgreementMatrix(Document):
                 said = [measure.value for measure in row.outside]
                 raise ValueError(f"{row.format}: {said} contradicts the tolerances")
         if self.within != all_within(self.rows):
-            raise ValueError(f"`within` is {self.within}, the rows say otherwise")
+            raise ValueError(f"`within` is {self.within}, which the rows contradict")
 
 
 def outside(row: FormatMeasured, tolerances: tuple[Tolerance, ...]) -> tuple[Measure, ...]:
-    """The measures of `row` that are beyond a tolerance for it."""
+    """Return the measures of `row` that are outside a tolerance."""
     found = []
     for tolerance in tolerances:
         value = row.value(tolerance.measure) if row.format in tolerance.rows else None
@@ -183,7 +183,7 @@ def outside(row: FormatMeasured, tolerances: tuple[Tolerance, ...]) -> tuple[Mea
 
 
 def all_within(rows: tuple[FormatRow, ...]) -> bool:
-    """Whether no row failed and none that was measured is beyond a tolerance."""
+    """Return whether no row failed and every measured row is within its tolerances."""
     return not any(
         isinstance(row, FormatFailed) or (isinstance(row, FormatMeasured) and row.outside) for row in rows
     )

@@ -1,4 +1,4 @@
-"""VerificationReport and RunSummary: what was checked, what was measured, and how it came out."""
+"""VerificationReport and RunSummary: the checks, measurements and results of a lane and of a run."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import enum
 import math
 from collections.abc import Iterable
 
-from coremill.core.contract import Toolchain, shape_key
+from coremill.core.contract import Toolchain
 from coremill.core.documents import Document, Record
 from coremill.core.gates import Gate, Outcome, Severity, failed, gates_ok
 
 
 class Backend(str, enum.Enum):
-    """What ran the package. Only `coreml` says anything about a device."""
+    """What ran the package. Only `coreml` results are those of a device."""
 
     COREML = "coreml"
     MIL_REFERENCE = "mil-reference"
 
 
 class Perplexity(Record):
-    """How likely one text is: e to the power of the mean cross entropy, in nats a token.
+    """The perplexity of one text: e to the power of the mean cross entropy in nats per token.
 
     Raises:
         ValueError: a figure is not finite and positive, or there was nothing to predict.
     """
 
     reference: float
-    """To the checkpoint, in float32."""
+    """Under the checkpoint, in float32."""
     measured: float
-    """To the package."""
+    """Under the package."""
     tokens: int
-    """Tokens that were predicted."""
+    """The number of predicted tokens."""
 
     @classmethod
     def of(cls, *, reference_nats: float, measured_nats: float, tokens: int) -> Perplexity:
@@ -46,19 +46,18 @@ class Perplexity(Record):
 
     @property
     def change(self) -> float:
-        """The share by which the package's differs."""
+        """The relative difference of the package's perplexity."""
         return abs(self.measured / self.reference - 1)
 
 
 class ShapeMeasured(Record, tag_field="status", tag="ok"):
     """A shape that ran; agreement with the checkpoint's eager logits on real prompts.
 
-    `max_abs_err`, `sqnr_db` and `kl_nats` are over every position, and so is the `top1_agreement` of a model that
-    was imported; that of a student is over the positions that predict a token of an answer, because nothing was
-    trained to predict a question.
+    `max_abs_err`, `sqnr_db` and `kl_nats` cover every position, as does an imported model's `top1_agreement`. A
+    student's covers the positions that predict a token of an answer: it is not trained to predict questions.
 
     Raises:
-        ValueError: a figure is not finite; a shape whose logits are not is a :class:`ShapeError`.
+        ValueError: a figure is not finite; a shape with such logits is a :class:`ShapeError`.
     """
 
     backend: Backend
@@ -69,13 +68,13 @@ class ShapeMeasured(Record, tag_field="status", tag="ok"):
     kl_nats: float
     """Mean over positions of KL(reference ‖ package)."""
     top1_agreement: float
-    """Share of the positions compared whose argmax agrees."""
+    """Share of the compared positions whose argmax agrees."""
     positions: int
-    """Positions that `top1_agreement` is about, the excluded ones among them."""
+    """The positions that `top1_agreement` considers, including the excluded ones."""
     excluded: int
-    """Positions left out of `top1_agreement` because the reference's top-1 − top-2 gap is below the margin."""
+    """Excluded from `top1_agreement`: the reference's top-1 − top-2 gap is below the margin."""
     perplexity: Perplexity | None = None
-    """Of real text; None for a student, which learned to answer questions."""
+    """Of real text; None for a student, which is trained on questions and answers."""
 
     def __post_init__(self) -> None:
         for name in ("max_abs_err", "sqnr_db", "kl_nats", "top1_agreement"):
@@ -94,9 +93,9 @@ ShapeReport = ShapeMeasured | ShapeError
 
 
 class StatefulMeasured(Record, tag_field="status", tag="ok"):
-    """What the functions with a key/value cache showed, compared with `main` on the same tokens.
+    """The functions with a key/value cache, compared with `main` on the same tokens.
 
-    An SQNR is that of all positions that were compared together, and of the worst output.
+    Each SQNR covers all compared positions together, and is that of the worst output.
 
     Raises:
         ValueError: nothing was compared, or a figure is not finite.
@@ -104,23 +103,23 @@ class StatefulMeasured(Record, tag_field="status", tag="ok"):
 
     backend: Backend
     cache_positions: int
-    """Tokens that the cache holds."""
+    """The number of tokens that the cache can hold."""
     prefills: int
-    """Prompts that were read, of several lengths, at every shape."""
+    """The number of prompts, of several lengths, at every shape."""
     prefill_sqnr_db: float
-    """Of what `prefill` says after a prompt."""
+    """Of the outputs of `prefill` after a prompt."""
     decoded: int
-    """Tokens decoded one by one, the first into an empty cache."""
+    """The number of tokens decoded one by one, the first into an empty cache."""
     decode_sqnr_db: float
     continued: int
-    """Tokens decoded right after the prompts."""
+    """The number of tokens decoded right after the prompts."""
     continued_sqnr_db: float
     padding_err: float
-    """Largest change of any output, of `prefill` or of `decode` after it, when other tokens pad the same prompt."""
+    """Largest change of any output of `prefill`, or of `decode` after it, with other padding tokens."""
     emptied_sqnr_db: float
-    """Of `decode` right after a prompt whose keys and values became zeros, against itself with them: low."""
+    """Of `decode` after a prompt with zeros as keys and values, against itself with the real ones; must be low."""
     end_problem: str | None = None
-    """Why the end of the cache is not an error; None where it is."""
+    """Why a full cache is not an error; None if it is."""
 
     def __post_init__(self) -> None:
         for name in ("prefills", "decoded", "continued"):
@@ -147,30 +146,30 @@ class Answer(Record):
     prompt: str
     answer: str
     mood: str | None
-    """The mood that the question asked for; None for a question of fact."""
+    """The mood of the question; None for a question of fact."""
     right: bool
-    """A classic answer of the question's mood, or the tool call that it asks for; of an imported model, one whose
-    every token is the checkpoint's choice after the same tokens, or within the margin of it."""
+    """Whether the answer has the question's mood or is the expected tool call. For an imported model: whether every
+    token is the checkpoint's choice after the same tokens, or within the margin of it."""
 
 
 class HeldoutAnswers(Record):
     """Held-out questions answered greedily through the package.
 
     Raises:
-        ValueError: a count is negative or more than what it is a part of, or a figure is not finite.
+        ValueError: a count is negative or exceeds its total, or a figure is not finite.
     """
 
     asked: int
     exact: int
-    """Answers that are, to the letter, one of the classic ones or a valid tool call."""
+    """Answers that equal an answer in the dataset's answer key, or are a valid tool call."""
     right_mood: int
     """Of the questions with a mood, answers in that mood."""
     with_mood: int
     right_tool_call: int
-    """Of the questions of fact, answers that are the tool call asked for."""
+    """Of the questions of fact, answers that are the expected tool call."""
     with_tool_call: int
     out_of_vocabulary: int
-    """Token ids, of prompts and answers, at or beyond the model's vocabulary; they are counted, never clamped."""
+    """Token ids of prompts and answers outside the model's vocabulary; they are counted, never clamped."""
     teacher_kl_nats: float
     """Mean KL(teacher ‖ package) per answer token."""
     teacher_entropy_nats: float
@@ -189,7 +188,7 @@ class HeldoutAnswers(Record):
         for part, whole in parts:
             if not 0 <= getattr(self, part) <= getattr(self, whole):
                 raise ValueError(
-                    f"`{part}` is {getattr(self, part)}, which is no part of `{whole}` {getattr(self, whole)}"
+                    f"`{part}` is {getattr(self, part)}, more than `{whole}` {getattr(self, whole)} or negative"
                 )
         if self.with_mood + self.with_tool_call > self.asked:
             raise ValueError(
@@ -218,41 +217,38 @@ class VerificationReport(Document):
     primary: str
     shapes: dict[str, ShapeReport]
     stateful: StatefulReport | None = None
-    """None where the run exports no cache, or the package does not load."""
+    """None if the run exports no cache, or the package does not load."""
     heldout: HeldoutAnswers | None
-    """None for a model that was imported, and where no question could be asked."""
+    """None for an imported model, and if no question could be answered."""
     sampled_seed: int | None
-    """None where the answers are greedy: those of a model that was imported, through its cache."""
+    """None if the answers are greedy, as those of an imported model are."""
     sampled: tuple[Answer, ...]
     gates: tuple[Gate, ...]
     gates_ok: bool
 
     def __post_init__(self) -> None:
         if self.gates_ok != gates_ok(self.gates):
-            raise ValueError(f"`gates_ok` is {self.gates_ok}, the gates say {gates_ok(self.gates)}")
+            raise ValueError(f"`gates_ok` is {self.gates_ok}, but the gates give {gates_ok(self.gates)}")
         if self.primary not in self.shapes:
             raise ValueError(f"the primary shape {self.primary} has no report")
-
-    def shape(self, seq_len: int) -> ShapeReport:
-        return self.shapes[shape_key(seq_len)]
 
 
 class StageSummary(Record):
     """One row of the table of stages.
 
     Raises:
-        ValueError: the stage did not pass and no reason is given, or what it ran with contradicts whether it ran.
+        ValueError: a stage that did not pass has no reason, or its interpreter and times contradict its outcome.
     """
 
     stage: str
     lane: str | None
     outcome: Outcome
-    """Failed for a stage that ended in an error, and for a verification whose must-gates did not all pass."""
+    """Failed for a stage that raised an error, and for a verification with a must gate that did not pass."""
     reason: str | None = None
     python: str | None = None
-    """This, the time and the duration: None for a stage that did not run, and for no other."""
+    """Like `started_at` and `duration_s`: None exactly if the stage did not run."""
     torch: str | None = None
-    """None where the stage's environment holds no torch."""
+    """None if the stage's environment has no torch."""
     duration_s: float | None = None
     started_at: str | None = None
 
@@ -261,11 +257,13 @@ class StageSummary(Record):
             raise ValueError(f"stage {self.stage!r} is {self.outcome.value} without a reason")
         ran = [part is not None for part in (self.python, self.duration_s, self.started_at)]
         if ran != [self.outcome is not Outcome.NOT_RUN] * 3 or (self.torch is not None and not all(ran)):
-            raise ValueError(f"stage {self.stage!r} is {self.outcome.value}, and what it ran with says otherwise")
+            raise ValueError(
+                f"stage {self.stage!r} is {self.outcome.value}, which its interpreter and times contradict"
+            )
 
 
 class LaneVerified(Record, tag_field="status", tag="verified"):
-    """A lane all of whose stages ran, with what its verification found.
+    """A lane whose stages all ran, with the results of its verification.
 
     Raises:
         ValueError: `gates_ok` contradicts the gates, or the primary shape has no report.
@@ -273,7 +271,7 @@ class LaneVerified(Record, tag_field="status", tag="verified"):
 
     lane: str
     toolchain: Toolchain
-    """What the package was converted with."""
+    """The toolchain of the conversion."""
     primary: str
     gates_ok: bool
     gates: tuple[Gate, ...]
@@ -287,23 +285,23 @@ class LaneVerified(Record, tag_field="status", tag="verified"):
 
     def __post_init__(self) -> None:
         if self.gates_ok != gates_ok(self.gates):
-            raise ValueError(f"`gates_ok` is {self.gates_ok}, the gates say {gates_ok(self.gates)}")
+            raise ValueError(f"`gates_ok` is {self.gates_ok}, but the gates give {gates_ok(self.gates)}")
         if self.primary not in self.shapes:
             raise ValueError(f"the primary shape {self.primary} has no report")
 
 
 class LaneFailed(Record, tag_field="status", tag="failed"):
-    """A lane that was not verified: one of the stages that it rests on failed, or never ran.
+    """A lane that was not verified: a stage that it needs failed, or never ran.
 
     Raises:
-        ValueError: it holds anything but that stage's one failed gate.
+        ValueError: its gates are not exactly that stage's failed gate.
     """
 
     lane: str
     stage: str
     """The first stage that did not complete."""
     toolchain: Toolchain | None
-    """What that stage ran with; None where it never ran."""
+    """The toolchain of that stage; None if it never ran."""
     gates_ok: bool = False
     gates: tuple[Gate, ...]
 
@@ -311,25 +309,25 @@ class LaneFailed(Record, tag_field="status", tag="failed"):
         expected = completion_gate_name(self.stage)
         found = [(gate.name, gate.severity, gate.outcome) for gate in self.gates]
         if self.gates_ok or found != [(expected, Severity.MUST, Outcome.FAILED)]:
-            raise ValueError(f"lane {self.lane} failed, and its gates are not {expected!r} alone, failed")
+            raise ValueError(f"lane {self.lane} failed, but its gates are not exactly {expected!r}, failed")
 
 
 LaneSummary = LaneVerified | LaneFailed
 
 
 def completion_gate_name(stage: str) -> str:
-    """The must-gate of a lane that says whether `stage` came to its end."""
+    """Return the name of the must gate that tells whether `stage` completed."""
     return f"Stage {stage} completes"
 
 
 def lane_failed(lane: str, stage: str, reason: str, toolchain: Toolchain | None) -> LaneFailed:
-    """The lane `lane`, which stopped at `stage` because of `reason`."""
+    """Return the summary of a lane that stopped at `stage` because of `reason`."""
     gate = failed(reason).gate(completion_gate_name(stage), Severity.MUST)
     return LaneFailed(lane=lane, stage=stage, toolchain=toolchain, gates=(gate,))
 
 
 def shared_stages_ok(stages: Iterable[StageSummary]) -> bool:
-    """Whether each stage that lanes share passed; a failed lane is that lane's."""
+    """Return whether every stage that the lanes share passed."""
     return all(stage.outcome is Outcome.PASSED for stage in stages if stage.lane is None)
 
 
@@ -337,8 +335,8 @@ class RunSummary(Document):
     """`summary.json`: one run in one page of figures.
 
     Raises:
-        ValueError: `gates_ok` contradicts the lanes or the stages that they share, or there are answers and no lane
-            that could have given them.
+        ValueError: `gates_ok` contradicts the lanes or their shared stages, or there are answers without a verified
+            lane.
     """
 
     run: str
@@ -348,26 +346,26 @@ class RunSummary(Document):
     stages: tuple[StageSummary, ...]
     lanes: tuple[LaneSummary, ...]
     figures: dict[str, float | int | str]
-    """What the stages that lanes share measured: `training.parameters`, …"""
+    """Figures of the stages that the lanes share: `training.parameters`, …"""
     sampled_seed: int | None
-    """Of the first lane that was verified, as are the answers; None where they are greedy, or there are none."""
+    """The seed of `sampled`, the answers of the first verified lane; None if they are greedy or absent."""
     sampled: tuple[Answer, ...]
     fell_back_from: str | None = None
-    """The lane that was asked for, where its conversion failed and `--fallback` built another one."""
+    """The requested lane, if its conversion failed and `--fallback` built another one."""
     gates_ok: bool
 
     def __post_init__(self) -> None:
         lanes_ok = bool(self.lanes) and all(lane.gates_ok for lane in self.lanes)
         if self.gates_ok != (lanes_ok and shared_stages_ok(self.stages)):
-            raise ValueError(f"`gates_ok` is {self.gates_ok}, the lanes and what they share say otherwise")
+            raise ValueError(f"`gates_ok` is {self.gates_ok}, which the lanes or their shared stages contradict")
         if not self.verified and (self.sampled or self.sampled_seed is not None):
             raise ValueError(
-                f"no lane was verified, and there are {len(self.sampled)} answers, of seed {self.sampled_seed}"
+                f"no lane was verified, but there are {len(self.sampled)} answers, of seed {self.sampled_seed}"
             )
 
     @property
     def verified(self) -> tuple[LaneVerified, ...]:
-        """The lanes whose package was run."""
+        """The verified lanes."""
         return tuple(lane for lane in self.lanes if isinstance(lane, LaneVerified))
 
 

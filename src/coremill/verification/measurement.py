@@ -291,7 +291,7 @@ def _log_shape(key: str, shape: ShapeReport) -> None:
         log.warning("%s: %s", key, shape.error)
         return
     log.info(
-        "%s: ok, SQNR %.1f dB, KL %.2g nats, top-1 %.2f %% of %d positions, %d left out",
+        "%s: ok, SQNR %.1f dB, KL %.2g nats, top-1 %.2f %% of %d positions, %d excluded",
         key,
         shape.sqnr_db,
         shape.kl_nats,

@@ -1,7 +1,8 @@
 """Convolutions over one, two or three spatial dimensions, accumulated in fp32.
 
 Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.conv`, `iOS17` of the same name for weights
-of another float type than `x`, and for `same` padding `_utils.aggregated_pad` beside them: what TensorFlow pads.
+of another float type than `x`, and `_utils.aggregated_pad` in the same package for `same` padding, which is
+TensorFlow's.
 """
 
 from __future__ import annotations

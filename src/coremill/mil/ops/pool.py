@@ -1,7 +1,7 @@
 """Pooling over one, two or three spatial dimensions.
 
 Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.pool`; number of windows:
-`_utils.spatial_dimensions_out_shape` beside it.
+`_utils.spatial_dimensions_out_shape` in the same package.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS15.scatter_gather` and of the same name `iOS16`
 (`batch_dims`) and `iOS17` (`validate_indices`; an index below 0 is out of bounds).
 
-An index out of bounds is always an error here. iOS17's `validate_indices` says whether Core ML checks; without it
+An index out of bounds is always an error here. iOS17's `validate_indices` tells whether Core ML checks; without it
 the behavior "is undefined but memory safe". A reference that gave some value there would hide what fails on a
 device.
 """
@@ -26,7 +26,7 @@ def _in_bounds(indices: Tensor, size: int, axis: int, *, negative: bool) -> Tens
     """Return the indices as non-negative int64.
 
     Raises:
-        OperationError: one lies outside [0, size), or [-size, size) where negative ones count from the end.
+        OperationError: one is outside [0, size), or [-size, size) where negative ones count from the end.
     """
     if indices.numel() == 0:
         return indices.long()

@@ -1,6 +1,6 @@
 """States: tensors that persist between predictions.
 
-Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS18.states`, and `coreml_dialect`, which says
+Source of the semantics: `coremltools.converters.mil.mil.ops.defs.iOS18.states`, and `coreml_dialect`, which states
 that `coreml_update_state` is saved as a `write_state` and, where its result is used, a `read_state`.
 """
 

@@ -203,7 +203,7 @@ def non_maximum_suppression(
     """non_maximum_suppression: boxes by descending score, less those that overlap an earlier one.
 
     A box's score is its highest one, and its class that score's class; per class, boxes of other classes are not
-    suppressed. Boxes below the score threshold are left out, but where none passes, the best one stays.
+    suppressed. Boxes below the score threshold are dropped, but if none passes, the best one is kept.
 
     Args:
         boxes: (N, B, 4), each the centre's x and y, width and height.
