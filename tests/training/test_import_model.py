@@ -252,7 +252,7 @@ def test_a_pickle_without_safetensors_is_an_error(tmp_path: Path) -> None:
     source = huggingface(tmp_path / "source")
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
     assert error_of(UnsafeCheckpointError, source, "--out", tmp_path / "m.ckpt").startswith(
-        f"{source} has its weights in pytorch_model.bin alone"
+        f"{source} has its weights only in pytorch_model.bin"
     )
 
 

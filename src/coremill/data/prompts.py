@@ -13,7 +13,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from coremill.core.answer_key import AnswerKey
 from coremill.core.errors import DatasetError
@@ -36,6 +36,10 @@ PADDED_CHATS = 2
 """The questions compared with padding, at one length each, because an imported model may take seconds per run."""
 PROBED_ROWS = 2
 """The packed sequences of rows in which tokens are changed, at each length."""
+
+
+_PIECE = 200
+"""Characters of a piece of a text."""
 
 
 class Compared(NamedTuple):
@@ -64,6 +68,18 @@ class Prompts(abc.ABC):
     """The model's tokenizer, whose size and digest `check_vocabulary` compares."""
     export_count: int
     """The number of packed sequences that an export compares at each length."""
+
+    imported: ClassVar[bool]
+    """Whether they are those of an imported model: texts instead of a held-out set."""
+
+    @property
+    @abc.abstractmethod
+    def exchanges(self) -> Sequence[tuple[str, str]]:
+        """Questions, each with a text that may answer it: the teacher's answer, or another question."""
+
+    @abc.abstractmethod
+    def own_texts(self) -> Iterator[str]:
+        """Yield every text, as it is and as the model reads it."""
 
     @property
     def pad_id(self) -> int:
@@ -107,6 +123,7 @@ class Prompts(abc.ABC):
 class RowPrompts(Prompts):
     """Questions of a dataset, with the teacher's answers."""
 
+    imported = False
     export_count = PACKED_ROWS
 
     tokenizer: Tokenizer
@@ -120,6 +137,13 @@ class RowPrompts(Prompts):
     def answer_key(self) -> AnswerKey:
         """The answers that the dataset of the rows accepts. Raises as :func:`read_answer_key` does."""
         return read_answer_key(self._answer_key)
+
+    @property
+    def exchanges(self) -> Sequence[tuple[str, str]]:
+        return [(row.prompt, row.teacher_text) for row in self.rows]
+
+    def own_texts(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(self.exchanges)
 
     def packed(self, seq_len: int, count: int) -> list[list[int]]:
         """Return sequences of consecutive conversations; each sequence begins with a new one.
@@ -178,6 +202,7 @@ class Chat(NamedTuple):
 class TextPrompts(Prompts):
     """Real texts, and questions in the model's chat format."""
 
+    imported = True
     export_count = 1
     """A large model takes seconds for one, which is as long as all conversations of a toy."""
 
@@ -187,6 +212,19 @@ class TextPrompts(Prompts):
         self.texts = texts
         self.chat_prompts = chat_prompts
         self.tokenizer = tokenizer
+
+    @property
+    def exchanges(self) -> Sequence[tuple[str, str]]:
+        questions = [prompt.text for prompt in self.chat_prompts]
+        return list(zip(questions, [*questions[1:], *questions[:1]], strict=True))
+
+    def own_texts(self) -> Iterator[str]:
+        """The questions, also in the model's chat format; then pieces of the texts, from each text in turn."""
+        for prompt, chat in zip(self.chat_prompts, self.chats, strict=True):
+            yield prompt.text
+            yield self.tokenizer.decode(chat.ids)
+        for some in itertools.zip_longest(*(_pieces(text.text) for text in self.texts)):
+            yield from (piece for piece in some if piece is not None)
 
     @functools.cached_property
     def chats(self) -> tuple[Chat, ...]:
@@ -285,13 +323,17 @@ def check_kind(prompts: Prompts, *, imported: bool) -> None:
     Raises:
         DatasetError: they are of the other kind.
     """
-    if isinstance(prompts, RowPrompts) == imported:
+    if prompts.imported != imported:
         kinds = ("texts", "a held-out set")
         found, expected = kinds if not imported else kinds[::-1]
         raise DatasetError(
             f"the prompts are {found}, but the model was {'imported' if imported else 'distilled'}",
             expected=f"{expected}: see --prompts",
         )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    return (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
 
 
 def find_heldout(folder: Path) -> Path:

@@ -36,8 +36,6 @@ _SPELLED = 64
 """The most special tokens with texts of their own; Llama 3 has 256, most of them reserved."""
 _RANDOM_SHARE = 0.3
 """The minimum share of random texts."""
-_PIECE = 200
-"""Characters of a piece of a text."""
 
 
 # --- token ids --------------------------------------------------------------------------------------
@@ -136,26 +134,8 @@ def texts(prompts: Prompts, tokenizer: TextTokenizer) -> list[str]:
     if len(special) > _SPELLED:
         found.append(" and ".join(special))
     most = int(TEXTS * (1 - _RANDOM_SHARE))
-    found += itertools.islice(_own_texts(prompts), most - len(found))
+    found += itertools.islice(prompts.own_texts(), most - len(found))
     return [*found, *random_texts(TEXTS - len(found), special)]
-
-
-def _own_texts(prompts: Prompts) -> Iterator[str]:
-    if isinstance(prompts, RowPrompts):
-        for row in prompts.rows:
-            yield row.prompt
-            yield row.teacher_text
-        return
-    assert isinstance(prompts, TextPrompts)
-    for prompt, chat in zip(prompts.chat_prompts, prompts.chats, strict=True):
-        yield prompt.text
-        yield prompts.tokenizer.decode(chat.ids)  # in the model's chat format
-    for some in itertools.zip_longest(*(_pieces(text.text) for text in prompts.texts)):  # from each text in turn
-        yield from (piece for piece in some if piece is not None)
-
-
-def _pieces(text: str) -> Iterator[str]:
-    return (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
 
 
 def random_texts(count: int, special: Sequence[str] = ()) -> Iterator[str]:

@@ -24,7 +24,7 @@ from coremill.core.stage import Figures
 from coremill.coreml.graph import check_main
 from coremill.coreml.interface import differences, package_interfaces
 from coremill.coreml.package import PackageFacts, check_package, read_spec
-from coremill.data.prompts import Prompts, RowPrompts, TextPrompts, load_prompts
+from coremill.data.prompts import Prompts, RowPrompts, load_prompts
 from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
 from coremill.model.memory import check_shape_memory
 from coremill.model.student import Student
@@ -76,7 +76,7 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
     check_vocabulary(checkpoint, prompts.tokenizer)
     facts = Facts(
         model_type=checkpoint.model_type,
-        imported=isinstance(prompts, TextPrompts),
+        imported=prompts.imported,
         stateful=bool(contract.functions) if subject.stateful is None else subject.stateful,
         has_halt_head=checkpoint.model_arch.use_halt_head,
         asks_moods=isinstance(prompts, RowPrompts) and prompts.answer_key.has_moods,
@@ -147,12 +147,11 @@ def lane_of(contract: Contract) -> str:
 
 def _prompts(subject: Subject, config: VerifyConfig) -> Prompts:
     prompts = load_prompts(subject.tokenizer, subject.prompts, rows=config.rows)
-    asks_answers = isinstance(config, DistilledVerify)
-    if isinstance(prompts, RowPrompts) != asks_answers:
-        found = "a held-out set" if isinstance(prompts, RowPrompts) else "texts"
+    if prompts.imported != (not isinstance(config, DistilledVerify)):
+        found = "texts" if prompts.imported else "a held-out set"
         expected = (
             "a held-out set: the configuration checks answers"
-            if asks_answers
+            if prompts.imported
             else "texts: the configuration is of a run that imports its model"
         )
         raise ConfigError(f"{subject.prompts} has {found}", expected=expected)

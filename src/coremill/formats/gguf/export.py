@@ -18,7 +18,7 @@ from coremill.core.documents import write_json
 from coremill.core.machine import check_disk, check_memory
 from coremill.core.parity import GgufParity
 from coremill.core.stage import Figures
-from coremill.data.prompts import Prompts, RowPrompts, TextPrompts, check_kind, load_prompts
+from coremill.data.prompts import Prompts, check_kind, load_prompts
 from coremill.formats.gguf.parity import measure_gguf, require_parity
 from coremill.formats.gguf.tokenizer import gguf_metadata
 from coremill.formats.gguf.writer import check_writable, size_bytes, write_gguf
@@ -166,9 +166,7 @@ def query_ollama(exported: Exported) -> Figures:
     """Ollama's answer to a question, or the reason why it was not run; raises as `run_with_ollama` does."""
     if not exported.has_modelfile:
         return {"ollama": "not_run: there is no Modelfile"}
-    prompts = exported.source.prompts
-    assert isinstance(prompts, (RowPrompts, TextPrompts))
-    question = prompts.rows[0].prompt if isinstance(prompts, RowPrompts) else prompts.chat_prompts[0].text
+    question, _ = exported.source.prompts.exchanges[0]
     found = run_with_ollama(exported.out, question)
     if isinstance(found, OllamaAnswered):
         log.info("Ollama %s answers %r: %r", found.version, found.question, found.answer)

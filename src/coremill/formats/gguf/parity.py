@@ -138,6 +138,14 @@ _QUICK = _Scope(4, 64, 64)
 _FULL = _Scope(20, 256, 1024)
 
 
+class _Heldout(NamedTuple):
+    """Questions of the dataset, and what judges the answers."""
+
+    rows: Sequence[Row]
+    tokenizer: Tokenizer
+    key: AnswerKey
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
     """The inputs for every file, and the checkpoint's outputs."""
@@ -150,10 +158,8 @@ class _Plan:
     greedy_tokens: int
     texts: list[str]
     tokenizer: TextTokenizer
-    rows: Sequence[Row]
-    answer_key: AnswerKey | None
-    """Of the dataset; None without rows."""
-    student_tokenizer: Tokenizer | None
+    heldout: _Heldout | None
+    """None for an imported model."""
     context: int
 
 
@@ -209,7 +215,6 @@ def _at_once(count: int, checkpoint: Checkpoint) -> int:
 def _plan(scope: _Scope, context: int, reference: Reference, prompts: Prompts) -> _Plan:
     compared = sequences(prompts, context)
     prompt_ids = questions(prompts, context, scope.greedy_prompts)
-    own = prompts.tokenizer
     longest = max(*map(len, compared), *(len(ids) + max(scope.greedy_tokens, MAX_NEW_TOKENS) for ids in prompt_ids))
     return _Plan(
         sequences=compared,
@@ -218,9 +223,9 @@ def _plan(scope: _Scope, context: int, reference: Reference, prompts: Prompts) -
         greedy_tokens=scope.greedy_tokens,
         texts=texts(prompts, prompts.text_tokenizer),
         tokenizer=prompts.text_tokenizer,
-        rows=prompts.rows[: scope.questions] if isinstance(prompts, RowPrompts) else (),
-        answer_key=prompts.answer_key if isinstance(prompts, RowPrompts) else None,
-        student_tokenizer=own if isinstance(own, Tokenizer) else None,
+        heldout=_Heldout(prompts.rows[: scope.questions], prompts.tokenizer, prompts.answer_key)
+        if isinstance(prompts, RowPrompts)
+        else None,
         context=min(context, longest),
     )
 
@@ -256,8 +261,8 @@ def _measure_file(
         mismatches = list(_mismatches(llamacpp, plan))
         texts = len({mismatch.text for mismatch in mismatches})
         figures.append(_figure("tokenizer_mismatches", texts, _Bound(0, "the tokenizer of the checkpoint")))
-        if plan.rows:
-            figures.append(_heldout(llamacpp, reference, plan, bounded=kind in _EXACT))
+        if plan.heldout:
+            figures.append(_heldout(llamacpp, reference, plan.heldout, plan.context, bounded=kind in _EXACT))
     return FileParity(
         file=path.name,
         digest=file_digest(path),
@@ -265,7 +270,7 @@ def _measure_file(
         positions=sum(map(len, plan.sequences)),
         greedy_prompts=len(plan.prompts) if kind == "f32" else 0,
         greedy_tokens=greedy_tokens,
-        heldout_questions=len(plan.rows),
+        heldout_questions=len(plan.heldout.rows) if plan.heldout else 0,
         figures=tuple(figures),
         differences=tuple(differences),
         mismatches=tuple(mismatches[:LISTED]),
@@ -316,15 +321,15 @@ def _greedy(llamacpp: LlamaCpp, reference: Reference, plan: _Plan) -> tuple[list
     return found, count
 
 
-def _heldout(llamacpp: LlamaCpp, reference: Reference, plan: _Plan, *, bounded: bool) -> ParityFigure:
+def _heldout(
+    llamacpp: LlamaCpp, reference: Reference, heldout: _Heldout, context: int, *, bounded: bool
+) -> ParityFigure:
     """The share of held-out questions whose answer is exact; if `bounded`, at least the checkpoint's own share."""
-    assert plan.student_tokenizer is not None  # there are rows
-    assert plan.answer_key is not None
-    tokenizer, key = plan.student_tokenizer, plan.answer_key
+    rows, tokenizer, key = heldout
     exact, own = 0, 0
-    for row in plan.rows:
+    for row in rows:
         prompt = tokenizer.encode_prompt(row.prompt)
-        max_new_tokens = min(MAX_NEW_TOKENS, plan.context - len(prompt))
+        max_new_tokens = min(MAX_NEW_TOKENS, context - len(prompt))
         answer = llamacpp.generate(prompt, max_new_tokens, {tokenizer.end_id})
         is_exact = judge(row, tokenizer.decode_answer(answer), key).exact
         exact += is_exact
@@ -334,8 +339,8 @@ def _heldout(llamacpp: LlamaCpp, reference: Reference, plan: _Plan, *, bounded: 
                 if _is_own(reference, prompt, answer)
                 else _own_exact(reference, row, tokenizer, key, max_new_tokens)
             )
-    share = exact / len(plan.rows)
-    bound = _Bound(own / len(plan.rows), "the checkpoint's own share in torch") if bounded else None
+    share = exact / len(rows)
+    bound = _Bound(own / len(rows), "the checkpoint's own share in torch") if bounded else None
     return _figure("heldout_exact", share, bound)
 
 

@@ -25,7 +25,7 @@ from coremill.core import layout
 from coremill.core.errors import TokenizerError
 from coremill.core.gates import Gate, Severity, at_most, failed, not_run, passed
 from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
-from coremill.data.prompts import Prompts, RowPrompts, TextPrompts
+from coremill.data.prompts import Prompts
 from coremill.formats.halt_head import HALT_HEAD
 from coremill.formats.huggingface.reader import WHOLE
 from coremill.formats.huggingface.settings import ExpectedSettings, Setting, settings
@@ -209,7 +209,7 @@ class _Difference:
 
 def _answers(model: transformers.PreTrainedModel, expected: Expected) -> tuple[Gate, tuple[TokenDifference, ...]]:
     """Return the gate on greedy answers, and each token that the checkpoint would not choose at its position."""
-    count = _ROW_ANSWERS if isinstance(expected.prompts, RowPrompts) else _TEXT_ANSWERS
+    count = _TEXT_ANSWERS if expected.prompts.imported else _ROW_ANSWERS
     limit = expected.student.config.max_seq_len
     wrong = 0
     differences: list[TokenDifference] = []
@@ -273,22 +273,13 @@ def _conversations(expected: Expected) -> Iterator[tuple[list[Message], bool]]:
 
     Questions are alone, answered, repeated, after a system prompt and after an answer. The last is unusual text.
     """
-    for question, answer in itertools.islice(_questions_and_answers(expected.prompts), _QUESTIONS):
+    for question, answer in expected.prompts.exchanges[:_QUESTIONS]:
         user: Message = {"role": "user", "content": question}
         assistant: Message = {"role": "assistant", "content": answer}
         system: Message = {"role": "system", "content": "Answer briefly."}
         chats = ([user], [user, assistant], [user, assistant, user], [system, user], [assistant, user])
         yield from itertools.product(chats, (True, False))
     yield [{"role": "user", "content": "\n".join(ODD_TEXTS)}], True
-
-
-def _questions_and_answers(prompts: Prompts) -> Iterator[tuple[str, str]]:
-    if isinstance(prompts, RowPrompts):
-        yield from ((row.prompt, row.teacher_text) for row in prompts.rows)
-    else:
-        assert isinstance(prompts, TextPrompts)
-        questions = [prompt.text for prompt in prompts.chat_prompts]
-        yield from zip(questions, itertools.islice(itertools.cycle(questions), 1, None), strict=False)
 
 
 def _same_chat(
