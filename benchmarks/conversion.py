@@ -102,8 +102,8 @@ def answers(build: Build, options: argparse.Namespace) -> None:
     print(
         f"cross entropy        {answers.cross_entropy_nats:.4f} nats, at least {answers.teacher_entropy_nats:.4f}"
     )
-    if result.halt_agreement is not None:
-        print(f"halt decisions       {result.halt_agreement:.2%} as labelled")
+    if result.halt_decisions:
+        print(f"halt decisions       {_share(result.right_halts, result.halt_decisions)} as labelled")
 
 
 def convert(build: Build, options: argparse.Namespace) -> None:

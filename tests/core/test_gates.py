@@ -17,6 +17,7 @@ from coremill.core.gates import (
     at_most,
     failed,
     gates_ok,
+    most_of,
     must_gates_ok,
     not_run,
     passed,
@@ -95,3 +96,36 @@ def test_figures_are_compared_and_kept():
 def test_a_nan_passes_no_gate():
     assert at_least(math.nan, 0.0).gate("a", MUST).outcome is Outcome.FAILED
     assert at_most(math.nan, 0.0).gate("a", MUST).outcome is Outcome.FAILED
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "most"),
+    [
+        # Of Binomial(16, 0.025): P(X <= 1) = 0.9406, P(X <= 2) = 0.9936.
+        (16, 0.05, 2),
+        # Of Binomial(100, 0.01): P(X <= 3) = 0.9816, P(X <= 4) = 0.9966.
+        (100, 0.02, 4),
+        (1, 0.05, 1),
+        (1, 0.02, 0),
+        (0, 0.05, 0),
+        (100, 0.29, 29),
+        (1000, 0.02, 20),
+        (5000, 0.05, 250),
+        (40, 0.0, 0),
+        (40, 1.0, 40),
+    ],
+)
+def test_few_positions_are_judged_by_chance_and_many_by_their_share(count, share, most):
+    assert most_of(count, share) == most
+
+
+@given(st.integers(0, 300), st.floats(0, 1))
+def test_the_binomial_bound_is_the_smallest_that_chance_keeps(count, share):
+    def within(k: int) -> float:
+        p = share / 2
+        return math.fsum(math.comb(count, i) * p**i * (1 - p) ** (count - i) for i in range(k + 1))
+
+    most = most_of(count, share)
+    assert most >= math.floor(share * count)
+    assert within(most) > 0.99 - 1e-9
+    assert most <= share * count + 1e-6 or within(most - 1) < 0.99 + 1e-9

@@ -73,7 +73,8 @@ def good(pristine) -> Evidence:
                     teacher_entropy_nats=0.2,
                     cross_entropy_nats=0.21,
                 ),
-                halt_agreement=1.0,
+                halt_decisions=1000,
+                right_halts=1000,
             ),
             sampled=tuple(Answer(prompt="?", answer=str(i), mood=None, right=True) for i in range(24)),
             has_core_ml=False,
@@ -90,10 +91,8 @@ def gate(evidence: Evidence, name: str, **changes) -> Gate:
 
 def heldout(evidence: Evidence, **changes) -> Heldout:
     assert evidence.measured.heldout is not None
-    return Heldout(
-        answers=msgspec.structs.replace(evidence.measured.heldout.answers, **changes),
-        halt_agreement=evidence.measured.heldout.halt_agreement,
-    )
+    answers = msgspec.structs.replace(evidence.measured.heldout.answers, **changes)
+    return msgspec.structs.replace(evidence.measured.heldout, answers=answers)
 
 
 def test_good_evidence_is_good(good):
@@ -192,8 +191,28 @@ def test_a_primary_shape_that_disagrees_fails_its_gate(good, name, changes, meas
 def test_too_many_near_ties_are_said_in_numbers(good):
     shapes = {**good.measured.shapes, "T96": msgspec.structs.replace(MEASURED, excluded=21)}
     assert gate(good, "Top-1 agreement at the primary shape", shapes=shapes).reason == (
-        "21 of 1000 positions are within 0.05 logits of a tie, more than 2%"
+        "21 of 1000 positions are within 0.05 logits of a tie, more than 20, by max_excluded_share 0.02"
     )
+
+
+@pytest.mark.parametrize(
+    ("excluded", "positions", "outcome"),
+    [
+        (20, 1000, Outcome.PASSED),
+        (2, 16, Outcome.PASSED),
+        (3, 16, Outcome.FAILED),
+        (1, 2, Outcome.PASSED),
+        (1, 1, Outcome.FAILED),  # no position is left to compare
+    ],
+)
+def test_a_near_tie_among_few_positions_is_chance(good, excluded, positions, outcome):
+    shape = msgspec.structs.replace(MEASURED, excluded=excluded, positions=positions)
+    shapes = {**good.measured.shapes, "T96": shape, "T80": shape}
+    assert gate(good, "Top-1 agreement at the primary shape", shapes=shapes).outcome is outcome
+    assert gate(good, "Secondary shapes validate", shapes=shapes).outcome is outcome
+    # A position outside the margin that differs is never chance.
+    wrong = {**shapes, "T96": msgspec.structs.replace(shape, top1_agreement=14 / 15)}
+    assert gate(good, "Top-1 agreement at the primary shape", shapes=wrong).outcome is Outcome.FAILED
 
 
 @pytest.mark.parametrize(
@@ -358,7 +377,8 @@ def test_no_contract_and_no_question_takes_a_must_gate_away(good):
         contract=msgspec.structs.replace(good.contract, model_arch=arch),
         heldout=Heldout(
             answers=msgspec.structs.replace(good.measured.heldout.answers, with_mood=0, right_mood=0),
-            halt_agreement=None,
+            halt_decisions=0,
+            right_halts=0,
         ),
     )
     for name in ("Halt decisions match the labels", "Held-out answers have the right mood"):
@@ -424,8 +444,14 @@ def test_a_cell_answers_one_notice_about_torch_and_no_other(good):
 
 
 def test_a_halt_head_that_decides_wrongly_fails(good):
-    wrong = Heldout(answers=good.measured.heldout.answers, halt_agreement=0.97)
-    assert gate(good, "Halt decisions match the labels", heldout=wrong).reason == "0.97 is below 0.98"
+    def decided(right: int, of: int) -> Gate:
+        found = msgspec.structs.replace(good.measured.heldout, halt_decisions=of, right_halts=right)
+        return gate(good, "Halt decisions match the labels", heldout=found)
+
+    assert decided(979, 1000).reason == "0.979 is below 0.98"
+    assert decided(980, 1000).outcome is Outcome.PASSED
+    assert decided(14, 16).outcome is Outcome.PASSED
+    assert decided(13, 16).reason == "0.8125 is below 0.875"
 
 
 def test_a_shape_that_failed_at_export(good):

@@ -14,12 +14,14 @@ from coremill.conversion.verify_contract import main, run_stage
 from coremill.core import layout
 from coremill.core.command import exit_on_error
 from coremill.core.config import ExportConfig
-from coremill.core.contract import ShapeOk
+from coremill.core.contract import ShapeOk, ShapeSet
 from coremill.core.documents import encode, read_json
 from coremill.core.errors import GATES_FAILED
 from coremill.core.gates import must_gates_ok
 from coremill.core.reports import ShapeMeasured, StatefulError, StatefulMeasured, VerificationReport
 from coremill.core.stage import StageContext
+from coremill.coreml.interface import package_interfaces
+from coremill.coreml.package import read_spec
 from coremill.verification.cached_checks import answer_greedily
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -179,6 +181,28 @@ def test_a_contract_without_the_cache_that_the_run_exports_is_caught(imported):
 
 
 # A student with a cache
+
+
+@pytest.mark.parametrize(
+    ("shapes", "stateful"),
+    # A shape beyond the model's context cannot have a cache.
+    [((24,), True), ((24,), False), ((24, 4096), False)],
+    ids=["with a cache", "without", "and another beyond the context"],
+)
+def test_a_package_of_one_length_passes(imported, shapes, stateful):
+    """With one working length, the functions have the names that they have with several."""
+    again = {"shapes": ShapeSet(primary=24, all=shapes), "export": ExportConfig(stateful=stateful)}
+    made_again(imported, **again)
+    contract = imported.read_contract()
+    names = ["main", "prefill_T24", "decode"] if stateful else ["main"]
+    assert [function.name for function in contract.package_functions] == names
+    assert [each.name for each in package_interfaces(read_spec(imported.package))] == names
+    report = verified(imported, **again)
+    beyond = {key for key, shape in report.shapes.items() if not isinstance(shape, ShapeMeasured)}
+    assert beyond == {f"T{seq_len}" for seq_len in shapes[1:]}
+    assert must_gates_ok(report.gates)
+    if stateful:
+        assert report.stateful.prefills == 4
 
 
 def test_a_student_with_a_cache_is_checked_for_both(build):

@@ -325,7 +325,7 @@ class VerifyConfig(Record):
     argmax_margin: float = 0.05
     """Positions whose reference top-1 − top-2 gap is below this many logits are excluded from the agreement."""
     max_excluded_share: float = 0.02
-    """The largest share of positions that may be excluded."""
+    """The largest share of positions that may be excluded; of few positions, more may be: `core.gates.most_of`."""
 
     def __post_init__(self) -> None:
         _not_negative(self, "min_sqnr_db", "max_kl_nats", "argmax_margin")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -90,6 +91,29 @@ def at_most(measured: float, threshold: float, unit: str = "") -> Finding:
     if measured <= threshold:
         return passed(measured=measured, threshold=threshold)
     return failed(f"{measured:g}{unit} is above {threshold:g}{unit}", measured=measured, threshold=threshold)
+
+
+CHANCE = 0.99
+"""The probability with which a model whose share is half the bound passes, however few positions are compared."""
+
+
+def most_of(count: int, share: float) -> int:
+    """Return how many of `count` positions may be exceptions, if at most `share` of all positions may be.
+
+    That is ⌊share · count⌋, but of few positions a single one is already more than a small share. A model whose
+    exceptions are independent and half as frequent as the bound allows has k of them with the binomial probability
+    B(k; count, share / 2); so at least as many are allowed as it stays within with the probability `CHANCE`: 2 of
+    16 at 5 %. From about 300 positions at 5 %, and 700 at 2 %, this is below ⌊share · count⌋ and changes nothing.
+    """
+    allowed = math.floor(share * count + 1e-9)  # 0.29 · 100 is 28.999999999999996
+    log_yes, log_no = (math.log(p) if p else -math.inf for p in (share / 2, 1 - share / 2))
+    within = 0.0
+    for k in range(count + 1):
+        ways = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+        within += math.exp(ways + (k * log_yes if k else 0.0) + (count - k) * log_no)
+        if within >= CHANCE or k == count:
+            return max(allowed, k)
+    raise AssertionError("the last k returns")
 
 
 def gates_ok(gates: Iterable[Gate]) -> bool:

@@ -245,8 +245,8 @@ def interface_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
 def read_interface(program: Program, sequences: Sequence[Sequence[int]]) -> FunctionInterface:
     """Read the interface of `main`: names from its code, dtypes and shapes from runs on `sequences`.
 
-    A dimension is `T` if it equals the length of each sequence, and a number if it is the same for all. With only
-    one sequence, every dimension is a number.
+    A dimension of an output is `T` if it equals the length of each sequence, and a number if it is the same for
+    all. With only one sequence, every dimension of an output is a number.
 
     Raises:
         ContractMismatchError: `main` has more than one input, does not run at one of the lengths, has a dimension
@@ -288,8 +288,6 @@ def _interface(
 ) -> FunctionInterface:
     """The interface of a function, given the shapes of its inputs and its outputs at each of `lengths`."""
     function = find_function(program, name)
-    if len(set(lengths)) == 1:
-        shapes = [tuple(lengths[0] if dim == SEQ_DIM else dim for dim in shape) for shape in shapes]
     inputs = zip(_input_names(function), shapes, strict=True)
     return FunctionInterface(
         name=name,

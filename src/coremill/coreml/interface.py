@@ -112,11 +112,10 @@ def differences(promised: Sequence[PackageFunction], found: Sequence[PackageInte
 
 
 def _function_differences(expected: PackageFunction, found: PackageInterface) -> Iterator[str]:
-    inputs, where = expected.inputs, ""
-    if expected.name != MAIN:  # all shapes are fixed
+    inputs, where = expected.inputs, "" if expected.name == MAIN else f"{expected.name}: "
+    if len(expected.lengths) < 2:  # all shapes are fixed
         sizes = {} if expected.default is None else {SEQ_DIM: expected.default}
         inputs = tuple(TensorSpec(name=spec.name, dtype=spec.dtype, shape=spec.at(**sizes)) for spec in inputs)
-        where = f"{expected.name}: "
     for kind, promised, seen in (
         ("inputs", inputs, found.inputs),
         ("outputs", expected.outputs, found.outputs),

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from coremill.core.contract import Contract, StatefulFunction, TensorSpec, shape_key
+from coremill.core.contract import Contract, PackageFunction, TensorSpec
 from coremill.core.errors import CacheFullError, ContractMismatchError, PredictionInputError
 from coremill.core.reports import Backend
 from coremill.coreml.converter import ct
@@ -73,28 +73,32 @@ class StatefulRunner:
     fit the cache is an error.
 
     Args:
-        predictors: the package's functions by name: one `prefill` for each exported length, and `decode`. They
-            share one state.
+        predictors: by the names of the contract's functions of a package that have states. They share one state.
         pad_id: the padding token; its keys and values are masked until they are overwritten.
 
     Raises:
-        ValueError: the contract has other functions, or a predictor is missing.
+        ValueError: these functions are not one `decode`, and a `prefill` for each of some lengths.
     """
 
     def __init__(
         self, predictors: Mapping[str, StatefulPredictor], backend: Backend, contract: Contract, *, pad_id: int
     ) -> None:
-        functions = {function.name: function for function in contract.functions}
-        if functions.keys() != {PREFILL, DECODE}:
-            raise ValueError(f"the contract has the functions {sorted(functions)} in addition to `main`")
+        functions = [function for function in contract.package_functions if function.states]
+        decode = [_Function(each, predictors[each.name]) for each in functions if each.graph == DECODE]
+        prefill = {
+            seq_len: _Function(each, predictors[each.name])
+            for each in functions
+            if each.graph == PREFILL
+            for seq_len in each.lengths
+        }
+        if len(decode) != 1 or not prefill or len(decode) + len(prefill) != len(functions):
+            names = [function.name for function in functions]
+            raise ValueError(f"the contract has the functions {names} in addition to `main`")
         self.backend = backend
         self.capacity = contract.cache_positions
         """S: the number of tokens that the cache can hold."""
-        self._decode = _Function(functions[DECODE], predictors[DECODE])
-        self._prefill = {
-            seq_len: _Function(functions[PREFILL], predictors[_prefill_name(seq_len)])
-            for seq_len in sorted(contract.working_lengths)
-        }
+        (self._decode,) = decode
+        self._prefill = dict(sorted(prefill.items()))
         self.pad_id = pad_id
         self.reset()
 
@@ -182,7 +186,7 @@ class StatefulRunner:
 class _Function:
     """`prefill` or `decode`, with its predictor."""
 
-    def __init__(self, function: StatefulFunction, predictor: StatefulPredictor) -> None:
+    def __init__(self, function: PackageFunction, predictor: StatefulPredictor) -> None:
         self.predictor = predictor
         self._ids, self._number = function.inputs
         self._outputs = function.outputs
@@ -242,10 +246,6 @@ def _core_ml_model(package: Path, function_name: str | None = None) -> Any:
 
 def _stateful_names(contract: Contract) -> list[str]:
     return [function.name for function in contract.package_functions if function.states]
-
-
-def _prefill_name(seq_len: int) -> str:
-    return f"{PREFILL}_{shape_key(seq_len)}"
 
 
 def _given(spec: TensorSpec, values: Sequence[int] | Sequence[list[int]]) -> Input:

@@ -25,6 +25,7 @@ from coremill.core.gates import (
     at_most,
     failed,
     gates_ok,
+    most_of,
     not_run,
     passed,
 )
@@ -34,8 +35,8 @@ from coremill.infra.version_gate import check_python, cite_cell
 from coremill.verification.evidence import Evidence, Facts
 from coremill.verification.rounding import MIN_SQNR_DB
 
-MIN_HALT_AGREEMENT = 0.98
-"""Share of halt decisions that must equal the label; 1 in 50 may fall where an answer could continue."""
+MAX_HALT_DIFFERENCES = 0.02
+"""Share of halt decisions that may differ from the label, as `most_of` reads it: where an answer could continue."""
 
 LARGEST_LEAK = 0.0
 """The weight of a masked key is exactly 0 in float16 and float32, so earlier positions must not change at all."""
@@ -227,9 +228,11 @@ def _teacher_kl(evidence: Evidence) -> Finding:
 
 
 def _halt_head(evidence: Evidence) -> Finding:
-    if evidence.measured.heldout is None or evidence.measured.heldout.halt_agreement is None:
+    found = evidence.measured.heldout
+    if found is None or not found.halt_decisions:
         return not_run(evidence.unmeasured)
-    return at_least(evidence.measured.heldout.halt_agreement, MIN_HALT_AGREEMENT)
+    may_differ = most_of(found.halt_decisions, MAX_HALT_DIFFERENCES)
+    return at_least(found.right_halts / found.halt_decisions, 1 - may_differ / found.halt_decisions)
 
 
 def _perplexity(evidence: Evidence) -> Finding:
@@ -406,11 +409,12 @@ def _too_far_in_perplexity(report: ShapeMeasured, config: VerifyConfig) -> str |
 
 
 def _too_many_excluded(report: ShapeMeasured, config: VerifyConfig) -> str | None:
-    if report.excluded <= config.max_excluded_share * report.positions:
+    most = most_of(report.positions, config.max_excluded_share)
+    if report.excluded <= most and report.excluded < report.positions:
         return None
     return (
         f"{report.excluded} of {report.positions} positions are within {config.argmax_margin:g} logits of a tie, "
-        f"more than {config.max_excluded_share:.0%}"
+        f"more than {most}, by max_excluded_share {config.max_excluded_share:g}"
     )
 
 

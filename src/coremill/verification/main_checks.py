@@ -139,8 +139,10 @@ class Heldout(msgspec.Struct, frozen=True, kw_only=True):
     """The results of held-out questions, answered greedily."""
 
     answers: HeldoutAnswers
-    halt_agreement: float | None
-    """Share of halt decisions, from the prompt's last token on, that equal the label; None without a halt head."""
+    halt_decisions: int
+    """The halt decisions, from the prompt's last token on; 0 without a halt head."""
+    right_halts: int
+    """Those that equal the label."""
 
 
 def ask_heldout(scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer, key: AnswerKey) -> Heldout | None:
@@ -195,7 +197,8 @@ def ask_heldout(scorer: Scorer, rows: Sequence[Row], tokenizer: Tokenizer, key: 
             teacher_entropy_nats=float(floor),
             cross_entropy_nats=float(cross_entropy),
         ),
-        halt_agreement=float(np.mean(halts)) if halts else None,
+        halt_decisions=len(halts),
+        right_halts=sum(halts),
     )
 
 

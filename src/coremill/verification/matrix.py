@@ -22,7 +22,7 @@ from coremill.core.contract import Contract, Frontend, read_contract, shape_key
 from coremill.core.digest import digest, file_digest
 from coremill.core.documents import read_json
 from coremill.core.errors import ConfigError, ContractMismatchError, CoremillError, DigestError
-from coremill.core.gates import PlatformReason
+from coremill.core.gates import PlatformReason, most_of
 from coremill.core.layout import parity_report
 from coremill.core.matrix import (
     COREML,
@@ -157,7 +157,8 @@ def agreement_matrix(
     formats = [each for group in groups for each in group.formats]
     measured = _Measured(compared, verify)
     found = [row for group in groups for row in measured.rows(group, chosen)]
-    tolerances = _tolerances(formats, verify, measured.largest)
+    judged = max((row.judged for row in found if isinstance(row, FormatMeasured)), default=0)
+    tolerances = _tolerances(formats, verify, measured.largest, judged)
     rows = tuple(
         msgspec.structs.replace(row, outside=outside(row, tolerances)) if isinstance(row, FormatMeasured) else row
         for row in found
@@ -414,18 +415,21 @@ class _Measured:
         )
 
 
-def _tolerances(formats: Sequence[Format], verify: VerifyConfig, largest: float) -> tuple[Tolerance, ...]:
+def _tolerances(
+    formats: Sequence[Format], verify: VerifyConfig, largest: float, judged: int
+) -> tuple[Tolerance, ...]:
     """Return the bounds of each row, with their sources.
 
     Args:
         largest: the largest magnitude of the reference's logits; 0 if it did not run.
+        judged: the positions that the top-1 agreement considers; 0 if nothing was compared.
     """
     # GGUF files have their own bounds: [verify] is not meant for types of few bits.
     names = tuple(each.name for each in formats if each.name not in GGUF)
     in_float32 = tuple(each.name for each in formats if each.is_float32)
     configured = {
         Measure.KL_NATS: ("max_kl_nats", verify.max_kl_nats),
-        Measure.EXCLUDED_SHARE: ("max_excluded_share", verify.max_excluded_share),
+        Measure.EXCLUDED_SHARE: ("max_excluded_share", most_of(judged, verify.max_excluded_share) / max(judged, 1)),
     }
     if isinstance(verify, ImportedVerify):
         configured[Measure.PERPLEXITY_CHANGE] = ("max_perplexity_change", verify.max_perplexity_change)

@@ -22,6 +22,8 @@ from coremill.core.config import (
 )
 from coremill.core.contract import ModelArch, TokenizerRef
 from coremill.core.errors import GgufError, OutputError, UnsupportedModelError, VocabularyMismatchError
+from coremill.formats.gguf.contents import config_differences
+from coremill.formats.gguf.reader import GgufWeights
 from coremill.formats.gguf.tokenizer import gguf_metadata
 from coremill.formats.gguf.writer import architecture_of, check_kind, check_writable, size_bytes, write_gguf
 from coremill.formats.gguf_file import GgufFile, Value
@@ -139,6 +141,25 @@ def largest_difference(path: Path, student: Student, ids: list[int]) -> float:
     assert np.abs(expected[3] - expected[40]).max() > 1
     with LlamaCpp(path, context=128) as llamacpp:
         return float(np.abs(llamacpp.logits(ids) - expected).max())
+
+
+@pytest.mark.parametrize("factor", [1.1, 4.0, 7.3, 40.0])
+@pytest.mark.parametrize(
+    "attention", [0.9634746568860826, 0.1, 1.0, 1.7]
+)  # the first: mscale 0.7, mscale_all_dim 1
+@pytest.mark.parametrize(("theta", "eps"), [(1e4, 1e-5), (123456.789, 1.2345678e-6)])
+def test_numbers_differ_by_the_rounding_to_float32_at_most(
+    tmp_path: Path, metadata: dict[str, Value], factor: float, attention: float, theta: float, eps: float
+) -> None:
+    """YaRN's factor is stored as a quotient in float32; llama.cpp and the reader multiply it back."""
+    yarn = YarnScaling(factor=factor, original_max_seq_len=32, attention_factor=attention)
+    config = a_config(rope_scaling=yarn, rope_theta=theta, norm_eps=eps)
+    found = GgufWeights(write(tmp_path / "model.gguf", of(Student(config)), metadata)).config
+    assert list(config_differences(found, config)) == []
+    for share in (1 - 1e-6, 1 + 1e-6):
+        other = msgspec.structs.replace(yarn, attention_factor=attention * share)
+        differences = config_differences(found, msgspec.structs.replace(config, rope_scaling=other))
+        assert [each.name for each in differences] == ["RoPE's factor"]
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,12 @@ _CONVERSATIONS: tuple[list[Message], ...] = (
 """Each ends with a question, since llama.cpp's server would continue an answer at the end."""
 
 
+_FACTOR_ERR = 2.0**-22
+"""The largest relative error of RoPE's factor as read. A file has its quotient by YaRN's own factor as float32:
+half an ulp, and another half as the shortest decimal. YaRN's factor, whose logarithm weighs a tenth, has the same
+error: 1.1 ulp of at most 2⁻²³."""
+
+
 class _Rounding(NamedTuple):
     """The largest error of a type's rounding, in a block of values."""
 
@@ -131,7 +137,7 @@ def setting_differences(
     tokenizer_keys = gguf_metadata(tokenizer, vocab_size=checkpoint.config.vocab_size)
     return [
         *_type_differences(kind, source),
-        *_config_differences(source.config, checkpoint.config),
+        *config_differences(source.config, checkpoint.config),
         *_tokenizer_differences(source.file.metadata, tokenizer_keys),
         *_general_differences(kind, source, checkpoint),
         *_vocabulary_differences(llamacpp, tokenizer),
@@ -145,7 +151,8 @@ def _type_differences(kind: GgufType, source: GgufWeights) -> Iterator[SettingDi
             yield from _difference(f"the type of {name}", expected.name, source.kind(name).name)
 
 
-def _config_differences(found: ModelConfig, expected: ModelConfig) -> Iterator[SettingDifference]:
+def config_differences(found: ModelConfig, expected: ModelConfig) -> Iterator[SettingDifference]:
+    """Yield the settings of a file that are not the checkpoint's, up to the rounding of numbers to float32."""
     for name in sorted({*ModelConfig.__struct_fields__} - {"arch", "head_size", "rope_scaling"}):
         yield from _difference(name, _rounded(getattr(expected, name)), _rounded(getattr(found, name)))
     yield from _difference("head_dim", expected.head_dim, found.head_dim)
@@ -156,7 +163,9 @@ def _config_differences(found: ModelConfig, expected: ModelConfig) -> Iterator[S
         yield SettingDifference(
             name="RoPE's frequencies", expected=_shown(turns.tolist()), found=_shown(their_turns.tolist())
         )
-    yield from _difference("RoPE's factor", _rounded(attention_factor(expected)), _rounded(attention_factor(found)))
+    factor, their_factor = attention_factor(expected), attention_factor(found)
+    if not math.isclose(factor, their_factor, rel_tol=_FACTOR_ERR):
+        yield SettingDifference(name="RoPE's factor", expected=_shown(factor), found=_shown(their_factor))
 
 
 def _rounded(value: float | str) -> float | str:
