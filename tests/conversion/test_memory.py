@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
+
 from coremill.conversion import convert_coreml, export_pytorch
 from coremill.core.command import exit_on_error
 from coremill.core.errors import MachineError, OutputError
@@ -48,3 +52,25 @@ def test_a_conversion_checks_memory_and_disk(build, monkeypatch, capsys):
 def test_an_export_with_enough_memory_runs(build, monkeypatch):
     monkeypatch.setattr("coremill.core.machine.available_memory_bytes", lambda: 10_000_000)
     assert export_here(build) == 0
+
+
+ALLOCATE = """
+import torch
+from coremill.core.command import exit_on_error
+raise SystemExit(exit_on_error(lambda: torch.ones(8_000_000_000)))
+"""
+
+
+def test_failed_allocation_of_torch_is_an_error_of_memory():
+    limit = 3_000_000_000
+    ended = subprocess.run(
+        [sys.executable, "-c", ALLOCATE],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 33
+    assert ended.stderr.startswith("memory error: memory ran out: ")
+    assert "you tried to allocate 32000000000 bytes" in ended.stderr
+    assert "`ulimit` allows a process 3,000 MB\n  expected: a machine with more memory" in ended.stderr

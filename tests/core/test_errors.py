@@ -7,12 +7,12 @@ from coremill.core.errors import GATES_FAILED, OK, USAGE, error_kinds, exit_code
 
 def test_exit_codes_are_unique():
     codes = [kind.exit_code for kind in error_kinds()]
-    assert len(codes) == len({*codes, OK, 1, USAGE, GATES_FAILED}) - 4
+    assert len(codes) == len({*codes, OK, USAGE, GATES_FAILED}) - 3
     assert all(code < 126 for code in codes), "shells reserve exit codes from 126"
     assert len({kind.kind for kind in error_kinds()}) == len(codes)
 
 
 def test_table_lists_every_exit_code():
-    lines = exit_code_table().splitlines()
-    assert lines[:3] == ["    0  all must-gates passed", "    2  usage", "    3  a must-gate did not pass"]
-    assert [int(line.split()[0]) for line in lines[3:]] == [kind.exit_code for kind in error_kinds()]
+    codes = [int(line.split()[0]) for line in exit_code_table().splitlines()]
+    assert codes == sorted({OK, USAGE, GATES_FAILED, *(kind.exit_code for kind in error_kinds())})
+    assert "  0  all must-gates passed" in exit_code_table().splitlines()[0]

@@ -10,7 +10,13 @@ import pytest
 
 from coremill.core import machine
 from coremill.core.errors import MachineError, OutputError
-from coremill.core.machine import available_memory_bytes, check_disk, check_memory
+from coremill.core.machine import (
+    available_memory_bytes,
+    check_disk,
+    check_memory,
+    out_of_memory_kills,
+    total_memory_bytes,
+)
 
 
 @pytest.fixture
@@ -18,6 +24,8 @@ def system(tmp_path, monkeypatch):
     """An empty /proc/meminfo and control group."""
     monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "_OWN_CGROUP", tmp_path / "own")
+    (tmp_path / "own").write_text("0::/\n")
     return tmp_path
 
 
@@ -69,3 +77,49 @@ def test_too_little_disk_names_both_figures(monkeypatch, tmp_path):
     with pytest.raises(OutputError) as caught:
         check_disk(tmp_path / "new" / "folders", 4_000_000, why="for a file")
     assert str(caught.value) == (f"{tmp_path} has 3 MB free\n  expected: 4 MB, for a file\n  run: df -h {tmp_path}")
+
+
+@pytest.fixture
+def group(system, monkeypatch):
+    """Write the files of a control group, and name it as this process's."""
+    (system / "meminfo").write_text("MemAvailable: 4 kB\n")
+
+    def write(own: str, folder: str, **files: str):
+        (system / "own").write_text(f"1:cpu:/x\n{own}\n")
+        monkeypatch.setattr(machine, "_OWN_CGROUP", system / "own")
+        (system / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (system / folder / f"memory.{name}").write_text(text + "\n")
+
+    return write
+
+
+def test_lowest_limit_of_nested_groups_counts(group):
+    group("0::/outer/inner", "outer", max="2000", current="500")
+    group("0::/outer/inner", "outer/inner", max="1900", current="100")
+    assert available_memory_bytes() == 1500
+    assert total_memory_bytes() == 1900
+
+
+def test_limit_of_version_1(group):
+    group("4:memory:/box", "memory/box", limit_in_bytes="3000", usage_in_bytes="1000", oom_control="oom_kill 3")
+    group("4:memory:/box", "memory", limit_in_bytes="9223372036854771712", usage_in_bytes="5000")
+    assert (available_memory_bytes(), total_memory_bytes(), out_of_memory_kills()) == (2000, 3000, 3)
+
+
+def test_group_of_the_host_that_a_container_does_not_show(group):
+    group("0::/docker/1234", "", max="3000", current="1000", events="oom 4\noom_kill 2")
+    assert (available_memory_bytes(), out_of_memory_kills()) == (2000, 2)
+
+
+def test_cached_files_count_as_available(group):
+    pages = "anon 100\nactive_file 700\ninactive_file 100\n"
+    group("0::/", "", max="3000", current="1000", stat=pages)
+    assert available_memory_bytes() == 2800
+    pages += "total_active_file 50"
+    group("4:memory:/", "memory", limit_in_bytes="3000", usage_in_bytes="1000", stat=pages)
+    assert available_memory_bytes() == 3000 - 1000 + 50 + 100
+
+
+def test_without_a_counter_kills_are_unknown(system):
+    assert out_of_memory_kills() is None

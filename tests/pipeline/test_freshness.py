@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from io import StringIO
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from coremill.core.manifest import read_manifest
 from coremill.pipeline import freshness as freshness_module
 from coremill.pipeline.freshness import freshness
 from coremill.pipeline.runner import run_stage
+from coremill.pipeline.status import status_table
 
 
 @pytest.fixture
@@ -109,8 +113,19 @@ def test_missing_producer(built, layout):
 def test_manifest_of_a_finished_stage(built, layout, toolset, config):
     manifest = read_manifest(layout.stage("training"))
     assert (layout.stage("training") / "out.txt").read_text() == f"{config.dataset.seed}{config.training.seed}"
-    assert manifest.figures == {"characters": len(str(config.dataset.seed))}
+    assert manifest.figures.keys() == {"characters", "peak_anonymous_bytes"}
+    assert manifest.figures["characters"] == len(str(config.dataset.seed))
     assert list(manifest.outputs) == ["out.txt"]
     assert manifest.fingerprint.inputs.keys() == {"dataset/out.txt"}
     assert manifest.fingerprint.interpreter == toolset.interpreter
     assert manifest.config == {"training": msgspec.to_builtins(config.training)}
+
+
+def test_status_shows_the_peak_memory(built, layout, stages, config, toolset):
+    peak = read_manifest(layout.stage("training")).peak_anonymous_bytes
+    assert peak is not None
+    states = [freshness(stage, config, layout, toolset, None, stages) for stage in stages]
+    assert states[1].peak_anonymous_bytes == peak
+    console = Console(width=100, record=True, file=StringIO())
+    console.print(status_table("magic-8-ball", states))
+    assert re.search(rf"training +│ +│ fresh +│ {peak / 1e6:.0f} MB", console.export_text())

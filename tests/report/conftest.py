@@ -217,13 +217,15 @@ def lane_summary(lane: str, gates: tuple[Gate, ...], shapes: dict[str, ShapeRepo
 
 
 def stage_summary(stage: str, lane: str | None, duration_s: float, reason: str | None = None) -> StageSummary:
+    torch = lane or ("2.9.1" if stage in ("training", "import", "hf", "gguf") else None)
     return StageSummary(
         stage=stage,
         lane=lane,
         python="3.13.0" if lane is None else "3.11.7",
-        torch=lane or ("2.9.1" if stage in ("training", "import", "hf", "gguf") else None),
+        torch=torch,
         duration_s=duration_s,
         started_at="2026-05-04T09:12:33+00:00",
+        peak_anonymous_bytes=1_204_500_000 if torch else 12_600_000,
         outcome=Outcome.PASSED if reason is None else Outcome.FAILED,
         reason=reason,
     )

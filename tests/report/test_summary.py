@@ -28,6 +28,13 @@ from coremill.core.layout import (
 from coremill.core.reports import LaneFailed, LaneVerified, RunSummary, ShapeError, lane_failed
 from coremill.report.summary import main, summarise
 
+CONFIG = Path(__file__).parents[2] / "configs" / "magic-8-ball.toml"
+
+
+def report(finished, *options: str) -> int:
+    arguments = ["--config", str(CONFIG), "--build-dir", str(finished.layout.build), *options]
+    return exit_on_error(lambda: main(arguments))
+
 
 def test_summary_of_a_distilled_run(finished) -> None:
     summary = summarise(finished.layout, finished.config, ["2.9.1"])
@@ -71,6 +78,17 @@ def test_summary_of_an_imported_run(finished_import) -> None:
     assert (lane.stateful.cache_positions, lane.shapes["T1024"].perplexity.tokens) == (4096, 1023)
 
 
+def test_peak_memory_is_in_the_row_of_its_stage(finished, capsys) -> None:
+    finished.publish("gguf", f32_max_abs_err=2e-5, peak_anonymous_bytes=2_345_600_000)
+    summary = summarise(finished.layout, finished.config, ["2.9.1"])
+    assert {row.stage: row.peak_anonymous_bytes for row in summary.stages if row.peak_anonymous_bytes} == {
+        "gguf": 2_345_600_000
+    }
+    assert "gguf.peak_anonymous_bytes" not in summary.figures
+    assert report(finished) == 0
+    assert re.search(r"^gguf .* 1\.5 +2,346 MB +passed", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_changed_export_configuration_is_rejected(finished_import) -> None:
     run = finished_import
     other = msgspec.structs.replace(run.config, export=ExportConfig(frontend="torch-export"))
@@ -91,14 +109,6 @@ def test_lanes_share_the_first_stages(finished) -> None:
         "must-gates: SQNR at the primary shape; Held-out answers have the right mood; "
         "Every held-out answer is exact",
     )
-
-
-CONFIG = Path(__file__).parents[2] / "configs" / "magic-8-ball.toml"
-
-
-def report(finished, *options: str) -> int:
-    arguments = ["--config", str(CONFIG), "--build-dir", str(finished.layout.build), *options]
-    return exit_on_error(lambda: main(arguments))
 
 
 def test_command_prints_and_writes(finished, capsys) -> None:
@@ -251,7 +261,7 @@ def test_failed_lane_is_reported_and_blocks(finished, capsys, lanes: list[str]) 
     assert "conversion.log" in "".join(printed.split())
     folder = finished.layout.stage("report")
     page = status_file(folder).read_text()
-    assert "| convert  | torch-2.8.0 | 3.11.7 | 2.8.0 |     1.5 | failed  |" in page
+    assert "| convert  | torch-2.8.0 | 3.11.7 | 2.8.0 |     1.5 |           – | failed  |" in page
     assert "**gates_ok: false; must: " in page
     written = read_json(summary_file(folder), RunSummary)
     assert [lane.lane for lane in written.lanes] == lanes

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from coremill.core.errors import CoremillError
+from coremill.core.processes import ran_out_of_memory
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as in shells: 128 plus the signal's number."""
@@ -42,12 +43,16 @@ def _typed(command: str) -> str:
     return f"coremill {command}"
 
 
+def log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+
 def exit_on_error(main: Callable[[], int]) -> int:
     """Run `main` and return the exit code: its own, or that of the CoremillError that it raised, which is printed.
 
-    Any other exception is a defect of coremill and keeps its traceback.
+    A failed allocation becomes one. Any other exception is a defect of coremill and keeps its traceback.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    log_to_stderr()
     try:
         try:
             return _exit_code(main)
@@ -67,12 +72,15 @@ def exit_on_error(main: Callable[[], int]) -> int:
 def _exit_code(main: Callable[[], int]) -> int:
     try:
         return main()
-    except CoremillError as error:
-        sys.stderr.write(f"{error.kind} error: {error}\n")
-        return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
+    except Exception as failure:
+        error = ran_out_of_memory(failure) or failure
+        if not isinstance(error, CoremillError):
+            raise
+        sys.stderr.write(f"{error.kind} error: {error}\n")
+        return error.exit_code
 
 
 def _discard_closed_streams() -> bool:

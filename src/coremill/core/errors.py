@@ -41,6 +41,12 @@ class CoremillError(Exception):
         return "\n".join(lines)
 
 
+class DefectError(CoremillError):
+    """A failure that coremill does not expect; its traceback is printed before it."""
+
+    exit_code, kind = 1, "defect"
+
+
 class ConfigError(CoremillError):
     """An invalid configuration file or option."""
 
@@ -131,6 +137,12 @@ class MachineError(CoremillError):
     exit_code, kind = 32, "machine"
 
 
+class OutOfMemoryError(CoremillError):
+    """A process that ran out of memory, or that the kernel killed because memory ran out."""
+
+    exit_code, kind = 33, "memory"
+
+
 class ExportError(CoremillError):
     """An export whose outputs differ from the checkpoint's at the primary shape."""
 
@@ -215,6 +227,12 @@ class OutputError(CoremillError):
     exit_code, kind = 52, "output"
 
 
+class CrashError(CoremillError):
+    """A process that a signal ended, such as a segmentation fault in native code; names the signal."""
+
+    exit_code, kind = 54, "crash"
+
+
 def error_kinds() -> list[type[CoremillError]]:
     """Return every kind of error, by ascending exit code."""
     return sorted(CoremillError.__subclasses__(), key=lambda kind: kind.exit_code)
@@ -224,4 +242,4 @@ def exit_code_table() -> str:
     """Return the exit codes as text."""
     rows = [(OK, "all must-gates passed"), (USAGE, "usage"), (GATES_FAILED, "a must-gate did not pass")]
     rows += [(kind.exit_code, kind.kind) for kind in error_kinds()]
-    return "\n".join(f"  {code:>3}  {text}" for code, text in rows)
+    return "\n".join(f"  {code:>3}  {text}" for code, text in sorted(rows))

@@ -13,6 +13,9 @@ from coremill.core.documents import Document, Record, read_json
 from coremill.core.errors import DigestError, StageError
 from coremill.core.layout import MANIFEST
 
+PEAK = "peak_anonymous_bytes"
+"""The figure that the pipeline adds to those of each stage."""
+
 
 class Output(Record):
     """One file or directory that a stage wrote."""
@@ -46,7 +49,7 @@ class StageManifest(Document):
     error: str | None = None
     """The error message of a failed stage."""
     error_kind: str | None = None
-    """The kind of a CoremillError; None for any other exception."""
+    """The kind of the error, such as `memory`."""
     stage: str
     run: str
     lane: str | None
@@ -56,10 +59,16 @@ class StageManifest(Document):
     toolchain: Toolchain
     outputs: dict[str, Output]
     figures: dict[str, float | int | str]
-    """The stage's own measurements, for the report."""
+    """The stage's own measurements, for the report, and PEAK."""
     started_at: str
     """UTC, ISO 8601."""
     duration_s: float
+
+    @property
+    def peak_anonymous_bytes(self) -> int | None:
+        """The peak of the memory of its processes that no file backs; None where it cannot be measured."""
+        peak = self.figures.get(PEAK)
+        return None if peak is None else int(peak)
 
     def __post_init__(self) -> None:
         if (self.outcome == "failed") != (self.error is not None):

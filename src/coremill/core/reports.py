@@ -251,6 +251,8 @@ class StageSummary(Record):
     """None if the stage's environment has no torch."""
     duration_s: float | None = None
     started_at: str | None = None
+    peak_anonymous_bytes: int | None = None
+    """The peak of the memory of its processes that no file backs; None if it did not run, or on macOS."""
 
     def __post_init__(self) -> None:
         if self.outcome is not Outcome.PASSED and not self.reason:

@@ -24,6 +24,8 @@ class Freshness(msgspec.Struct, frozen=True):
     stage: str
     lane: str | None
     reasons: tuple[str, ...]
+    peak_anonymous_bytes: int | None = None
+    """Of its last run that succeeded."""
 
     @property
     def fresh(self) -> bool:
@@ -92,7 +94,7 @@ def freshness(
         return Freshness(stage.name, lane, (f"an input is missing: {error.found}",))
     now = fingerprint(stage, config, toolset, inputs)
     reasons = [*_differences(manifest, now, stage.config_slice(config)), *_damage(folder, manifest)]
-    return Freshness(stage.name, lane, tuple(reasons))
+    return Freshness(stage.name, lane, tuple(reasons), manifest.peak_anonymous_bytes)
 
 
 def _differences(manifest: StageManifest, now: Fingerprint, config: dict[str, Plain]) -> list[str]:

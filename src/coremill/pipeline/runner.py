@@ -13,17 +13,17 @@ from pathlib import Path
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import RunConfig
 from coremill.core.documents import write_json
-from coremill.core.errors import CoremillError
 from coremill.core.layout import MANIFEST, REPORT, RunLayout
 from coremill.core.manifest import Fingerprint, StageManifest, check_outputs, measure_outputs, read_manifest
 from coremill.core.publish import publishing, recover
-from coremill.core.stage import Figures, StageContext
+from coremill.core.stage import StageContext
 from coremill.core.toolchain import current_toolchain
 from coremill.pipeline.environments import LANES, Toolset, running
 from coremill.pipeline.freshness import fingerprint, freshness, input_digests
 from coremill.pipeline.lock import RunLock, WriterLock
 from coremill.pipeline.project import add_run_options, chosen_run, project_root
 from coremill.pipeline.stages import EVERY_STAGE, Stage, find_stage, stage_folder, stages_of
+from coremill.pipeline.worker import work
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def run_stage(
         RunLockedError: another process is building this run.
         StageError: a stage that this one needs has not run.
         DigestError: an input differs from what its producer recorded.
+        CoremillError: the stage failed.
     """
     lane = lane if stage.per_lane else None
     folder = stage_folder(layout, stage, lane)
@@ -71,36 +72,29 @@ def _work(stage: Stage, context: StageContext[RunConfig], before: Fingerprint, l
     started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     start = time.perf_counter()
 
-    def record(figures: Figures, error: Exception | None = None) -> StageManifest:
-        manifest = StageManifest(
-            outcome="succeeded" if error is None else "failed",
-            error=None if error is None else str(error) or type(error).__name__,
-            error_kind=error.kind if isinstance(error, CoremillError) else None,
-            stage=stage.name,
-            run=context.config.name,
-            lane=context.lane,
-            fingerprint=before,
-            config=stage.config_slice(context.config),
-            toolchain=current_toolchain(),
-            outputs=measure_outputs(context.out),
-            figures=figures,
-            started_at=started_at,
-            duration_s=round(time.perf_counter() - start, 3),
-        )
-        write_json(context.out / MANIFEST, manifest)
-        return manifest
-
-    try:
-        figures = stage.function()(context)
-    except Exception as error:
-        record({}, error)
-        shutil.rmtree(failed, ignore_errors=True)
+    figures, error = work(stage, context)
+    manifest = StageManifest(
+        outcome="succeeded" if error is None else "failed",
+        error=None if error is None else str(error),
+        error_kind=None if error is None else error.kind,
+        stage=stage.name,
+        run=context.config.name,
+        lane=context.lane,
+        fingerprint=before,
+        config=stage.config_slice(context.config),
+        toolchain=current_toolchain(),
+        outputs=measure_outputs(context.out),
+        figures=figures,
+        started_at=started_at,
+        duration_s=round(time.perf_counter() - start, 3),
+    )
+    write_json(context.out / MANIFEST, manifest)
+    shutil.rmtree(failed, ignore_errors=True)
+    if error is not None:
         context.out.rename(failed)
         shutil.rmtree(layout.stage(REPORT), ignore_errors=True)
         log.error("%s: failed; its files are in %s", stage.name, _relative(failed))
-        raise
-    manifest = record(figures)
-    shutil.rmtree(failed, ignore_errors=True)
+        raise error
     return manifest
 
 

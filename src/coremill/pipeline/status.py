@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +14,7 @@ from rich.text import Text
 from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import RunConfig
 from coremill.core.layout import RunLayout
+from coremill.core.machine import whole_megabytes
 from coremill.pipeline.environments import LANES, PRIMARY_LANE, installed
 from coremill.pipeline.freshness import Freshness, freshness
 from coremill.pipeline.project import add_run_options, chosen_run, project_root
@@ -36,17 +38,18 @@ def run_status(root: Path, config: RunConfig, layout: RunLayout, lanes: Sequence
             state = freshness(stage, config, layout, toolset, own_lane, stages)
             stale = [need for need in stage.needs if not (states.get((need, own_lane)) or states[need, None]).fresh]
             reasons = (*state.reasons, *(f"needs {need}, which is stale" for need in stale))
-            states[key] = Freshness(state.stage, state.lane, reasons)
+            states[key] = msgspec.structs.replace(state, reasons=reasons)
     return list(states.values())
 
 
 def status_table(run: str, states: Sequence[Freshness]) -> Table:
     table = Table(title=f"build/{run}", title_justify="left", title_style="bold")
-    for column in ("stage", "lane", "state", "why"):
+    for column in ("stage", "lane", "state", "peak memory", "why"):
         table.add_column(column, overflow="fold")
     for state in states:
         word = "[green]fresh[/]" if state.fresh else "[yellow]stale[/]"
-        table.add_row(state.stage, state.lane or "", word, Text("\n".join(state.reasons)))
+        peak = "" if state.peak_anonymous_bytes is None else whole_megabytes(state.peak_anonymous_bytes)
+        table.add_row(state.stage, state.lane or "", word, peak, Text("\n".join(state.reasons)))
     return table
 
 

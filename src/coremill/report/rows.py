@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from coremill.core.gates import Gate, Outcome, Severity, gates_ok
+from coremill.core.machine import whole_megabytes
 from coremill.core.reports import (
     Answer,
     HeldoutAnswers,
@@ -54,6 +55,7 @@ def stage_rows(summary: RunSummary) -> Rows:
         Column("python"),
         Column("torch"),
         Column("seconds", numeric=True),
+        Column("peak memory", numeric=True),
         Column("outcome"),
     )
     cells = [
@@ -63,6 +65,7 @@ def stage_rows(summary: RunSummary) -> Rows:
             row.python or ABSENT,
             row.torch or ABSENT,
             ABSENT if row.duration_s is None else f"{row.duration_s:.1f}",
+            ABSENT if row.peak_anonymous_bytes is None else whole_megabytes(row.peak_anonymous_bytes),
             row.outcome.value,
         )
         for row in summary.stages

@@ -28,6 +28,7 @@ from coremill.core.layout import (
     summary_file,
     verification_report,
 )
+from coremill.core.manifest import PEAK
 from coremill.core.publish import write_atomic
 from coremill.core.reports import (
     LaneSummary,
@@ -73,7 +74,8 @@ def summarise(
     figures: Figures = {}
     for stage, done in completed(attempts[lanes[0]]).items():
         if stage in shared:
-            figures.update({f"{stage}.{name}": value for name, value in done.manifest.figures.items()})
+            measured = {name: value for name, value in done.manifest.figures.items() if name != PEAK}
+            figures.update({f"{stage}.{name}": value for name, value in measured.items()})
     summaries: list[LaneSummary] = []
     for lane, ran in attempts.items():
         report = reports.get(lane)
@@ -152,6 +154,7 @@ def _stage_row(attempt: Attempt, lane: str | None, report: VerificationReport | 
         torch=manifest.toolchain.packages.get("torch"),
         duration_s=manifest.duration_s,
         started_at=manifest.started_at,
+        peak_anonymous_bytes=manifest.peak_anonymous_bytes,
     )
 
 
