@@ -31,7 +31,7 @@ from coremill.core.command import exit_on_error
 from coremill.core.config import ModelConfig
 from coremill.core.contract import ModelArch
 from coremill.core.digest import size_bytes
-from coremill.coreml.decoder import Decoder, Main
+from coremill.coreml.decoder import Decoder, Main, decoder_weights
 from coremill.mil import MLModel
 from coremill.mil.plan import Step
 from coremill.mil.values import Value
@@ -113,7 +113,8 @@ def make_prefill(path: Path, lengths: Sequence[int]) -> None:
     listed = [(1, length) for length in lengths]
     shape = ct.EnumeratedShapes(listed, default=listed[0]) if len(listed) > 1 else listed[0]
     with torch.no_grad():
-        main = Main(Decoder(student(), max(lengths))).eval()
+        decoder = Decoder(student().config, max(lengths))
+        main = Main(decoder.set_weights(decoder_weights(student().config, student().state_dict()))).eval()
         traced = torch.jit.trace(main, torch.zeros(listed[0], dtype=torch.int32), check_trace=False)
     ct.convert(
         traced,

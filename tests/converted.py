@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from tokenizers import processors
 
 # Read when torch is imported. Threads that spin while they wait make a small model many times slower on a machine
@@ -46,6 +48,7 @@ from coremill.core.digest import digest, file_digest
 from coremill.core.documents import read_json, write_json
 from coremill.core.reports import Answer, Backend, Perplexity, StatefulMeasured
 from coremill.core.stage import StageContext
+from coremill.coreml.graph import load_program, trace, write_traced
 from coremill.coreml.package import MODEL, WEIGHT_FILE, WEIGHTS_KEY, Spec, read_spec, write_manifest
 from coremill.data.corpora import bundled_texts
 from coremill.data.lines import write_lines
@@ -438,3 +441,12 @@ def good_imported(pristine_imported: Build) -> Evidence:
             core_ml_problem=None,
         ),
     )
+
+
+def saved_and_loaded(model: torch.nn.Module, names: list[str], length: int = 6) -> torch.jit.ScriptModule:
+    """Trace a model, save it and load it again."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "test.pt"
+        with path.open("wb") as file:
+            write_traced(trace(model, list(range(length)), names), (), file)
+        return load_program(path, where="test")

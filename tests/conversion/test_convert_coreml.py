@@ -15,11 +15,11 @@ from coremill.core.command import INTERRUPTED, exit_on_error
 from coremill.core.config import ConvertConfig
 from coremill.core.contract import ModelArch, ShapeOk, ShapeSet
 from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure, NoticeKind
-from coremill.core.digest import bytes_digest, digest, file_digest
+from coremill.core.digest import digest, file_digest
 from coremill.core.documents import read_json, write_json
 from coremill.core.errors import GATES_FAILED
 from coremill.coreml.convert import FailedConversionError
-from coremill.coreml.graph import parse_program, program_bytes, read_interface, trace
+from coremill.coreml.graph import load_program, read_interface, trace, write_traced
 from coremill.coreml.package import check_package
 
 
@@ -133,19 +133,19 @@ class Unconvertible(nn.Module):
 @pytest.fixture
 def unconvertible(build):
     """The build, with its graph replaced by one that coremltools cannot convert."""
-    data = program_bytes(trace(Unconvertible(), [1] * 96, ["logits"]))
-    program = parse_program(data, where="test")
+    with build.graph.open("wb") as file:
+        write_traced(trace(Unconvertible(), [1] * 96, ["logits"]), (), file)
+    program = load_program(build.graph)
     interface = read_interface(program, [[0] * 80, [0] * 96])
     contract = msgspec.structs.replace(
         build.read_contract(),
         model_arch=ModelArch(use_halt_head=False, tie_embeddings=True),
-        graph_digest=bytes_digest(data),
+        graph_digest=file_digest(build.graph),
         inputs=interface.inputs,
         outputs=interface.outputs,
         shapes=ShapeSet(primary=96, all=(80, 96)),
         shape_validation={"T80": ShapeOk(max_abs_err=0.0), "T96": ShapeOk(max_abs_err=0.0)},
     )
-    build.graph.write_bytes(data)
     write_json(build.contract, contract)
     return build
 

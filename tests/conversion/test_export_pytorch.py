@@ -19,6 +19,7 @@ from coremill.coreml.export import MAX_RELATIVE_ERR, validate
 from coremill.coreml.graph import as_input, load_program, run_program
 from coremill.infra.compatibility import Versions
 from coremill.model.checkpoint import build_student, load_checkpoint, save_checkpoint
+from coremill.model.reference import Reference
 from coremill.text.student_tokenizer import Tokenizer
 
 
@@ -100,31 +101,29 @@ class Specialised(Main):
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor to a Python integer")
-def test_a_graph_specialised_to_the_traced_length_is_detected(build, monkeypatch):
+def test_a_graph_specialised_to_the_length_of_its_capture_is_an_error(build, monkeypatch, capsys):
     monkeypatch.setattr(export, "Main", Specialised)
-    assert export_here(build) == 0
-    contract = read_contract(build.root / "new" / "tiny_ball_contract.json")
-    assert isinstance(contract.shape_validation["T96"], ShapeOk)
-    for key, seq_len in (("T80", 80), ("T128", 128)):
-        assert contract.shape_validation[key] == ShapeFailed(
-            error=f"RuntimeError: RuntimeError: shape '[1, 96, -1]' is invalid for input of size {seq_len * 512}"
-        )
+    assert export_here(build) == ExportError.exit_code
+    assert capsys.readouterr().err.splitlines()[-3:] == [
+        "export error: the primary shape T96 failed: the program returns [1, 16, 3072], the model [1, 96, 512]",
+        "  expected: the model's outputs, within 1e-05 of their largest magnitude",
+        "  run: python -m coremill.training.check_checkpoint --help",
+    ]
+    assert not list((build.root / "new").iterdir())
 
 
 def test_a_program_that_differs_from_the_model_fails_validation(pristine):
     ckpt = load_checkpoint(pristine.checkpoint)
     program = load_program(pristine.graph)
     sequences = pristine.read_prompts().packed(80, 2)
-    assert isinstance(validate(program, build_student(ckpt), sequences), ShapeOk)
-    other = build_student(ckpt)
-    with torch.no_grad():
-        other.norm.weight.mul_(1.01)
-    result = validate(program, other, sequences)
+    assert isinstance(validate(program, Reference.of(ckpt).score_all(sequences), sequences), ShapeOk)
+    norm = ckpt.state_dict["norm.weight"]
+    scaled = Reference(ckpt.config, {**ckpt.state_dict, "norm.weight": norm * 1.01}).score_all(sequences)
+    result = validate(program, scaled, sequences)
     assert isinstance(result, ShapeFailed)
     assert result.error.startswith("differs from the model by ")
-    with torch.no_grad():
-        other.norm.weight.fill_(float("nan"))
-    assert validate(program, other, sequences) == ShapeFailed(error="differs from the model by nan, more than nan")
+    broken = Reference(ckpt.config, {**ckpt.state_dict, "norm.weight": norm * float("nan")}).score_all(sequences)
+    assert validate(program, broken, sequences) == ShapeFailed(error="differs from the model by nan, more than nan")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,15 @@ import torch
 
 from coremill.core.config import Llama3Scaling, ModelConfig
 from coremill.core.contract import ModelArch
-from coremill.coreml.decoder import MASKED_SCORE, Decode, Decoder, Main, Prefill, ScaledRMSNorm
+from coremill.coreml.decoder import (
+    MASKED_SCORE,
+    Decode,
+    Decoder,
+    Main,
+    Prefill,
+    ScaledRMSNorm,
+    decoder_weights,
+)
 from coremill.model.student import RMSNorm, Student, new_student
 
 CONTEXT = 24
@@ -51,6 +59,17 @@ def student_of(**changes) -> Student:
     return student
 
 
+def decoder_of(student: Student) -> Decoder:
+    decoder = Decoder(student.config, CONTEXT).eval()
+    return decoder.set_weights(decoder_weights(student.config, student.state_dict()))
+
+
+def scaled(norm: RMSNorm) -> ScaledRMSNorm:
+    other = ScaledRMSNorm(*norm.weight.shape, eps=norm.eps)
+    other.weight = torch.nn.Parameter(norm.weight.detach().clone())
+    return other
+
+
 def ids_of(length: int) -> torch.Tensor:
     return torch.randint(0, 96, (1, length), generator=torch.Generator().manual_seed(length), dtype=torch.int32)
 
@@ -58,7 +77,7 @@ def ids_of(length: int) -> torch.Tensor:
 @pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
 def test_every_function_matches_the_student(changes):
     student = student_of(**changes)
-    decoder = Decoder(student, CONTEXT).eval()
+    decoder = decoder_of(student)
     ids = ids_of(CONTEXT)
     prefill, decode = Prefill(decoder, CONTEXT), Decode(decoder, CONTEXT)
     decode.key_cache, decode.value_cache = prefill.key_cache, prefill.value_cache
@@ -78,7 +97,7 @@ def test_every_function_matches_the_student(changes):
 @pytest.mark.parametrize("changes", [OPTIONS["plain"], OPTIONS["a halt head and its own unembedding"]])
 def test_a_trace_at_one_length_matches_the_student_at_others(changes):
     student = student_of(**changes)
-    traced = torch.jit.trace(Main(Decoder(student, CONTEXT)).eval(), ids_of(16))
+    traced = torch.jit.trace(Main(decoder_of(student)).eval(), ids_of(16))
     with torch.no_grad():
         for length in (1, 2, 15, 16, 17, CONTEXT - 1, CONTEXT):
             for found, wanted in zip(traced(ids_of(length)), student(ids_of(length)), strict=True):
@@ -88,7 +107,7 @@ def test_a_trace_at_one_length_matches_the_student_at_others(changes):
 def test_an_exported_program_accepts_every_length():
     student = student_of()
     seq_len = torch.export.Dim("T", min=2, max=CONTEXT)
-    main = Main(Decoder(student, CONTEXT)).eval()
+    main = Main(decoder_of(student)).eval()
     program = torch.export.export(main, (ids_of(16),), dynamic_shapes=({1: seq_len},)).module()
     with torch.no_grad():
         for length in (2, 15, CONTEXT - 1, CONTEXT):
@@ -113,7 +132,7 @@ def test_the_float16_norm_is_precise_at_every_magnitude(size):
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, 64))
         expected = norm(x.double().to(torch.float64))
-        found = ScaledRMSNorm(norm).half()(x)
+        found = scaled(norm).half()(x)
     assert found.dtype == torch.float16
     torch.testing.assert_close(
         found.double(), expected.double(), rtol=4e-3, atol=1e-4 * float(expected.abs().max())
@@ -122,7 +141,7 @@ def test_the_float16_norm_is_precise_at_every_magnitude(size):
 
 def test_the_norm_of_zeros_is_zeros():
     """The embedding of a padding token may be zeros."""
-    found = ScaledRMSNorm(RMSNorm(8, 1e-5)).half()(torch.zeros(1, 2, 8, dtype=torch.float16))
+    found = scaled(RMSNorm(8, 1e-5)).half()(torch.zeros(1, 2, 8, dtype=torch.float16))
     assert found.tolist() == torch.zeros(1, 2, 8).tolist()
 
 
@@ -133,4 +152,4 @@ def test_an_outlier_channel_does_not_reduce_the_precision_of_others():
     x[..., 11] = 25_000.0
     x = x.half()
     expected = norm(x.double()).float()
-    torch.testing.assert_close(ScaledRMSNorm(norm).half()(x).float(), expected, rtol=5e-3, atol=1e-6)
+    torch.testing.assert_close(scaled(norm).half()(x).float(), expected, rtol=5e-3, atol=1e-6)

@@ -8,6 +8,7 @@ import zipfile
 import msgspec
 import pytest
 import torch
+from tests.converted import saved_and_loaded
 from torch import nn
 
 from coremill.core.contract import DType, ModelArch, StatefulFunction, TensorSpec
@@ -16,8 +17,6 @@ from coremill.coreml.graph import (
     check_contract,
     describe,
     load_program,
-    parse_program,
-    program_bytes,
     read_interface,
     run_program,
     trace,
@@ -43,10 +42,6 @@ class Long(nn.Module):
         return (input_ids.long(),)
 
 
-def saved(model: nn.Module, names: list[str], length: int = 6):
-    return parse_program(program_bytes(trace(model, list(range(length)), names)), where="test")
-
-
 def test_the_interface_is_read_from_the_program(pristine):
     program = load_program(pristine.graph)
     interface = read_interface(program, [[0] * 80, [0] * 96, [0] * 7])
@@ -55,7 +50,7 @@ def test_the_interface_is_read_from_the_program(pristine):
 
 
 def test_a_dimension_that_is_the_same_at_every_length_is_a_number():
-    program = saved(Baked(), ["first", "all_of_them"])
+    program = saved_and_loaded(Baked(), ["first", "all_of_them"])
     interface = read_interface(program, [[0] * 6, [0] * 9])
     assert interface.outputs == (
         TensorSpec(name="first", dtype=DType.FLOAT32, shape=(1, 4)),
@@ -64,20 +59,20 @@ def test_a_dimension_that_is_the_same_at_every_length_is_a_number():
 
 
 def test_with_one_length_every_dimension_of_an_output_is_a_number():
-    interface = read_interface(saved(Baked(), ["first", "rest"]), [[0] * 6])
+    interface = read_interface(saved_and_loaded(Baked(), ["first", "rest"]), [[0] * 6])
     assert [spec.shape for spec in interface.outputs] == [(1, 4), (1, 6)]
     assert interface.inputs[0].shape == (1, "T")
 
 
 def test_a_dimension_that_varies_otherwise_is_an_error():
     with pytest.raises(ContractMismatchError) as caught:
-        read_interface(saved(Doubled(), ["twice"]), [[0] * 6, [0] * 9])
+        read_interface(saved_and_loaded(Doubled(), ["twice"]), [[0] * 6, [0] * 9])
     assert caught.value.found == "a dimension of `twice` is [12, 18] at lengths [6, 9]"
 
 
 def test_an_output_of_an_unsupported_dtype_is_an_error():
     with pytest.raises(ContractMismatchError, match=r"^output `ids` is torch\.int64"):
-        read_interface(saved(Long(), ["ids"]), [[0] * 6, [0] * 9])
+        read_interface(saved_and_loaded(Long(), ["ids"]), [[0] * 6, [0] * 9])
 
 
 class TwoInputs(nn.Module):
@@ -101,7 +96,7 @@ def test_a_graph_with_two_inputs_is_an_error():
 
 def test_a_graph_that_fails_at_a_length_is_an_error():
     with pytest.raises(ContractMismatchError, match=r"^the graph does not run at length 9: .*\[1, 2, 3\]"):
-        read_interface(saved(SixTokens(), ["halves"]), [[0] * 6, [0] * 9])
+        read_interface(saved_and_loaded(SixTokens(), ["halves"]), [[0] * 6, [0] * 9])
 
 
 def test_every_output_needs_a_name():
@@ -120,7 +115,7 @@ def test_the_archive_has_no_local_paths(pristine):
 
 
 def test_the_saved_program_gives_the_traced_outputs():
-    program = saved(Baked(), ["first", "all_of_them"])
+    program = saved_and_loaded(Baked(), ["first", "all_of_them"])
     first, rest = run_program(program, [7, 8, 9, 10, 11])
     assert first.tolist() == [[7.0, 8.0, 9.0, 10.0]]
     assert rest.tolist() == [[7.0, 8.0, 9.0, 10.0, 11.0]]

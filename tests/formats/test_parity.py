@@ -106,29 +106,29 @@ BEST, OTHER = 3, 5
 
 
 def logits_with(gap: float, *, scale: float = 10.0) -> np.ndarray:
-    """Logits for a prompt of 2 tokens and an answer of 3; at its second, BEST exceeds OTHER by `gap`."""
-    rows = np.zeros((4, 8), np.float32)
+    """Logits before each token of an answer of 3; at its second, BEST exceeds OTHER by `gap`."""
+    rows = np.zeros((3, 8), np.float32)
     rows[:, BEST] = scale
-    rows[2, OTHER] = scale - gap
+    rows[1, OTHER] = scale - gap
     return rows
 
 
 def test_greedy_tokens_of_the_checkpoint_do_not_differ() -> None:
-    assert list(greedy_differences(0, [1, 2], [BEST] * 3, logits_with(1.0))) == []
+    assert list(greedy_differences(0, [BEST] * 3, logits_with(1.0))) == []
 
 
 @pytest.mark.parametrize(("gap", "is_tie"), [(0.0, True), (1e-4, True), (4e-4, False), (1.0, False)])
 def test_gap_within_rounding_is_a_tie(gap: float, is_tie: bool) -> None:
     """With logits of 10, each side may have an error of 1e-4."""
     assert pytest.approx(2e-4) == 2 * MAX_RELATIVE_ERR * 10
-    (found,) = greedy_differences(7, [1, 2], [BEST, OTHER, BEST], logits_with(gap))
+    (found,) = greedy_differences(7, [BEST, OTHER, BEST], logits_with(gap))
     assert found == TokenDifference(
         prompt=7, place=1, token=OTHER, expected=BEST, gap=pytest.approx(gap, abs=1e-6), is_tie=is_tie
     )
 
 
 def test_tokens_after_a_difference_are_compared() -> None:
-    found = list(greedy_differences(0, [1, 2], [OTHER, BEST, 6], logits_with(0.5)))
+    found = list(greedy_differences(0, [OTHER, BEST, 6], logits_with(0.5)))
     assert [(each.place, each.token) for each in found] == [(0, OTHER), (2, 6)]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from coremill.core.config import ModelConfig
 from coremill.core.contract import ModelArch
 from coremill.core.errors import PredictionInputError
-from coremill.coreml.decoder import Decoder, Main
+from coremill.coreml.decoder import Decoder, Main, decoder_weights
 from coremill.mil import MLModel
 from coremill.mil.plan import Step, Target
 from coremill.mil.values import Numerics
@@ -65,7 +65,8 @@ class SpelledOut(nn.Module):
 
 
 def _pipelines():
-    return Main(Decoder(new_student(CONFIG, seed=1), CONFIG.max_seq_len)).eval()
+    weights = decoder_weights(CONFIG, new_student(CONFIG, seed=1).state_dict())
+    return Main(Decoder(CONFIG, CONFIG.max_seq_len).set_weights(weights)).eval()
 
 
 def _spelled_out():

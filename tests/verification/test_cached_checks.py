@@ -9,7 +9,7 @@ from tests.reading import changed
 from coremill.core.gates import Outcome
 from coremill.core.reports import Backend, StatefulError, StatefulMeasured
 from coremill.mil import MLModel
-from coremill.model.checkpoint import build_student, load_checkpoint
+from coremill.model.checkpoint import load_checkpoint
 from coremill.model.reference import Reference
 from coremill.verification.backends import StatefulRunner, reference_runner
 from coremill.verification.cached_checks import (
@@ -243,7 +243,7 @@ def test_where_main_does_not_reach_the_prompts_that_it_does_are_compared(
 
 @pytest.fixture(scope="module")
 def reference(pristine_imported) -> Reference:
-    return Reference(build_student(load_checkpoint(pristine_imported.checkpoint)))
+    return Reference.of(load_checkpoint(pristine_imported.checkpoint))
 
 
 def test_greedy_answers_are_those_of_the_checkpoint(runner, reference, prompts):

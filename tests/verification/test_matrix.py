@@ -150,8 +150,8 @@ def test_the_figures_are_those_of_torch_s_own_functions(pristine_imported, rows)
 
 def test_each_tolerance_is_the_configuration_s_or_float32_s(pristine_imported, matrix):
     (ids,) = pristine_imported.read_prompts().packed(24, 1)
-    student = build_student(load_checkpoint(pristine_imported.checkpoint))
-    largest = float(np.abs(Reference(student).run(ids)["logits"]).max())
+    checkpoint = load_checkpoint(pristine_imported.checkpoint)
+    largest = float(np.abs(Reference.of(checkpoint).run(ids)["logits"]).max())
     in_float32 = ("eager", "torchscript", "torch-export", "transformers", "gguf-f32")
     configured = tuple(name for name in FORMATS if not name.startswith("gguf-"))
     others = tuple(name for name in configured if name != "mil-float32")
@@ -238,11 +238,10 @@ def test_a_package_in_float32_is_compared_with_the_weights_as_they_are(imported)
 
 
 def test_weights_that_float16_does_not_hold_are_not_rounded_and_their_row_says_so(pristine_imported):
-    student = build_student(load_checkpoint(pristine_imported.checkpoint))
-    with torch.no_grad():
-        student.layers[0].mlp.down_proj.weight[0, 0] = 1e5
+    checkpoint = load_checkpoint(pristine_imported.checkpoint)
+    checkpoint.state_dict["layers.0.mlp.down_proj.weight"][0, 0] = 1e5
     prompts, contract = pristine_imported.read_prompts(), pristine_imported.read_contract()
-    groups = groups_of(subject_of(pristine_imported), contract, student, prompts, ConvertConfig(), 24)
+    groups = groups_of(subject_of(pristine_imported), contract, checkpoint, prompts, ConvertConfig(), 24)
     names = [each.name for group in groups for each in group.formats]
     assert names == list(FORMATS)
     assert groups[1].formats[0].not_run == FormatNotRun(

@@ -51,6 +51,8 @@ def check_apart(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a new file that replaces `path` when the block succeeds; if it raises, `path` is unchanged.
 
+    Until then the file's `name` is its path.
+
     Raises:
         OutputError: `path` exists and is not a regular file, or it cannot be written.
     """
@@ -61,7 +63,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
         handle, temporary = _locked(lambda name: tempfile.mkstemp(dir=path.parent, prefix=name), path)
-        with os.fdopen(handle, "wb") as file:
+        # The first holds the lock.
+        with os.fdopen(handle, "wb"), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -21,7 +21,7 @@ from coremill.core.publish import publishing, write_atomic
 from coremill.core.toolchain import current_toolchain
 from coremill.coreml.converter import IMPORT_MESSAGES, MLModel, convert_function, prepared
 from coremill.coreml.diagnostics import Message, Recorder, as_log, recording, sort_messages
-from coremill.coreml.graph import Program, check_contract, interface_lengths, load_program
+from coremill.coreml.graph import Program, check_contract, interface_lengths, load_program, without_weights
 from coremill.coreml.interface import differences, package_interfaces
 from coremill.coreml.package import read_spec, write_package
 from coremill.infra.version_gate import check_export_versions
@@ -116,13 +116,13 @@ def record_failure(failure: FailedConversionError, graph: Path, contract: Path, 
 def _checked(graph: Path, contract: Path, out: Path, *, toy: bool) -> tuple[Program, Contract]:
     """Return the program and its contract, after all checks that need no conversion."""
     promised = read_contract(contract)
-    program = load_program(graph, promised.frontend)
+    program = load_program(graph, promised.frontend, widened=False)
     check_export_versions(toy=toy, model_type=promised.model_type)
     # Shapes do not depend on the ids, and this stage has no tokenizer: zeros will do.
     lengths = interface_lengths(promised.working_lengths)
-    check_contract(
-        promised, program, graph_digest=file_digest(graph), sequences=[[0] * seq_len for seq_len in lengths]
-    )
+    sequences = [[0] * seq_len for seq_len in lengths]
+    with without_weights(program):
+        check_contract(promised, program, graph_digest=file_digest(graph), sequences=sequences)
     if out.suffix != ".mlpackage":
         raise OutputError(f"{out} does not end in .mlpackage", expected=f"a name such as {out.stem}.mlpackage")
     if out.exists() and not out.is_dir():

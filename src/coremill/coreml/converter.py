@@ -94,14 +94,13 @@ def prepared(program: Program, settings: ConvertConfig) -> Program:
     """Cast the program, in place, to the dtype that it is converted in, and return it.
 
     For float16, the weights are cast here, so that coremltools does not scan and cast them again for each function.
-    If float16 cannot represent one of them, none is cast: coremltools then keeps the affected operation in float32.
+    If float16 cannot represent one of them, none is: coremltools then keeps the affected operation in float32.
     """
-    if settings.compute_precision == "float32" or isinstance(program, ExportedMain):
-        return program  # the dtypes of an exported program are part of it; coremltools casts them
     largest = torch.finfo(torch.float16).max
-    weights = [tensor for tensor in program.state_dict().values() if tensor.is_floating_point()]
-    if any(float(tensor.abs().max()) > largest for tensor in weights if tensor.numel()):
-        return program
+    if settings.compute_precision == "float32" or any(
+        float(tensor.abs().max()) > largest for tensor in program.parameters() if tensor.numel()
+    ):
+        return program.float()
     return program.half()
 
 

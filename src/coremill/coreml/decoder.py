@@ -18,13 +18,15 @@ key/value head, D head size, F d_ff, L layers. There is one sequence, so the bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coremill.model.student import Attention, Layer, RMSNorm, Student, each
+from coremill.core.config import ModelConfig
+from coremill.model.rope import rotary_tables
+from coremill.model.student import each
 
 MASKED_SCORE = -3.0e4
 """Added to the score of a key that must not be visible.
@@ -47,10 +49,10 @@ class ScaledRMSNorm(nn.Module):
     root_eps: Tensor
     smallest: Tensor
 
-    def __init__(self, norm: RMSNorm, weight: Tensor | None = None) -> None:
+    def __init__(self, *shape: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter((norm.weight if weight is None else weight).detach().clone())
-        self.register_buffer("root_eps", torch.full((1, 1, 1), norm.eps**0.5))
+        self.weight = nn.Parameter(torch.empty(shape, device="meta"))
+        self.register_buffer("root_eps", torch.full((1, 1, 1), eps**0.5))
         self.register_buffer("smallest", torch.full((1, 1, 1), SMALLEST_SCALE))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,18 +68,19 @@ class ScaledRMSNorm(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer, with joined projections; see the module's docstring."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        attention = layer.self_attn
-        self.n_heads, self.n_kv_heads, self.head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
-        self.input_norm = ScaledRMSNorm(layer.input_layernorm)
-        self.qkv = _joined_qkv(attention)
-        self.qk_norm = _joined_qk_norm(attention) if attention.qk_norm else None
-        self.out = _by_group_columns(attention)
-        self.post_norm = ScaledRMSNorm(layer.post_attention_layernorm)
-        self.gate_up = _joined([layer.mlp.gate_proj, layer.mlp.up_proj])
-        self.down = _joined([layer.mlp.down_proj])
-        self.d_ff = layer.mlp.gate_proj.out_features
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.d_ff = config.d_ff
+        c, q_size, eps = config.d_model, config.n_heads * config.head_dim, config.norm_eps
+        n_rotated = config.n_heads + config.n_kv_heads
+        self.input_norm = ScaledRMSNorm(c, eps=eps)
+        self.qkv = _linear(c, (n_rotated + config.n_kv_heads) * config.head_dim, config.attention_bias != "none")
+        self.qk_norm = ScaledRMSNorm(n_rotated, 1, config.head_dim, eps=eps) if config.qk_norm else None
+        self.out = _linear(q_size, c, config.attention_bias == "qkvo")
+        self.post_norm = ScaledRMSNorm(c, eps=eps)
+        self.gate_up = _linear(c, 2 * config.d_ff, config.mlp_bias)
+        self.down = _linear(config.d_ff, c, config.mlp_bias)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (1, T, C), cos and sin (T, D) to queries (1, H, T, D), keys and values (1, K, T, D)."""
@@ -111,8 +114,9 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The weights and tables that all functions of a package share.
 
+    Its weights are on torch's "meta" device until :meth:`set_weights` sets them. Its tables have values.
+
     Args:
-        student: the checkpoint's model.
         positions: how many positions the tables cover: the longest T, or S if that is more.
     """
 
@@ -121,24 +125,37 @@ class Decoder(nn.Module):
     positions: Tensor
     masked: Tensor
 
-    def __init__(self, student: Student, positions: int) -> None:
+    def __init__(self, config: ModelConfig, positions: int) -> None:
         super().__init__()
-        config = student.config
         self.n_kv_heads, self.head_dim = config.n_kv_heads, config.head_dim
-        self.embed_tokens = student.embed_tokens
-        self.layers = nn.ModuleList(map(DecoderLayer, each(Layer, student.layers)))
-        self.norm = ScaledRMSNorm(student.norm)
-        self.lm_head = student.embed_tokens.weight if config.arch.tie_embeddings else student.lm_head.weight
-        self.halt_head = student.halt_head if config.arch.use_halt_head else None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model, device="meta")
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_layers))
+        self.norm = ScaledRMSNorm(config.d_model, eps=config.norm_eps)
+        head = torch.empty(config.vocab_size, config.d_model, device="meta")
+        self.lm_head = self.embed_tokens.weight if config.arch.tie_embeddings else nn.Parameter(head)
+        self.halt_head = _linear(config.d_model, 2, False) if config.arch.use_halt_head else None
         # One longer than the longest sequence: if T can equal the table's length, torch.export specialises T to
         # that length, and the exported program runs at no other.
+        cos, sin = rotary_tables(config, torch.arange(positions + 1))
         half = config.head_dim // 2
-        sin = student.sin[: positions + 1]
-        self.register_buffer("cos", student.cos[: positions + 1].clone())
+        self.register_buffer("cos", cos)
         # The sign of the rotation, (-second, first), is in the table: one operation less per layer.
         self.register_buffer("sin", torch.cat((-sin[:, :half], sin[:, half:]), dim=1))
         self.register_buffer("positions", torch.arange(positions + 1, dtype=torch.int32))
         self.register_buffer("masked", torch.full((1, 1), MASKED_SCORE))
+
+    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Decoder:
+        """Set parameters to tensors, which are not copied, and return this decoder.
+
+        Args:
+            weights: as :func:`decoder_weights` yields them, in any type. A tied head is the embedding.
+        """
+        by_name = dict(self.named_parameters(remove_duplicate=False))
+        owners = [(module, name) for module in self.modules() for name, _ in module.named_parameters(recurse=False)]
+        new = {id(by_name[name]): nn.Parameter(value, requires_grad=False) for name, value in weights}
+        for module, name in owners:
+            setattr(module, name, new[id(getattr(module, name))])
+        return self
 
     def mask(self, hidden: Tensor) -> Tensor:
         """The mask to add to the scores, of `masked`'s dtype; `hidden` (bool) is True for each hidden key."""
@@ -241,44 +258,57 @@ class Decode(Stateful):
         return mixed.transpose(1, 2).reshape(1, layer.n_heads, 1, size)
 
 
-def _by_group(rows: Tensor, attention: Attention) -> Tensor:
+def _linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=bias, device="meta")
+
+
+# --- the weights ------------------------------------------------------------------------------------
+
+
+def decoder_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of :class:`Decoder` by name, each in the type of `weights`.
+
+    Joined projections are copies, made when they are yielded; the others are the tensors of `weights`.
+
+    Args:
+        weights: the model's tensors by the student's names.
+    """
+    yield "embed_tokens.weight", weights["embed_tokens.weight"]
+    for index in range(config.n_layers):
+        prefix = f"layers.{index}."
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        for name, value in _layer_weights(config, own):
+            yield prefix + name, value
+    yield "norm.weight", weights["norm.weight"]
+    if not config.arch.tie_embeddings:
+        yield "lm_head", weights["lm_head.weight"]
+    if config.arch.use_halt_head:
+        yield "halt_head.weight", weights["halt_head.weight"]
+
+
+def _layer_weights(config: ModelConfig, layer: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield "input_norm.weight", layer["input_layernorm.weight"]
+    for kind in ("weight", "bias"):
+        if f"self_attn.q_proj.{kind}" in layer:
+            q, k, v = (layer[f"self_attn.{name}_proj.{kind}"] for name in "qkv")
+            yield f"qkv.{kind}", torch.cat([_by_group(q, config), k, v])
+    if config.qk_norm:
+        norms = [layer["self_attn.q_norm.weight"]] * config.n_heads
+        norms += [layer["self_attn.k_norm.weight"]] * config.n_kv_heads
+        yield "qk_norm.weight", torch.stack(norms).unsqueeze(1)  # (H + K, 1, D)
+    # The columns are in the order of the query heads here.
+    yield "out.weight", _by_group(layer["self_attn.o_proj.weight"].T, config).T.contiguous()
+    yield "post_norm.weight", layer["post_attention_layernorm.weight"]
+    for kind in ("weight", "bias"):
+        if f"mlp.gate_proj.{kind}" in layer:
+            yield f"gate_up.{kind}", torch.cat([layer[f"mlp.{name}_proj.{kind}"] for name in ("gate", "up")])
+            yield f"down.{kind}", layer[f"mlp.down_proj.{kind}"]
+    if "self_attn.o_proj.bias" in layer:
+        yield "out.bias", layer["self_attn.o_proj.bias"]
+
+
+def _by_group(rows: Tensor, config: ModelConfig) -> Tensor:
     """Reorder rows of the query projection (H·D, …), from grouped by key/value head to group by group."""
-    group = attention.n_heads // attention.n_kv_heads
-    heads = rows.view(attention.n_kv_heads, group, attention.head_dim, -1)
+    group = config.n_heads // config.n_kv_heads
+    heads = rows.view(config.n_kv_heads, group, config.head_dim, *rows.shape[1:])
     return heads.transpose(0, 1).reshape(rows.shape)
-
-
-def _joined_qkv(attention: Attention) -> nn.Linear:
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-    joined = _joined(projections)
-    n_query_rows = attention.n_heads * attention.head_dim
-    with torch.no_grad():
-        for tensor in [joined.weight] if joined.bias is None else [joined.weight, joined.bias]:
-            tensor[:n_query_rows] = _by_group(tensor[:n_query_rows].clone(), attention)
-    return joined
-
-
-def _by_group_columns(attention: Attention) -> nn.Linear:
-    """The output projection, with its columns in the order of the query heads here."""
-    joined = _joined([attention.o_proj])
-    with torch.no_grad():
-        joined.weight.copy_(_by_group(attention.o_proj.weight.T.contiguous(), attention).T)
-    return joined
-
-
-def _joined_qk_norm(attention: Attention) -> ScaledRMSNorm:
-    """The norms of queries and keys as one, with a weight of (H + K, 1, D)."""
-    weights: list[Tensor] = [attention.q_norm.weight] * attention.n_heads
-    weights += [attention.k_norm.weight] * attention.n_kv_heads
-    return ScaledRMSNorm(attention.q_norm, torch.stack(weights).unsqueeze(1))
-
-
-def _joined(linears: Sequence[nn.Linear]) -> nn.Linear:
-    """One product for several layers of the same input: their rows, concatenated."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    has_bias = linears[0].bias is not None
-    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias, device="meta")
-    joined.weight = nn.Parameter(weight)
-    if has_bias:
-        joined.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]))
-    return joined

@@ -6,12 +6,12 @@ Legend: T sequence length, S positions of the cache, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import msgspec
-import torch
-from torch import Tensor
+import numpy as np
 
 from coremill.core.config import ExportConfig
 from coremill.core.contract import (
@@ -23,15 +23,15 @@ from coremill.core.contract import (
     StatefulFunction,
     shape_key,
 )
-from coremill.core.digest import bytes_digest, file_digest
+from coremill.core.digest import file_digest
 from coremill.core.documents import encode
 from coremill.core.errors import ExportError
-from coremill.core.outputs import write_together
 from coremill.core.parity import MAX_RELATIVE_ERR
+from coremill.core.publish import replacing
 from coremill.core.stage import Figures
 from coremill.core.toolchain import current_toolchain
-from coremill.coreml.decoder import Decode, Decoder, Main, Prefill
-from coremill.coreml.exported import export_main
+from coremill.coreml.decoder import Decode, Decoder, Main, Prefill, decoder_weights
+from coremill.coreml.exported import capture_main, write_exported
 from coremill.coreml.graph import (
     DECODE,
     PREFILL,
@@ -39,19 +39,23 @@ from coremill.coreml.graph import (
     StatefulProgram,
     as_input,
     interface_lengths,
-    parse_program,
-    program_bytes,
+    load_program,
     read_interface,
     read_stateful,
     read_states,
     run_program,
+    stand_ins,
     trace,
+    without_weights,
+    write_traced,
 )
 from coremill.data.prompts import load_prompts
 from coremill.infra.version_gate import check_export_versions
-from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
+from coremill.measures import Floats
+from coremill.model.checkpoint import Checkpoint, check_vocabulary, load_checkpoint
 from coremill.model.memory import check_shape_memory
-from coremill.model.student import Student, output_names
+from coremill.model.reference import Reference, Scores
+from coremill.model.student import output_names
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +63,9 @@ _MODELS_IN_MEMORY = 5
 """The checkpoint's tensors, the student, the decoder, the program and its archive."""
 
 _PROMPT_ROWS = 128
+
+_TRACED = 16
+"""Tokens that a graph is captured on. The graph does not depend on them, nor on their number."""
 
 _DECODED = 4
 """Tokens decoded one by one after a prompt, to check the stateful functions."""
@@ -94,76 +101,99 @@ def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, program:
     _check_context(ckpt, shapes, settings)
     fitting = [seq_len for seq_len in shapes.all if seq_len <= ckpt.config.max_seq_len]
     check_shape_memory(ckpt, max(fitting), models=_MODELS_IN_MEMORY, logits=2, work="export")
-    student = build_student(ckpt)
     sequences = {seq_len: prompts.packed(seq_len, prompts.export_count) for seq_len in fitting}
-    data = _traced(student, sequences[shapes.primary][0], max(fitting), settings.cache_positions(shapes), settings)
-    # Check the saved program, not the one in memory.
-    loaded = parse_program(data, where=program.name, frontend=settings.frontend)
-    validation: dict[str, ShapeValidation] = {}
-    for seq_len in shapes.all:
-        key = shape_key(seq_len)
-        validation[key] = (
-            validate(loaded, student, sequences[seq_len])
-            if seq_len in sequences
-            else ShapeFailed(error=f"beyond the model's context of {ckpt.config.max_seq_len} tokens")
+    scores = _reference_scores(Reference.of(ckpt), sequences)
+    with replacing(program) as file:
+        capture(ckpt, shapes, settings, file)
+        file.flush()
+        # Check the saved program, not the one in memory.
+        saved = Path(file.name)
+        loaded = load_program(saved, settings.frontend, where=program.name)
+        validation: dict[str, ShapeValidation] = {}
+        for seq_len in shapes.all:
+            key = shape_key(seq_len)
+            validation[key] = (
+                validate(loaded, scores[seq_len], sequences[seq_len])
+                if seq_len in sequences
+                else ShapeFailed(error=f"beyond the model's context of {ckpt.config.max_seq_len} tokens")
+            )
+            _report(key, validation[key], shapes)
+        working = [seq_len for seq_len in fitting if isinstance(validation[shape_key(seq_len)], ShapeOk)]
+        functions = _stateful_functions(loaded, working, scores[min(working)][0], sequences[min(working)][0])
+        with without_weights(loaded):
+            interface = read_interface(loaded, [[0] * length for length in interface_lengths(working)])
+        described = Contract(
+            model_type=ckpt.model_type,
+            model_arch=ckpt.model_arch,
+            graph=program.name,
+            frontend=settings.frontend,
+            graph_digest=file_digest(saved),
+            checkpoint_digest=file_digest(source.checkpoint),
+            inputs=interface.inputs,
+            outputs=interface.outputs,
+            states=read_states(loaded),
+            functions=functions,
+            shapes=shapes,
+            shape_validation=validation,
+            tokenizer=ckpt.tokenizer,
+            toolchain=current_toolchain(),
         )
-        _report(key, validation[key], shapes)
-    working = [seq_len for seq_len in fitting if isinstance(validation[shape_key(seq_len)], ShapeOk)]
-    ids = sequences[max(working)][0]
-    samples = [ids[:length] for length in interface_lengths(working)]
-    interface = read_interface(loaded, samples)
-    described = Contract(
-        model_type=ckpt.model_type,
-        model_arch=ckpt.model_arch,
-        graph=program.name,
-        frontend=settings.frontend,
-        graph_digest=bytes_digest(data),
-        checkpoint_digest=file_digest(source.checkpoint),
-        inputs=interface.inputs,
-        outputs=interface.outputs,
-        states=read_states(loaded),
-        functions=_stateful_functions(loaded, student, samples, ids[: min(working)]),
-        shapes=shapes,
-        shape_validation=validation,
-        tokenizer=ckpt.tokenizer,
-        toolchain=current_toolchain(),
-    )
-    write_together({program: data, contract: encode(described)})
+        with replacing(contract) as other:
+            other.write(encode(described))
     return described
 
 
-def validate(program: Program, student: Student, sequences: Sequence[Sequence[int]]) -> ShapeValidation:
-    """Run `program` and `student` on `sequences`, all of one length, and compare every output."""
+def _reference_scores(reference: Reference, sequences: Mapping[int, list[list[int]]]) -> dict[int, list[Scores]]:
+    """Return the reference's outputs for the sequences of each length."""
+    found = iter(reference.score_all([ids for each in sequences.values() for ids in each]))
+    return {seq_len: [next(found) for _ in each] for seq_len, each in sequences.items()}
+
+
+def validate(program: Program, scores: Sequence[Scores], sequences: Sequence[Sequence[int]]) -> ShapeValidation:
+    """Run `program` on `sequences`, all of one length, and compare every output with the reference's."""
     worst = 0.0
     try:
-        with torch.no_grad():
-            for ids in sequences:
-                for found, expected in zip(run_program(program, ids), student(as_input(ids)), strict=True):
-                    if found.shape != expected.shape:
-                        return ShapeFailed(
-                            error=f"the program returns {list(found.shape)}, the model {list(expected.shape)}"
-                        )
-                    error = largest_error(found, expected)
-                    if problem := _too_far(error, expected):
-                        return ShapeFailed(error=problem)
-                    worst = max(worst, error)
+        for ids, expected in zip(sequences, scores, strict=True):
+            found = run_program(program, ids)
+            widths = {name: array.shape[-1] for name, array in expected.at(slice(0, 1)).items()}
+            for name, output in zip(expected.names, found, strict=True):
+                if list(output.shape) != (wanted := [1, len(expected), widths[name]]):
+                    return ShapeFailed(error=f"the program returns {list(output.shape)}, the model {wanted}")
+                error = _largest_error(output[0].numpy(), name, expected)
+                if problem := _too_far(error):
+                    return ShapeFailed(error=problem)
+                worst = max(worst, error.largest)
+            del found, output  # logits of a long sequence may take 800 MB
     except (RuntimeError, ValueError) as failure:  # of a program, and of a model at a length beyond its context
         return ShapeFailed(error=f"{type(failure).__name__}: {_last_line(failure)}")
     return ShapeOk(max_abs_err=worst)
 
 
-def largest_error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two tensors (1, T, V), by blocks of rows: all logits may take a gigabyte."""
-    rows = zip(found[0].split(256), expected[0].split(256), strict=True)
-    # Unlike Python's max, torch's returns NaN if any value is NaN.
-    return float(torch.stack([(ours - theirs).abs().max() for ours, theirs in rows]).max())
+class _Error(NamedTuple):
+    """The largest difference of an output from the reference's."""
+
+    largest: float
+    """NaN if a value is."""
+    magnitude: float
+    """The largest magnitude of the reference's output."""
 
 
-def _too_far(error: float, expected: Tensor) -> str | None:
-    bound = MAX_RELATIVE_ERR * float(torch.maximum(expected.max(), -expected.min()))
-    if error <= bound:
+def _largest_error(found: Floats, name: str, expected: Scores) -> _Error:
+    """Compare an output (N, …) with the reference's, of the same shape."""
+    largest, magnitude = [0.0], [0.0]
+    for rows, outputs in expected.chunks():
+        magnitude.append(float(np.abs(outputs[name]).max()))
+        difference = np.subtract(found[rows], outputs[name], out=outputs[name])
+        largest.append(float(np.abs(difference, out=difference).max()))
+    # Unlike Python's max, numpy's returns NaN if any value is NaN.
+    return _Error(float(np.max(largest)), float(np.max(magnitude)))
+
+
+def _too_far(error: _Error) -> str | None:
+    bound = MAX_RELATIVE_ERR * error.magnitude
+    if error.largest <= bound:
         return None
-    return f"differs from the model by {error:.3g}, more than {bound:.3g}"
+    return f"differs from the model by {error.largest:.3g}, more than {bound:.3g}"
 
 
 def _check_context(ckpt: Checkpoint, shapes: ShapeSet, settings: ExportConfig) -> None:
@@ -182,36 +212,51 @@ def _check_context(ckpt: Checkpoint, shapes: ShapeSet, settings: ExportConfig) -
             )
 
 
-def _traced(student: Student, ids: Sequence[int], longest: int, context: int, settings: ExportConfig) -> bytes:
-    """The program for up to `longest` tokens, traced on `ids`; if stateful, with a cache of `context` positions."""
-    decoder = Decoder(student, max(longest, context) if settings.stateful else longest)
-    stateful = {PREFILL: Prefill(decoder, context), DECODE: Decode(decoder, context)} if settings.stateful else None
+def capture(ckpt: Checkpoint, shapes: ShapeSet, settings: ExportConfig, file: BinaryIO) -> None:
+    """Capture the checkpoint's model for all lengths of `shapes` that it has, and write the program to `file`.
+
+    The graph is captured without the weights, which are copied from the checkpoint into the file.
+
+    Raises:
+        ExportError: the model cannot be captured.
+    """
+    longest = max(seq_len for seq_len in shapes.all if seq_len <= ckpt.config.max_seq_len)
+    context = settings.cache_positions(shapes)
+    decoder = Decoder(ckpt.config, max(longest, context) if settings.stateful else longest)
+    parameters = dict(decoder.named_parameters())
+    decoder.set_weights(zip(parameters, stand_ins(list(parameters.values())), strict=True))
+    weights = decoder_weights(ckpt.config, ckpt.state_dict)
+    names = output_names(ckpt.config)
+    ids = [0] * min(_TRACED, longest)
     try:
         if settings.frontend == "torch-export":
-            return export_main(Main(decoder), as_input(ids), longest, output_names(student.config))
-        return program_bytes(trace(Main(decoder), ids, output_names(student.config), stateful))
+            write_exported(capture_main(Main(decoder), as_input(ids), longest, names), weights, file)
+            return
+        stateful = {PREFILL: Prefill(decoder, context), DECODE: Decode(decoder, context)}
+        write_traced(trace(Main(decoder), ids, names, stateful if settings.stateful else None), weights, file)
     except (RuntimeError, ValueError) as failure:
         raise ExportError(
-            f"the model cannot be traced at T = {len(ids)}: {_last_line(failure)}",
-            expected=f"a model that runs at {len(ids)} tokens",
+            f"the model cannot be captured: {_last_line(failure)}",
+            expected="a model that the front end can capture",
             run="python -m coremill.training.check_checkpoint --help",
         ) from failure
 
 
 def _stateful_functions(
-    program: Program, student: Student, samples: Sequence[Sequence[int]], ids: Sequence[int]
+    program: Program, working: Sequence[int], expected: Scores, ids: Sequence[int]
 ) -> tuple[StatefulFunction, ...]:
     """Describe `prefill` and `decode` of the program, after comparing them with the model.
 
     Args:
-        samples: token ids to read their interface with.
-        ids: token ids to compare them on.
+        working: the lengths at which `main` works.
+        expected: the reference's outputs for `ids`, on which they are compared.
 
     Raises:
         ExportError: one of them differs from the model.
     """
-    interfaces = read_stateful(program, samples)
-    errors = _stateful_errors(program, student, ids) if interfaces else {}
+    with without_weights(program):
+        interfaces = read_stateful(program, [[0] * length for length in interface_lengths(working)])
+    errors = _stateful_errors(program, expected, ids) if interfaces else {}
     return tuple(
         StatefulFunction(
             name=interface.name,
@@ -223,30 +268,37 @@ def _stateful_functions(
     )
 
 
-def _stateful_errors(program: Program, student: Student, ids: Sequence[int]) -> dict[str, float]:
+def _stateful_errors(program: Program, scores: Scores, ids: Sequence[int]) -> dict[str, float]:
     """The largest error of each function: most of `ids` (T,) is the prompt, the rest is decoded token by token."""
     n = max(1, len(ids) - _DECODED)
     padded = [*ids[:n], *[ids[0]] * (len(ids) - n)]
     stateful = StatefulProgram(program)
-    with torch.no_grad():
-        expected = student(as_input(ids))
+    magnitudes = _magnitudes(scores)
     runs = {PREFILL: [(n - 1, stateful.prefill(padded, n))]}
     runs[DECODE] = [(position, stateful.decode(ids[position], position)) for position in range(n, len(ids))]
     errors = {}
-    for name, found in runs.items():
-        errors[name] = 0.0
+    for function, found in runs.items():
+        errors[function] = 0.0
         for position, outputs in found:
-            for ours, theirs in zip(outputs, expected, strict=True):
-                row = theirs[:, position : position + 1]
-                error = largest_error(ours, row)
-                if problem := _too_far(error, theirs):
+            expected = scores.at(slice(position, position + 1))
+            for name, output in zip(scores.names, outputs, strict=True):
+                largest = float(np.abs(output[0].numpy() - expected[name]).max())
+                if problem := _too_far(_Error(largest, magnitudes[name])):
                     raise ExportError(
-                        f"`{name}` at position {position} {problem}",
+                        f"`{function}` at position {position} {problem}",
                         expected="the model's outputs",
                         run="python -m coremill.training.check_checkpoint --help",
                     )
-                errors[name] = max(errors[name], error)
+                errors[function] = max(errors[function], largest)
     return errors
+
+
+def _magnitudes(scores: Scores) -> dict[str, float]:
+    """Return the largest magnitude of each output."""
+    found = dict.fromkeys(scores.names, 0.0)
+    for _, outputs in scores.chunks():
+        found = {name: max(found[name], float(np.abs(outputs[name]).max())) for name in found}
+    return found
 
 
 def _report(key: str, result: ShapeValidation, shapes: ShapeSet) -> None:

@@ -9,12 +9,14 @@ Legend: T sequence length, S positions of the cache, V vocabulary.
 
 from __future__ import annotations
 
-import io
+import contextlib
 import re
+import shutil
+import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +25,11 @@ from coremill.core.contract import MAIN, Contract, Dim, DType, Frontend, TensorS
 from coremill.core.documents import Record
 from coremill.core.errors import ContractMismatchError, TorchScriptError
 from coremill.coreml.exported import ExportedMain, load_main
+from coremill.model.student import HALT_LOGITS
 
 Program: TypeAlias = torch.jit.ScriptModule | ExportedMain
 
 SEQ_DIM = "T"
-LOGITS, HALT_LOGITS = "logits", "halt_logits"
 PREFILL, DECODE = "prefill", "decode"
 CACHES = ("key_cache", "value_cache")
 """The states of `prefill` and `decode`, (L, 1, K, S, D) each, and the names of the graphs' attributes for them."""
@@ -38,6 +40,7 @@ _MEMBER: Mapping[Frontend, str] = {"torchscript": "/constants.pkl", "torch-expor
 """A member that only the archive of such a program has."""
 _EXPORT = "python -m coremill.conversion.export_pytorch --help"
 _SHORT = (16, 24)
+_COPIED_BYTES = 1 << 20
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -59,7 +62,7 @@ def trace(
     ids: Sequence[int],
     output_names: Sequence[str],
     stateful: Mapping[str, nn.Module] | None = None,
-) -> Program:
+) -> torch.jit.ScriptModule:
     """Trace `model` on `ids` and name its outputs; the saved program keeps the names.
 
     Args:
@@ -79,7 +82,8 @@ def trace(
             # Expanded from one zero: an archive stores the storage of a tensor, and the cache starts empty.
             setattr(function, cache, torch.zeros(1).expand(getattr(function, cache).shape))
     with torch.no_grad():
-        program: Program = torch.jit.trace(_Functions(main, functions), (as_input(ids[:1]),), check_trace=False)
+        traced = torch.jit.trace(_Functions(main, functions), (as_input(ids[:1]),), check_trace=False)
+    program: torch.jit.ScriptModule = traced
     return program
 
 
@@ -150,49 +154,75 @@ class StatefulProgram:
             return _as_tuple(self._decode(as_input([token]), torch.tensor([position], dtype=torch.int32)))
 
 
-def program_bytes(program: Program) -> bytes:
-    """The program as a TorchScript archive.
+def stand_ins(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return zeros in the shapes of `weights`. They share one memory, which is never written and so takes none.
+
+    A graph does not depend on the values of the weights: it is captured, and its interface is read, with these.
+    """
+    zeros = torch.zeros(max(weight.numel() for weight in weights))
+    return [zeros[: weight.numel()].view(weight.shape) for weight in weights]
+
+
+def write_traced(program: torch.jit.ScriptModule, weights: Iterable[tuple[str, Tensor]], file: BinaryIO) -> None:
+    """Write a traced program to `file` as a TorchScript archive, with `weights` in their own types.
 
     The first trace of a model in a process gives the same bytes in every process. A second trace in the same
     process does not, because torch then gives the modules' classes other names.
 
     Source locations are removed: they contain paths of this machine and affect only error messages. The archive's
     id is removed too, because it is a hash that includes the locations.
+
+    Args:
+        weights: the decoder's parameters by name; every graph of the program that has one is given the same tensor.
     """
-    saved, canonical = io.BytesIO(), io.BytesIO()
-    torch.jit.save(program, saved)  # not to a path: the archive would contain its stem
-    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(canonical, "w", zipfile.ZIP_STORED) as target:
-        for name in source.namelist():
-            if not name.endswith((".debug_pkl", "/.data/serialization_id")):
-                target.writestr(zipfile.ZipInfo(name, date_time=_ZIP_EPOCH), source.read(name))
-    return canonical.getvalue()
+    by_name: dict[str, list[Tensor]] = {}
+    for qualified, parameter in program.named_parameters(remove_duplicate=False):
+        by_name.setdefault(qualified.rpartition("decoder.")[2], []).append(parameter)
+    for name, value in weights:
+        for each in by_name[name]:
+            each.data = value
+    # To a file, not to memory; torch writes the file's stem into the archive.
+    with tempfile.TemporaryDirectory(prefix="coremill-") as folder:
+        saved = Path(folder) / "archive.pt"
+        torch.jit.save(program, saved)
+        with zipfile.ZipFile(saved) as source, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:
+            for info in source.infolist():
+                if not info.filename.endswith((".debug_pkl", "/.data/serialization_id")):
+                    copy = zipfile.ZipInfo(info.filename, date_time=_ZIP_EPOCH)
+                    copy.file_size = info.file_size
+                    with source.open(info) as read, target.open(copy, "w") as written:
+                        shutil.copyfileobj(read, written, _COPIED_BYTES)
 
 
-def load_program(path: Path, frontend: Frontend = "torchscript") -> Program:
-    """Load the program at `path` on the CPU; `frontend` is the method that captured it.
+def load_program(
+    path: Path, frontend: Frontend = "torchscript", *, where: str | None = None, widened: bool = True
+) -> Program:
+    """Load the program at `path` on the CPU.
+
+    An archive has each weight in the type that the checkpoint has it in, and the tables in float32.
+
+    Args:
+        frontend: the method that captured it.
+        where: its name in errors; by default the path.
+        widened: cast the weights to float32, in which the program runs; otherwise it does not run unless all types
+            are equal.
 
     Raises:
         TorchScriptError: the file is unreadable, truncated, damaged, or not such a program.
     """
     try:
-        # A path, not its bytes: torch takes three times as long to load those.
-        return _parsed(Path(path), where=str(path), frontend=frontend)
+        return _loaded(Path(path), where=where or str(path), frontend=frontend, widened=widened)
     except OSError as failure:
         raise TorchScriptError(
             f"cannot read {path}: {failure.strerror}", expected=f"a {_NAMES[frontend]} program", run=_EXPORT
         ) from failure
 
 
-def parse_program(data: bytes, *, where: str, frontend: Frontend = "torchscript") -> Program:
-    """Load a program from bytes; `where` names it in errors. Raises as `load_program` does."""
-    return _parsed(io.BytesIO(data), where=where, frontend=frontend)
-
-
-def _parsed(source: Path | io.BytesIO, *, where: str, frontend: Frontend) -> Program:
+def _loaded(path: Path, *, where: str, frontend: Frontend, widened: bool) -> Program:
     called = f"a {_NAMES[frontend]} program"
     expected = f"{called} as export_pytorch saves it"
     try:
-        with zipfile.ZipFile(source) as archive:
+        with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch does not check the checksums
             names = archive.namelist()
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as failure:
@@ -204,16 +234,28 @@ def _parsed(source: Path | io.BytesIO, *, where: str, frontend: Frontend) -> Pro
     if not any(name.endswith(_MEMBER[frontend]) for name in names):
         found = _kind_of_archive(names)
         raise TorchScriptError(f"{where} is {found}, not {called}", expected=expected, run=_EXPORT)
-    if isinstance(source, io.BytesIO):
-        source.seek(0)
     try:
-        if frontend == "torch-export":
-            return load_main(source)
-        program: torch.jit.ScriptModule = torch.jit.load(source, map_location="cpu")
-        return program.eval()
+        # A path, not its bytes: torch takes three times as long to load those.
+        program = load_main(path) if frontend == "torch-export" else torch.jit.load(path, map_location="cpu").eval()
     except (RuntimeError, ValueError, LookupError) as failure:
         reason = str(failure).strip().splitlines()[0]
         raise TorchScriptError(f"{where} is not {called}: {reason}", expected=expected, run=_EXPORT) from failure
+    if widened:
+        program.float()
+    return program
+
+
+@contextlib.contextmanager
+def without_weights(program: Program) -> Iterator[None]:
+    """Replace the weights by zeros for the length of the block: what an interface is read with."""
+    held: list[tuple[Tensor, Tensor]] = [(parameter, parameter.data) for parameter in program.parameters()]
+    try:
+        for (parameter, _), zeros in zip(held, stand_ins([value for _, value in held]), strict=True):
+            parameter.data = zeros
+        yield
+    finally:
+        for parameter, value in held:
+            parameter.data = value
 
 
 def _kind_of_archive(names: Sequence[str]) -> str:

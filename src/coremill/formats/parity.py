@@ -79,7 +79,7 @@ def questions(prompts: Prompts, context: int, count: int) -> list[list[int]]:
 
 
 def greedy_differences(
-    number: int, ids: Sequence[int], answer: Sequence[int], logits: npt.NDArray[np.float32]
+    number: int, answer: Sequence[int], logits: npt.NDArray[np.float32]
 ) -> Iterator[TokenDifference]:
     """Yield the tokens of `answer` that are not the checkpoint's choice after the same tokens.
 
@@ -88,10 +88,9 @@ def greedy_differences(
 
     Args:
         number: the index of the prompt.
-        ids: the prompt.
-        logits: the checkpoint's logits (N, V), float32, after each token of prompt and answer, or all but the last.
+        logits: the checkpoint's logits (A, V), float32, before each token of the answer.
     """
-    rows = logits[len(ids) - 1 :][: len(answer)]
+    rows = logits
     # Rounding may change both logits, so two that differ by at most twice the bound may swap ranks.
     near = 2 * MAX_RELATIVE_ERR * float(np.abs(rows).max(initial=0))
     for place in np.flatnonzero(rows.argmax(-1) != np.asarray(answer)).tolist():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,6 +44,28 @@ def gguf_name(name: str) -> str:
     if layer := _LAYER.fullmatch(module):
         return f"blk.{layer[1]}.{_PARTS[layer[2]]}.{kind}"
     return f"{_ENDS[module]}.{kind}"
+
+
+class TensorsOnDemand(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is looked up, so that one at a time is in memory.
+
+    Args:
+        make: returns the tensor of a name.
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class WeightsSource(ABC):

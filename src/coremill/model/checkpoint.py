@@ -181,7 +181,9 @@ def _apart(tensor: Tensor) -> Tensor:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and check the checkpoint at `path`; its tensors are loaded to the CPU in the dtypes they were saved in.
+    """Read and check the checkpoint at `path`; its tensors are memory-mapped, in the dtypes they were saved in.
+
+    The file must not change while they are used. They may be written to; that does not reach the file.
 
     Raises:
         CheckpointUnreadableError: the file is missing, truncated, damaged, or not a checkpoint.
@@ -280,9 +282,9 @@ def _read_plain(path: Path) -> Any:
             raise _unsafe(path, f"names {', '.join(names)}")
         if pickled[:2] != b"\x80\x02":
             raise _unreadable(path, "is not a checkpoint: its pickle is not of protocol 2, which torch.save writes")
-        file.seek(0)
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            # torch maps only what it opens by a path; this path is the open file's, even if it was replaced.
+            return torch.load(f"/dev/fd/{file.fileno()}", map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as failure:
             raise _unsafe(path, str(failure).splitlines()[0]) from failure
         except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, OSError) as failure:

@@ -25,10 +25,12 @@ from coremill.model.rope import rotary_tables
 
 M = TypeVar("M", bound=nn.Module)
 
+LOGITS, HALT_LOGITS = "logits", "halt_logits"
+
 
 def output_names(config: ModelConfig) -> tuple[str, ...]:
     """Return the names of the outputs of `Student.forward`, in order."""
-    return ("logits", "halt_logits") if config.arch.use_halt_head else ("logits",)
+    return (LOGITS, HALT_LOGITS) if config.arch.use_halt_head else (LOGITS,)
 
 
 class Linear(nn.Linear):

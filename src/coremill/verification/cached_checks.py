@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from coremill.core.errors import CacheFullError, CoremillError
 from coremill.core.reports import Answer, StatefulError, StatefulMeasured, StatefulReport
-from coremill.coreml.graph import LOGITS
 from coremill.data.prompts import Chat, TextPrompts
 from coremill.measures import max_abs_err, power, ratio_db, sqnr_db
 from coremill.model.decoding import generate, greedy
 from coremill.model.reference import Reference
+from coremill.model.student import LOGITS
 from coremill.verification.backends import Array, StatefulRunner
 from coremill.verification.main_checks import Outputs
 
@@ -222,7 +222,8 @@ def answer_greedily(
     answers = []
     for chat in fitting[:ANSWERS]:
         ids = _answer(runner, chat, prompts)
-        scores = reference.run([*chat.ids, *ids[:-1]])[LOGITS][len(chat.ids) - 1 :]  # row i scores token i
+        asked = slice(len(chat.ids) - 1, None)
+        scores = reference.score([*chat.ids, *ids[:-1]]).at(asked)[LOGITS]  # row i scores token i
         lost = [float(row.max() - row[token]) for row, token in zip(scores, ids, strict=True)]
         is_ended = ids[-1] in prompts.tokenizer.eos_ids
         known = [token for token in ids[: len(ids) - is_ended] if token < prompts.tokenizer.vocab_size]

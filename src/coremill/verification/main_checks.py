@@ -15,7 +15,6 @@ import numpy as np
 from coremill.core.answer_key import AnswerKey
 from coremill.core.errors import ContractMismatchError, CoremillError
 from coremill.core.reports import Answer, HeldoutAnswers, Perplexity, ShapeError, ShapeMeasured, ShapeReport
-from coremill.coreml.graph import LOGITS
 from coremill.data.judge import judge
 from coremill.data.prompts import Probe, Prompts, conversation
 from coremill.data.rows import Row
@@ -23,6 +22,7 @@ from coremill.data.teacher import entropy, halt_labels, teacher_targets
 from coremill.measures import Agreement, Comparison, log_softmax, max_abs_err, sqnr_db
 from coremill.model.decoding import Sampler, greedy
 from coremill.model.reference import Reference
+from coremill.model.student import LOGITS
 from coremill.text.student_tokenizer import TOOL_CALL, Tokenizer
 from coremill.verification.backends import Array, Runner
 from coremill.verification.scoring import ScoredAnswer, Scorer, answer_question, score_answer
@@ -55,13 +55,11 @@ def measure_shape(
     outputs: Outputs = {}
     try:
         for ids, judged, is_scored in prompts.compared(seq_len):
-            expected, found = reference.run(ids), scorer.score(ids)
-            for name, comparison in by_output.items():
-                tokens = ids if is_scored and name == LOGITS else None
-                comparison.add(expected[name], found[name], judged=judged, tokens=tokens)
+            found = scorer.score(ids)
+            reference.score(ids).compare(found, by_output, judged=judged, tokens=ids if is_scored else None)
             if not first:
                 first, outputs = ids, found
-            del expected, found  # each may take 800 MB; free them before the next ones are computed
+            del found  # it may take 800 MB; free it before the next one is computed
         report = _measured(runner, {name: comparison.result() for name, comparison in by_output.items()})
         return ShapeRun(report, first, outputs)
     except CoremillError as failure:
@@ -128,7 +126,7 @@ def padding_sqnr_db(runner: Runner, reference: Reference, prompts: Prompts, leng
     """
     ratios = []
     for ids, padded_to in prompts.padded(lengths).items():
-        expected = reference.run(ids)
+        expected = reference.run(list(ids))
         for seq_len in padded_to:
             found = Scorer(runner, [seq_len], prompts.pad_id).score_at(ids, seq_len)
             ratios += [sqnr_db(expected[name], found[name][: len(ids)]) for name in expected]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -17,8 +18,8 @@ from pathlib import Path
 import msgspec
 import torch
 
-from coremill.core.config import ConvertConfig, GgufType, ImportedVerify, VerifyConfig
-from coremill.core.contract import Contract, Frontend, read_contract, shape_key
+from coremill.core.config import ConvertConfig, ExportConfig, GgufType, ImportedVerify, VerifyConfig
+from coremill.core.contract import Contract, Frontend, ShapeSet, read_contract, shape_key
 from coremill.core.digest import digest, file_digest
 from coremill.core.documents import read_json
 from coremill.core.errors import ConfigError, ContractMismatchError, CoremillError, DigestError
@@ -45,31 +46,20 @@ from coremill.core.matrix import (
     outside,
 )
 from coremill.core.parity import MAX_RELATIVE_ERR, GgufParity, HuggingFaceParity
-from coremill.coreml.decoder import Decoder, Main
-from coremill.coreml.exported import export_main
-from coremill.coreml.graph import (
-    LOGITS,
-    Program,
-    as_input,
-    check_main,
-    load_program,
-    parse_program,
-    program_bytes,
-    run_program,
-    trace,
-)
+from coremill.coreml.export import capture
+from coremill.coreml.graph import Program, as_input, check_main, load_program, run_program
 from coremill.coreml.package import check_package
 from coremill.data.prompts import Compared, Prompts, load_prompts
 from coremill.formats.gguf.parity import BOUNDS
 from coremill.formats.huggingface.parity import load_model
 from coremill.formats.llamacpp.process import LlamaCpp
 from coremill.measures import Comparison
-from coremill.model.checkpoint import build_student, check_vocabulary, load_checkpoint
+from coremill.model.checkpoint import Checkpoint, check_vocabulary, load_checkpoint
 from coremill.model.reference import Reference
-from coremill.model.student import Student
+from coremill.model.student import LOGITS
 from coremill.verification.backends import Array, core_ml_runner, has_core_ml, reference_runner
 from coremill.verification.main_checks import Outputs, perplexity_of
-from coremill.verification.rounding import MIN_SQNR_DB, are_rounded, round_weights, wide_runner
+from coremill.verification.rounding import MIN_SQNR_DB, are_rounded, rounded_reference, wide_runner
 from coremill.verification.verify import lane_of
 
 log = logging.getLogger(__name__)
@@ -151,9 +141,7 @@ def agreement_matrix(
     prompts = load_prompts(subject.tokenizer, subject.prompts, rows=verify.rows)
     check_vocabulary(checkpoint, prompts.tokenizer)
     compared = list(prompts.compared(seq_len))
-    student = build_student(checkpoint)
-    del checkpoint  # the student has copies of its weights
-    groups = groups_of(subject, contract, student, prompts, convert, seq_len)
+    groups = groups_of(subject, contract, checkpoint, prompts, convert, seq_len)
     formats = [each for group in groups for each in group.formats]
     measured = _Measured(compared, verify)
     found = [row for group in groups for row in measured.rows(group, chosen)]
@@ -212,17 +200,17 @@ def _check_digests(subject: Subject, contract: Contract, *, reads_package: bool)
 def groups_of(
     subject: Subject,
     contract: Contract,
-    student: Student,
+    checkpoint: Checkpoint,
     prompts: Prompts,
     convert: ConvertConfig,
     seq_len: int,
 ) -> tuple[Group, ...]:
-    """Return the rows of the matrix. The group with rounded weights is last: it rounds the student in place."""
+    """Return the rows of the matrix."""
 
     def padded(run: Run) -> Run:
         return lambda ids: run([*ids, *[prompts.pad_id] * (seq_len - len(ids))])
 
-    is_rounded = are_rounded(student, convert)
+    is_rounded = are_rounded(checkpoint, convert)
     is_float32 = convert.compute_precision == "float32"
     needs_mac = FormatNotRun(
         format=COREML, reason="Core ML runs on macOS only", platform_reason=PlatformReason.NEEDS_MACOS
@@ -233,14 +221,14 @@ def groups_of(
     )
 
     def program(frontend: Frontend) -> Run:
-        return padded(_program_run(_program(frontend, subject, contract, student, prompts), contract))
+        return padded(_program_run(_program(frontend, subject, contract, checkpoint), contract))
 
     return (
         Group(
             reference=_FLOAT32,
-            make=lambda: Reference(student).run,
+            make=lambda: Reference.of(checkpoint).run,
             formats=(
-                Format(name=EAGER, is_float32=True, load=lambda: nullcontext(padded(Reference(student).run))),
+                Format(name=EAGER, is_float32=True, load=lambda: nullcontext(padded(Reference.of(checkpoint).run))),
                 Format(name=TORCHSCRIPT, is_float32=True, load=lambda: nullcontext(program("torchscript"))),
                 Format(name=TORCH_EXPORT, is_float32=True, load=lambda: nullcontext(program("torch-export"))),
                 Format(
@@ -262,7 +250,7 @@ def groups_of(
         ),
         Group(
             reference=_ROUNDED,
-            make=lambda: Reference(round_weights(student) if is_rounded else student).run,
+            make=lambda: rounded_reference(checkpoint, convert).run,
             formats=(
                 Format(
                     name=MIL_FLOAT32,
@@ -323,22 +311,17 @@ def _llama_cpp(path: Path, contract: Contract, *, context: int) -> Iterator[Run]
         yield lambda ids: {LOGITS: model.logits(ids)}
 
 
-def _program(
-    frontend: Frontend, subject: Subject, contract: Contract, student: Student, prompts: Prompts
-) -> Program:
+def _program(frontend: Frontend, subject: Subject, contract: Contract, checkpoint: Checkpoint) -> Program:
     """The run's own program, or one made from its checkpoint with the other front end."""
-    graph = subject.contract.parent / contract.graph
     if frontend == contract.frontend:
-        return load_program(graph, frontend)
-    names = [spec.name for spec in contract.outputs]
-    longest = max(contract.working_lengths)
-    (ids,) = prompts.packed(contract.shapes.primary, 1)
-    main = Main(Decoder(student, longest))
-    if frontend == "torch-export":
-        data = export_main(main, as_input(ids), longest, names)
-    else:
-        data = program_bytes(trace(main, ids, names))
-    return parse_program(data, where=f"the {frontend} program of {subject.checkpoint}", frontend=frontend)
+        return load_program(subject.contract.parent / contract.graph, frontend)
+    working = contract.working_lengths
+    shapes = ShapeSet(primary=contract.shapes.primary, all=tuple(working))
+    with tempfile.TemporaryDirectory(prefix="coremill-") as folder:
+        path = Path(folder) / "program"
+        with path.open("wb") as file:
+            capture(checkpoint, shapes, ExportConfig(frontend=frontend), file)
+        return load_program(path, frontend, where=f"the {frontend} program of {subject.checkpoint}")
 
 
 def _program_run(program: Program, contract: Contract) -> Run:

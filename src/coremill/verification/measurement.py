@@ -27,9 +27,9 @@ from coremill.core.reports import (
 )
 from coremill.data.prompts import Prompts, RowPrompts, TextPrompts
 from coremill.measures import sqnr_db
+from coremill.model.checkpoint import Checkpoint
 from coremill.model.decoding import TemperatureSampler
 from coremill.model.reference import Reference
-from coremill.model.student import Student
 from coremill.verification.backends import (
     Runner,
     core_ml_runner,
@@ -88,7 +88,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
 def measure(
     package: Path,
     contract: Contract,
-    student: Student,
+    checkpoint: Checkpoint,
     prompts: Prompts,
     config: VerifyConfig,
     *,
@@ -98,7 +98,6 @@ def measure(
     """Run the package at every length of the contract and, if it runs at the primary length, every other check.
 
     Args:
-        student: the checkpoint's model. Its weights are rounded in place at the end.
         stateful: whether to run the functions with a cache, if the contract has any.
         settings: those of the conversion.
     """
@@ -112,7 +111,8 @@ def measure(
             load_problem=failure.found,
             has_core_ml=has_core_ml(),
         )
-    reference = Reference(student)
+    reference = Reference.of(checkpoint)
+    _run_ahead(reference, prompts, contract.working_lengths)
     shapes = _Shapes(runner, contract, reference, prompts, config)
     core_ml = _CoreML(package, contract)
     for seq_len in contract.shapes.all:
@@ -134,7 +134,7 @@ def measure(
         answers = ask_sampled(scorer, questions, prompts.tokenizer, prompts.answer_key, sampler)
     core_ml_sqnr_db, core_ml_problem = core_ml.result()
     padding_db = padding_sqnr_db(runner, reference, prompts, shapes.running)
-    rounding_db, rounding_problem = _rounding(package, contract, student, prompts, settings)
+    rounding_db, rounding_problem = _rounding(package, contract, checkpoint, prompts, settings)
     return Measurement(
         shapes=shapes.reports,
         operations=runner.operations,
@@ -151,12 +151,19 @@ def measure(
     )
 
 
+def _run_ahead(reference: Reference, prompts: Prompts, lengths: Sequence[int]) -> None:
+    """Run all sequences of the checks through the reference at once; it remembers them."""
+    sequences = [list(compared.ids) for seq_len in lengths for compared in prompts.compared(seq_len)]
+    sequences += [list(ids) for ids in prompts.padded(lengths)]
+    reference.score_all(sequences)
+
+
 def _rounding(
-    package: Path, contract: Contract, student: Student, prompts: Prompts, settings: ConvertConfig
+    package: Path, contract: Contract, checkpoint: Checkpoint, prompts: Prompts, settings: ConvertConfig
 ) -> tuple[float | None, str | None]:
     """Return the result of :func:`rounding_aside_db`, or the reason why it could not be measured."""
     try:
-        return rounding_aside_db(package, contract, student, prompts, settings), None
+        return rounding_aside_db(package, contract, checkpoint, prompts, settings), None
     except CoremillError as failure:
         return None, f"in float32 arithmetic: {failure.found}"
     except (RuntimeError, ValueError) as failure:  # from the backend, or because outputs are not finite

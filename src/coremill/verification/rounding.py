@@ -22,8 +22,8 @@ from coremill.core.reports import Backend
 from coremill.data.prompts import Prompts
 from coremill.measures import sqnr_db
 from coremill.mil import MLModel
+from coremill.model.checkpoint import Checkpoint
 from coremill.model.reference import Reference
-from coremill.model.student import Student
 from coremill.verification.backends import Array, Runner, StatefulRunner, wide_stateful_runner
 
 MIN_SQNR_DB = 90.0
@@ -35,19 +35,15 @@ _DECODED = 2
 
 
 def rounding_aside_db(
-    package: Path, contract: Contract, student: Student, prompts: Prompts, settings: ConvertConfig
+    package: Path, contract: Contract, checkpoint: Checkpoint, prompts: Prompts, settings: ConvertConfig
 ) -> float:
     """Return the worst SQNR of the package at its shortest length, including `prefill` and `decode`.
-
-    Args:
-        student: the checkpoint's model; its weights are rounded as the conversion rounds them, and stay so.
 
     Raises:
         CoremillError, RuntimeError: the package does not run.
     """
     (ids,) = prompts.packed(min(contract.working_lengths), 1)
-    reference = Reference(round_weights(student) if are_rounded(student, settings) else student)
-    expected = reference.run(ids)
+    expected = rounded_reference(checkpoint, settings).run(ids)
     found = wide_runner(package, contract).run(ids)
     ratios = [sqnr_db(expected[name], found[name]) for name in expected]
     if contract.functions:
@@ -73,18 +69,18 @@ def wide_runner(package: Path, contract: Contract) -> Runner:
     return Runner(MLModel(package, mode="oracle"), Backend.MIL_REFERENCE, contract)
 
 
-def are_rounded(student: Student, settings: ConvertConfig) -> bool:
+def rounded_reference(checkpoint: Checkpoint, settings: ConvertConfig) -> Reference:
+    """Return the checkpoint's model with the weights and tables rounded as the conversion rounds them."""
+    rounded_to = torch.float16 if are_rounded(checkpoint, settings) else None
+    return Reference(checkpoint.config, checkpoint.state_dict, rounded_to=rounded_to)
+
+
+def are_rounded(checkpoint: Checkpoint, settings: ConvertConfig) -> bool:
     """Return whether the conversion rounds the model's weights to float16.
 
     It rounds none of them where one is beyond float16's range; see `converter.prepared`.
     """
     largest = torch.finfo(torch.float16).max
     return settings.compute_precision == "float16" and all(
-        float(weight.abs().max()) <= largest for weight in student.state_dict().values() if weight.numel()
+        float(weight.abs().max()) <= largest for weight in checkpoint.state_dict.values() if weight.numel()
     )
-
-
-def round_weights(student: Student) -> Student:
-    """Round the model's weights and tables to float16 values, stored in float32, in place."""
-    rounded: Student = student.half().float()
-    return rounded

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from coremill.coreml.graph import HALT_LOGITS, LOGITS
 from coremill.data.prompts import conversation
 from coremill.data.rows import Row
 from coremill.model.decoding import Sampler, generate
+from coremill.model.student import HALT_LOGITS, LOGITS
 from coremill.text.student_tokenizer import Tokenizer
 from coremill.verification.backends import Array, Runner
 

@@ -25,9 +25,8 @@ from coremill.coreml.graph import check_main
 from coremill.coreml.interface import differences, package_interfaces
 from coremill.coreml.package import PackageFacts, check_package, read_spec
 from coremill.data.prompts import Prompts, RowPrompts, load_prompts
-from coremill.model.checkpoint import Checkpoint, build_student, check_vocabulary, load_checkpoint
+from coremill.model.checkpoint import Checkpoint, check_vocabulary, load_checkpoint
 from coremill.model.memory import check_shape_memory
-from coremill.model.student import Student
 from coremill.verification.checklist import evaluate, evaluate_failure
 from coremill.verification.evidence import Evidence, Facts, FileChecks
 from coremill.verification.measurement import measure
@@ -85,12 +84,11 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
         return _report_failure(subject, config, contract, record, facts, lane)
     saved = check_package(subject.package)
     check_shape_memory(checkpoint, max(contract.working_lengths), models=2, logits=4, work="verify")
-    student = build_student(checkpoint)
-    files = _check_files(subject, contract, saved, checkpoint, student)
+    files = _check_files(subject, contract, saved, checkpoint)
     precision = files.diagnostics.compute_precision if files.diagnostics else None
     settings = ConvertConfig(compute_precision=precision) if precision else ConvertConfig()
     measured = measure(
-        subject.package, contract, student, prompts, config, stateful=facts.stateful, settings=settings
+        subject.package, contract, checkpoint, prompts, config, stateful=facts.stateful, settings=settings
     )
     evidence = Evidence(subject=facts, contract=contract, config=config, files=files, measured=measured)
     gates = evaluate(evidence)
@@ -111,9 +109,7 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
     )
 
 
-def _check_files(
-    subject: Subject, contract: Contract, saved: PackageFacts, checkpoint: Checkpoint, student: Student
-) -> FileChecks:
+def _check_files(subject: Subject, contract: Contract, saved: PackageFacts, checkpoint: Checkpoint) -> FileChecks:
     """Compare the files with one another; nothing is run."""
     diagnostics, diagnostics_problem = _diagnostics(subject.package)
     return FileChecks(
@@ -123,7 +119,7 @@ def _check_files(
         diagnostics=diagnostics,
         diagnostics_problem=diagnostics_problem,
         interface_problems=_interface_problems(subject.package, contract),
-        parameters=student.n_parameters,
+        parameters=sum(tensor.numel() for tensor in checkpoint.state_dict.values()),
         package_bytes=size_bytes(subject.package),
     )
 

@@ -37,6 +37,8 @@ _Kind = gguf.GGMLQuantizationType
 MOST_WEIGHTS_ERR = 1e6
 """The result of `weights_err` for a file with unrelated weights."""
 
+_ROWS = 4096
+"""Rows of a tensor that are compared at a time."""
 _SHOWN = 60
 """Characters of a value that a difference shows."""
 _TEXT = "Will it rain?"
@@ -86,11 +88,8 @@ _SEARCHED = frozenset({_Kind.Q4_K, _Kind.Q5_K, _Kind.Q6_K})
 """llama.cpp searches for the scales of these, so that no bound is tight. It quantises the weights again instead."""
 
 
-def weights_err(source: GgufWeights, stored: Mapping[str, Tensor], checkpoint: Checkpoint) -> float:
+def weights_err(source: GgufWeights, checkpoint: Checkpoint) -> float:
     """Return the largest error of a stored weight, relative to the largest error of its type's rounding.
-
-    Args:
-        stored: the file's weights in float32, by the checkpoint's names.
 
     Returns:
         1 is the bound; at most `MOST_WEIGHTS_ERR`.
@@ -100,6 +99,7 @@ def weights_err(source: GgufWeights, stored: Mapping[str, Tensor], checkpoint: C
     """
     # GGUF files have no halt head.
     ours = {name: tensor for name, tensor in checkpoint.state_dict.items() if name != HALT_HEAD}
+    stored = source.tensors
     if stored.keys() != ours.keys():
         odd = sorted(stored.keys() ^ ours.keys())
         raise GgufError(
@@ -121,10 +121,14 @@ def _rounded_so_far(value: Tensor, kind: gguf.GGMLQuantizationType) -> tuple[Ten
 
 
 def _share(expected: Tensor, rounding: _Rounding, found: Tensor) -> Tensor:
-    """The largest |w − w'| relative to the bound of its block."""
-    blocks = (tensor.float().reshape(-1, rounding.block).abs().amax(1) for tensor in (found - expected, expected))
-    error, largest = blocks
-    return (error / (rounding.share * largest + max(rounding.absolute, torch.finfo(torch.float32).tiny))).max()
+    """The largest |w − w'| relative to the bound of its block; a part of the rows is compared at a time."""
+    tiny = max(rounding.absolute, torch.finfo(torch.float32).tiny)
+    shares = []
+    for ours, theirs in zip(expected.split(_ROWS), found.split(_ROWS), strict=True):
+        values = ours.float().reshape(-1, rounding.block)
+        error = (theirs.float().reshape(-1, rounding.block) - values).abs().amax(1)
+        shares.append((error / (rounding.share * values.abs().amax(1) + tiny)).max())
+    return torch.stack(shares).max()
 
 
 # --- settings ---------------------------------------------------------------------------------------

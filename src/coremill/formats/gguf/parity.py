@@ -10,17 +10,18 @@ Legend: N tokens, V vocabulary.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from coremill.core.answer_key import AnswerKey
 from coremill.core.config import GgufType
@@ -45,9 +46,10 @@ from coremill.formats.gguf.reader import GgufWeights
 from coremill.formats.llamacpp.process import LlamaCpp
 from coremill.formats.parity import greedy_differences, questions, sequences, texts
 from coremill.measures import kl_nats
-from coremill.model.checkpoint import Checkpoint, build_student
+from coremill.model.checkpoint import Checkpoint
 from coremill.model.decoding import generate, greedy
-from coremill.model.reference import Reference
+from coremill.model.reference import Reference, Scores
+from coremill.model.student import LOGITS
 from coremill.text.model_tokenizer import TextTokenizer
 from coremill.text.student_tokenizer import Tokenizer
 
@@ -152,8 +154,8 @@ class _Plan:
 
     sequences: list[list[int]]
     """Token ids."""
-    logits: list[npt.NDArray[np.float32]]
-    """The checkpoint's, for each sequence: (N, V)."""
+    scores: list[Scores]
+    """The checkpoint's outputs for each sequence."""
     prompts: list[list[int]]
     greedy_tokens: int
     texts: list[str]
@@ -180,7 +182,7 @@ def measure_gguf(
         DatasetError: the texts are too short.
     """
     scope = _QUICK if quick else _FULL
-    reference = Reference(build_student(checkpoint))
+    reference = Reference.of(checkpoint)
     plan = _plan(scope, checkpoint.config.max_seq_len, reference, prompts)
     measured: dict[str, FileParity] = {}
     at_once = _at_once(len(files), checkpoint)
@@ -218,7 +220,7 @@ def _plan(scope: _Scope, context: int, reference: Reference, prompts: Prompts) -
     longest = max(*map(len, compared), *(len(ids) + max(scope.greedy_tokens, MAX_NEW_TOKENS) for ids in prompt_ids))
     return _Plan(
         sequences=compared,
-        logits=[reference.logits(ids) for ids in compared],
+        scores=reference.score_all(compared),
         prompts=prompt_ids,
         greedy_tokens=scope.greedy_tokens,
         texts=texts(prompts, prompts.text_tokenizer),
@@ -245,11 +247,10 @@ def _measure_file(
                 run=_REMAKE,
             )
     with LlamaCpp(path, context=plan.context, threads=threads) as llamacpp:
-        stored = {name: tensor.float() for name, tensor in source.read()}
-        weights = weights_err(source, stored, checkpoint)
+        weights = weights_err(source, checkpoint)
         settings = setting_differences(kind, source, checkpoint, plan.tokenizer, llamacpp)
         prompts = list(prompt_differences(llamacpp, plan.tokenizer))
-        own = None if kind in _EXACT else _with_weights(checkpoint, stored, path)
+        own = None if kind in _EXACT else _with_weights(checkpoint, source)
         compared = _compare(llamacpp, own, plan)
         figures = [_figure(name, value, BOUNDS.get((kind, name))) for name, value in compared.items()]
         figures.append(_figure("weights_err", weights, _Bound(1, _STORED)))
@@ -279,25 +280,31 @@ def _measure_file(
     )
 
 
-def _with_weights(checkpoint: Checkpoint, stored: Mapping[str, torch.Tensor], path: Path) -> Reference:
-    """The checkpoint's model in torch with the weights of a file, dequantised."""
-    state = {**checkpoint.state_dict, **stored}
-    return Reference(build_student(replace(checkpoint, state_dict=state, where=str(path), run=_REMAKE)))
+def _with_weights(checkpoint: Checkpoint, source: GgufWeights) -> Reference:
+    """The checkpoint's model with the weights of a file, dequantised one at a time, and without a halt head."""
+    arch = msgspec.structs.replace(checkpoint.config.arch, use_halt_head=False)
+    return Reference(msgspec.structs.replace(checkpoint.config, arch=arch), source.tensors)
 
 
 def _compare(llamacpp: LlamaCpp, own: Reference | None, plan: _Plan) -> dict[Measure, float]:
     """The figures of the logits; `own` is the model with the file's own weights, if these are rounded."""
     error, largest, kl, same = 0.0, 0.0, 0.0, 0
     own_kl, own_count = 0.0, 0
-    for ids, expected in zip(plan.sequences, plan.logits, strict=True):
+    repeated = _first(plan.sequences, _ARITHMETIC_POSITIONS) if own is not None else 0
+    rounded = own.score_all(plan.sequences[:repeated]) if own is not None else []
+    for index, (ids, scores) in enumerate(zip(plan.sequences, plan.scores, strict=True)):
         found = llamacpp.logits(ids)
-        error = max(error, float(np.abs(found - expected).max()))
-        largest = max(largest, float(np.abs(expected).max()))
-        kl += float(kl_nats(expected, found).sum())
-        if own is not None and own_count < _ARITHMETIC_POSITIONS:
-            own_kl += float(kl_nats(own.logits(ids), found).sum())
+        for rows, outputs in scores.chunks():
+            expected = outputs[LOGITS]
+            error = max(error, float(np.abs(found[rows] - expected).max()))
+            largest = max(largest, float(np.abs(expected).max()))
+            kl += float(kl_nats(expected, found[rows]).sum())
+            same += int((found[rows].argmax(-1) == expected.argmax(-1)).sum())
+        if index < repeated:
+            own_kl += sum(
+                float(kl_nats(outputs[LOGITS], found[rows]).sum()) for rows, outputs in rounded[index].chunks()
+            )
             own_count += len(ids)
-        same += int((found.argmax(-1) == expected.argmax(-1)).sum())
     count = sum(map(len, plan.sequences))
     figures: dict[Measure, float] = {
         "max_abs_err": error,
@@ -310,13 +317,19 @@ def _compare(llamacpp: LlamaCpp, own: Reference | None, plan: _Plan) -> dict[Mea
     return figures
 
 
+def _first(sequences: Sequence[Sequence[int]], positions: int) -> int:
+    """Return how many sequences have at least `positions` tokens together."""
+    counts = itertools.accumulate(map(len, sequences))
+    return next((number for number, count in enumerate(counts, 1) if count >= positions), len(sequences))
+
+
 def _greedy(llamacpp: LlamaCpp, reference: Reference, plan: _Plan) -> tuple[list[TokenDifference], int]:
     """The greedy tokens that are not torch's choice after the same tokens, and the number of all greedy tokens."""
     found: list[TokenDifference] = []
     count = 0
     for number, ids in enumerate(plan.prompts):
         tokens = llamacpp.generate(ids, min(plan.greedy_tokens, plan.context - len(ids)), ())
-        found += greedy_differences(number, ids, tokens, reference.logits([*ids, *tokens[:-1]]))
+        found += greedy_differences(number, tokens, _following(reference, ids, tokens))
         count += len(tokens)
     return found, count
 
@@ -344,9 +357,14 @@ def _heldout(
     return _figure("heldout_exact", share, bound)
 
 
+def _following(reference: Reference, prompt: Sequence[int], answer: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Return the checkpoint's logits (A, V) before each of the A tokens of an answer."""
+    return reference.score([*prompt, *answer[:-1]]).at(slice(len(prompt) - 1, None))[LOGITS]
+
+
 def _is_own(reference: Reference, prompt: list[int], answer: list[int]) -> bool:
     """Whether the checkpoint gives the same answer: each token is its choice after the ones before."""
-    best = reference.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :].argmax(-1)
+    best = _following(reference, prompt, answer).argmax(-1)
     return bool((best == answer).all())
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import gguf
@@ -19,7 +19,7 @@ from coremill.core.config import FrequencyFactors, LinearScaling, ModelConfig, R
 from coremill.core.contract import ModelArch
 from coremill.core.errors import CheckpointContentError, UnsupportedModelError
 from coremill.formats.gguf_file import GgufFile
-from coremill.formats.source import WeightsSource, by_elements, check_shapes, gguf_name
+from coremill.formats.source import TensorsOnDemand, WeightsSource, by_elements, check_shapes, gguf_name
 from coremill.model.rope import yarn_attention_factor
 from coremill.model.student import parameter_shapes
 
@@ -103,16 +103,23 @@ class GgufWeights(WeightsSource):
         return self._permuted and (".q_proj." in name or ".k_proj." in name)
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        for name, theirs in self._names.items():
-            tensor = self.file.tensors[theirs]
-            if (dtype := _FLOATS.get(tensor.kind)) is not None:
-                value = torch.from_numpy(self.file.raw(theirs)).view(dtype).view(tensor.shape)
-            else:
-                value = torch.from_numpy(self.file.dequantized(theirs))
-            if self._is_permuted(name):
-                n_heads = self.config.n_heads if ".q_proj." in name else self.config.n_kv_heads
-                value = from_interleaved(value, n_heads)
-            yield name, value
+        yield from self.tensors.items()
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors by the student's names, each read when it is looked up."""
+        return TensorsOnDemand(self._names, self._tensor)
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = self.file.tensors[self._names[name]]
+        if (dtype := _FLOATS.get(tensor.kind)) is not None:
+            value = torch.from_numpy(self.file.raw(self._names[name])).view(dtype).view(tensor.shape)
+        else:
+            value = torch.from_numpy(self.file.dequantized(self._names[name]))
+        if self._is_permuted(name):
+            n_heads = self.config.n_heads if ".q_proj." in name else self.config.n_kv_heads
+            value = from_interleaved(value, n_heads)
+        return value
 
 
 def from_interleaved(value: Tensor, n_heads: int) -> Tensor:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
 
 import coremill
 from coremill.core import layout
@@ -22,18 +21,13 @@ from coremill.core.publish import write_atomic
 from coremill.core.stage import Figures
 from coremill.core.toolchain import current_toolchain
 from coremill.data.prompts import Prompts, load_prompts
-from coremill.formats.halt_head import save_halt_head
+from coremill.formats.halt_head import HALT_HEAD, save_halt_head
 from coremill.formats.huggingface.model_card import CARD, CardFacts, model_card
 from coremill.formats.huggingface.parity import Expected, Findings, compare
 from coremill.formats.huggingface.reader import CONFIG
 from coremill.formats.huggingface.writer import TokenIds, architecture_of, config_json, write_huggingface
-from coremill.model.checkpoint import (
-    IMPORTED_FROM,
-    Checkpoint,
-    build_student,
-    check_vocabulary,
-    load_checkpoint,
-)
+from coremill.model.checkpoint import IMPORTED_FROM, Checkpoint, check_vocabulary, load_checkpoint
+from coremill.model.reference import Reference
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +79,7 @@ def export_hf(
     check_vocabulary(ckpt, loaded.tokenizer)
     source = _Source(name, ckpt, file_digest(checkpoint), loaded, settings)
     expected = _write(source, out)
-    parameters = _parameters(expected.stored)
+    parameters = _parameters(ckpt)
     log.info("comparing %s, %s parameters, with its checkpoint", name, f"{parameters:,}")
     findings = compare(out, expected)
     write_json(layout.parity_report(out), _report(source, out, findings))
@@ -104,15 +98,15 @@ def _write(source: _Source, out: Path) -> Expected:
     if checkpoint.model_arch.use_halt_head:
         halt_head = layout.halt_head_file(out, source.name)
         save_halt_head(halt_head, checkpoint)
-    card = model_card(_card(source, out, architecture, stored, halt_head)).encode("utf-8")
+    card = model_card(_card(source, out, architecture, halt_head)).encode("utf-8")
     write_atomic(out / CARD, card)
-    student = build_student(checkpoint)
-    student.load_state_dict(stored, strict=False)  # rounded to the file's type; the halt head stays float32
     config = config_json(checkpoint, dtype=dtype, tokens=tokens)
     return Expected(
-        student=student,
+        config=checkpoint.config,
+        reference=Reference(checkpoint.config, stored),
         architecture=architecture,
         stored=stored,
+        dtype=getattr(torch, dtype),
         tokenizer=tokenizer,
         prompts=source.prompts,
         files={CONFIG: config, CARD: card, **tokenizer.files()},
@@ -120,15 +114,13 @@ def _write(source: _Source, out: Path) -> Expected:
     )
 
 
-def _card(
-    source: _Source, out: Path, architecture: str, stored: Mapping[str, Tensor], halt_head: Path | None
-) -> CardFacts:
+def _card(source: _Source, out: Path, architecture: str, halt_head: Path | None) -> CardFacts:
     checkpoint, tokenizer = source.checkpoint, source.prompts.text_tokenizer
     return CardFacts(
         name=source.name,
         architecture=architecture,
         model_type=checkpoint.model_type,
-        parameters=_parameters(stored),
+        parameters=_parameters(checkpoint),
         max_seq_len=checkpoint.config.max_seq_len,
         dtype=source.settings.dtype,
         license=source.settings.license,
@@ -143,8 +135,9 @@ def _card(
     )
 
 
-def _parameters(stored: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in stored.values())
+def _parameters(checkpoint: Checkpoint) -> int:
+    """Return the number of parameters of model.safetensors, which has no halt head."""
+    return sum(tensor.numel() for name, tensor in checkpoint.state_dict.items() if name != HALT_HEAD)
 
 
 def _report(source: _Source, out: Path, findings: Findings) -> HuggingFaceParity:

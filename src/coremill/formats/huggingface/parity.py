@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
 from coremill.core import layout
+from coremill.core.config import ModelConfig
 from coremill.core.errors import TokenizerError
 from coremill.core.gates import Gate, Severity, at_most, failed, not_run, passed
 from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
@@ -31,7 +33,8 @@ from coremill.formats.huggingface.reader import WHOLE
 from coremill.formats.huggingface.settings import ExpectedSettings, Setting, settings
 from coremill.formats.parity import ODD_TEXTS, greedy_differences, questions, sequences, texts
 from coremill.formats.source import huggingface_name
-from coremill.model.student import Student
+from coremill.model.reference import Array, Reference
+from coremill.model.student import HALT_LOGITS, LOGITS
 from coremill.text.chat import Message
 from coremill.text.model_tokenizer import TextTokenizer
 
@@ -49,12 +52,16 @@ _QUESTIONS = 8
 class Expected:
     """The contents and outputs that a directory must have."""
 
-    student: Student
+    config: ModelConfig
+    """The checkpoint's."""
+    reference: Reference
     """The checkpoint's model, with its weights rounded to the file's type."""
     architecture: str
     """The class of transformers that computes it."""
     stored: Mapping[str, Tensor]
     """The tensors of the file, by the student's names."""
+    dtype: torch.dtype
+    """Their type."""
     tokenizer: TextTokenizer
     prompts: Prompts
     files: Mapping[str, bytes]
@@ -134,11 +141,10 @@ def _settings(
     tokenizer: transformers.PreTrainedTokenizerBase,
     expected: Expected,
 ) -> Gate:
-    (dtype,) = {tensor.dtype for tensor in expected.stored.values()}
     meant = ExpectedSettings(
-        config=expected.student.config,
+        config=expected.config,
         architecture=expected.architecture,
-        dtype=dtype,
+        dtype=expected.dtype,
         tokenizer=expected.tokenizer,
     )
     compared = settings(folder, model, tokenizer, meant)
@@ -149,33 +155,34 @@ def _settings(
 
 
 def _weights(folder: Path, expected: Expected) -> Gate:
-    wanted = {huggingface_name(name): tensor for name, tensor in expected.stored.items()}
-    found = load_file(folder / WHOLE)
+    names = {huggingface_name(name): name for name in expected.stored if name != HALT_HEAD}
+    found = load_file(folder / WHOLE)  # memory-mapped
     if expected.halt_head is not None:
-        wanted[HALT_HEAD] = expected.student.state_dict()[HALT_HEAD]
+        names[HALT_HEAD] = HALT_HEAD
         found |= load_file(expected.halt_head)
     different = [
         name
-        for name in sorted(found.keys() | wanted.keys())
-        if name not in found
-        or name not in wanted
-        or found[name].dtype != wanted[name].dtype
-        or not torch.equal(found[name], wanted[name])
+        for name in sorted(found.keys() | names.keys())
+        if name not in found or name not in names or not _are_equal(found[name], expected.stored[names[name]])
     ]
-    return _none_of("tensors that differ", different, len(wanted))
+    return _none_of("tensors that differ", different, len(names))
+
+
+def _are_equal(found: Tensor, wanted: Tensor) -> bool:
+    return found.dtype == wanted.dtype and torch.equal(found, wanted)
 
 
 def _logits(model: transformers.PreTrainedModel, expected: Expected) -> tuple[list[Gate], float]:
     """Return the gates on the logits and on those of a halt head, and the largest difference of logits."""
     logits, halting = _Difference(), _Difference()
     halt_head = load_file(expected.halt_head)[HALT_HEAD] if expected.halt_head is not None else None
-    for ids in sequences(expected.prompts, expected.student.config.max_seq_len, _POSITIONS):
-        inputs = torch.tensor([ids])  # (1, T)
-        outputs = model(input_ids=inputs, output_hidden_states=halt_head is not None, use_cache=False)
-        reference = expected.student(inputs)
-        logits.add(outputs.logits, reference[0])  # (1, T, V)
-        if halt_head is not None:
-            halting.add(outputs.hidden_states[-1] @ halt_head.T, reference[1])  # (1, T, 2)
+    compared = sequences(expected.prompts, expected.config.max_seq_len, _POSITIONS)
+    for ids, scores in zip(compared, expected.reference.score_all(compared), strict=True):
+        outputs = model(input_ids=torch.tensor([ids]), output_hidden_states=halt_head is not None, use_cache=False)
+        for rows, wanted in scores.chunks():
+            logits.add(outputs.logits[0, rows], wanted[LOGITS])  # (rows, V)
+            if halt_head is not None:
+                halting.add(outputs.hidden_states[-1][0, rows] @ halt_head.T, wanted[HALT_LOGITS])  # (rows, 2)
     gates = [at_most(logits.relative, MAX_RELATIVE_ERR).gate("relative error of logits", Severity.MUST)]
     if halt_head is not None:
         gates.append(
@@ -191,11 +198,10 @@ class _Difference:
         self.max_abs = 0.0
         self.scale = 0.0
 
-    def add(self, found: Tensor, expected: Tensor) -> None:
-        # The maximum of tensors propagates NaN; Python's max may drop it.
-        difference = (found - expected).abs().max()
-        self.max_abs = float(torch.maximum(torch.tensor(self.max_abs), difference))
-        self.scale = max(self.scale, float(expected.abs().max()))
+    def add(self, found: Tensor, expected: Array) -> None:
+        difference = np.abs(found.numpy() - expected).max()
+        self.max_abs = float(np.maximum(self.max_abs, difference))  # NaN if one is; Python's max may drop it
+        self.scale = max(self.scale, float(np.abs(expected).max()))
 
     @property
     def relative(self) -> float:
@@ -210,15 +216,15 @@ class _Difference:
 def _answers(model: transformers.PreTrainedModel, expected: Expected) -> tuple[Gate, tuple[TokenDifference, ...]]:
     """Return the gate on greedy answers, and each token that the checkpoint would not choose at its position."""
     count = _TEXT_ANSWERS if expected.prompts.imported else _ROW_ANSWERS
-    limit = expected.student.config.max_seq_len
+    limit = expected.config.max_seq_len
     wrong = 0
     differences: list[TokenDifference] = []
     for number, ids in enumerate(questions(expected.prompts, limit, count)):
         wanted = min(NEW_TOKENS, limit - len(ids))
         answer = _generated(model, ids, wanted)
         wrong += not _ends_well(answer, wanted, expected.tokenizer.eos_ids)
-        logits = expected.student(torch.tensor([[*ids, *answer[:-1]]]))[0][0].numpy()
-        differences += greedy_differences(number, ids, answer, logits)
+        following = expected.reference.score([*ids, *answer[:-1]]).at(slice(len(ids) - 1, None))
+        differences += greedy_differences(number, answer, following[LOGITS])
     wrong += sum(not difference.is_tie for difference in differences)
     return at_most(wrong, 0).gate("greedy tokens that differ", Severity.MUST), tuple(differences)
 

@@ -31,7 +31,7 @@ from coremill.core.plain import Plain
 from coremill.core.publish import replacing, write_atomic
 from coremill.formats.halt_head import HALT_HEAD
 from coremill.formats.huggingface.reader import CONFIG, DTYPES, WHOLE
-from coremill.formats.source import huggingface_name
+from coremill.formats.source import TensorsOnDemand, huggingface_name
 from coremill.model.checkpoint import Checkpoint
 
 HuggingFaceDtype = Literal["float32", "float16", "bfloat16"]
@@ -51,13 +51,14 @@ class TokenIds(NamedTuple):
 
 def write_huggingface(
     folder: Path, checkpoint: Checkpoint, *, dtype: HuggingFaceDtype, tokens: TokenIds
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """Write config.json and model.safetensors into `folder`, each atomically.
 
     Equal checkpoints give equal bytes. The halt head is excluded. Other files in `folder` are not changed.
 
     Returns:
-        The tensors of the file, by the student's names.
+        The tensors of the file, and the halt head as the checkpoint has it, by the student's names; each is made
+        when it is looked up.
 
     Raises:
         UnsupportedModelError: no class of transformers computes the model.
@@ -67,40 +68,44 @@ def write_huggingface(
     config = config_json(checkpoint, dtype=dtype, tokens=tokens)
     tensors = stored_tensors(checkpoint, dtype)
     with replacing(folder / WHOLE) as file:
-        _write_safetensors(file, {huggingface_name(name): tensor for name, tensor in tensors.items()})
+        _write_safetensors(file, checkpoint, tensors, dtype)
     write_atomic(folder / CONFIG, config)
     return tensors
 
 
-def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+def _write_safetensors(
+    file: BinaryIO, checkpoint: Checkpoint, tensors: Mapping[str, Tensor], dtype: HuggingFaceDtype
+) -> None:
     """Write the length of the header in eight bytes, the header, and the tensors in the order of their names.
 
-    The safetensors package writes only to a path, and reports a full disk with an error type of its own.
+    The safetensors package writes only whole dictionaries, and reports a full disk with an error type of its own.
     """
+    names = {huggingface_name(name): name for name in tensors if name != HALT_HEAD}
+    stored: torch.dtype = getattr(torch, dtype)
     header: dict[str, Plain] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
-    for name in sorted(tensors):
-        start, end = end, end + tensors[name].nbytes
-        header[name] = {
-            "dtype": _SAFETENSORS[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
+    for theirs in sorted(names):
+        shape = checkpoint.state_dict[names[theirs]].shape
+        start, end = end, end + shape.numel() * stored.itemsize
+        header[theirs] = {"dtype": _SAFETENSORS[stored], "shape": list(shape), "data_offsets": [start, end]}
     data = msgspec.json.encode(header)
     data += b" " * (-len(data) % 8)  # aligns the tensors, so that they can be memory-mapped
     file.write(struct.pack("<Q", len(data)) + data)
-    for name in sorted(tensors):
-        file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    for theirs in sorted(names):
+        file.write(tensors[names[theirs]].reshape(-1).view(torch.uint8).numpy().data)
 
 
-def stored_tensors(checkpoint: Checkpoint, dtype: HuggingFaceDtype) -> dict[str, Tensor]:
-    """Return the checkpoint's tensors except the halt head, by the student's names, rounded to nearest in `dtype`.
+def stored_tensors(checkpoint: Checkpoint, dtype: HuggingFaceDtype) -> Mapping[str, Tensor]:
+    """Return the checkpoint's tensors by the student's names, rounded to nearest in `dtype`, except the halt head.
 
-    Raises:
-        CheckpointContentError: a value exceeds the range of `dtype`; it would become infinite.
+    Looking one up raises CheckpointContentError if a value exceeds the range of `dtype`; it would become infinite.
     """
-    kept = {name: tensor for name, tensor in checkpoint.state_dict.items() if name != HALT_HEAD}
-    return {name: _stored(name, tensor, dtype) for name, tensor in kept.items()}
+
+    def make(name: str) -> Tensor:
+        tensor = checkpoint.state_dict[name]
+        return tensor if name == HALT_HEAD else _stored(name, tensor, dtype)
+
+    return TensorsOnDemand(checkpoint.state_dict, make)
 
 
 def _stored(name: str, tensor: Tensor, dtype: HuggingFaceDtype) -> Tensor:
