@@ -9,20 +9,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import nox
 import uv
-from nox.command import CommandFailed
 
 from coremill.core.config import read_config
-from coremill.core.errors import ConversionError, CoremillError
-from coremill.core.layout import MANIFEST, RunLayout
-from coremill.core.manifest import read_manifest
-from coremill.core.publish import recover
+from coremill.core.errors import CoremillError
 from coremill.infra.interpreters import interpreter_directories
+from coremill.pipeline.build import Build, Task, tasks_for
 from coremill.pipeline.environments import (
-    BUILD_ENVIRONMENTS,
     CONVERT,
     CONVERT_PYTHON,
     ENVIRONMENTS,
@@ -37,11 +35,8 @@ from coremill.pipeline.environments import (
     is_current,
     write_stamp,
 )
-from coremill.pipeline.freshness import freshness
-from coremill.pipeline.lock import TOKEN_VARIABLE, RunLock
 from coremill.pipeline.project import add_run_options, chosen_run
-from coremill.pipeline.stages import EVERY_STAGE, Stage, find_stage, stage_folder, stages_of
-from coremill.pipeline.status import run_status
+from coremill.pipeline.stages import EVERY_STAGE, Stage, find_stage, table_of
 
 nox.needs_version = ">=2026.10.20"
 nox.options.default_venv_backend = "uv"
@@ -61,6 +56,9 @@ os.environ["PATH"] = os.pathsep.join(
 )
 # Imports take most of the time of a short stage, and bytecode halves it.
 SESSION_ENV = {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPATH": None}
+# By default, threads of torch spin while they wait, and so compete for the cores: on a busy machine, a
+# verification took 774 s of CPU time instead of 282 s.
+STAGE_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 # No abbreviations, because this also sees the arguments of pytest and of benchmarks.
 parser = argparse.ArgumentParser(prog="nox -s pipeline --", allow_abbrev=False)
@@ -87,7 +85,7 @@ OTHER_LANE = next(lane for lane in LANES if lane != LANE)
 def chosen_stages() -> tuple[Stage, ...]:
     """The stages of the chosen run, or all stages if its configuration cannot be read: each then reports that."""
     try:
-        return stages_of(read_config(CHOSEN.config))
+        return table_of(read_config(CHOSEN.config))
     except CoremillError:
         return EVERY_STAGE
 
@@ -135,9 +133,6 @@ for _environment in ENVIRONMENTS:
 
 # --- the build --------------------------------------------------------------------------------------
 
-_held: dict[Path, RunLock] = {}
-_fell_back: list[str] = []
-
 
 def build_options(session: nox.Session) -> argparse.Namespace:
     """Parse the arguments after `--` strictly."""
@@ -155,152 +150,97 @@ def build_options(session: nox.Session) -> argparse.Namespace:
     return options
 
 
-def hold_run(session: nox.Session, layout: RunLayout) -> RunLock:
-    """Acquire the run lock once per nox process; fails if another process is building the run."""
-    if layout.lock not in _held:
-        try:
-            _held[layout.lock] = RunLock(layout)
-        except CoremillError as error:
-            session.error(str(error))
-    return _held[layout.lock]
+def show(task: Task, line: str) -> None:
+    sys.stdout.write(f"{task!s:<13} | {line}\n")
+    sys.stdout.flush()
 
 
-def run_stage(session: nox.Session, stage: Stage, lane: str | None) -> None:
-    """Run one stage in its interpreter, unless it is fresh."""
+@contextmanager
+def started_build(session: nox.Session) -> Iterator[tuple[Build, argparse.Namespace]]:
+    """Yield the build of the chosen run; an error ends the session."""
     options = build_options(session)
     try:
         config, layout = chosen_run(options)
-        if options.dry_run:
-            return report_dry_run(session, options, stage, lane)
-        lock = hold_run(session, layout)
-        recover(stage_folder(layout, stage, lane))
-        toolset = installed(ROOT)[stage.environment(lane).name]
-        state = freshness(stage, config, layout, toolset, lane, STAGES)
+        env = {**SESSION_ENV, **STAGE_ENV}
+        with Build(
+            ROOT, options.config, config, layout, env=env, force=options.force, show=show, dry_run=options.dry_run
+        ) as build:
+            yield build, options
     except CoremillError as error:
         session.error(str(error))
-    forced = options.force in ("all", stage.name)
-    if state.fresh and not forced:
-        session.log("fresh")
-        return
-    session.log("; ".join(state.reasons) or "forced")
-    command = ["-m", "coremill", "stage", stage.name, "--config", str(options.config)]
-    command += ["--build-dir", str(options.build_dir)]
-    command += ["--torch", lane] if lane else []
-    command += ["--force"] if forced else []
-    # By default, threads of torch spin while they wait, and so compete for the cores: on a busy machine, a
-    # verification took 774 s of CPU time instead of 282 s.
-    env = {**SESSION_ENV, TOKEN_VARIABLE: lock.token, "OMP_WAIT_POLICY": "PASSIVE"}
-    session.run(str(toolset.python), *command, env=env, external=True)
 
 
-def report_dry_run(session: nox.Session, options: argparse.Namespace, stage: Stage, lane: str | None) -> None:
-    config, layout = chosen_run(options)
-    states = run_status(ROOT, config, layout, [lane or LANE])
-    state = next(each for each in states if each.stage == stage.name)
-    reasons = [*state.reasons, *(["forced"] if options.force in ("all", stage.name) else [])]
-    session.log(f"would run: {'; '.join(reasons)}" if reasons else "fresh")
-
-
-def run_lane(session: nox.Session, lane: str) -> bool:
-    """Run a lane's stages in order, until one fails; returns whether all of them ran."""
-    for stage in STAGES:
-        if stage.per_lane:
-            try:
-                run_stage(session, stage, lane)
-            except CommandFailed:
-                return False
-    return True
-
-
-def conversion_failed(session: nox.Session, lane: str) -> bool:
-    """Whether the conversion itself failed, rather than because of a full disk, a changed input or a held lock."""
-    _, layout = chosen_run(build_options(session))
-    folder = layout.failed_stage("convert", lane)
-    return (folder / MANIFEST).is_file() and read_manifest(folder).error_kind == ConversionError.kind
-
-
-def stage_session(stage: Stage, lane: str | None) -> str:
-    return f"{stage.name}(torch='{lane}')" if stage.per_lane else stage.name
-
-
-def register_stage(stage: Stage, lane: str | None) -> None:
-    environments = [stage.environment(lane)]
-    if CHOSEN.fallback and stage.name == "convert" and lane == LANE:
-        environments.append(CONVERT[OTHER_LANE])
-    needs = [stage_session(find_stage(need, STAGES), lane) for need in stage.needs]
-
+def register_stage(stage: Stage, lane: str) -> None:
     @nox.session(
-        name=stage_session(stage, lane),
+        name=f"{stage.name}(torch='{lane}')" if stage.per_lane else stage.name,
         venv_backend="none",
-        requires=[*(environment.session for environment in environments), *needs],
+        requires=environment_sessions(tasks_for([stage.name], STAGES, [lane])),
         tags=["build"],
         default=False,
     )
-    def build(session: nox.Session) -> None:
-        if lane in _fell_back:
-            session.skip(f"the build fell back from torch {lane}")
-        try:
-            run_stage(session, stage, lane)
-        except CommandFailed:
-            if not (CHOSEN.fallback and lane == LANE and conversion_failed(session, lane)):
-                raise
-            session.warn(
-                f"conversion failed with torch {lane}: building with torch {OTHER_LANE}, and the report shows it"
-            )
-            if not run_lane(session, OTHER_LANE):
-                raise
-            _fell_back.append(lane)
+    def one_stage(session: nox.Session) -> None:
+        with started_build(session) as (build, _):
+            find_stage(stage.name, build.stages)  # it may be switched off
+            build.run(tasks_for([stage.name], build.stages, [lane]))
+        if build.failed:
+            session.error(f"failed: {', '.join(map(str, build.failed))}")
 
-    build.__doc__ = f"{stage.purpose} (Python {stage.environment(lane).python}{f', torch {lane}' if lane else ''})."
+    environment = stage.environment(lane if stage.per_lane else None)
+    one_stage.__doc__ = (
+        f"{stage.purpose} (Python {environment.python}{f', torch {lane}' if stage.per_lane else ''})."
+    )
+
+
+def environment_sessions(tasks: Sequence[Task]) -> list[str]:
+    return list(dict.fromkeys(task.environment.session for task in tasks))
 
 
 for _stage in STAGES:
-    for _lane in LANES if _stage.per_lane else (None,):
+    for _lane in LANES if _stage.per_lane else (LANE,):
         register_stage(_stage, _lane)
 
 
-def report(session: nox.Session, *lanes: str) -> None:
-    """Print the run's tables; fails unless all must-gates passed."""
-    options = build_options(session)
-    if options.dry_run:
-        return
-    _, layout = chosen_run(options)
-    command = ["-m", "coremill", "report", "--config", str(options.config), "--build-dir", str(options.build_dir)]
-    for lane in lanes:
-        command += ["--torch", lane]
-    for lane in _fell_back:
-        command += ["--fell-back-from", lane]
-    hold_run(session, layout)
-    session.run(sys.executable, *command, env=SESSION_ENV, external=True)
+def build_lanes(session: nox.Session, lanes: Sequence[str]) -> None:
+    """Build the lanes and print the run's tables; fails unless every stage succeeded and all must-gates passed."""
+    with started_build(session) as (build, options):
+        reported, fell_back = list(lanes), []
+        build.run(tasks_for(None, build.stages, lanes))
+        if options.fallback and lanes == [LANE] and build.conversion_failed(LANE):
+            session.warn(
+                f"conversion failed with torch {LANE}: building with torch {OTHER_LANE}, and the report shows it"
+            )
+            build.run(tasks_for(None, build.stages, [OTHER_LANE]))
+            reported, fell_back = [OTHER_LANE], ["--fell-back-from", LANE]
+        if options.dry_run:
+            return
+        if unrecorded := build.unrecorded_failures:
+            session.error(f"failed, without a report: {', '.join(map(str, unrecorded))}")
+        command = ["-m", "coremill", "report", "--config", str(options.config)]
+        command += ["--build-dir", str(options.build_dir), *fell_back]
+        for lane in reported:
+            command += ["--torch", lane]
+        session.run(sys.executable, *command, env=SESSION_ENV, external=True)
 
 
 @nox.session(
     venv_backend="none",
-    requires=[
-        stage_session(stage, LANE) for stage in STAGES if not any(stage.name in other.needs for other in STAGES)
-    ],
+    requires=environment_sessions(tasks_for(None, STAGES, LANES if CHOSEN.fallback else [LANE])),
     tags=["build"],
 )
 def pipeline(session: nox.Session) -> None:
     """The whole build in one lane, from the first stage of the run to its report."""
-    report(session, OTHER_LANE if _fell_back else LANE)
+    build_lanes(session, [LANE])
 
 
 @nox.session(
     venv_backend="none",
-    requires=[
-        *(environment.session for environment in BUILD_ENVIRONMENTS),
-        *(stage.name for stage in STAGES if not stage.per_lane),
-    ],
+    requires=environment_sessions(tasks_for(None, STAGES, LANES)),
     tags=["build"],
     default=False,
 )
 def matrix(session: nox.Session) -> None:
     """Export, convert and verify in every lane, and compare them."""
-    # A loop, not `requires`: a lane that fails must be shown in the comparison, not end it.
-    for lane in LANES:
-        run_lane(session, lane)
-    report(session, *LANES)
+    build_lanes(session, LANES)
 
 
 # --- checks -----------------------------------------------------------------------------------------

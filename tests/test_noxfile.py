@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,9 +128,9 @@ def test_dry_run_lists_stages_and_runs_none(tmp_path, run):
     options = ("--config", f"configs/{run}.toml", "--build-dir", str(tmp_path / "build"), "--dry-run")
     ended = nox("-s", "pipeline", "--", *options)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("would run: never ran") == 7
-    for stage in (*FIRST_STAGES[run], "verify(torch='2.9.1')", "hf", "gguf"):
-        assert f"Running session {stage}\n" in ended.stderr
+    assert ended.stdout.count("| would run: never ran") == 7
+    lines = [line.split("|")[0].strip() for line in ended.stdout.splitlines()]
+    assert lines == [*FIRST_STAGES[run], "export-2.9.1", "convert-2.9.1", "verify-2.9.1", "hf", "gguf"]
     assert not (tmp_path / "build").exists()
 
 
@@ -138,13 +139,37 @@ def test_matrix_runs_shared_stages_once(tmp_path, run):
     options = ("--config", f"configs/{run}.toml", "--build-dir", str(tmp_path / "build"), "--dry-run")
     ended = nox("-s", "matrix", "--", *options)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("would run: never ran") == 4 + 3 * len(LANES)
+    assert ended.stdout.count("| would run: never ran") == 4 + 3 * len(LANES)
     for stage in FIRST_STAGES[run]:
-        assert ended.stderr.count(f"Running session {stage}\n") == 1
+        assert len(re.findall(rf"^{stage} +\| would run", ended.stdout, re.MULTILINE)) == 1
 
 
 def test_lane_determines_the_sessions(tmp_path):
     ended = nox("-s", "pipeline", "--", "--build-dir", str(tmp_path / "build"), "--dry-run", "--torch", LANES[1])
     assert ended.returncode == 0, ended.stderr
-    assert f"Running session verify(torch='{LANES[1]}')" in ended.stderr
-    assert f"Running session verify(torch='{LANES[0]}')" not in ended.stderr
+    assert f"verify-{LANES[1]}  | would run: never ran" in ended.stdout
+    assert f"verify-{LANES[0]}" not in ended.stdout
+
+
+def switched_off(tmp_path, formats):
+    config = tmp_path / "off.toml"
+    text = (ROOT / "configs/smollm2-135m.toml").read_text()
+    config.write_text(text.replace('model_type = "llama"', f'model_type = "llama"\nformats = {formats}'))
+    return ("--config", str(config), "--build-dir", str(tmp_path / "build"), "--dry-run")
+
+
+def test_format_that_is_switched_off_is_not_built(tmp_path):
+    ended = nox("-s", "pipeline", "--", *switched_off(tmp_path, '["hf"]'))
+    assert ended.returncode == 0, ended.stderr
+    stages = [line.split("|")[0].strip() for line in ended.stdout.splitlines()]
+    assert stages == ["texts", "import", "export-2.9.1", "convert-2.9.1", "verify-2.9.1", "hf"]
+
+
+def test_session_of_a_format_that_is_switched_off_fails(tmp_path):
+    ended = nox("-s", "gguf", "--", *switched_off(tmp_path, "[]"))
+    assert ended.returncode == 1
+    assert (
+        "aborted: the configuration switches stage 'gguf' off\n"
+        "  expected: `formats` with 'gguf'\n"
+        "  run: coremill status" in ended.stderr
+    )

@@ -15,6 +15,7 @@ import pytest
 
 from coremill.core import layout as names
 from coremill.core.documents import read_json
+from coremill.core.gates import Outcome
 from coremill.core.layout import RunLayout
 from coremill.core.manifest import check_outputs, read_manifest
 from coremill.core.reports import RunSummary
@@ -73,7 +74,7 @@ def test_altered_output_is_rebuilt_with_the_same_bytes(build):
     assert after["training"]["tiny.ckpt"] == before["training"]["tiny.ckpt"]
     assert after["convert"] == before["convert"]
     # The rebuilt output has the same bytes, so the stages that read it are fresh.
-    assert ended.stdout.count("nox > fresh") == 3
+    assert ended.stdout.count("| fresh\n") == 3
 
 
 def left_behind(layout):
@@ -138,10 +139,14 @@ def test_fallback_to_the_other_lane_is_reported(nox_build, tiny_config, tmp_path
 
     failed = run()
     assert failed.returncode == 1
-    assert "conversion error: a planted failure" in failed.stdout
+    assert f"convert-{PRIMARY_LANE} | conversion error: a planted failure" in failed.stdout
     layout = RunLayout(build=copy / "build", run="tiny")
     assert not layout.stage("convert", PRIMARY_LANE).exists()
-    assert not layout.stage("report").exists()
+    stopped = read_json(names.summary_file(layout.stage("report")), RunSummary)
+    assert {row.stage: row.reason for row in stopped.stages if row.outcome is not Outcome.PASSED} == {
+        "convert": "a planted failure",
+        "verify": "stage convert did not complete",
+    }
 
     fallen_back = run("--fallback")
     assert f"conversion failed with torch {PRIMARY_LANE}: building with torch {OTHER_LANE}" in fallen_back.stdout

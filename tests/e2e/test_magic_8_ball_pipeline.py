@@ -45,7 +45,7 @@ def test_magic_8_ball_pipeline_e2e(nox_build, tmp_path):
 
     again = nox_build("pipeline", layout.build)
     assert again.returncode == 0
-    assert again.stdout.count("nox > fresh") == len(STAGES)
+    assert again.stdout.count("| fresh\n") == len(STAGES)
 
 
 def check_stages(layout):

@@ -89,7 +89,7 @@ ORPHAN = """
     from coremill.core.layout import RunLayout
     from coremill.pipeline.lock import RunLock, WriterLock
     layout = RunLayout(build=Path(sys.argv[1]), run="magic-8-ball")
-    with RunLock(layout), WriterLock(layout):
+    with RunLock(layout), WriterLock(layout, "dataset", None):
         print("writing", flush=True)
         sys.stdin.read()
 """

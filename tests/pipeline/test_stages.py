@@ -11,9 +11,10 @@ from coremill.core.config import ExportConfig, TextsConfig, WeightsConfig, read_
 from coremill.core.errors import StageError
 from coremill.core.manifest import read_manifest
 from coremill.core.stage import StageContext
+from coremill.pipeline import status
 from coremill.pipeline.freshness import fingerprint, freshness
 from coremill.pipeline.runner import main, run_stage
-from coremill.pipeline.stages import DISTILLED, EVERY_STAGE, IMPORTED, find_stage, stages_of
+from coremill.pipeline.stages import DISTILLED, EVERY_STAGE, IMPORTED, find_stage, stages_of, switched_off
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DISTILLED_RUN = read_config(CONFIGS / "magic-8-ball.toml")
@@ -65,6 +66,29 @@ def test_directories_of_model_tokenizer_and_prompts(name, config, model, tokeniz
     context = StageContext(config=config, lane="2.9.1", inputs=inputs, out=tmp_path / "out")
     found = (context.model_dir, context.tokenizer_dir, context.prompts_dir)
     assert found == (tmp_path / model, tmp_path / tokenizer, tmp_path / prompts)
+
+
+def test_format_that_is_switched_off_has_no_stage(capsys, tmp_path, monkeypatch):
+    off = msgspec.structs.replace(IMPORTED_RUN, formats=("hf",))
+    assert [stage.name for stage in stages_of(off)] == ["texts", "import", *LANE, "hf"]
+    assert (switched_off(off), switched_off(IMPORTED_RUN)) == (("gguf",), ())
+    with pytest.raises(StageError) as caught:
+        find_stage("gguf", stages_of(off))
+    assert str(caught.value) == (
+        "the configuration switches stage 'gguf' off\n  expected: `formats` with 'gguf'\n  run: coremill status"
+    )
+    # The others do not read it, so that they stay fresh.
+    assert not any("formats" in stage.reads for stage in IMPORTED)
+
+
+def test_status_lists_a_format_that_is_switched_off(tmp_path, capsys):
+    text = (CONFIGS / "smollm2-135m.toml").read_text()
+    (tmp_path / "off.toml").write_text(text.replace('"llama"\n', '"llama"\nformats = ["gguf"]\n', 1))
+    assert status.main(["--config", str(tmp_path / "off.toml"), "--build-dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("│ hf")]
+    assert [cell.strip() for cell in line.split("│")[1:5]] == ["hf", "", "switched off", ""]
+    assert any(line.startswith("│ gguf") and "stale" in line for line in lines)
 
 
 def test_changed_frontend_makes_export_and_verify_stale(toolset):

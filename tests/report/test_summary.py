@@ -315,6 +315,22 @@ def test_failed_format_fails_the_run_and_no_lane(finished, capsys) -> None:
     assert printed.splitlines()[-1] == "gates_ok: false; stages: gguf (failed)"
 
 
+def test_format_that_is_switched_off_is_not_missing(finished, capsys, tmp_path) -> None:
+    shutil.rmtree(finished.layout.stage("gguf"))
+    config = tmp_path / "off.toml"
+    config.write_text(
+        CONFIG.read_text().replace('type = "magic-8-ball"\n', 'type = "magic-8-ball"\nformats = ["hf"]\n')
+    )
+    arguments = ["--config", str(config), "--build-dir", str(finished.layout.build)]
+    assert exit_on_error(lambda: main(arguments)) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^gguf +–.* switched off", printed, re.MULTILINE)
+    assert printed.splitlines()[-1] == "gates_ok: true"
+    folder = finished.layout.stage("report")
+    assert read_json(summary_file(folder), RunSummary).switched_off == ("gguf",)
+    assert re.search(r"^\| gguf .* \| switched off \|$", status_file(folder).read_text(), re.MULTILINE)
+
+
 def test_report_without_a_build_is_an_error(finished, capsys) -> None:
     shutil.rmtree(finished.layout.root)
     assert report(finished) == 51

@@ -204,3 +204,14 @@ def test_bad_options_have_their_own_exit_code(project, capsys, options, code, me
     assert agree(*options) == code
     assert capsys.readouterr().err == message
     assert project.config.read_text() == CONFIG
+
+
+def test_formats_that_are_switched_off_need_not_be_there(project, capsys):
+    off = CONFIG.replace('model_type = "llama"\n', 'model_type = "llama"\nformats = []\n')
+    project.config.write_text(off)
+    for stage in ("hf", "gguf"):
+        shutil.rmtree(project.run.stage(stage))
+    assert agree() == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "not_run: transformers: the configuration's `formats` do not include it" in text
+    assert "gguf-f32: the configuration's `formats` or [gguf] types do not include it" in text

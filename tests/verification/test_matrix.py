@@ -389,7 +389,7 @@ def test_gguf_rows_are_logits_of_the_model_itself(pristine_imported, rows):
     assert rows["gguf-f32"].top1_agreement == rows["gguf-f16"].top1_agreement == 1.0
     assert rows["gguf-f32"].max_abs_err < rows["gguf-f16"].max_abs_err < rows["gguf-q8_0"].max_abs_err
     assert rows["gguf-q4_k"] == FormatNotRun(
-        format="gguf-q4_k", reason="the configuration's [gguf] types do not include it"
+        format="gguf-q4_k", reason="the configuration's `formats` or [gguf] types do not include it"
     )
 
 

@@ -293,6 +293,10 @@ GgufType = Literal["f32", "f16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k"]
 """The type of the matrices in a GGUF file, by llama.cpp's name in lower case; vectors stay float32."""
 
 
+FormatName = Literal["hf", "gguf"]
+"""A format other than Core ML that a run's model is written in."""
+
+
 class GgufConfig(Record):
     types: tuple[GgufType, ...] = ("f32", "f16", "q8_0", "q4_0")
     """One file is written per type; the Modelfile names the first."""
@@ -394,16 +398,25 @@ class BaseRun(Document):
     shapes: ShapeSet
     export: ExportConfig = ExportConfig()
     convert: ConvertConfig
+    formats: tuple[FormatName, ...] = ("hf", "gguf")
+    """The formats that are written besides Core ML: a Hugging Face directory and GGUF files. `[]` for none."""
     gguf: GgufConfig = GgufConfig()
     hf: HuggingFaceConfig = HuggingFaceConfig()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):
             raise ValueError(f"`name` must be lower-case letters, digits, '-' and '.', found {self.name!r}")
+        if len(set(self.formats)) != len(self.formats):
+            raise ValueError(f"`formats` contains a format twice, found {list(self.formats)}")
         if self.export.cache_positions(self.shapes) < max(self.shapes.all):
             raise ValueError(
                 f"export.context {self.export.context} is less than the longest shape, {max(self.shapes.all)}"
             )
+
+    @property
+    def gguf_types(self) -> tuple[GgufType, ...]:
+        """The types of the GGUF files that are written."""
+        return self.gguf.types if "gguf" in self.formats else ()
 
     @property
     def is_toy(self) -> bool:

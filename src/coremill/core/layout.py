@@ -27,9 +27,12 @@ class RunLayout(msgspec.Struct, frozen=True):
         return self.build / f".{self.run}.lock"
 
     @property
-    def writer_lock(self) -> Path:
-        """Held by a stage while it writes."""
-        return self.build / f".{self.run}.writer.lock"
+    def writers(self) -> Path:
+        """The directory of the locks that stages hold while they write."""
+        return self.build / f".{self.run}.writers"
+
+    def writer_lock(self, name: str, lane: str | None = None) -> Path:
+        return self.writers / f"{name if lane is None else f'{name}-{lane}'}.lock"
 
     def stage(self, name: str, lane: str | None = None) -> Path:
         """Return the directory of a stage; `lane` is a torch version for stages that run once per lane."""

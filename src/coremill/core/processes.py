@@ -45,9 +45,8 @@ class ProcessWatch:
             self._searched_at = now
             self._pids = _tree(self._pid)
         self._least_available = min(self._least_available, available_memory_bytes())
-        held = [_anonymous_bytes(pid) for pid in self._pids]
-        if any(each is not None for each in held):
-            self.peak_anonymous_bytes = max(self.peak_anonymous_bytes or 0, sum(each or 0 for each in held))
+        if held := sum(map(_anonymous_bytes, self._pids)):
+            self.peak_anonymous_bytes = max(self.peak_anonymous_bytes or 0, held)
 
     def ended_by_signal(self, what: str, number: int) -> CoremillError:
         """Return the error for `what`, the process, which ended by signal `number`.
@@ -117,14 +116,18 @@ def _limit() -> str:
     return "" if limit is None else f"; `ulimit` allows a process {whole_megabytes(limit)}"
 
 
-def _anonymous_bytes(pid: int) -> int | None:
-    """Return the anonymous memory of a process; None if it ended, or where there is no /proc."""
+def held_bytes(pid: int) -> int:
+    """Return the anonymous memory of a process and its descendants now; 0 where there is no /proc."""
+    return sum(map(_anonymous_bytes, _tree(pid)))
+
+
+def _anonymous_bytes(pid: int) -> int:
     try:
         lines = (_PROC / str(pid) / "status").read_text().splitlines()
     except OSError:
-        return None
+        return 0  # it ended
     values = [line.split()[1] for line in lines if line.startswith("RssAnon:")]
-    return int(values[0]) * 1024 if values else None  # its "kB" is 1024 bytes
+    return int(values[0]) * 1024 if values else 0  # its "kB" is 1024 bytes
 
 
 def _tree(root: int) -> list[int]:

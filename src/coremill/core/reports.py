@@ -352,6 +352,8 @@ class RunSummary(Document):
     sampled_seed: int | None
     """The seed of `sampled`, the answers of the first verified lane; None if they are greedy or absent."""
     sampled: tuple[Answer, ...]
+    switched_off: tuple[str, ...] = ()
+    """The stages that the configuration switches off."""
     fell_back_from: str | None = None
     """The requested lane, if its conversion failed and `--fallback` built another one."""
     gates_ok: bool

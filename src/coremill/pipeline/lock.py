@@ -1,7 +1,7 @@
-"""The locks of a run: one build at a time, and one writing stage at a time.
+"""The locks of a run: one build at a time, and each stage written by one process at a time.
 
-There are two locks because each stage is a process of its own. It can outlive a build that was killed, and no other
-build may start while it writes.
+A stage has a lock of its own because it is a process of its own. It can outlive a build that was killed, and no
+other build may start while it writes.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class _FileLock:
 class WriterLock(_FileLock):
     """Held by a stage of the run while it writes."""
 
-    def __init__(self, layout: RunLayout) -> None:
-        super().__init__(layout.writer_lock)
+    def __init__(self, layout: RunLayout, stage: str, lane: str | None) -> None:
+        super().__init__(layout.writer_lock(stage, lane))
 
 
 class RunLock(_FileLock):
@@ -82,7 +82,8 @@ class RunLock(_FileLock):
             return
         super().__init__(layout.lock)
         try:
-            WriterLock(layout).release()
+            for path in layout.writers.glob("*.lock"):
+                _FileLock(path).release()
         except RunLockedError:
             self.release()
             raise

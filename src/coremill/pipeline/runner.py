@@ -48,7 +48,7 @@ def run_stage(
     """
     lane = lane if stage.per_lane else None
     folder = stage_folder(layout, stage, lane)
-    with RunLock(layout), WriterLock(layout):
+    with RunLock(layout), WriterLock(layout, stage.name, lane):
         recover(folder)
         if not force and freshness(stage, config, layout, toolset, lane, stages).fresh:
             return read_manifest(folder)

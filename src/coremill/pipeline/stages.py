@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
-from coremill.core.config import BaseRun, DistilledRun, ImportedRun, NamesFiles, RunConfig
+from coremill.core.config import BaseRun, DistilledRun, FormatName, ImportedRun, NamesFiles, RunConfig
 from coremill.core.errors import StageError
 from coremill.core.layout import RunLayout
 from coremill.core.plain import Plain
@@ -30,6 +31,9 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     purpose: str
     records: tuple[str, ...] = ()
     """Outputs that no stage reads, such as logs with times; a change of them makes no stage stale."""
+
+    memory_per_checkpoint_byte: float = 0
+    """The growth of its peak memory with the checkpoint's size, as measured with SmolLM2-135M."""
 
     def environment(self, lane: str | None) -> Environment:
         return TRAIN if lane is None else CONVERT[lane]
@@ -59,6 +63,7 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             needs=model,
             per_lane=True,
             purpose="export the graph and its contract",
+            memory_per_checkpoint_byte=9.5,
         ),
         Stage(
             name="convert",
@@ -67,6 +72,7 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             needs=("export",),
             per_lane=True,
             purpose="convert the graph to a Core ML package",
+            memory_per_checkpoint_byte=2.2,
             records=("conversion.log",),
         ),
         Stage(
@@ -76,6 +82,7 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             needs=(*model, "export", "convert"),
             per_lane=True,
             purpose="run the package and check it",
+            memory_per_checkpoint_byte=8.1,
         ),
         Stage(
             name="hf",
@@ -84,6 +91,7 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             needs=model,
             per_lane=False,
             purpose="write the Hugging Face directory and run it with transformers",
+            memory_per_checkpoint_byte=2.3,
         ),
         Stage(
             name="gguf",
@@ -92,6 +100,7 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             needs=model,
             per_lane=False,
             purpose="write GGUF files and the Modelfile, and run them with llama.cpp",
+            memory_per_checkpoint_byte=2.5,
         ),
     )
 
@@ -142,9 +151,24 @@ EVERY_STAGE = (*DISTILLED, *(stage for stage in IMPORTED if stage.name not in {e
 """All stages, each once, for commands without a run."""
 
 
+FORMATS = get_args(FormatName)
+"""The stages that a configuration can switch off, each named after its format."""
+
+
+def table_of(config: RunConfig) -> tuple[Stage, ...]:
+    """Return the stages of a run's kind, including those that its configuration switches off."""
+    return _TABLES[type(config)]
+
+
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
     """Return the stages of a run, in the order in which they run."""
-    return _TABLES[type(config)]
+    off = switched_off(config)
+    return tuple(stage for stage in table_of(config) if stage.name not in off)
+
+
+def switched_off(config: RunConfig) -> tuple[str, ...]:
+    """Return the stages that the configuration switches off."""
+    return tuple(name for name in FORMATS if name not in config.formats)
 
 
 def find_stage(name: str, stages: Sequence[Stage]) -> Stage:
@@ -156,6 +180,12 @@ def find_stage(name: str, stages: Sequence[Stage]) -> Stage:
     for stage in stages:
         if stage.name == name:
             return stage
+    if name in FORMATS:
+        raise StageError(
+            f"the configuration switches stage {name!r} off",
+            expected=f"`formats` with {name!r}",
+            run="coremill status",
+        )
     names = ", ".join(stage.name for stage in stages)
     raise StageError(f"there is no stage {name!r}", expected=f"one of {names}", run="coremill status")
 

@@ -18,7 +18,7 @@ from coremill.core.machine import whole_megabytes
 from coremill.pipeline.environments import LANES, PRIMARY_LANE, installed
 from coremill.pipeline.freshness import Freshness, freshness
 from coremill.pipeline.project import add_run_options, chosen_run, project_root
-from coremill.pipeline.stages import stages_of
+from coremill.pipeline.stages import stages_of, switched_off
 
 
 def run_status(root: Path, config: RunConfig, layout: RunLayout, lanes: Sequence[str]) -> list[Freshness]:
@@ -42,7 +42,8 @@ def run_status(root: Path, config: RunConfig, layout: RunLayout, lanes: Sequence
     return list(states.values())
 
 
-def status_table(run: str, states: Sequence[Freshness]) -> Table:
+def status_table(run: str, states: Sequence[Freshness], off: Sequence[str] = ()) -> Table:
+    """Args: off: the stages that the configuration switches off."""
     table = Table(title=f"build/{run}", title_justify="left", title_style="bold")
     for column in ("stage", "lane", "state", "peak memory", "why"):
         table.add_column(column, overflow="fold")
@@ -50,6 +51,8 @@ def status_table(run: str, states: Sequence[Freshness]) -> Table:
         word = "[green]fresh[/]" if state.fresh else "[yellow]stale[/]"
         peak = "" if state.peak_anonymous_bytes is None else whole_megabytes(state.peak_anonymous_bytes)
         table.add_row(state.stage, state.lane or "", word, peak, Text("\n".join(state.reasons)))
+    for name in off:
+        table.add_row(name, "", "[dim]switched off[/]", "", "`formats` in the configuration does not name it")
     return table
 
 
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     config, layout = chosen_run(options)
     lanes = LANES if options.torch == "all" else (options.torch,)
     states = run_status(project_root(), config, layout, lanes)
-    Console().print(status_table(config.name, states))
+    Console().print(status_table(config.name, states, switched_off(config)))
     return 0
 
 

@@ -58,7 +58,7 @@ def stage_rows(summary: RunSummary) -> Rows:
         Column("peak memory", numeric=True),
         Column("outcome"),
     )
-    cells = [
+    cells: list[tuple[str, ...]] = [
         (
             row.stage,
             lane_name(row.lane) if row.lane else ABSENT,
@@ -70,6 +70,7 @@ def stage_rows(summary: RunSummary) -> Rows:
         )
         for row in summary.stages
     ]
+    cells += [(name, *[ABSENT] * 5, "switched off") for name in summary.switched_off]
     return Rows(columns, cells)
 
 

@@ -42,7 +42,7 @@ from coremill.core.reports import (
 from coremill.core.stage import Figures
 from coremill.pipeline.environments import LANES, PRIMARY_LANE
 from coremill.pipeline.project import add_run_options, chosen_run
-from coremill.pipeline.stages import stages_of
+from coremill.pipeline.stages import stages_of, switched_off
 from coremill.report.attempts import Attempt, Completed, build_command, completed, first_failed, read_attempts
 from coremill.report.status import status_markdown
 from coremill.report.tables import render
@@ -94,6 +94,7 @@ def summarise(
         figures=figures,
         sampled_seed=None if first is None else first.sampled_seed,
         sampled=() if first is None else first.sampled,
+        switched_off=switched_off(config),
         fell_back_from=fell_back_from,
         gates_ok=shared_stages_ok(stages) and all(lane.gates_ok for lane in summaries),
     )

@@ -94,9 +94,9 @@ def main(argv: list[str] | None = None) -> int:
         prompts=context.prompts_dir,
         contract=layout.contract_file(context.inputs["export"], config.name),
         package=layout.package_dir(context.inputs["convert"], config.name),
-        hf=context.inputs["hf"],
+        hf=context.inputs["hf"] if "hf" in config.formats else None,
         hf_dtype=config.hf.dtype,
-        gguf={kind: layout.gguf_file(context.inputs["gguf"], config.name, kind) for kind in config.gguf.types},
+        gguf={kind: layout.gguf_file(context.inputs["gguf"], config.name, kind) for kind in config.gguf_types},
     )
     matrix = agreement_matrix(subject, config.verify, config.convert, seq_len=options.shape, chosen=chosen)
     if options.out is not None:
@@ -137,10 +137,10 @@ def _artifacts(context: StageContext[RunConfig], chosen: tuple[str, ...]) -> Ite
     yield layout.program_file(export, name, context.config.export.frontend)
     if any(FORMATS[each].reads == "package" for each in chosen):
         yield layout.package_dir(context.inputs["convert"], name)
-    if TRANSFORMERS in chosen:
+    if TRANSFORMERS in chosen and "hf" in context.config.formats:
         yield layout.parity_report(context.inputs["hf"])
     for format_name, kind in GGUF.items():
-        if format_name in chosen and kind in context.config.gguf.types:
+        if format_name in chosen and kind in context.config.gguf_types:
             yield layout.parity_report(context.inputs["gguf"])
             yield layout.gguf_file(context.inputs["gguf"], name, kind)
 

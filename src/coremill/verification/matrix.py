@@ -83,8 +83,8 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     contract: Path
     """Next to the program that it describes."""
     package: Path
-    hf: Path
-    """The Hugging Face directory."""
+    hf: Path | None
+    """The Hugging Face directory; None if the run writes none."""
     hf_dtype: str
     """The dtype of its tensors."""
     gguf: Mapping[GgufType, Path]
@@ -215,6 +215,7 @@ def groups_of(
     needs_mac = FormatNotRun(
         format=COREML, reason="Core ML runs on macOS only", platform_reason=PlatformReason.NEEDS_MACOS
     )
+    no_directory = "the configuration's `formats` do not include it"
     unknown_rounding = FormatNotRun(
         format=MIL_FLOAT32,
         reason="a weight is outside float16's range, so the conversion does not round the weights",
@@ -243,7 +244,8 @@ def groups_of(
                 Format(
                     name=TRANSFORMERS,
                     is_float32=subject.hf_dtype == "float32",
-                    load=lambda: nullcontext(padded(_transformers_run(subject.hf, contract))),
+                    load=lambda: nullcontext(padded(_transformers_run(subject.hf or Path(), contract))),
+                    not_run=None if subject.hf else FormatNotRun(format=TRANSFORMERS, reason=no_directory),
                 ),
                 *_gguf_formats(subject, contract, seq_len),
             ),
@@ -263,7 +265,7 @@ def groups_of(
 
 
 def _gguf_formats(subject: Subject, contract: Contract, seq_len: int) -> Iterator[Format]:
-    absent = "the configuration's [gguf] types do not include it"
+    absent = "the configuration's `formats` or [gguf] types do not include it"
     for name, kind in GGUF.items():
         path = subject.gguf.get(kind, Path())
         yield Format(
