@@ -99,6 +99,75 @@ def test_an_unsupported_operation_is_named(package):
     )
 
 
+def _nms(boxes, scores):
+    options = {"iou_threshold": 0.5, "max_boxes": 2}
+    return mb.non_maximum_suppression(boxes=boxes, scores=scores, score_threshold=0.0, name="nms", **options)[0]
+
+
+def _gather(boxes, scores):
+    return mb.gather(x=boxes, indices=[0], batch_dims=0, name="gather")
+
+
+def _topk(boxes, scores):
+    return mb.topk(x=boxes, k=1, return_indices=True, name="topk")[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "made_for", "read_as", "expected"),
+    [
+        (
+            _nms,
+            15,
+            17,
+            "'nms' (non_maximum_suppression) has the inputs ['score_threshold']\n  expected: the inputs of iOS17: "
+            "boxes, scores, iou_threshold, max_boxes; optional: per_class_suppression",
+        ),
+        (
+            _gather,
+            16,
+            15,
+            "'gather' (gather) has the inputs ['batch_dims']\n"
+            "  expected: the inputs of iOS15: x, indices; optional: axis",
+        ),
+        (
+            _topk,
+            16,
+            15,
+            "'topk' (topk) has the inputs ['return_indices', 'sort']\n"
+            "  expected: the inputs of iOS15: x; optional: k, axis, ascending",
+        ),
+    ],
+    ids=["non_maximum_suppression", "gather", "topk"],
+)
+def test_inputs_of_another_operation_set_are_rejected(build, body, made_for, read_as, expected):
+    """The program of one operation set under the name of another."""
+    arrays = {"boxes": np.ones((1, 5, 4), np.float32), "scores": np.ones((1, 5, 2), np.float32)}
+    model = build(arrays, body, ios=made_for)
+    package = Package("toy", model.get_spec(), open_package(model).weights)
+    function = package.spec.mlProgram.functions["main"]
+    names = {15: "CoreML5", 16: "CoreML6", 17: "CoreML7"}
+    function.block_specializations[names[read_as]].CopyFrom(function.block_specializations[names[made_for]])
+    function.opset = names[read_as]
+    with pytest.raises(UnsupportedOperationError) as caught:
+        read_function(package, "main")
+    assert str(caught.value) == f"toy: operation {expected}"
+
+
+def test_missing_input_of_an_older_operation_set_is_rejected(build):
+    """iOS17 renamed the region of crop_resize; iOS16 requires it."""
+    boxes = np.array([[0, 0, 1, 1]], np.float32)
+    model = build(
+        {"x": np.ones((1, 1, 2, 2), np.float32)}, lambda x: mb.crop_resize(x=x, boxes=boxes, name="crop"), ios=17
+    )
+    package = Package("toy", model.get_spec(), open_package(model).weights)
+    function = package.spec.mlProgram.functions["main"]
+    function.block_specializations["CoreML6"].CopyFrom(function.block_specializations["CoreML7"])
+    function.opset = "CoreML6"
+    error = _package_error(package)
+    assert error.startswith("toy: operation 'crop' (crop_resize) lacks its input 'roi'\n")
+    assert "\n  expected: the inputs of iOS16: x, roi; optional: " in error
+
+
 def test_an_operation_newer_than_the_program(package):
     """iOS17 has no slice_update, whatever the operation says."""
     function = package.spec.mlProgram.functions["main"]
@@ -153,9 +222,14 @@ def test_missing_and_unknown_inputs_are_rejected(package):
         read_function(package, "main")
     del slicing.inputs["colour"]
     del slicing.inputs["begin"]
-    assert _package_error(package) == "toy: operation 'part' (slice_by_index) lacks its input 'begin'"
+    assert _package_error(package) == (
+        "toy: operation 'part' (slice_by_index) lacks its input 'begin'\n"
+        "  expected: the inputs of iOS18: x, begin, end; optional: stride, begin_mask, end_mask, squeeze_mask"
+    )
     del slicing.inputs["x"]
-    assert _package_error(package) == "toy: operation 'part' (slice_by_index) lacks its input 'x'"
+    assert _package_error(package).startswith(
+        "toy: operation 'part' (slice_by_index) lacks its input 'x'\n  expected: "
+    )
 
 
 def test_list_for_a_single_tensor_is_rejected(package):

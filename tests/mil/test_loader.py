@@ -13,6 +13,9 @@ import coremltools as ct
 import numpy as np
 import pytest
 from coremltools.converters.mil import Builder as mb  # noqa: N813
+from coremltools.models import datatypes
+from coremltools.models.neural_network import NeuralNetworkBuilder
+from coremltools.models.pipeline import PipelineClassifier
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -157,7 +160,37 @@ def test_other_model_types_are_rejected(tmp_path):
     (package / "Data" / "network.mlmodel").write_bytes(spec.SerializeToString())
     entries = {"id": {"path": "network.mlmodel"}}
     (package / "Manifest.json").write_text(json.dumps({"rootModelIdentifier": "id", "itemInfoEntries": entries}))
-    assert _refusal(package).startswith(f"{package}: the model is of type neuralNetwork")
+    assert _refusal(package).startswith(f"{package}: the model is of type neuralNetwork\n  expected: ")
+
+
+def _network(source, result):
+    arrays = ([(source, datatypes.Array(3))], [(result, datatypes.Array(3))])
+    builder = NeuralNetworkBuilder(*arrays)
+    builder.add_activation("relu", "RELU", source, result)
+    return ct.models.MLModel(builder.spec, skip_model_load=True)
+
+
+def test_a_neural_network_in_memory_is_rejected():
+    assert _refusal(_network("x", "y")) == (
+        "the coremltools model: the model is of type neuralNetwork\n"
+        "  expected: an ML Program, as coremltools.convert(…, convert_to='mlprogram') makes it"
+    )
+
+
+def test_a_pipeline_in_memory_is_rejected():
+    models = [_network("x", "y"), _network("y", "z")]
+    expected = (
+        "of 2 models: neuralNetwork, neuralNetwork\n"
+        "  expected: one ML Program: open the models one by one, each made by "
+        "coremltools.convert(…, convert_to='mlprogram')"
+    )
+    pipeline = ct.utils.make_pipeline(*models)
+    assert _refusal(pipeline) == f"the coremltools model: a pipeline (pipeline) {expected}"
+    classifier = PipelineClassifier([("x", datatypes.Array(3))], ["a", "b"])
+    for model in models:
+        classifier.add_model(model.get_spec())
+    refused = ct.models.MLModel(classifier.spec, skip_model_load=True)
+    assert _refusal(refused) == f"the coremltools model: a pipeline (pipelineClassifier) {expected}"
 
 
 def test_unknown_function_is_rejected(package):

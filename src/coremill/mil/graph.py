@@ -371,7 +371,9 @@ class _BlockReader:
         for parameter in definition.tensors:
             slots = arguments.pop(parameter.name, None)
             if slots is None and parameter.required:
-                raise PackageError(f"{where} lacks its input {parameter.name!r}")
+                raise PackageError(
+                    f"{where} lacks its input {parameter.name!r}", expected=self._inputs_of(definition)
+                )
             if slots is not None and len(slots) != 1 and not parameter.is_list:
                 raise PackageError(f"{where}: {len(slots)} values for input {parameter.name!r}", expected="one")
             kind = "list" if parameter.is_list_value else "state" if parameter.is_state else "tensor"
@@ -380,12 +382,14 @@ class _BlockReader:
             tensors.append((NONE_SLOT,) if slots is None else slots)
         for attribute in definition.attributes.values():
             if attribute.required and attribute.name not in arguments:
-                raise PackageError(f"{where} lacks its input {attribute.name!r}")
+                raise PackageError(
+                    f"{where} lacks its input {attribute.name!r}", expected=self._inputs_of(definition)
+                )
         unknown = sorted(set(arguments) - set(definition.attributes))
         if unknown:
             raise UnsupportedOperationError(
                 f"{where} has the inputs {unknown}",
-                expected=f"of {[each.name for each in definition.tensors] + sorted(definition.attributes)}",
+                expected=self._inputs_of(definition),
             )
         outputs = tuple(self._define(output) for output in operation.outputs)
         if not definition.returns_tuple:
@@ -402,6 +406,15 @@ class _BlockReader:
             arguments,
             outputs,
         )
+
+    def _inputs_of(self, definition: Definition) -> str:
+        """Describe the inputs of an operation in the program's operation set; versions of it have others."""
+        parameters = (*definition.tensors, *definition.attributes.values())
+        required, optional = (
+            [each.name for each in parameters if each.required is which] for which in (True, False)
+        )
+        text = f"the inputs of iOS{self._graph.ios_version}: {', '.join(required)}"
+        return f"{text}; optional: {', '.join(optional)}" if optional else text
 
     def _structured_node(
         self, operation: MIL_pb2.Operation, name: str, arguments: dict[str, tuple[int, ...]]

@@ -42,20 +42,33 @@ def open_package(source: str | Path | CoreMLToolsModel) -> Package:
         PackageError: it is not a package, a part is missing or unreadable, or its model is not an ML Program.
     """
     if isinstance(source, CoreMLToolsModel):
-        if source.weights_dir is None:
-            raise PackageError("the coremltools model has no weights directory", expected="an ML Program")
-        package = Package("the coremltools model", source.get_spec(), WeightStore(Path(source.weights_dir).parent))
-    else:
-        path = Path(source)
-        model_path = _root_model(path)
-        package = Package(str(path), _read_spec(model_path), WeightStore(model_path.parent))
-    kind = package.spec.WhichOneof("Type")
-    if kind != "mlProgram":
+        name, spec = "the coremltools model", source.get_spec()
+        _check_type(name, spec)
+        return Package(name, spec, WeightStore(Path(source.weights_dir).parent))
+    path = Path(source)
+    model_path = _root_model(path)
+    spec = _read_spec(model_path)
+    _check_type(str(path), spec)
+    return Package(str(path), spec, WeightStore(model_path.parent))
+
+
+def _check_type(name: str, spec: Model_pb2.Model) -> None:
+    """Check that a model is an ML Program."""
+    kind = spec.WhichOneof("Type")
+    if kind == "mlProgram":
+        return
+    convert = "coremltools.convert(…, convert_to='mlprogram')"
+    if kind is not None and kind.startswith("pipeline"):
+        pipeline = getattr(spec, kind)
+        models = (pipeline if kind == "pipeline" else pipeline.pipeline).models
+        listed = ", ".join(str(each.WhichOneof("Type")) for each in models)
         raise PackageError(
-            f"{package.name}: the model is of type {kind or 'none'}",
-            expected="an ML Program (convert with convert_to='mlprogram')",
+            f"{name}: a pipeline ({kind}) of {len(models)} models: {listed or 'none'}",
+            expected=f"one ML Program: open the models one by one, each made by {convert}",
         )
-    return package
+    raise PackageError(
+        f"{name}: the model is of type {kind or 'none'}", expected=f"an ML Program, as {convert} makes it"
+    )
 
 
 def _root_model(package: Path) -> Path:

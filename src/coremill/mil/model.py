@@ -24,7 +24,7 @@ from coremill.mil.description import (
 )
 from coremill.mil.images import Image, image_from_array, tensor_from_image
 from coremill.mil.loader import open_package
-from coremill.mil.plan import Observer, Target
+from coremill.mil.plan import Observer, Plan, Target
 from coremill.mil.program import Program
 from coremill.mil.values import Numerics, StateCell, Value, as_tensor
 
@@ -106,6 +106,11 @@ class MLModel:
     def states(self) -> tuple[TensorSpec, ...]:
         return self._description.states
 
+    @property
+    def plan(self) -> Plan:
+        """The function, compiled for this model's mode and device."""
+        return self.program.plan(self._target)
+
     def supported_shapes(self, name: str) -> list[tuple[int, ...]] | None:
         """Return the shapes that an input may have, the default first; None if its shapes are ranges.
 
@@ -176,7 +181,7 @@ class MLModel:
     ) -> dict[str, torch.Tensor]:
         """Return the states' content after a run, each in its own memory: the next run may write into it."""
         taken = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
-        plan = self.program.plan(self._target)
+        plan = self.plan
         contents = {}
         for name, cell in cells.items():
             tensor = cell.tensor.contiguous()
@@ -258,7 +263,7 @@ class MLModel:
 
     def _array(self, spec: TensorSpec, value: torch.Tensor, kept: AbstractSet[int]) -> Array:
         """Return an output's array; a copy if its memory is in `kept` or belongs to the program."""
-        is_shared = value.untyped_storage().data_ptr() in kept or self.program.plan(self._target).keeps(value)
+        is_shared = value.untyped_storage().data_ptr() in kept or self.plan.keeps(value)
         dtype = _returned_dtype(spec.dtype, self._target.numerics)
         return np.array(value.cpu().numpy(), dtype=dtype, order="C", copy=is_shared or None, ndmin=1)
 

@@ -16,6 +16,7 @@ from coremltools.converters.mil.mil import types
 from coremill.core.errors import PredictionInputError
 from coremill.mil import MLModel
 from coremill.mil.commands.bisect import BOUND, bisect, sqnr_db
+from coremill.mil.commands.inspect import nonfinite_constants
 
 X = np.array([1.3, 0.7, 2.1, 1.9], np.float16)
 
@@ -69,7 +70,7 @@ def test_report_starts_with_the_first_deviation(mil, save, tmp_path):
         "lowered    sub     0.3132  10.1   0.000244   0.7002\n"
         "raised     add   0.000244  72.3          0   0.7002\n"
         "\n"
-        "no operation saturates, or returns infinities or NaNs for finite inputs\n"
+        "no operation saturates, or creates infinities or NaNs\n"
     )
 
 
@@ -81,7 +82,7 @@ def test_nothing_beyond_the_bound(mil, save):
     assert exact.endswith(
         "input x [4], drawn with seed 0\n\n"
         "none of 1 operations has a relative error above 0.01\n\n"
-        "no operation saturates, or returns infinities or NaNs for finite inputs\n"
+        "no operation saturates, or creates infinities or NaNs\n"
     )
 
 
@@ -149,11 +150,11 @@ def test_the_table_of_overflows(mil, save, tmp_path):
     np.savez(tmp_path / "x.npz", x=X)
     out = mil("bisect", save("exp", {"x": X}, body), "--input", tmp_path / "x.npz").out
     assert out.endswith(
-        "operations that saturate, or return infinities or NaNs for finite inputs\n"
-        "operation  type   saturated  infinite  NaN  oracle\n"
-        "──────────────────────────────────────────────────────\n"
-        "exp        exp            0         3    0  finite\n"
-        "rsqrt      rsqrt          0         4    0  not finite\n"
+        "operations that saturate, or create infinities or NaNs\n"
+        "operation  type   saturated  infinite  NaN  inputs  oracle\n"
+        "──────────────────────────────────────────────────────────────\n"
+        "exp        exp            0         3    0  finite  finite\n"
+        "rsqrt      rsqrt          0         4    0  finite  not finite\n"
     )
     assert "operation 'exp' (exp): inf (-inf dB), its inputs by at most 0.000" in out
 
@@ -167,9 +168,111 @@ def test_nan_inputs_are_reported_as_such(mil, save, tmp_path, monkeypatch):
         "input x [4], from x.npz; it contains 1 NaN, 1 inf\n"
         "\n"
         "none of 1 operations has a relative error above 0.01\n"
+        "1 of them returns the same NaNs or infinities as the oracle\n"
         "\n"
-        "no operation saturates, or returns infinities or NaNs for finite inputs\n"
+        "no operation saturates, or creates infinities or NaNs\n"
     )
+
+
+MASK = np.tril(np.ones((3, 3), np.float16))
+LOWEST = np.float16(-np.inf)
+"""What the converter saves for torch.finfo(torch.float32).min in fp16."""
+
+
+def _attention(x):
+    """A mask as eager attention writes it: (1 - mask) · finfo(float32).min; 0 · -inf is NaN."""
+    hidden = mb.sub(x=np.float16(1), y=x, name="hidden")
+    bias = mb.mul(x=hidden, y=mb.const(val=LOWEST, name="lowest"), name="bias")
+    return mb.softmax(x=mb.add(x=bias, y=x, name="masked"), axis=-1, name="y")
+
+
+def test_nan_of_an_infinite_constant_is_reported_at_its_origin(deviations):
+    """The oracle has the same constant, so it has the same NaNs."""
+    found = deviations(_attention, MASK)
+    visible = int(MASK.sum())
+    assert (found["bias"].nan, found["bias"].infinite, found["bias"].inputs_finite) == (visible, 0, False)
+    assert {name: each.relative for name, each in found.items()} == dict.fromkeys(found, 0.0)
+    assert [name for name, each in found.items() if each.overflows] == ["bias"]
+    assert [name for name, each in found.items() if each.agrees_in_nonfinite] == ["bias", "masked", "y"]
+
+
+def test_nan_that_both_runs_return_is_in_the_report(mil, save, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("x.npz", x=MASK)
+    save("mask", {"x": MASK}, _attention)
+    ended = mil("bisect", "mask.mlpackage", "--input", "x.npz")
+    assert ended.out == (
+        "mask.mlpackage, function main\n"
+        "input x [3, 3], from x.npz\n"
+        "\n"
+        "none of 4 operations has a relative error above 0.01\n"
+        "3 of them return the same NaNs or infinities as the oracle\n"
+        "\n"
+        "constants that are infinite or NaN as they are saved\n"
+        "lowest fp16[]: 1 -inf, an input of bias (mul)\n"
+        "\n"
+        "operations that saturate, or create infinities or NaNs\n"
+        "operation  type  saturated  infinite  NaN  inputs      oracle\n"
+        "─────────────────────────────────────────────────────────────────\n"
+        "bias       mul           0         0    6  not finite  not finite\n"
+    )
+
+
+def test_difference_of_infinities_is_reported(deviations):
+    def body(x):
+        huge = mb.exp(x=mb.mul(x=x, y=np.float16(100)), name="huge")
+        return mb.relu(x=mb.sub(x=huge, y=huge, name="difference"), name="y")
+
+    found = deviations(body, np.array([1.3, 0.01, 2.1, 0.02], np.float16))
+    assert (found["huge"].infinite, found["huge"].inputs_finite) == (2, True)
+    assert (found["difference"].nan, found["difference"].infinite) == (2, 0)
+    assert [name for name, each in found.items() if each.overflows] == ["huge", "difference"]
+
+
+def test_operation_on_constants_that_overflows_is_reported(deviations):
+    """It is computed when the package is loaded, so that no run shows it."""
+
+    def body(x):
+        squared = mb.square(x=mb.const(val=np.array([300, 2], np.float16)), name="squared")
+        zero = mb.sub(x=squared, y=squared, name="zero")
+        return mb.add(x=x, y=mb.reduce_sum(x=zero, axes=[0], name="sum"), name="y")
+
+    with np.errstate(over="ignore", invalid="ignore"):  # of coremltools' own inference
+        found = deviations(body, X)
+    assert list(found) == ["squared", "zero", "y"]
+    assert (found["squared"].infinite, found["squared"].oracle_finite, found["squared"].relative) == (
+        1,
+        True,
+        math.inf,
+    )
+    assert (found["zero"].nan, found["zero"].inputs_finite) == (1, False)
+    assert (found["y"].nan, found["y"].overflows) == (0, False)
+
+
+def test_constants_of_nested_blocks_are_named(build):
+    def body(x):
+        return mb.cond(
+            pred=mb.greater(x=mb.reduce_max(x=x, axes=[0], keep_dims=False), y=np.float16(0)),
+            _true_fn=lambda: mb.add(x=x, y=mb.const(val=np.full(4, np.inf, np.float16), name="up"), name="inner"),
+            _false_fn=lambda: mb.mul(x=x, y=mb.const(val=np.float16(np.nan), name="bad"), name="other"),
+        )
+
+    graph = MLModel(build({"x": X}, body)).program.graph
+    assert list(map(str, nonfinite_constants(graph))) == [
+        "up fp16[4]: 4 inf, an input of inner (add)",
+        "bad fp16[]: 1 NaN, an input of other (mul)",
+    ]
+
+
+def test_large_float32_values_have_an_error(deviations):
+    """Their squares are beyond float32."""
+
+    def body(x):
+        return mb.mul(x=mb.cast(x=mb.sin(x=x, name="sin"), dtype="fp32"), y=np.float32(1e30), name="y")
+
+    found = deviations(body, X)
+    assert found["y"].relative == pytest.approx(found["sin"].relative, rel=1e-3)
+    assert 0 < found["y"].relative < BOUND
 
 
 # --- what is not compared ------------------------------------------------------------------------------------

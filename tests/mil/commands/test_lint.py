@@ -117,6 +117,16 @@ BROKEN = [
         lambda x: mb.linear(x=x, weight=np.ones((20_000, 4), np.float16), name="y"),
         ["y (linear): fp16[1, 20000]"],
     ),
+    (
+        "infinite or NaN constants",
+        {"x": HALF},
+        lambda x: mb.add(
+            x=mb.mul(x=x, y=mb.const(val=np.float16(-np.inf), name="bias"), name="a"),
+            y=mb.const(val=np.array([1, np.nan, np.inf], np.float16), name="c"),
+            name="b",
+        ),
+        ["bias fp16[]: 1 -inf, an input of a (mul)", "c fp16[3]: 1 NaN, 1 inf, an input of b (add)"],
+    ),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil.ops.tests.iOS14.test_tensor_operation import TestNonMaximumSuppression
 
@@ -234,3 +235,19 @@ def test_suppression_in_ios17(evaluate):
     np.testing.assert_array_equal(found[0], before[0].swapaxes(1, 2))
     np.testing.assert_array_equal(found[1], before[1].swapaxes(1, 2))
     np.testing.assert_array_equal(found[2], before[2])
+
+
+@pytest.mark.parametrize(
+    ("ios", "layout"),
+    [(16, "up to iOS16 they are (N, B, 4) and (N, B, K)"), (18, "from iOS17 on they are (N, 4, B) and (N, K, B)")],
+)
+def test_layout_of_another_operation_set_is_rejected(ios, layout):
+    """The boxes are the last axis from iOS17 on, and the last but one before."""
+    options = {"iou_threshold": 0.5, "max_boxes": 2} | ({"score_threshold": 0.0} if ios < 17 else {})
+    sizes = {16: ((1, 5, 4), (1, 5, 2)), 18: ((1, 4, 5), (1, 2, 5))}
+    wrong_boxes, wrong_scores = sizes[34 - ios]
+    with pytest.raises(OperationError) as caught:
+        find("non_maximum_suppression", ios).kernel(torch.ones(wrong_boxes), torch.ones(wrong_scores), **options)
+    assert str(caught.value) == (
+        f"boxes of shape {list(wrong_boxes)} and scores of shape {list(wrong_scores)}; {layout}"
+    )

@@ -2,8 +2,9 @@
 
 The program runs twice on the same inputs, step by step: as declared, with each value rounded to its type, and as
 the oracle, which computes fp16 in fp32. The relative error of an operation is the root mean square of the
-difference divided by that of the oracle's values; it includes the rounding of all operations before it. The exit
-code is 0 whatever the errors are.
+difference divided by that of the oracle's values; it includes the rounding of all operations before it. Operations
+on constants run once, when the package is loaded; they are listed only if they overflow. The exit code is 0
+whatever the errors are.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from coremill.core.command import command_parser
 from coremill.core.errors import ConfigError
 from coremill.measures import MOST_DB, Array
 from coremill.mil.commands.arrays import as_images, draw_inputs, read_npz
+from coremill.mil.commands.inspect import NonfiniteConstant, nonfinite_constants
 from coremill.mil.commands.output import console, decibels, number, shape_text, table, title
 from coremill.mil.commands.run import finite_text
+from coremill.mil.graph import Graph, Node
 from coremill.mil.images import Image
 from coremill.mil.model import MLModel
 from coremill.mil.plan import Step
@@ -64,9 +67,12 @@ class Deviation:
     infinite: int
     """Infinities from finite inputs."""
     nan: int
-    """NaNs from finite inputs."""
+    """NaNs from inputs without NaN: 0 · ∞, ∞ − ∞, or a finite value outside the operation's domain."""
+    inputs_finite: bool
     oracle_finite: bool
     """Whether the oracle's outputs are finite; if not, a wider type does not help."""
+    agrees_in_nonfinite: bool
+    """Whether an element is NaN, or the same infinity, in both runs; such elements count as no error."""
 
     @property
     def is_compared(self) -> bool:
@@ -143,35 +149,19 @@ def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Array | Image]
     Raises:
         PredictionInputError: the models reject `data`.
     """
-    found: list[Deviation] = []
-    types = declared.program.graph.types
+    found = _overflows_of_constants(declared, oracle)
+    graph = declared.program.graph
     errors: dict[int, float] = {}
     ahead = _Oracle()
 
     def observe(step: Step, values: list[Value]) -> None:
         reference = ahead.current(step.node.name)
-        inputs = [value for slot in step.inputs if isinstance(value := values[slot], Tensor)]
-        outputs = [values[slot] for slot in step.outputs]
-        halves = [
-            value
-            for slot, value in zip(step.outputs, outputs, strict=True)
-            if slot in types and types[slot].element.is_half and isinstance(value, Tensor)
-        ]
-        parts = [_deviation(own, other) for own, other in zip(outputs, reference, strict=True)]
-        for slot, (relative, _) in zip(step.outputs, parts, strict=True):
-            errors[slot] = relative
-        found.append(
-            Deviation(
-                step.node.name,
-                step.node.op_type,
-                *_worst_part(parts),
-                # numpy's maximum is NaN if an input was not compared
-                float(np.max([errors.get(slot, 0.0) for slot in step.inputs], initial=0.0)),
-                next(filter(None, map(_other_shapes, outputs, reference)), None),
-                *_overflows(inputs, halves, outputs),
-                all(_is_finite(other) for other in reference),
-            )
-        )
+        inputs, outputs = ([values[slot] for slot in slots] for slots in (step.inputs, step.outputs))
+        # numpy's maximum is NaN if an input was not compared
+        of_inputs = float(np.max([errors.get(slot, 0.0) for slot in step.inputs], initial=0.0))
+        found.append(_compared(graph, step.node, inputs, outputs, reference, of_inputs))
+        for slot, own, other in zip(step.outputs, outputs, reference, strict=True):
+            errors[slot] = _deviation(own, other)[0]
         ahead.advance()
 
     with torch.random.fork_rng(devices=[]), ThreadPoolExecutor(1) as pool:
@@ -185,6 +175,46 @@ def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Array | Image]
         finally:
             ahead.stop()
     return found
+
+
+def _overflows_of_constants(declared: MLModel, oracle: MLModel) -> list[Deviation]:
+    """Return the operations on constants alone that overflow; no run repeats them."""
+    graph = declared.program.graph
+    own, other = declared.plan.general.template, oracle.plan.general.template
+    found = []
+    for node in graph.nodes:
+        outputs, reference = ([template[slot] for slot in node.outputs] for template in (own, other))
+        if not any(value is None for value in outputs):  # else computed in each run
+            found.append(_compared(graph, node, [own[slot] for slot in node.tensor_slots], outputs, reference, 0.0))
+    return [each for each in found if each.overflows]
+
+
+def _compared(
+    graph: Graph,
+    node: Node,
+    inputs: Sequence[Value],
+    outputs: Sequence[Value],
+    reference: Sequence[Value],
+    inputs_relative: float,
+) -> Deviation:
+    """Compare the outputs of one operation with the oracle's."""
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    halves = [
+        value
+        for slot, value in zip(node.outputs, outputs, strict=True)
+        if slot in graph.types and graph.types[slot].element.is_half and isinstance(value, Tensor)
+    ]
+    return Deviation(
+        node.name,
+        node.op_type,
+        *_worst_part([_deviation(own, other) for own, other in zip(outputs, reference, strict=True)]),
+        inputs_relative,
+        next(filter(None, map(_other_shapes, outputs, reference)), None),
+        *_overflows(tensors, halves, outputs),
+        all(map(_is_finite, tensors)),
+        all(map(_is_finite, reference)),
+        any(map(_agree_in_nonfinite, outputs, reference)),
+    )
 
 
 def _deviation(declared: Value, oracle: Value) -> tuple[float, float]:
@@ -203,10 +233,11 @@ def _deviation(declared: Value, oracle: Value) -> tuple[float, float]:
         return (0.0, 0.0)
     finite = own.isfinite() & other.isfinite()
     error = torch.where(finite & differs, own - other, 0)
-    noise = float(error.square().sum(dtype=torch.float64))
-    signal = float(torch.where(finite, other, 0).square().sum(dtype=torch.float64))
+    # in float64: the square of a large float32 is infinite
+    noise = float(torch.linalg.vector_norm(error, dtype=torch.float64))
+    signal = float(torch.linalg.vector_norm(torch.where(finite, other, 0), dtype=torch.float64))
     lost = bool((differs & ~finite).any()) or signal == 0
-    return (math.inf if lost else math.sqrt(noise / signal), float(error.abs().max()))
+    return (math.inf if lost else noise / signal, float(error.abs().max()))
 
 
 def _worst_part(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -227,20 +258,21 @@ def _other_shapes(declared: Value, oracle: Value) -> str | None:
 def _overflows(
     inputs: Sequence[Tensor], halves: Sequence[Tensor], outputs: Sequence[Value]
 ) -> tuple[int, int, int]:
-    """Count the saturated, infinite and NaN outputs of an operation whose inputs have no such values."""
+    """Count the saturated, infinite and NaN outputs of an operation whose inputs have no such values.
+
+    Infinite inputs explain infinite outputs, but no NaN: that is where 0 · ∞ or ∞ − ∞ was computed.
+    """
     tensors = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
     saturated = sum(_at_end(each, torch.finfo(each.dtype).max) for each in halves)
     if saturated:
         ends = {torch.finfo(each.dtype).max for each in halves}
         if any(_at_end(each, end) for each in inputs if each.is_floating_point() for end in ends):
             saturated = 0
-    if all(_is_finite(each) for each in tensors) or not all(_is_finite(each) for each in inputs):
+    if all(map(_is_finite, tensors)):
         return (saturated, 0, 0)
-    return (
-        saturated,
-        sum(int(each.isinf().sum()) for each in tensors),
-        sum(int(each.isnan().sum()) for each in tensors),
-    )
+    infinite = sum(int(each.isinf().sum()) for each in tensors) if all(map(_is_finite, inputs)) else 0
+    nan = 0 if any(map(_has_nan, inputs)) else sum(int(each.isnan().sum()) for each in tensors)
+    return (saturated, infinite, nan)
 
 
 def _at_end(tensor: Tensor, end: float) -> int:
@@ -251,6 +283,20 @@ def _is_finite(value: Value) -> bool:
     return not isinstance(value, Tensor) or not value.is_floating_point() or bool(value.isfinite().all())
 
 
+def _has_nan(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isnan().any())
+
+
+def _agree_in_nonfinite(declared: Value, oracle: Value) -> bool:
+    """Return whether an element is NaN in both, or the same infinity in both."""
+    if _is_finite(declared) or not isinstance(declared, Tensor) or not isinstance(oracle, Tensor):
+        return False
+    if declared.shape != oracle.shape:
+        return False
+    same = (declared.isnan() & oracle.isnan()) | (declared.isinf() & (declared == oracle))
+    return bool(same.any())
+
+
 def sqnr_db(relative: float) -> float:
     """Convert a relative error to a signal-to-noise ratio."""
     if relative == 0:
@@ -258,12 +304,16 @@ def sqnr_db(relative: float) -> float:
     return -20 * math.log10(relative) + 0.0 if math.isfinite(relative) else -math.inf
 
 
-def render(deviations: Sequence[Deviation], bound: float, to: Console) -> None:
-    """Print the first operation beyond the bound, the worst ones, those not compared, and those that overflow."""
+def render(
+    deviations: Sequence[Deviation], constants: Sequence[NonfiniteConstant], bound: float, to: Console
+) -> None:
+    """Print the first operation beyond the bound, the worst ones, those not compared, and what is not finite."""
     compared = [each for each in deviations if each.is_compared]
     first = next((each for each in compared if each.relative > bound), None)
     if first is None:
         to.print(Text(f"none of {len(compared)} operations has a relative error above {number(bound)}"))
+        if alike := sum(each.agrees_in_nonfinite for each in compared):
+            to.print(Text(f"{alike} of them return{'s' * (alike == 1)} the same NaNs or infinities as the oracle"))
     else:
         to.print(Text(f"the first operation with a relative error above {number(bound)}:", style="bold"))
         to.print(Text(f"{first}: {_error_text(first)}, its inputs by at most {_known(first.inputs_relative)}"))
@@ -281,12 +331,16 @@ def render(deviations: Sequence[Deviation], bound: float, to: Console) -> None:
         to.print(title(f"not compared: {len(apart)}, which return lists, labels or dictionaries"))
         _print_some([f"{each.name} ({each.op_type})" for each in apart], to)
         to.print()
+    if constants:
+        to.print(title("constants that are infinite or NaN as they are saved"))
+        _print_some([str(each) for each in constants], to)
+        to.print()
     overflows = [each for each in deviations if each.overflows]
     if overflows:
-        to.print(title("operations that saturate, or return infinities or NaNs for finite inputs"))
+        to.print(title("operations that saturate, or create infinities or NaNs"))
         to.print(_overflow_table(overflows))
     else:
-        to.print(Text("no operation saturates, or returns infinities or NaNs for finite inputs"))
+        to.print(Text("no operation saturates, or creates infinities or NaNs"))
 
 
 def _print_some(lines: Sequence[str], to: Console) -> None:
@@ -325,7 +379,7 @@ def _worst_table(worst: Sequence[Deviation]) -> Table:
 
 def _overflow_table(overflows: Sequence[Deviation]) -> Table:
     return table(
-        ["operation", "type", ">saturated", ">infinite", ">NaN", "oracle"],
+        ["operation", "type", ">saturated", ">infinite", ">NaN", "inputs", "oracle"],
         [
             (
                 each.name,
@@ -333,6 +387,7 @@ def _overflow_table(overflows: Sequence[Deviation]) -> Table:
                 str(each.saturated),
                 str(each.infinite),
                 str(each.nan),
+                "finite" if each.inputs_finite else "not finite",
                 "finite" if each.oracle_finite else "not finite",
             )
             for each in overflows
@@ -370,5 +425,5 @@ def main(argv: list[str] | None = None) -> int:
         nonfinite = "" if finite == "all" else f"; it contains {finite}"
         to.print(Text(f"input {name} {shape_text(array.shape)}, {source}{nonfinite}"), soft_wrap=True)
     to.print()
-    render(deviations, options.bound, to)
+    render(deviations, nonfinite_constants(declared.program.graph), options.bound, to)
     return 0

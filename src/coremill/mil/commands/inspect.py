@@ -25,7 +25,7 @@ from coremill.mil.description import (
 )
 from coremill.mil.graph import Graph, Node, read_function
 from coremill.mil.loader import Package, open_package
-from coremill.mil.values import ElementType
+from coremill.mil.values import ElementType, TensorType
 
 CONSTEXPR = "constexpr_"
 """The prefix of operations on compressed weights."""
@@ -120,6 +120,49 @@ def all_nodes(graph: Graph) -> Iterator[tuple[Graph, Node]]:
         yield graph, node
         for block in node.blocks:
             yield from all_nodes(block.graph)
+
+
+@dataclass(frozen=True)
+class NonfiniteConstant:
+    """A constant with infinite or NaN elements as it is saved: a float32 beyond 65504 becomes infinite in fp16."""
+
+    name: str
+    value_type: TensorType
+    counts: tuple[tuple[int, str], ...]
+    """How many elements are NaN, inf and -inf, without zeros."""
+    readers: tuple[str, ...]
+    """The operations that take it as an input."""
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {what}" for count, what in self.counts)
+        return f"{self.name} {self.value_type}: {counts}, an input of {', '.join(self.readers)}"
+
+
+def nonfinite_constants(graph: Graph) -> list[NonfiniteConstant]:
+    """Return the constants with infinite or NaN elements, in the order of the operations that read them first."""
+    owners: dict[int, tuple[Graph, int]] = {}
+    readers: dict[int, dict[str, None]] = {}
+    for owner, node in all_nodes(graph):
+        for slot in node.tensor_slots + node.attribute_slots:
+            value = owner.constants.get(slot)
+            if isinstance(value, torch.Tensor) and not _is_finite(value):
+                owners.setdefault(id(value), (owner, slot))
+                readers.setdefault(id(value), {})[f"{node.name} ({node.op_type})"] = None
+    found = []
+    for identity, (owner, slot) in owners.items():
+        value = owner.constants[slot]
+        assert isinstance(value, torch.Tensor)
+        kinds = ((value.isnan(), "NaN"), (value == torch.inf, "inf"), (value == -torch.inf, "-inf"))
+        counts = tuple((count, what) for mask, what in kinds if (count := int(mask.sum())))
+        found.append(NonfiniteConstant(owner.names[slot], owner.types[slot], counts, tuple(readers[identity])))
+    return found
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    """Return whether every element is finite, without a mask of the value's size."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    return all(bool(end.isfinite()) for end in torch.aminmax(value))
 
 
 def _weights(graph: Graph) -> tuple[Weights, ...]:

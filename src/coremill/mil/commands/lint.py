@@ -1,5 +1,7 @@
 """`coremill mil lint`: operations that keep a graph off the Neural Engine, or make it slow there.
 
+One more rule finds constants that are infinite or NaN.
+
 The rules are hints from published sources: Apple does not document the operations of the Neural Engine, and the
 processor of an operation depends on device and system. Xcode's performance report on the device is decisive. Each
 rule names its source.
@@ -19,6 +21,7 @@ from rich.text import Text
 
 from coremill.core.command import command_parser
 from coremill.core.errors import GATES_FAILED, OK
+from coremill.mil.commands.inspect import nonfinite_constants
 from coremill.mil.commands.output import console, title
 from coremill.mil.description import FunctionDescription, ImageSpec, TensorSpec, choose_function, describe_function
 from coremill.mil.graph import LOOP, Graph, Node, read_function
@@ -271,6 +274,10 @@ def _single_last_axis(subject: Subject) -> Iterator[str]:
             yield f"{where}: {value_type}"
 
 
+def _nonfinite_constants(subject: Subject) -> Iterator[str]:
+    yield from map(str, nonfinite_constants(subject.graph))
+
+
 def _state_sizes(subject: Subject) -> Iterator[str]:
     for spec in subject.description.states:
         last = spec.shape[-1] if spec.shape else None
@@ -386,6 +393,13 @@ RULES: tuple[Rule, ...] = (
         "A model with such a state failed on the Neural Engine, and ran with a multiple.",
         "a user's report (M4, macOS 15.2), github.com/apple/coremltools/issues/2631",
         _state_sizes,
+    ),
+    Rule(
+        "infinite or NaN constants",
+        "0 · ∞ and ∞ − ∞ are NaN, on any processor. The converter saves a float32 beyond 65504 in fp16 as an "
+        "infinity, such as a mask of torch.finfo(torch.float32).min.",
+        "a contributor's analysis, github.com/apple/coremltools/pull/2669",
+        _nonfinite_constants,
     ),
 )
 

@@ -199,7 +199,7 @@ def _worst(
     for own, other in zip(reference, measured, strict=True):
         for each in compare(own, other):
             known = worst.get(each.name)
-            if known is None or not each.sqnr_db >= known.sqnr_db:
+            if known is None or not (math.isnan(known.sqnr_db) or each.sqnr_db >= known.sqnr_db):
                 worst[each.name] = each
     return worst
 

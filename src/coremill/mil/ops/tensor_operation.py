@@ -213,6 +213,11 @@ def non_maximum_suppression(
         Boxes (N, max_boxes, 4), scores (N, max_boxes, K) and indices (N, max_boxes) of those chosen, padded with
         0 and -1, and their number (N,).
     """
+    if boxes.dim() != 3 or boxes.shape[2] != 4 or scores.dim() != 3 or scores.shape[:2] != boxes.shape[:2]:
+        raise OperationError(
+            f"boxes of shape {list(boxes.shape)} and scores of shape {list(scores.shape)}; "
+            "up to iOS16 they are (N, B, 4) and (N, B, K)"
+        )
     best, classes = scores.max(-1)  # (N, B)
     rows = []
     for each_boxes, each_best, each_classes in zip(boxes, best, classes, strict=True):
@@ -244,6 +249,11 @@ def suppress_boxes_last(
 
     boxes (N, 4, B), scores (N, K, B). Returns (N, 4, max_boxes), (N, K, max_boxes) and (N, max_boxes).
     """
+    if boxes.dim() != 3 or boxes.shape[1] != 4 or scores.dim() != 3 or scores.shape[::2] != boxes.shape[::2]:
+        raise OperationError(
+            f"boxes of shape {list(boxes.shape)} and scores of shape {list(scores.shape)}; "
+            "from iOS17 on they are (N, 4, B) and (N, K, B)"
+        )
     chosen_boxes, chosen_scores, indices, _ = non_maximum_suppression(
         boxes.mT,
         scores.mT,
