@@ -49,46 +49,50 @@ class ProcessWatch:
             self.peak_anonymous_bytes = max(self.peak_anonymous_bytes or 0, held)
 
     def ended_by_signal(self, what: str, number: int) -> CoremillError:
-        """Return the error for `what`, the process, which ended by signal `number`.
-
-        The kernel ends a process by SIGKILL if memory runs out; a control group counts that.
-        """
-        name = signal.Signals(number).name
-        if number != signal.SIGKILL:
-            return CrashError(
-                f"{what} crashed: {name}, {signal.strsignal(number)}{self._at_its_peak()}",
-                expected="a process that ends by itself; its log is above",
-                run="coremill doctor",
-            )
+        """Return the error for `what`, the process, which ended by signal `number`."""
         now = out_of_memory_kills()
         counted = self._kills is not None and now is not None and now > self._kills
-        why = "because memory ran out" if counted else "most likely because memory ran out"
-        return OutOfMemoryError(
-            f"{what} was killed ({name}), {why}{self._at_its_peak()}", expected=_ADVICE, run="coremill doctor"
-        )
+        return _ended_by_signal(what, number, self._at_its_peak(), counted=counted)
 
     def ran_out(self, what: str, reason: str) -> OutOfMemoryError:
         """Return the error for `what`, the process, in which an allocation failed because of `reason`."""
         return OutOfMemoryError(
-            f"{what} ran out of memory: {reason}{self._at_its_peak()}", expected=_ADVICE, run="coremill doctor"
+            f"{what} ran out of memory: {reason}; {self._at_its_peak()}", expected=_ADVICE, run="coremill doctor"
         )
 
     def _at_its_peak(self) -> str:
         peak = self.peak_anonymous_bytes
         held = "" if peak is None else f"it held {whole_megabytes(peak)}, and "
         return (
-            f"; {held}the least that was available meanwhile was {whole_megabytes(self._least_available)} of "
+            f"{held}the least that was available meanwhile was {whole_megabytes(self._least_available)} of "
             f"{whole_megabytes(total_memory_bytes())}{_limit()}"
         )
+
+
+def ended_by_signal(what: str, number: int) -> CoremillError:
+    """Return the error for `what`, a process that was not measured, which ended by signal `number`."""
+    return _ended_by_signal(what, number, _available(), counted=False)
+
+
+def _ended_by_signal(what: str, number: int, memory: str, *, counted: bool) -> CoremillError:
+    """Args: counted: whether a control group counted a kill for memory, which the kernel makes by SIGKILL."""
+    name = signal.Signals(number).name
+    if number != signal.SIGKILL:
+        return CrashError(
+            f"{what} crashed: {name}, {signal.strsignal(number)}; {memory}",
+            expected="a process that ends by itself; its log is above",
+            run="coremill doctor",
+        )
+    why = "because memory ran out" if counted else "most likely because memory ran out"
+    return OutOfMemoryError(f"{what} was killed ({name}), {why}; {memory}", expected=_ADVICE, run="coremill doctor")
 
 
 def ran_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
     """Return the error for an allocation of this process that failed; None if `error` is of another kind."""
     if (reason := allocation_failure(error)) is None:
         return None
-    free = f"{whole_megabytes(available_memory_bytes())} of {whole_megabytes(total_memory_bytes())} is available"
     return OutOfMemoryError(
-        f"memory ran out: {reason}; {free}{_limit()}",
+        f"memory ran out: {reason}; {_available()}",
         expected="a machine with more memory, or a smaller input",
         run="coremill doctor",
     )
@@ -109,6 +113,11 @@ def allocation_failure(error: BaseException) -> str | None:
             return next((line.strip() for line in text.splitlines() if line.strip()), type(cause).__name__)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
+
+
+def _available() -> str:
+    available, total = whole_megabytes(available_memory_bytes()), whole_megabytes(total_memory_bytes())
+    return f"{available} of {total} is available{_limit()}"
 
 
 def _limit() -> str:

@@ -63,7 +63,7 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             needs=model,
             per_lane=True,
             purpose="export the graph and its contract",
-            memory_per_checkpoint_byte=9.5,
+            memory_per_checkpoint_byte=4.6,
         ),
         Stage(
             name="convert",
@@ -91,7 +91,7 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             needs=model,
             per_lane=False,
             purpose="write the Hugging Face directory and run it with transformers",
-            memory_per_checkpoint_byte=2.3,
+            memory_per_checkpoint_byte=0.3,
         ),
         Stage(
             name="gguf",
@@ -100,7 +100,7 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             needs=model,
             per_lane=False,
             purpose="write GGUF files and the Modelfile, and run them with llama.cpp",
-            memory_per_checkpoint_byte=2.5,
+            memory_per_checkpoint_byte=1.8,
         ),
     )
 

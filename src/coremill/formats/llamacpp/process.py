@@ -24,7 +24,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from coremill.core.errors import CheckpointUnreadableError, GgufError, MachineError
+from coremill.core.errors import CheckpointUnreadableError, CoremillError, GgufError, MachineError
+from coremill.core.processes import ended_by_signal
 from coremill.formats.gguf_file import GgufFile
 from coremill.formats.llamacpp.library import EXPECTED_RELEASE, INSTALL, library_path
 from coremill.formats.llamacpp.protocol import (
@@ -267,6 +268,7 @@ class _Worker:
 
         Raises:
             GgufError: the process ended, or llama.cpp returned an error.
+            OutOfMemoryError, CrashError: a signal ended the process, which left no log.
         """
         with self._whole_answer():
             answer = self._exchange(request)
@@ -305,13 +307,16 @@ class _Worker:
         assert isinstance(answer, expected)
         return answer
 
-    def _ended(self, failure: str) -> GgufError:
+    def _ended(self, failure: str) -> CoremillError:
         """The error for a process that ended, with the first line of its log, which has only errors."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        reason = lines[0] if lines else f"exit code {self._process.returncode}"
+        code = self._process.returncode
+        if not lines and code is not None and code < 0:
+            return ended_by_signal(f"llama.cpp with {self._path}", -code)
+        reason = lines[0] if lines else f"exit code {code}"
         return GgufError(f"llama.cpp {failure} {self._path}: {reason}", expected=_EXPECTED, run=_REMAKE)
 
     def close(self) -> None:
