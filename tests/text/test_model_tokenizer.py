@@ -287,7 +287,7 @@ def test_invalid_gguf_tokenizers_are_rejected(changes: dict[str, Plain], found: 
     assert caught.value.expected
 
 
-# --- Hugging Face directories -----------------------------------------------------------------------
+# --- directories as coremill writes them ------------------------------------------------------------
 
 
 @pytest.fixture
@@ -319,47 +319,84 @@ def test_a_tokenizer_json_alone_loads(folder: Path) -> None:
     assert tokenizer.encode("a b a b") == [0, 1, 0, 1]  # what was cut or padded in its last use is not here
 
 
-def test_special_tokens_are_read_from_every_file(folder: Path) -> None:
-    put(folder, "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "</s>"})
+def test_special_tokens_and_end_tokens_are_read(folder: Path) -> None:
+    put(folder, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "b"})
     assert (loaded(folder).bos_id, loaded(folder).eos_ids, loaded(folder).pad_id) == (2, (3,), 3)
-    put(folder, "config.json", {"eos_token_id": 4})
-    assert loaded(folder).eos_ids == (3, 4)
+    assert loaded(folder).special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "b"}
     put(folder, "generation_config.json", {"eos_token_id": [4, 3, 1]})
     assert loaded(folder).eos_ids == (3, 4, 1)
-    put(folder, "tokenizer_config.json", {"eos_token": {"content": "<end>"}, "bos_token": None, "pad_token": "a"})
-    tokenizer = loaded(folder)
-    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (2, (4, 3, 1), 0)
+    put(folder, "generation_config.json", {"eos_token_id": 4})
+    assert loaded(folder).eos_ids == (3, 4)
+    put(folder, "tokenizer_config.json", {"pad_token": "a"})
+    assert (loaded(folder).bos_id, loaded(folder).eos_ids, loaded(folder).pad_id) == (None, (4,), 0)
 
 
-def test_add_bos_is_read_from_the_settings_or_the_post_processor(folder: Path) -> None:
-    put(folder, "tokenizer_config.json", {"bos_token": "<s>"})
+@pytest.mark.parametrize("setting", [True, False])
+def test_the_post_processor_decides_whether_a_beginning_token_is_added(folder: Path, setting: bool) -> None:
+    """As in transformers: next to a tokenizer.json, `add_bos_token` has no effect."""
+    put(folder, "tokenizer_config.json", {"bos_token": "<s>", "add_bos_token": setting})
     assert not loaded(folder).add_bos
-    put(folder, "tokenizer_config.json", {"bos_token": "<s>", "add_bos_token": True})
+    processed(folder, "<s> $A")
     assert loaded(folder).add_bos
+    loaded(folder).save(folder)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["add_bos_token"] is True
+
+
+def processed(folder: Path, single: str) -> None:
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 2), ("</s>", 3)])
     backend.save(str(folder / "tokenizer.json"))
-    put(folder, "tokenizer_config.json", {"bos_token": "<s>"})
-    assert loaded(folder).add_bos
-    put(folder, "tokenizer_config.json", {"bos_token": "<s>", "add_bos_token": False})
-    assert not loaded(folder).add_bos
 
 
-def test_templates_are_read_from_every_file(folder: Path, tmp_path: Path) -> None:
-    put(folder, "tokenizer_config.json", {"bos_token": "<s>", "chat_template": "{{ bos_token }}!"})
-    assert loaded(folder).chat_template.render([], add_generation_prompt=False) == "<s>!"
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    put(folder, "tokenizer_config.json", {"chat_template": named})
-    assert loaded(folder).chat_template.source == "plain"
-    (folder / "chat_template.jinja").write_text("from the file")
-    assert loaded(folder).chat_template.source == "from the file"
-    # Saving a tokenizer without a template removes another's.
+@pytest.mark.parametrize(
+    ("bos", "single", "shown"),
+    [
+        ("<s>", "<s> $A </s>", "<s> TEXT </s>"),
+        ("<s>", "$A <s>", "TEXT <s>"),
+        ("<s>", "<s> <s> $A", "<s> <s> TEXT"),
+        ("</s>", "<s> $A", "<s> TEXT"),
+        (None, "<s> $A", "<s> TEXT"),
+    ],
+)
+def test_another_post_processor_is_rejected(folder: Path, bos: str | None, single: str, shown: str) -> None:
+    put(folder, "tokenizer_config.json", {} if bos is None else {"bos_token": bos})
+    processed(folder, single)
+    with pytest.raises(TokenizerError) as caught:
+        loaded(folder)
+    assert caught.value.found == (
+        f"{folder}/tokenizer.json: its post-processor makes `{shown}` of a text, and the bos_token is {bos}"
+    )
+    assert caught.value.expected == "at most the bos_token before a text"
+
+
+def test_saving_a_tokenizer_without_a_template_removes_another_s(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    (folder / "chat_template.jinja").write_text("from the file")
     loaded(folder).save(out)
+    assert loaded(out).chat_template.source == "from the file"
     (folder / "chat_template.jinja").unlink()
-    put(folder, "tokenizer_config.json", {})
     loaded(folder).save(out)
     assert not (out / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("tokenizer_config.json", '{"added_tokens_decoder": {}}', ": it has `added_tokens_decoder`"),
+        ("tokenizer_config.json", '{"chat_template": "x"}', ": it has `chat_template`"),
+        ("added_tokens.json", "{}", ""),
+        ("special_tokens_map.json", "{}", ""),
+    ],
+)
+def test_a_model_s_own_directory_is_rejected(folder: Path, name: str, text: str, found: str) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(TokenizerError) as caught:
+        loaded(folder)
+    assert str(caught.value) == (
+        f"{folder}/{name} is not written by coremill{found}\n"
+        "  expected: the tokenizer that an import wrote; the import reads a model's own directory\n"
+        f"  run: coremill import {folder} --out model.ckpt"
+    )
 
 
 def test_tokenizer_json_is_saved_unchanged(folder: Path, tmp_path: Path) -> None:
@@ -390,13 +427,13 @@ def test_tokenizer_json_is_saved_unchanged(folder: Path, tmp_path: Path) -> None
             '{"eos_token_id": [3, null]}',
             "F/generation_config.json: `eos_token_id` is [3, null]",
         ),
-        ("config.json", '{"eos_token_id": "2"}', 'F/config.json: `eos_token_id` is "2"'),
-        ("config.json", '{"eos_token_id": {}}', "F/config.json: `eos_token_id` is {}"),
-        ("config.json", '{"eos_token_id": 1e30}', "F/config.json: `eos_token_id` is 1e+30"),
+        ("generation_config.json", '{"eos_token_id": "2"}', 'F/generation_config.json: `eos_token_id` is "2"'),
+        ("generation_config.json", '{"eos_token_id": {}}', "F/generation_config.json: `eos_token_id` is {}"),
+        ("generation_config.json", '{"eos_token_id": 1e30}', "F/generation_config.json: `eos_token_id` is 1e+30"),
         (
-            "config.json",
+            "generation_config.json",
             '{"eos_token_id": [%s]}' % ("1.5," * 99 + "2"),
-            "F/config.json: `eos_token_id` is [1.5, 1.5, ",
+            "F/generation_config.json: `eos_token_id` is [1.5, 1.5, ",
         ),
         (
             "generation_config.json",
@@ -415,18 +452,11 @@ def test_tokenizer_json_is_saved_unchanged(folder: Path, tmp_path: Path) -> None
         ),
         ("generation_config.json", "[" * 100_000, "cannot read F/generation_config.json: maximum recursion depth"),
         ("tokenizer_config.json", '{"eos_token": 5}', "F/tokenizer_config.json: `eos_token` is 5"),
-        (
-            "special_tokens_map.json",
-            '{"bos_token": {"content": ["<s>"]}}',
-            'F/special_tokens_map.json: `bos_token` is {"content": ["<s>"]}',
-        ),
-        ("tokenizer_config.json", '{"add_bos_token": 1}', "F/tokenizer_config.json: `add_bos_token` is 1"),
-        ("tokenizer_config.json", '{"chat_template": 3}', "F/tokenizer_config.json: `chat_template` is 3"),
-        ("tokenizer_config.json", '{"chat_template": ["x"]}', 'F/tokenizer_config.json: `chat_template` is ["x"]'),
+        ("tokenizer_config.json", '{"bos_token": null}', "F/tokenizer_config.json: `bos_token` is null"),
         (
             "tokenizer_config.json",
-            '{"chat_template": [{"name": []}, {"name": "default", "template": 3}]}',
-            'F/tokenizer_config.json: `chat_template` is [{"name": []}, {"name": "default", "template": 3}]',
+            '{"bos_token": {"content": ["<s>"]}}',
+            'F/tokenizer_config.json: `bos_token` is {"content": ["<s>"]}',
         ),
         ("chat_template.jinja", "{% if %}", "the chat template: Expected an expression"),
         ("chat_template.jinja", "{{ " + "(" * 20_000, "the chat template: maximum recursion depth exceeded"),
@@ -479,23 +509,13 @@ def test_a_file_that_is_too_large_is_rejected(folder: Path, monkeypatch: pytest.
     )
 
 
-def test_settings_may_be_null_or_empty(folder: Path) -> None:
-    put(folder, "special_tokens_map.json", {"bos_token": "<s>", "pad_token": "a"})
-    nothing = {"bos_token": None, "eos_token": "", "unk_token": {"content": None}, "add_bos_token": None}
-    put(folder, "tokenizer_config.json", {**nothing, "chat_template": None})
-    put(folder, "generation_config.json", {"eos_token_id": None})
-    put(folder, "config.json", {"eos_token_id": []})
-    tokenizer = loaded(folder)
-    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id, tokenizer.add_bos) == (2, (), 0, False)
-    assert tokenizer.chat_template is None
-
-
 def test_save_writes_files(folder: Path, tmp_path: Path) -> None:
-    put(folder, "tokenizer_config.json", {"eos_token": "</s>", "chat_template": "{{ eos_token }}\r\n"})
+    put(folder, "tokenizer_config.json", {"eos_token": "</s>"})
+    (folder / "chat_template.jinja").write_text("{{ eos_token }}\n")
     tokenizer = loaded(folder)
     tokenizer.save(tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == tokenizer.files()
-    assert tokenizer.files()["chat_template.jinja"] == b"{{ eos_token }}\r\n"
+    assert tokenizer.files()["chat_template.jinja"] == b"{{ eos_token }}\n"
 
 
 def test_line_ends_of_a_template_match_transformers(folder: Path) -> None:

@@ -129,7 +129,7 @@ def huggingface(folder: Path, *, vocab_size: int = 64, dtype: torch.dtype = torc
     }
     config = transformers.Qwen2Config(vocab_size=vocab_size, **{**options, **sizes})
     transformers.Qwen2ForCausalLM(config).to(dtype).save_pretrained(folder)
-    words = {f"w{token}": token for token in range(62)} | {"<s>": 62, "</s>": 63}
+    words = {f"w{token}": token for token in range(61)} | {"<|endoftext|>": 61, "<s>": 62, "</s>": 63}
     tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     return folder

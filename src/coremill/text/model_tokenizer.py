@@ -1,8 +1,9 @@
-"""The tokenizer of an imported model: Hugging Face's tokenizer.json and the files next to it, or GGUF metadata.
+"""The tokenizer of an imported model: the files that coremill writes, or GGUF metadata.
 
 The files are those of Hugging Face (https://huggingface.co/docs/transformers/main_classes/tokenizer):
 tokenizer.json, tokenizer_config.json, generation_config.json (for the tokens that end an answer) and
-chat_template.jinja.
+chat_template.jinja. A model's own directory states the same facts in many more ways;
+`coremill.formats.huggingface.tokenizer` reads those as transformers does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import msgspec
 import tokenizers
@@ -28,11 +29,17 @@ from coremill.text.student_tokenizer import SPECIAL_TOKENS, Tokenizer, decode_id
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+LEGACY = ("special_tokens_map.json", "added_tokens.json")
+"""Files of older directories, which coremill does not write."""
 
-_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_SETTINGS = {"tokenizer_class", "add_bos_token", "clean_up_tokenization_spaces"}
+"""The keys of tokenizer_config.json that coremill writes, beside the special tokens."""
+_ROLE = "_token"
+"""The end of the keys of special tokens, such as `bos_token`."""
+_TEXT = 1 << 31
+"""An id that stands for a text in the output of a post-processor."""
 
 T = TypeVar("T")
 
@@ -62,19 +69,18 @@ _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Special:
+class SpecialTokens:
     """The special tokens, and the ids that end an answer."""
 
     tokens: Mapping[str, str]
     """The text of each by role, such as `bos_token`."""
     eos_ids: tuple[int, ...]
-    add_bos: bool
 
 
 class TextTokenizer:
     """Converts text to token ids and back for an imported model. See :meth:`load` and :meth:`from_gguf`."""
 
-    def __init__(self, data: bytes, special: _Special, template: str | None, *, where: str) -> None:
+    def __init__(self, data: bytes, special: SpecialTokens, template: str | None, *, where: str) -> None:
         self.data = data
         """The contents of tokenizer.json."""
         self.where = where
@@ -86,7 +92,7 @@ class TextTokenizer:
         pad_id = roles.get("pad_token")
         # If the model declares no padding token, any id will do: the causal mask hides padding on the right.
         self.pad_id: int = pad_id if pad_id is not None else (*special.eos_ids, 0)[0]
-        self.add_bos = special.add_bos and self.bos_id is not None
+        self.add_bos = _adds_bos(self._backend, self.bos_id, where)
         if outside := [token for token in self.eos_ids if not 0 <= token < self.vocab_size]:
             raise TokenizerError(
                 f"{where}: the end token {outside[0]} is not in its vocabulary of {self.vocab_size}",
@@ -96,10 +102,10 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> TextTokenizer:
-        """Read the tokenizer.json at `path` and the files next to it.
+        """Read the tokenizer.json at `path` and the files next to it, as :meth:`save` writes them.
 
         Raises:
-            TokenizerError: tokenizer.json is missing, or a file is invalid.
+            TokenizerError: tokenizer.json is missing, a file is invalid, or is not written by coremill.
         """
         path = Path(path)
         try:
@@ -109,18 +115,21 @@ class TextTokenizer:
                 f"cannot read {path}: {failure.strerror}", expected="a tokenizer.json, as AutoTokenizer saves it"
             ) from failure
         folder = path.parent
-        settings = _settings(folder / TOKENIZER_CONFIG)
+        for name in LEGACY:
+            if (folder / name).exists():
+                raise _foreign(folder / name)
+        tokens = _tokens_of(folder / TOKENIZER_CONFIG)
         backend = _parse(data, str(path))
-        special = _special_of(folder, settings, backend)
-        return cls(data, special, _template_of(folder, settings), where=str(path))
+        own = backend.token_to_id(tokens["eos_token"]) if "eos_token" in tokens else None
+        special = SpecialTokens(tokens=tokens, eos_ids=unique_ids(own, *end_ids(folder / GENERATION_CONFIG)))
+        return cls(data, special, _template_of(folder), where=str(path))
 
     @classmethod
     def of_student(cls, tokenizer: Tokenizer) -> TextTokenizer:
         """Return a student's tokenizer with what other programs need: special tokens and a chat template."""
-        special = _Special(
+        special = SpecialTokens(
             tokens={role: SPECIAL_TOKENS[token_id] for role, token_id in _STUDENT_ROLES.items()},
             eos_ids=(tokenizer.end_id,),
-            add_bos=False,  # the template adds it
         )
         return cls(tokenizer.data, special, STUDENT_TEMPLATE, where="the student's tokenizer")
 
@@ -170,7 +179,7 @@ class TextTokenizer:
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
-        """The texts of the special tokens by role: `bos_token`, `eos_token`, `unk_token`, `pad_token`."""
+        """The texts of the special tokens by role, such as `bos_token`, `eos_token` and `pad_token`."""
         return self._special.tokens
 
     @property
@@ -239,8 +248,46 @@ def _parse(data: bytes, where: str) -> tokenizers.Tokenizer:
     return backend
 
 
+def _adds_bos(backend: tokenizers.Tokenizer, bos_id: int | None, where: str) -> bool:
+    """Return whether the post-processor puts the beginning token before a text.
+
+    Raises:
+        TokenizerError: it adds other tokens.
+    """
+    if backend.post_processor is None:
+        return False
+    probe = tokenizers.Tokenizer(models.WordLevel({"text": _TEXT}, unk_token="text"))
+    probe.post_processor = backend.post_processor
+    found = probe.encode("text").ids
+    if found == [_TEXT]:
+        return False
+    if bos_id is not None and found == [bos_id, _TEXT]:
+        return True
+    shown = " ".join("TEXT" if token == _TEXT else str(backend.id_to_token(token)) for token in found)
+    raise TokenizerError(
+        f"{where}: its post-processor makes `{shown}` of a text, and the bos_token is "
+        f"{None if bos_id is None else backend.id_to_token(bos_id)}",
+        expected="at most the bos_token before a text",
+    )
+
+
 def _json(value: Mapping[str, Plain]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value, order="sorted"), indent=2) + b"\n"
+
+
+def pipeline_steps(part: Mapping[str, Any] | None, folded: str) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer, pre-tokenizer or decoder of a tokenizer.json, with sequences flattened.
+
+    `trim_offsets` is omitted, since it affects only the offsets of tokens in the text, not their ids.
+
+    Args:
+        folded: the key of the steps of a sequence: `normalizers`, `pretokenizers` or `decoders`.
+    """
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        return [step for each in part[folded] for step in pipeline_steps(each, folded)]
+    return [{key: value for key, value in part.items() if key != "trim_offsets"}]
 
 
 # --- from Hugging Face's files ----------------------------------------------------------------------
@@ -263,8 +310,12 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _settings(path: Path) -> Mapping[str, Plain]:
-    """Return the JSON object at `path`; an empty one if there is no such file."""
+def json_object(path: Path) -> Mapping[str, Plain]:
+    """Return the JSON object at `path`; an empty one if there is no such file.
+
+    Raises:
+        TokenizerError: it cannot be read, or is not a JSON object.
+    """
     try:
         value = msgspec.json.decode(_read(path))
     except FileNotFoundError:
@@ -276,26 +327,39 @@ def _settings(path: Path) -> Mapping[str, Plain]:
     return value
 
 
-def _special_of(folder: Path, settings: Mapping[str, Plain], backend: tokenizers.Tokenizer) -> _Special:
-    tokens: dict[str, str] = {}
-    for path, values in (
-        (folder / SPECIAL_TOKENS_MAP, _settings(folder / SPECIAL_TOKENS_MAP)),
-        (folder / TOKENIZER_CONFIG, settings),
-    ):
-        tokens |= {role: text for role in _ROLES if (text := _token_text(values.get(role), f"{path}: `{role}`"))}
-    ends: tuple[int, ...] = ()
-    for path in (folder / GENERATION_CONFIG, folder / "config.json"):
-        if (value := _settings(path).get("eos_token_id")) is not None:
-            ends = _ids(value, f"{path}: `eos_token_id`")
-            break
-    own = backend.token_to_id(tokens["eos_token"]) if "eos_token" in tokens else None
-    add_bos = settings.get("add_bos_token")
-    if add_bos is None:
-        first = backend.encode("", add_special_tokens=True).ids[:1]
-        add_bos = "bos_token" in tokens and first == [backend.token_to_id(tokens["bos_token"])]
-    elif not isinstance(add_bos, bool):
-        raise _wrong(f"{folder / TOKENIZER_CONFIG}: `add_bos_token`", add_bos, "true or false")
-    return _Special(tokens=tokens, eos_ids=_unique(own, *ends), add_bos=add_bos)
+def _tokens_of(path: Path) -> dict[str, str]:
+    """Return the special tokens in the tokenizer_config.json at `path`, by role."""
+    settings = {key: value for key, value in json_object(path).items() if key not in _SETTINGS}
+    if others := [key for key in settings if not key.endswith(_ROLE)]:
+        raise _foreign(path, key=others[0])
+    for role, text in settings.items():
+        if not isinstance(text, str):
+            raise _wrong(f"{path}: `{role}`", text, "the text of a token")
+    return {role: text for role, text in settings.items() if isinstance(text, str)}
+
+
+def _foreign(path: Path, *, key: str | None = None) -> TokenizerError:
+    return TokenizerError(
+        f"{path} is not written by coremill" + (f": it has `{key}`" if key is not None else ""),
+        expected="the tokenizer that an import wrote; the import reads a model's own directory",
+        run=f"coremill import {path.parent} --out model.ckpt",
+    )
+
+
+def end_ids(path: Path) -> tuple[int, ...]:
+    """Return the tokens that end an answer in the generation_config.json or config.json at `path`.
+
+    Raises:
+        TokenizerError: the file is invalid.
+    """
+    value = json_object(path).get("eos_token_id")
+    if value is None:
+        return ()
+    found = value if isinstance(value, list) else [value]
+    ids = tuple(each for each in found if _is_id(each))
+    if len(ids) != len(found):
+        raise _wrong(f"{path}: `eos_token_id`", value, "the id of a token, or a list of ids")
+    return ids
 
 
 def _wrong(where: str, value: Plain, expected: str) -> TokenizerError:
@@ -303,48 +367,24 @@ def _wrong(where: str, value: Plain, expected: str) -> TokenizerError:
     return TokenizerError(f"{where} is {text if len(text) <= 80 else text[:80] + '…'}", expected=expected)
 
 
-def _token_text(value: Plain, where: str) -> str | None:
-    """Return the text of a special token, given as it is or under `content`; may be null or empty."""
-    text = value.get("content") if isinstance(value, Mapping) else value
-    if not (text is None or isinstance(text, str)):
-        raise _wrong(where, value, "the text of a token, or an object with its `content`")
-    return text
-
-
-def _ids(value: Plain, where: str) -> tuple[int, ...]:
-    """Return the ids in `value`, which is an id or a list of ids."""
-    found = value if isinstance(value, list) else [value]
-    ids = tuple(each for each in found if _is_id(each))
-    if len(ids) != len(found):
-        raise _wrong(where, value, "the id of a token, or a list of ids")
-    return ids
-
-
 def _is_id(value: Plain) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)  # bool is a subclass of int
 
 
-def _unique(*ids: Plain) -> tuple[int, ...]:
+def unique_ids(*ids: Plain) -> tuple[int, ...]:
+    """Return the ids among the arguments, each once."""
     return tuple(dict.fromkeys(each for each in ids if _is_id(each)))
 
 
-def _template_of(folder: Path, settings: Mapping[str, Plain]) -> str | None:
-    if (path := folder / CHAT_TEMPLATE).is_file():
-        try:
-            # Universal newlines, as transformers reads it.
-            return io.TextIOWrapper(io.BytesIO(_read(path)), encoding="utf-8").read()
-        except (OSError, UnicodeDecodeError) as failure:
-            raise TokenizerError(f"cannot read {path}: {failure}", expected="a Jinja template") from failure
-    given = template = settings.get("chat_template")
-    if isinstance(given, list):  # several, by name
-        named = [each for each in given if isinstance(each, Mapping)]
-        if len(named) == len(given):
-            template = next((each.get("template") for each in named if each.get("name") == "default"), None)
-    if not (template is None or isinstance(template, str)):
-        raise _wrong(
-            f"{folder / TOKENIZER_CONFIG}: `chat_template`", given, "a template, or a list of templates by `name`"
-        )
-    return template
+def _template_of(folder: Path) -> str | None:
+    path = folder / CHAT_TEMPLATE
+    try:
+        # Universal newlines, as transformers reads it.
+        return io.TextIOWrapper(io.BytesIO(_read(path)), encoding="utf-8").read()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as failure:
+        raise TokenizerError(f"cannot read {path}: {failure}", expected="a Jinja template") from failure
 
 
 # --- from GGUF metadata -----------------------------------------------------------------------------
@@ -404,7 +444,7 @@ PRE_TOKENIZATIONS = {
 }
 
 
-def _from_gguf(keys: _GgufKeys) -> tuple[tokenizers.Tokenizer, _Special, str | None]:
+def _from_gguf(keys: _GgufKeys) -> tuple[tokenizers.Tokenizer, SpecialTokens, str | None]:
     kind, pre = keys.get("model"), keys.get("pre")
     rules = PRE_TOKENIZATIONS.get(pre) if isinstance(pre, str) else None
     if kind != "gpt2" or rules is None:
@@ -430,12 +470,11 @@ def _from_gguf(keys: _GgufKeys) -> tuple[tokenizers.Tokenizer, _Special, str | N
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     named = {role: keys.get(f"{name}_token_id") for role, name in roles.items()}
     ids = {role: index for role, index in named.items() if _is_id(index) and 0 <= index < len(tokens)}
-    special = _Special(
+    special = SpecialTokens(
         tokens={role: tokens[index] for role, index in ids.items()},
-        eos_ids=_unique(named["eos_token"], keys.get("eot_token_id"), keys.get("eom_token_id")),
-        add_bos=bool(keys.get("add_bos_token", rules.add_bos)),
+        eos_ids=unique_ids(named["eos_token"], keys.get("eot_token_id"), keys.get("eom_token_id")),
     )
-    if special.add_bos and "bos_token" in ids:
+    if keys.get("add_bos_token", rules.add_bos) and "bos_token" in ids:
         bos = special.tokens["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos_token"])]

@@ -227,14 +227,19 @@ def parse_backend(text: str, where: str, *, run: str | None = None) -> tokenizer
     """
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except BaseException as failure:  # the library raises no narrower type, and its panics are not Exceptions
-        if not (isinstance(failure, Exception) or type(failure).__name__ == "PanicException"):
+    except BaseException as failure:
+        if not is_library_failure(failure):
             raise
         raise TokenizerError(
             f"{where} is not a tokenizer: {failure}",
             expected="a tokenizer.json of Hugging Face's tokenizers",
             run=run,
         ) from failure
+
+
+def is_library_failure(failure: BaseException) -> bool:
+    """Return whether a library raised it: tokenizers has no narrower type, and its panics are not Exceptions."""
+    return isinstance(failure, Exception) or type(failure).__name__ == "PanicException"
 
 
 def _check_vocabulary(backend: tokenizers.Tokenizer, where: str) -> None:

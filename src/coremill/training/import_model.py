@@ -145,13 +145,14 @@ def _packaged(wanted: PackageFile) -> Path:
 
 def _tokenizer(source: GgufWeights | HuggingFaceWeights) -> TextTokenizer:
     """The source's tokenizer, after checking that it is not larger than the embedding."""
+    from coremill.formats.huggingface.tokenizer import read_tokenizer
     from coremill.formats.weights import GgufWeights
     from coremill.text.model_tokenizer import TextTokenizer
 
     if isinstance(source, GgufWeights):
         tokenizer = TextTokenizer.from_gguf(source.file.metadata, where=str(source.path))
     else:
-        tokenizer = TextTokenizer.load(tokenizer_file(source.path))
+        tokenizer = read_tokenizer(source.path)
     if tokenizer.vocab_size > source.config.vocab_size:
         raise VocabularyMismatchError(
             f"{source.path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding "

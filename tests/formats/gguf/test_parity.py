@@ -12,8 +12,10 @@ from pathlib import Path
 import gguf
 import msgspec
 import pytest
+import tokenizers
 import torch
 from tests.formats.toy_gguf import CONFIG, Kind, Toy, train_toy, write_toy
+from tokenizers import processors
 
 from coremill.core.config import GgufType
 from coremill.core.contract import TokenizerRef
@@ -355,9 +357,11 @@ def test_a_template_with_a_variable_of_llama_cpps_server_is_reported(toy: Toy, t
 @pytest.mark.usefixtures("fewer_texts")
 def test_a_beginning_token_before_every_text_is_compared_once(toy: Toy, tmp_path: Path) -> None:
     """As in Llama 3: the template writes it as well, and llama.cpp's server removes it."""
-    (tmp_path / "tokenizer.json").write_bytes(toy.tokenizer.data)
+    backend = tokenizers.Tokenizer.from_str(toy.tokenizer.data.decode())
+    backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
+    backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text(STUDENT_TEMPLATE)
-    special = {"eos_token": "<|end|>", "bos_token": "<|bos|>", "pad_token": "<|pad|>", "add_bos_token": True}
+    special = {"eos_token": "<|end|>", "bos_token": "<|bos|>", "pad_token": "<|pad|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
     tokenizer = TextTokenizer.load(tmp_path / "tokenizer.json")
     words = " ".join(row.prompt for row in toy.rows)

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from coremill.core.config import ModelConfig, TextsConfig
 from coremill.core.contract import ModelArch, TokenizerRef
 from coremill.core.errors import TokenizerError, VocabularyMismatchError
 from coremill.data.corpora import bundled_texts
-from coremill.formats.gguf.tokenizer import gguf_metadata
+from coremill.formats.gguf.tokenizer import _BY_NAME, gguf_metadata, unheld_ends
 from coremill.formats.gguf.writer import write_gguf
 from coremill.formats.llamacpp.process import LlamaCpp
 from coremill.model.checkpoint import checkpoint_of
@@ -70,10 +70,11 @@ def trained(
     return backend
 
 
-def saved(backend: tokenizers.Tokenizer, folder: Path, **settings: Any) -> TextTokenizer:
-    roles = {"eos_token": "<|end|>", "bos_token": "<|bos|>", "pad_token": "<|pad|>", "add_bos_token": False}
+def saved(backend: tokenizers.Tokenizer, folder: Path, **settings: str | None) -> TextTokenizer:
+    """The tokenizer of `backend`; a setting of None is left out."""
+    roles = {"eos_token": "<|end|>", "bos_token": "<|bos|>", "pad_token": "<|pad|>", **settings}
     (folder / "tokenizer.json").write_text(backend.to_str())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**roles, **settings}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({key: roles[key] for key in roles if roles[key]}))
     return TextTokenizer.load(folder / "tokenizer.json")
 
 
@@ -103,7 +104,10 @@ def test_a_tokenizer_that_is_read_back_gives_the_same_ids(
 ) -> None:
     backend = KINDS[pre](prose)
     backend.add_tokens([AddedToken("<tool name>", normalized=False), AddedToken("  ", normalized=False)])
-    ours = saved(backend, tmp_path, chat_template="{{ messages[0].content }}", add_bos_token=True)
+    backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    ours = saved(backend, tmp_path)
+    assert ours.add_bos
     metadata = gguf_metadata(ours, vocab_size=432)
     assert metadata["tokenizer.ggml.pre"] == pre
     theirs = TextTokenizer.from_gguf(metadata, where="model.gguf")
@@ -118,19 +122,25 @@ def test_a_tokenizer_that_is_read_back_gives_the_same_ids(
     assert theirs.chat_template.source == "{{ messages[0].content }}"
 
 
+def written(tokenizer: TextTokenizer, folder: Path, *, vocab_size: int) -> Path:
+    """A GGUF file with `tokenizer`, of a random model."""
+    config = ModelConfig(
+        vocab_size=vocab_size, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=32, max_seq_len=32,
+        arch=ModelArch(use_halt_head=False, tie_embeddings=True),
+    )  # fmt: skip
+    ref = TokenizerRef(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest)
+    checkpoint = checkpoint_of(new_student(config, seed=1), model_type="toy", step=0, tokenizer=ref)
+    path, metadata = folder / "model.gguf", gguf_metadata(tokenizer, vocab_size=vocab_size)
+    write_gguf(path, checkpoint, metadata, kind="f32", name="a", provenance={})
+    return path
+
+
 @pytest.mark.parametrize("pre", KINDS)
 def test_llama_cpp_gives_the_same_ids(prose: list[str], texts: list[str], tmp_path: Path, pre: str) -> None:
     backend = KINDS[pre](prose)
-    backend.add_tokens([AddedToken("<tool name>", normalized=False), AddedToken("  ", normalized=False)])
+    backend.add_tokens([AddedToken("<tool name>", normalized=pre == "qwen2"), AddedToken("  ", normalized=False)])
     ours = saved(backend, tmp_path)
-    config = ModelConfig(
-        vocab_size=432, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=32, max_seq_len=32,
-        arch=ModelArch(use_halt_head=False, tie_embeddings=True),
-    )  # fmt: skip
-    ref = TokenizerRef(vocab_size=ours.vocab_size, digest=ours.digest)
-    checkpoint = checkpoint_of(new_student(config, seed=1), model_type="toy", step=0, tokenizer=ref)
-    path, metadata = tmp_path / "model.gguf", gguf_metadata(ours, vocab_size=432)
-    write_gguf(path, checkpoint, metadata, kind="f32", name="a", provenance={})
+    path = written(ours, tmp_path, vocab_size=432)
     with LlamaCpp(path, context=32) as llamacpp:
         for text in texts:
             if pre == "qwen2":  # as ours does, and llama.cpp does not
@@ -166,6 +176,45 @@ def test_several_end_tokens_are_written(prose: list[str], tmp_path: Path) -> Non
     metadata = gguf_metadata(ours, vocab_size=420)
     assert [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [2, 3, 0]
     assert TextTokenizer.from_gguf(metadata, where="").eos_ids == ours.eos_ids == (2, 3, 0)
+
+
+def with_ends(prose: list[str], folder: Path, names: list[str]) -> TextTokenizer:
+    """A tokenizer with the end tokens `names`, the first of which is its `eos_token`."""
+    backend = KINDS["gpt-2"](prose)
+    backend.add_special_tokens(names)
+    ends = [backend.token_to_id(name) for name in names]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return saved(backend, folder, eos_token=names[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "keyed", "unheld"),
+    [
+        (["<a>", "<b>", "<c>"], ["<a>", "<b>", "<c>"], []),
+        (["<|im_end|>", "<|endoftext|>", "<c>"], ["<|im_end|>", "<|endoftext|>", "<c>"], []),
+        (["<|im_end|>", "<|endoftext|>", "<c>", "<d>"], ["<|im_end|>", "<c>", "<d>"], []),
+        (["<a>", "<b>", "<c>", "<d>", "<eos>", "<f>"], ["<a>", "<b>", "<c>"], ["<d>", "<f>"]),
+    ],
+)
+def test_llama_cpp_stops_at_every_end_token_but_the_unheld(
+    prose: list[str], tmp_path: Path, names: list[str], keyed: list[str], unheld: list[str]
+) -> None:
+    ours = with_ends(prose, tmp_path, names)
+    metadata = gguf_metadata(ours, vocab_size=432)
+    found = [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")]
+    assert [ours.decode([token]) for token in found] == keyed
+    assert [ours.decode([token]) for token in unheld_ends(ours)] == unheld
+    with LlamaCpp(written(ours, tmp_path, vocab_size=432), context=32) as llamacpp:
+        stops = llamacpp.vocabulary().end_ids - {2}  # <|end|>, which llama.cpp knows by its text
+        assert stops == {*ours.eos_ids} - {*unheld_ends(ours)}
+
+
+def test_llama_cpp_knows_end_tokens_by_their_text(prose: list[str], tmp_path: Path) -> None:
+    ours = with_ends(prose, tmp_path, ["<a>", "<b>", "<c>", *sorted(_BY_NAME)])
+    assert len(_BY_NAME) == 16
+    assert unheld_ends(ours) == ()
+    with LlamaCpp(written(ours, tmp_path, vocab_size=440), context=32) as llamacpp:
+        assert llamacpp.vocabulary().end_ids == {*ours.eos_ids}
 
 
 def test_an_unused_id_gets_a_distinct_token(prose: list[str], tmp_path: Path) -> None:
@@ -268,6 +317,13 @@ def test_another_tokenizer_model_is_rejected(tmp_path: Path, model: models.Model
     assert error.found == f"{tmp_path}/tokenizer.json: a tokenizer of model {kind}"
 
 
+def test_a_token_that_its_normalizer_changes_is_rejected(prose: list[str], tmp_path: Path) -> None:
+    backend = KINDS["qwen2"](prose)
+    backend.add_tokens([AddedToken("<e\u0301>", normalized=True)])
+    error = refusal(saved(backend, tmp_path))
+    assert error.found == f"{tmp_path}/tokenizer.json: the added token '<e\u0301>' with normalized"
+
+
 def test_an_unknown_token_for_a_byte_is_rejected(prose: list[str], tmp_path: Path) -> None:
     def without(parts) -> None:
         vocab = parts["model"]["vocab"]
@@ -281,19 +337,12 @@ def test_an_unknown_token_for_a_byte_is_rejected(prose: list[str], tmp_path: Pat
     assert refusal(changed(without, prose, tmp_path)).found == found
 
 
-@pytest.mark.parametrize(
-    ("settings", "ends", "found", "expected"),
-    [
-        ({"eos_token": None}, [], "no token ends an answer", "an end token: llama.cpp would take token 11 for it"),
-        ({}, [2, 3, 0, 1], "4 tokens end an answer", "at most 3, as in llama.cpp"),
-    ],
-)
-def test_an_unsupported_number_of_end_tokens_is_rejected(
-    prose: list[str], tmp_path: Path, settings: dict[str, str | None], ends: list[int], found: str, expected: str
-) -> None:
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    error = refusal(saved(KINDS["gpt-2"](prose), tmp_path, **settings))
-    assert (error.found, error.expected) == (f"{tmp_path}/tokenizer.json: {found}", expected)
+def test_a_tokenizer_without_an_end_token_is_rejected(prose: list[str], tmp_path: Path) -> None:
+    tokenizer = saved(KINDS["gpt-2"](prose), tmp_path, eos_token=None)
+    error = refusal(tokenizer)
+    assert error.found == f"{tmp_path}/tokenizer.json: no token ends an answer"
+    assert error.expected == "an end token: llama.cpp would take token 11 for it"
+    assert unheld_ends(tokenizer) == ()
 
 
 def test_more_tokens_than_rows_of_the_embedding_are_rejected(prose: list[str]) -> None:

@@ -6,6 +6,8 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import processors
 
 from coremill.core.errors import ModelfileError
 from coremill.formats.gguf_file import GgufFile
@@ -76,8 +78,12 @@ def test_a_model_without_a_chat_template_gets_its_prompt_unchanged(student: Text
 
 def test_the_token_that_begins_a_text_is_written_once(student: TextTokenizer, tmp_path: Path) -> None:
     """If the tokenizer puts it before every text, so does llama.cpp, and the template does not."""
-    switch = '"add_bos_token": {}'
-    adds = changed(student, tmp_path, "tokenizer_config.json", switch.format("false"), switch.format("true"))
+    before = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
+    backend = tokenizers.Tokenizer.from_str(student.data.decode())
+    backend.post_processor = before
+    student.save(tmp_path)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    adds = TextTokenizer.load(tmp_path / "tokenizer.json")
     made = write_modelfile(tmp_path, "toy-f16.gguf", adds, context=64)
     assert made is not None
     assert made.template.startswith("{{ range .Messages }}")

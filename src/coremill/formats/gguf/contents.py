@@ -19,7 +19,7 @@ from coremill.core.config import GgufType, ModelConfig
 from coremill.core.errors import GgufError, TokenizerError
 from coremill.core.parity import SettingDifference
 from coremill.formats.gguf.reader import GgufWeights
-from coremill.formats.gguf.tokenizer import gguf_metadata
+from coremill.formats.gguf.tokenizer import gguf_metadata, unheld_ends
 from coremill.formats.gguf.writer import general_metadata, stored_kind
 from coremill.formats.gguf_file import Value
 from coremill.formats.halt_head import HALT_HEAD
@@ -215,7 +215,7 @@ def _vocabulary_differences(llamacpp: LlamaCpp, tokenizer: TextTokenizer) -> Ite
     if tokenizer.bos_id is not None:  # else llama.cpp chooses one that it does not use
         yield from _difference("llama.cpp's beginning token", tokenizer.bos_id, found.bos_id)
     yield from _difference("llama.cpp's chat template", template, found.chat_template)
-    for token in tokenizer.eos_ids:
+    for token in sorted({*tokenizer.eos_ids} - {*unheld_ends(tokenizer)}):
         yield from _difference(f"whether token {token} ends an answer", True, token in found.end_ids)
     # llama.cpp treats some end tokens as control tokens, whatever the file declares.
     special = frozenset(token_id for token_id, added in tokenizer.added_tokens.items() if added.special)

@@ -20,7 +20,7 @@ from coremill.core.parity import GgufParity
 from coremill.core.stage import Figures
 from coremill.data.prompts import Prompts, check_kind, load_prompts
 from coremill.formats.gguf.parity import measure_gguf, require_parity
-from coremill.formats.gguf.tokenizer import gguf_metadata
+from coremill.formats.gguf.tokenizer import gguf_metadata, unheld_ends
 from coremill.formats.gguf.writer import check_writable, size_bytes, write_gguf
 from coremill.formats.halt_head import save_halt_head
 from coremill.formats.ollama.modelfile import write_modelfile
@@ -121,8 +121,11 @@ def _write_halt_head(checkpoint: Checkpoint, out: Path, name: str) -> Path | Non
 def _write_files(
     source: _Source, out: Path, name: str, types: Sequence[GgufType], halt_head: Path | None
 ) -> dict[GgufType, Path]:
-    ckpt = source.checkpoint
-    metadata = gguf_metadata(source.prompts.text_tokenizer, vocab_size=ckpt.config.vocab_size)
+    ckpt, tokenizer = source.checkpoint, source.prompts.text_tokenizer
+    metadata = gguf_metadata(tokenizer, vocab_size=ckpt.config.vocab_size)
+    if unheld := unheld_ends(tokenizer):
+        texts = ", ".join(f"{tokenizer.decode([token])} ({token})" for token in unheld)
+        log.warning("a GGUF file has keys for three end tokens; llama.cpp does not stop at %s", texts)
     files = {kind: layout.gguf_file(out, name, kind) for kind in types}
     for kind, path in files.items():
         write_gguf(path, ckpt, metadata, kind=kind, name=name, provenance=_provenance(source, halt_head))

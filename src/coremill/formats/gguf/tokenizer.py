@@ -31,12 +31,19 @@ from coremill.text.model_tokenizer import (
     USER_DEFINED,
     PreTokenization,
     TextTokenizer,
+    pipeline_steps,
 )
 
 _ROLES = {"bos_token": "bos", "unk_token": "unknown", "pad_token": "padding"}
 """The names of special tokens in tokenizer_config.json and in GGUF, except for the end tokens."""
 _ENDS = ("eos", "eot", "eom")
 """llama.cpp's end tokens: of a text, of a turn, of a message. Each ends an answer."""
+_BY_NAME = frozenset(
+    {"<|eot_id|>", "<|im_end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"}
+    | {"<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"}
+    | {"<end_of_utterance>", "<eos>"}
+)
+"""The tokens that llama.cpp takes for end tokens by their text, without a key."""
 _EXPECTED = f"byte-level BPE with one of llama.cpp's pre-tokenizations: {', '.join(PRE_TOKENIZATIONS)}"
 
 _Json = dict[str, Any]
@@ -76,14 +83,31 @@ def gguf_metadata(tokenizer: TextTokenizer, *, vocab_size: int) -> dict[str, Val
 
 
 def _special_ids(tokenizer: TextTokenizer, tokens: Sequence[str]) -> dict[str, int]:
-    ends = tokenizer.eos_ids
-    if not ends:
+    if not tokenizer.eos_ids:
         raise _error(tokenizer, "no token ends an answer", "an end token: llama.cpp would take token 11 for it")
-    if len(ends) > len(_ENDS):
-        raise _error(tokenizer, f"{len(ends)} tokens end an answer", f"at most {len(_ENDS)}, as in llama.cpp")
     ids = {name: tokens.index(tokenizer.special_tokens[role]) for role, name in _ROLES.items()
            if role in tokenizer.special_tokens}  # fmt: skip
-    return ids | dict(zip(_ENDS, ends, strict=False))
+    return ids | dict(zip(_ENDS, _keyed_ends(tokenizer), strict=False))
+
+
+def _keyed_ends(tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """Return the end tokens that get a key; if there are too many, the first and those without a known text."""
+    first, *others = tokenizer.eos_ids
+    if len(others) >= len(_ENDS):
+        others.sort(key=lambda token: _ends_by_name(tokenizer, token))  # stable
+    return (first, *others[: len(_ENDS) - 1])
+
+
+def _ends_by_name(tokenizer: TextTokenizer, token: int) -> bool:
+    return tokenizer.decode([token]) in _BY_NAME
+
+
+def unheld_ends(tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """Return the end tokens that a GGUF file cannot hold: neither a key nor its text makes llama.cpp stop there."""
+    if not tokenizer.eos_ids:
+        return ()
+    keyed = _keyed_ends(tokenizer)
+    return tuple(token for token in tokenizer.eos_ids if token not in keyed and not _ends_by_name(tokenizer, token))
 
 
 class _Described:
@@ -100,7 +124,7 @@ class _Described:
         self.model: _Json = self.parts["model"]
         self._check_model()
         self._check_added()
-        decoder = _steps(self.parts["decoder"], "decoders")
+        decoder = pipeline_steps(self.parts["decoder"], "decoders")
         if [step["type"] for step in decoder] != ["ByteLevel"]:
             raise self.error(f"the decoder {_shown(decoder)}")
 
@@ -123,7 +147,8 @@ class _Described:
     def _check_added(self) -> None:
         for added in self.parts["added_tokens"]:
             flags = [flag for flag in ("lstrip", "rstrip", "single_word") if added[flag]]
-            if added["normalized"] and self.parts["normalizer"] is not None:
+            # Of a text in NFC, as llama.cpp needs it, a token finds the same parts before and after normalisation.
+            if added["normalized"] and self.tokenizer.normalize(added["content"]) != added["content"]:
                 flags.append("normalized")
             if flags:
                 raise self.error(f"the added token {added['content']!r} with {flags[0]}")
@@ -133,8 +158,8 @@ class _Described:
         for name, rules in PRE_TOKENIZATIONS.items():
             if self._splits_as(rules):
                 return name
-        normalizer = _steps(self.parts["normalizer"], "normalizers")
-        steps = _steps(self.parts["pre_tokenizer"], "pretokenizers")
+        normalizer = pipeline_steps(self.parts["normalizer"], "normalizers")
+        steps = pipeline_steps(self.parts["pre_tokenizer"], "pretokenizers")
         raise self.error(
             f"llama.cpp has no name for the normalizer {_shown(normalizer)}, the pre-tokenizer "
             f"{_shown(steps)} and ignore_merges {self.model['ignore_merges']}"
@@ -148,7 +173,7 @@ class _Described:
         known.pre_tokenizer = rules.pre_tokenizer(add_prefix_space=False)
         expected = msgspec.json.decode(known.to_str())
         return bool(self.model["ignore_merges"]) == rules.whole_words_first and all(
-            _steps(self.parts[part], folded) == _steps(expected[part], folded)
+            pipeline_steps(self.parts[part], folded) == pipeline_steps(expected[part], folded)
             for part, folded in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
         )
 
@@ -187,18 +212,6 @@ def _unused(token_id: int, taken: set[str]) -> str:
     while token in taken:
         token = f"[{token}]"
     return token
-
-
-def _steps(part: _Json | None, folded: str) -> list[_Json]:
-    """The steps of a normalizer, pre-tokenizer or decoder, with sequences flattened.
-
-    `trim_offsets` is omitted, since it affects only the offsets of tokens in the text, not their ids.
-    """
-    if part is None:
-        return []
-    if part["type"] == "Sequence":
-        return [step for each in part[folded] for step in _steps(each, folded)]
-    return [{key: value for key, value in part.items() if key != "trim_offsets"}]
 
 
 def _shown(steps: Sequence[_Json]) -> str:

@@ -30,7 +30,7 @@ from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
 from coremill.data.prompts import Prompts
 from coremill.formats.halt_head import HALT_HEAD
 from coremill.formats.huggingface.reader import WHOLE
-from coremill.formats.huggingface.settings import ExpectedSettings, Setting, settings
+from coremill.formats.huggingface.settings import ExpectedSettings, Setting, check_represented, settings
 from coremill.formats.parity import ODD_TEXTS, greedy_differences, questions, sequences, texts
 from coremill.formats.source import huggingface_name
 from coremill.model.reference import Array, Reference
@@ -81,10 +81,12 @@ def compare(folder: Path, expected: Expected) -> Findings:
     """Load `folder` with transformers and compare it with `expected`.
 
     Raises:
+        TokenizerError: transformers replaces the rules of the tokenizer by those of a class of its own.
         DatasetError: every prompt fills the model's context.
     """
     model = load_model(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    check_represented(tokenizer, expected.tokenizer, model.config.model_type)
     with torch.no_grad():
         logits, max_abs = _logits(model, expected)
         answers, differences = _answers(model, expected)

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import tokenizers
 import torch
 import transformers
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from coremill.core.config import ModelConfig
+from coremill.core.errors import TokenizerError
 from coremill.core.plain import Plain
+from coremill.formats.huggingface.tokenizer import replaced_parts
 from coremill.formats.huggingface.writer import rope_parameters
 from coremill.text.model_tokenizer import TextTokenizer
 
@@ -107,16 +110,47 @@ def _of_tokenizer(
     found: transformers.PreTrainedTokenizerBase, tokenizer: TextTokenizer
 ) -> Iterator[tuple[str, Value, Value]]:
     special = tokenizer.special_tokens
-    yield "tokenizer's bos_token", found.bos_token, special.get("bos_token")
-    yield "tokenizer's eos_token", found.eos_token, special.get("eos_token")
-    # If a model declares no padding token, some classes use one of their own, which is harmless.
-    yield "tokenizer's pad_token", found.pad_token, special.get("pad_token", found.pad_token)
+    # If a model declares no padding or unknown token, some classes use one of their own, which is harmless.
+    for role in sorted({"bos_token", "eos_token", "pad_token"} | special.keys()):
+        default = found.pad_token if role == "pad_token" else None
+        yield f"tokenizer's {role}", found.special_tokens_map.get(role), special.get(role, default)
     yield "tokenizer's model_max_length", found.model_max_length, VERY_LARGE_INTEGER
     # Compared as text: the library's tokens compare equal if their content is, whatever their other fields.
     theirs = {token_id: repr(token) for token_id, token in found.added_tokens_decoder.items()}
     expected = {token_id: repr(token) for token_id, token in tokenizer.added_tokens.items()}
     for token_id in sorted(theirs.keys() | expected.keys()):
         yield f"token {token_id}", theirs.get(token_id), expected.get(token_id)
+
+
+def check_represented(
+    theirs: transformers.PreTrainedTokenizerBase, tokenizer: TextTokenizer, model_type: str
+) -> None:
+    """Check that transformers does not replace the rules of a written tokenizer.
+
+    It chooses the class of some models' tokenizers by the model's type, whatever tokenizer_config.json names.
+
+    Args:
+        theirs: the tokenizer that transformers loads from the written directory.
+        model_type: of its config.json.
+
+    Raises:
+        TokenizerError: that class has a normalizer or a pre-tokenizer of its own, or adds tokens.
+    """
+    assert isinstance(theirs, transformers.PreTrainedTokenizerFast)
+    name = type(theirs).__name__
+    if name == transformers.PreTrainedTokenizerFast.__name__:
+        return
+    own = tokenizers.Tokenizer.from_str(tokenizer.data.decode("utf-8"))
+    replaced = " and ".join(f"its {part}" for part in replaced_parts(own, theirs.backend_tokenizer))
+    added = " and ".join(str(theirs.convert_ids_to_tokens(token)) for token in sorted(theirs.added_tokens_decoder)
+                         if token >= tokenizer.vocab_size)  # fmt: skip
+    changes = [f"{verb} {what}" for verb, what in (("replaces", replaced), ("adds", added)) if what]
+    if changes:
+        raise TokenizerError(
+            f"a Hugging Face directory cannot hold the tokenizer of {tokenizer.where}: transformers reads every "
+            f"{model_type} model's as {name}, which {', and '.join(changes)}",
+            expected=f'a tokenizer that {name} represents; or `formats = ["gguf"]` in the configuration',
+        )
 
 
 def _id_list(ids: int | Sequence[int] | None) -> list[int]:
