@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import coremltools as ct
@@ -81,6 +82,27 @@ def build() -> Callable[..., Any]:
     return build_model
 
 
+@contextlib.contextmanager
+def hostile_settings() -> Iterator[None]:
+    """Set everything that a caller can set, and that would change values or fail; `evaluate` must not notice."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float16)
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("medium")
+        stack.callback(torch.use_deterministic_algorithms, False)
+        torch.use_deterministic_algorithms(True)
+        stack.callback(torch.set_flush_denormal, False)
+        torch.set_flush_denormal(True)
+        stack.callback(torch.backends.cuda.enable_math_sdp, True)
+        torch.backends.cuda.enable_math_sdp(False)
+        stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+        stack.callback(torch.set_default_device, None)
+        torch.set_default_device("meta")
+        stack.enter_context(np.errstate(all="raise"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def evaluate(build: Callable[..., Any]) -> Callable[..., list[np.ndarray[Any, Any]]]:
     """`evaluate({"x": array}, lambda x: mb.relu(x=x))` returns the evaluator's outputs of the function."""
@@ -92,8 +114,16 @@ def evaluate(build: Callable[..., Any]) -> Callable[..., list[np.ndarray[Any, An
         ios: int = 18,
         mode: str = "declared",
     ) -> list[np.ndarray[Any, Any]]:
-        model = MLModel(build(inputs, body, ios=ios), mode=mode)
-        return list(model.predict(dict(inputs)).values())
+        package = build(inputs, body, ios=ios)
+        generator = torch.get_rng_state()
+        plain = list(MLModel(package, mode=mode).predict(dict(inputs)).values())
+        torch.set_rng_state(generator)
+        with hostile_settings():
+            found = list(MLModel(package, mode=mode).predict(dict(inputs)).values())
+        for own, other in zip(found, plain, strict=True):
+            assert own.dtype == other.dtype
+            np.testing.assert_array_equal(own, other)
+        return plain
 
     return run
 

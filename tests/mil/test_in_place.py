@@ -140,11 +140,23 @@ def test_updates_in_place_give_equal_values(models, body, steps):
         np.testing.assert_array_equal(state.read("kept"), kept)
 
 
-def test_failure_restores_the_state():
-    def fails_after_the_update(kept, at, x):
-        new = write(kept, mb.read_state(input=kept), at, x)
-        return mb.add(x=mb.reduce_sum(x=new), y=mb.gather(x=TABLE, indices=at))
+def fails_after_the_update(kept, at, x):
+    new = write(kept, mb.read_state(input=kept), at, x)
+    return mb.add(x=mb.reduce_sum(x=new), y=mb.gather(x=TABLE, indices=at))
 
+
+def test_failure_restores_a_state_that_another_function_made():
+    """The state's tensor was made within a run, where torch makes tensors that only a run may write into."""
+    makes, fails = model_of(old_content_is_read_afterwards), model_of(fails_after_the_update)
+    assert not updates_in_place(makes.program.graph)
+    state = makes.make_state()
+    makes.predict({"at": np.array([1], np.int32), "x": np.array([5], np.float16)}, state)
+    with pytest.raises(PredictionInputError, match="index 6 is out of bounds"):
+        fails.predict({"at": np.array([6], np.int32), "x": np.array([7], np.float16)}, state)
+    assert state.read("kept").tolist() == [0, 5, 0, 0, 0, 0, 0, 0]
+
+
+def test_failure_restores_the_state():
     model = model_of(fails_after_the_update)
     assert len(updates_in_place(model.program.graph)) == 1
     state = model.make_state()

@@ -97,6 +97,14 @@ def test_missing_libraries_are_reported_in_the_words_that_are_filtered():
     assert lines == ["Failed to load _MLModelProxy: said later"], advice("the notices of coremltools' import")
 
 
+def test_the_callers_device_can_be_set_aside():
+    assert torch._C._len_torch_function_stack() == 0, advice("torch._C._len_torch_function_stack")
+    with torch.device("meta"):
+        assert torch._C._len_torch_function_stack() == 1, advice("torch._C._len_torch_function_stack")
+        with torch._C.DisableTorchFunction():
+            assert torch.zeros(()).device.type == "cpu", advice("torch._C.DisableTorchFunction")
+
+
 def test_onednn_has_its_linear_layer():
     if not torch.backends.mkldnn.is_available():
         return  # F.linear is used where torch is built without oneDNN

@@ -156,6 +156,12 @@ class MLModel:
             PackageError: an operation fails on shapes that the package allows.
             MachineError: an output is an image, and Pillow is not installed.
         """
+        with np.errstate(all="ignore"):  # NaN, infinities and rounding are values here, whatever the caller has set
+            return self._predict(data, state, observe)
+
+    def _predict(
+        self, data: Mapping[str, Array | Image], state: State | None, observe: Observer | None
+    ) -> dict[str, Any]:
         self._check_names(data)
         given = {spec.name: _input_tensor(spec, data) for spec in self.inputs}
         cells = self._cells(state)
@@ -169,8 +175,9 @@ class MLModel:
             outputs = self._outputs(dict(zip(graph.outputs, results, strict=True)), given, cells)
             contents = self._contents(cells, given)
         except BaseException:
-            for cell in cells.values():
-                cell.restore()
+            with torch.inference_mode():  # where the run has made the tensors that it wrote into
+                for cell in cells.values():
+                    cell.restore()
             raise
         if state is not None:
             state._tensors.update(contents)
@@ -334,8 +341,8 @@ def _tensor_from_array(spec: TensorSpec, array: Array | Image) -> torch.Tensor:
                 raise PredictionInputError(
                     f"input {spec.name!r} holds {value}", expected=f"{info.min} to {info.max}, as {spec.dtype}"
                 )
-    with np.errstate(over="ignore"):  # a float beyond the type's range becomes an infinity, as IEEE specifies
-        converted = np.ascontiguousarray(array, dtype=dtype)
+    # A float beyond the type's range becomes an infinity, as IEEE specifies.
+    converted = np.ascontiguousarray(array, dtype=dtype)
     if not converted.flags.writeable:
         converted = converted.copy()  # torch warns about read-only memory
     return torch.from_numpy(converted).reshape(array.shape)

@@ -8,7 +8,6 @@ length, …). Later runs at that shape start with those values and skip the oper
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -68,25 +67,6 @@ class Target:
 
     numerics: Numerics
     device: torch.device = CPU
-
-    @property
-    def is_cpu(self) -> bool:
-        return bool(self.device == CPU)
-
-    def activate(self) -> contextlib.ExitStack:
-        """Return the context to compute in: kernels create tensors on the device, and products keep their types.
-
-        Autocast and reduced precisions are off, whatever the caller has set; its settings are restored.
-        """
-        stack = contextlib.ExitStack()
-        stack.enter_context(torch.autocast(self.device.type, enabled=False))
-        if torch.get_float32_matmul_precision() != "highest":
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
-        if not self.is_cpu:  # torch's default, which needs no context; one costs time at each operation
-            stack.enter_context(self.device)
-            stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
-        return stack
 
 
 class Constants:

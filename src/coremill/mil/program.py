@@ -8,7 +8,8 @@ import torch
 
 from coremill.mil.graph import Graph, read_function
 from coremill.mil.loader import Package
-from coremill.mil.plan import Constants, Observer, Plan, Target
+from coremill.mil.plan import CPU, Constants, Observer, Plan, Target
+from coremill.mil.settings import neutral
 from coremill.mil.values import Value
 
 
@@ -24,7 +25,8 @@ class Program:
     """
 
     def __init__(self, package: Package, function_name: str) -> None:
-        self.graph: Graph = read_function(package, function_name)
+        with neutral(CPU):
+            self.graph: Graph = read_function(package, function_name)
         self._weights = package.weights
         self._constants = Constants()
         self._plans: dict[Target, Plan] = {}
@@ -36,7 +38,7 @@ class Program:
             PackageError: an operation on constants cannot be computed.
         """
         if target not in self._plans:
-            with torch.inference_mode(), target.activate():
+            with neutral(target.device):
                 self._plans[target] = Plan(self.graph, target, self._constants)
         return self._plans[target]
 
@@ -51,11 +53,11 @@ class Program:
         """
         self._weights.check_sizes()
         plan = self.plan(target)
-        held = [
-            argument.to(target.device, target.numerics.storage(self.graph.types[slot].element))
-            if isinstance(argument, torch.Tensor)
-            else argument
-            for slot, argument in zip(self.graph.inputs, arguments, strict=True)
-        ]
-        with torch.inference_mode(), target.activate():
+        with neutral(target.device):
+            held = [
+                argument.to(target.device, target.numerics.storage(self.graph.types[slot].element))
+                if isinstance(argument, torch.Tensor)
+                else argument
+                for slot, argument in zip(self.graph.inputs, arguments, strict=True)
+            ]
             return plan.run(held, observe)

@@ -85,7 +85,7 @@ def exp(x: Tensor) -> Tensor:
 @op("exp2")
 def exp2(x: Tensor) -> Tensor:
     """exp2: 2^x, in the dtype of x."""
-    return torch.exp2(x).to(x.dtype)
+    return torch.exp2(x if x.is_floating_point() else x.double()).to(x.dtype)
 
 
 @op("floor", native=True)

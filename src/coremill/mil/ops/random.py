@@ -24,7 +24,7 @@ def _generator(seed: int) -> torch.Generator | None:
 def _uniform(shape: Ints, seed: int) -> Tensor:
     """Draws from [0, 1), fp64: the same for each mode and device."""
     draws = torch.rand(shape, generator=_generator(seed), dtype=torch.float64, device="cpu")
-    return draws.to(torch.get_default_device())
+    return draws.to(torch.empty(()).device)
 
 
 def _check_shape(shape: Ints) -> None:
@@ -33,7 +33,7 @@ def _check_shape(shape: Ints) -> None:
 
 
 def _number(value: Tensor | None, default: float) -> Tensor:
-    return torch.tensor(default) if value is None else value
+    return torch.tensor(default, dtype=torch.float32) if value is None else value
 
 
 @op("random_bernoulli", pure=False, native=True)

@@ -64,7 +64,7 @@ def tile(x: Tensor, *, reps: Ints) -> Tensor:
 @op("fill", native=True)
 def fill(value: Tensor | None = None, *, shape: Ints) -> Tensor:
     """fill: a tensor of `shape`, every element `value` (by default 0 of fp32)."""
-    return (torch.zeros(()) if value is None else value).reshape(()).expand(shape)
+    return (torch.zeros((), dtype=torch.float32) if value is None else value).reshape(()).expand(shape)
 
 
 @op("fill_like", since=16, native=True)

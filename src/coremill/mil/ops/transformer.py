@@ -62,10 +62,10 @@ def _largest_hidden(mask: Tensor) -> float | None:
 
     By rows, because a copy of the mask may need more memory than the attention itself.
     """
-    largest = -math.inf
+    largest, is_bool = -math.inf, mask.dtype is torch.bool
     for start in range(0, len(mask), _BLOCK_ROWS):
         rows = mask[start : start + _BLOCK_ROWS]
-        added = torch.where(rows, 0.0, -math.inf) if rows.dtype is torch.bool else rows
+        added = torch.zeros_like(rows, dtype=torch.float32).masked_fill(~rows, -math.inf) if is_bool else rows
         is_hidden = torch.ones_like(added[:, start:], dtype=torch.bool).triu(1)  # (rows, L - start)
         if added[:, :start].any() or added[:, start:].masked_fill(is_hidden, 0.0).any():
             return None
