@@ -46,6 +46,8 @@ from coremill.core.contract import Contract, ModelArch, ShapeSet, TokenizerRef, 
 from coremill.core.diagnostics import ConversionDiagnostics
 from coremill.core.digest import digest, file_digest
 from coremill.core.documents import read_json, write_json
+from coremill.core.gates import Severity, passed
+from coremill.core.parity import SourceParity
 from coremill.core.reports import Answer, Backend, Perplexity, StatefulMeasured
 from coremill.core.stage import StageContext
 from coremill.coreml.graph import load_program, trace, write_traced
@@ -313,6 +315,13 @@ def build(pristine: Build, tmp_path: Path) -> Build:
     return Build(tmp_path / "build")
 
 
+def prove_source(checkpoint: Path) -> None:
+    """Write the report of a comparison that passed; a random model has no source to compare it with."""
+    gates = (passed(measured=0, threshold=0).gate("relative error of logits", Severity.MUST),)
+    parity = SourceParity(checkpoint_digest=file_digest(checkpoint), program="none", positions=1, gates=gates)
+    write_json(layout.source_parity(checkpoint.parent), parity)
+
+
 @pytest.fixture(scope="session")
 def pristine_imported(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """A finished build of an imported model with a cache; tests only read it."""
@@ -352,6 +361,7 @@ def pristine_imported(tmp_path_factory: pytest.TempPathFactory) -> Build:
         training={IMPORTED_FROM: {"files": {"model.gguf": "sha256:0"}}},
     )
     save_checkpoint(build.checkpoint, checkpoint)
+    prove_source(build.checkpoint)
     export_pytorch.run_stage(build.context("export", "texts", "import"))
     convert_coreml.run_stage(build.context("convert", "export"))
     return build

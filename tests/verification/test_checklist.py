@@ -136,6 +136,7 @@ def test_the_checklists_own_rows_have_its_severities(good):
     [
         ("Export completes", {"graph_problem": "no graph"}, "no graph"),
         ("Checkpoint loads and validates", {"checkpoint_problem": "another"}, "another"),
+        ("The checkpoint computes what its source does", {"source_problem": "other logits"}, "other logits"),
         ("Contract file generated and valid", {"contract_problem": "another"}, "another"),
         ("Inputs, outputs and shapes match the contract", {"interface_problems": ("a", "b")}, "a; b"),
         (

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 import pytest
 import torch
+from tests.converted import prove_source
 
 from coremill.conversion import convert_coreml, export_pytorch
 from coremill.conversion.verify_contract import run_stage
@@ -87,6 +88,7 @@ def honest(pristine_imported, models, tmp_path_factory):
         training=known.training,
     )
     save_checkpoint(build.checkpoint, checkpoint)
+    prove_source(build.checkpoint)
     exported(build)
     with Patch.context() as patch:
         patch.setattr(convert, "convert_function", _recording(models))

@@ -122,6 +122,11 @@ def halt_head_file(stage: Path, run: str) -> Path:
     return stage / f"halt_head-{_stem(run)}.safetensors"
 
 
+def source_parity(folder: Path) -> Path:
+    """The comparison of an imported checkpoint in `folder` with its source."""
+    return folder / "source_parity.json"
+
+
 def parity_report(stage: Path) -> Path:
     """The comparison of an exported format with the checkpoint."""
     return stage / "parity.json"

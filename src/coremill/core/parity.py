@@ -1,6 +1,7 @@
-"""`parity.json`: the comparison of an exported format with the checkpoint.
+"""`parity.json`: an exported format compared with the checkpoint; `source_parity.json`: an import, with its source.
 
-`HuggingFaceParity` is for a Hugging Face directory under transformers, `GgufParity` for GGUF files under llama.cpp.
+`HuggingFaceParity` is for a Hugging Face directory under transformers, `GgufParity` for GGUF files under llama.cpp,
+`SourceParity` for either as the source of an import.
 """
 
 from __future__ import annotations
@@ -34,6 +35,20 @@ class TokenDifference(Record):
     """The checkpoint's logit of its own choice minus that of the other, in logits."""
     is_tie: bool
     """Whether the gap is within rounding."""
+
+
+# --- the source of an import -------------------------------------------------------------------------
+
+
+class SourceParity(Document):
+    """`source_parity.json`: what an imported checkpoint computes, compared with its source in another program."""
+
+    checkpoint_digest: str
+    program: str
+    """The program that ran the source, with its version, such as `transformers 5.23.0`."""
+    positions: int
+    """Positions whose V logits were compared."""
+    gates: tuple[Gate, ...]
 
 
 # --- a Hugging Face directory -----------------------------------------------------------------------

@@ -12,7 +12,7 @@ from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure
 from coremill.core.documents import Document, json_schemas
 from coremill.core.manifest import StageManifest
 from coremill.core.matrix import AgreementMatrix
-from coremill.core.parity import GgufParity, HuggingFaceParity
+from coremill.core.parity import GgufParity, HuggingFaceParity, SourceParity
 from coremill.core.publish import write_atomic
 from coremill.core.reports import RunSummary, VerificationReport
 
@@ -28,6 +28,7 @@ FORMATS: list[type[Document]] = [
     AgreementMatrix,
     AnswerKey,
     HuggingFaceParity,
+    SourceParity,
     GgufParity,
 ]
 

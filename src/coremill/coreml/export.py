@@ -26,6 +26,7 @@ from coremill.core.contract import (
 from coremill.core.digest import file_digest
 from coremill.core.documents import encode
 from coremill.core.errors import ExportError
+from coremill.core.machine import release_memory
 from coremill.core.parity import MAX_RELATIVE_ERR
 from coremill.core.publish import replacing
 from coremill.core.stage import Figures
@@ -106,6 +107,7 @@ def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, program:
     with replacing(program) as file:
         capture(ckpt, shapes, settings, file)
         file.flush()
+        release_memory()
         # Check the saved program, not the one in memory.
         saved = Path(file.name)
         loaded = load_program(saved, settings.frontend, where=program.name)
@@ -118,6 +120,7 @@ def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, program:
                 else ShapeFailed(error=f"beyond the model's context of {ckpt.config.max_seq_len} tokens")
             )
             _report(key, validation[key], shapes)
+            release_memory()
         working = [seq_len for seq_len in fitting if isinstance(validation[shape_key(seq_len)], ShapeOk)]
         functions = _stateful_functions(loaded, working, scores[min(working)][0], sequences[min(working)][0])
         with without_weights(loaded):

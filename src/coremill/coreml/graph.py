@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -159,7 +160,8 @@ def stand_ins(weights: Sequence[Tensor]) -> list[Tensor]:
 
     A graph does not depend on the values of the weights: it is captured, and its interface is read, with these.
     """
-    zeros = torch.zeros(max(weight.numel() for weight in weights))
+    # numpy's zeros are memory that the system provides when it is written; torch writes its own.
+    zeros = torch.from_numpy(np.zeros(max(weight.numel() for weight in weights), np.float32))
     return [zeros[: weight.numel()].view(weight.shape) for weight in weights]
 
 
@@ -181,6 +183,15 @@ def write_traced(program: torch.jit.ScriptModule, weights: Iterable[tuple[str, T
     for name, value in weights:
         for each in by_name[name]:
             each.data = value
+    try:
+        _save_traced(program, file)
+    finally:
+        for parameters in by_name.values():
+            for each in parameters:
+                each.data = torch.empty(0)  # torch keeps traced programs
+
+
+def _save_traced(program: torch.jit.ScriptModule, file: BinaryIO) -> None:
     # To a file, not to memory; torch writes the file's stem into the archive.
     with tempfile.TemporaryDirectory(prefix="coremill-") as folder:
         saved = Path(folder) / "archive.pt"

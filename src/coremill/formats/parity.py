@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coremill.core.errors import DatasetError
+from coremill.core.gates import Gate, Severity, failed, passed
 from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
 from coremill.data.prompts import Prompts, RowPrompts, TextPrompts, conversation
 from coremill.text.model_tokenizer import TextTokenizer
@@ -36,6 +37,18 @@ _SPELLED = 64
 """The most special tokens with texts of their own; Llama 3 has 256, most of them reserved."""
 _RANDOM_SHARE = 0.3
 """The minimum share of random texts."""
+
+
+def none_of(name: str, wrong: Sequence[object], count: int) -> Gate:
+    """Return a must-gate that passes if `wrong` is empty, and otherwise shows the first of them.
+
+    Args:
+        count: the number of items that were compared.
+    """
+    if not wrong:
+        return passed(measured=0, threshold=0).gate(name, Severity.MUST)
+    reason = f"{len(wrong)} of {count}, such as {wrong[0]!r}"
+    return failed(reason, measured=len(wrong), threshold=0).gate(name, Severity.MUST)
 
 
 # --- token ids --------------------------------------------------------------------------------------

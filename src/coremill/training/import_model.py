@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import logging
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +19,14 @@ from coremill.core.command import command_parser, exit_on_error
 from coremill.core.config import ImportedRun, PackageFile, WeightsConfig
 from coremill.core.contract import TokenizerRef
 from coremill.core.digest import file_digest
+from coremill.core.documents import write_json
 from coremill.core.errors import (
     CheckpointUnreadableError,
     ConfigError,
     OutputError,
     VocabularyMismatchError,
 )
-from coremill.core.layout import checkpoint_file, tokenizer_file
+from coremill.core.layout import checkpoint_file, source_parity, tokenizer_file
 from coremill.core.machine import check_disk, check_memory
 from coremill.core.publish import check_apart, check_replaceable
 from coremill.core.stage import Figures, StageContext
@@ -45,7 +47,9 @@ _LOG_LINES = 4
 def run_stage(context: StageContext[ImportedRun]) -> Figures:
     """Import the run's model; writes the checkpoint and the tokenizer's files to `context.out`."""
     config = context.config
-    return import_model(config.weights, checkpoint_file(context.out, config.name), model_type=config.model_type)
+    checkpoint = checkpoint_file(context.out, config.name)
+    figures = import_model(config.weights, checkpoint, model_type=config.model_type)
+    return {**figures, **prove_import(config.weights, checkpoint)}
 
 
 def import_model(weights: WeightsConfig, out: Path, *, model_type: str | None = None) -> Figures:
@@ -102,6 +106,40 @@ def import_model(weights: WeightsConfig, out: Path, *, model_type: str | None = 
         "format": source.format,
         "source_dtype": source.dtypes[0],
         "checkpoint_bytes": out.stat().st_size,
+    }
+
+
+def prove_import(weights: WeightsConfig, checkpoint: Path) -> Figures:
+    """Compare the checkpoint and the tokenizer next to it with their source, and write `source_parity.json` there.
+
+    Returns:
+        The program that ran the source, the number of positions compared, and the duration in seconds.
+
+    Raises:
+        ParityError: the program computes something else; the report shows what.
+        GgufError: llama.cpp does not load the source.
+    """
+    from coremill.formats.weights import open_weights
+    from coremill.model.checkpoint import load_checkpoint
+    from coremill.text.model_tokenizer import TextTokenizer
+    from coremill.training.source_parity import compare_with_source, require_source_parity
+
+    started = time.monotonic()
+    source_path = find_source(weights)
+    tokenizer = TextTokenizer.load(tokenizer_file(checkpoint.parent))
+    parity = compare_with_source(
+        open_weights(source_path), load_checkpoint(checkpoint), tokenizer, digest=file_digest(checkpoint)
+    )
+    write_json(source_parity(checkpoint.parent), parity)
+    require_source_parity(parity, source_path)
+    duration_s = time.monotonic() - started
+    log.info(
+        "%s computes the same from the source: %d positions, %.0f s", parity.program, parity.positions, duration_s
+    )
+    return {
+        "source_program": parity.program,
+        "source_positions": parity.positions,
+        "source_check_s": round(duration_s, 1),
     }
 
 
@@ -223,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         ) from failure
     check_out(args.out)
     check_apart([args.out, tokenizer_file(args.out.parent)], _inputs(find_source(weights)))
-    for name, value in import_model(weights, args.out).items():
+    for name, value in {**import_model(weights, args.out), **prove_import(weights, args.out)}.items():
         sys.stdout.write(f"{name}  {value}\n")
     sys.stdout.write(f"{file_digest(args.out).removeprefix('sha256:')}  {args.out}\n")
     return 0

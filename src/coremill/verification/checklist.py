@@ -119,6 +119,10 @@ def _checkpoint(evidence: Evidence) -> Finding:
     return _problem(evidence.files.checkpoint_problem, evidence.contract.checkpoint_digest)
 
 
+def _source(evidence: Evidence) -> Finding:
+    return _problem(evidence.files.source_problem)
+
+
 def _export(evidence: Evidence) -> Finding:
     return _problem(evidence.files.graph_problem, evidence.contract.graph_digest)
 
@@ -425,6 +429,7 @@ def _listed(bad: Mapping[str, str]) -> str | None:
 ROWS = (
     Row("Python 3.11 available for export and conversion", MUST, _python),
     Row("Checkpoint loads and validates", MUST, _checkpoint),
+    Row("The checkpoint computes what its source does", MUST, _source, lambda subject: subject.imported),
     Row("Export completes", MUST, _export),
     Row("Contract file generated and valid", MUST, _contract),
     Row("Primary shape validation succeeds", MUST, _primary_shape),

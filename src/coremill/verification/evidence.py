@@ -33,6 +33,8 @@ class FileChecks(msgspec.Struct, frozen=True, kw_only=True):
     """Why the exported program next to the contract is not the one that the contract describes."""
     checkpoint_problem: str | None
     """Why the checkpoint is not the exported one."""
+    source_problem: str | None
+    """Why an imported checkpoint is not known to compute what its source computes."""
     contract_problem: str | None
     """Why the package was not made from this contract."""
     diagnostics: ConversionDiagnostics | None

@@ -18,7 +18,8 @@ from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure
 from coremill.core.digest import digest, file_digest, size_bytes
 from coremill.core.documents import read_json, write_json
 from coremill.core.errors import ConfigError, ContractMismatchError, PackageError
-from coremill.core.gates import Outcome, gates_ok
+from coremill.core.gates import Outcome, gates_ok, must_gates_ok
+from coremill.core.parity import SourceParity
 from coremill.core.reports import Backend, ShapeError, VerificationReport
 from coremill.core.stage import Figures
 from coremill.coreml.graph import check_main
@@ -115,6 +116,7 @@ def _check_files(subject: Subject, contract: Contract, saved: PackageFacts, chec
     return FileChecks(
         graph_problem=_graph_problem(subject.contract.parent / contract.graph, contract),
         checkpoint_problem=_differs("the checkpoint", file_digest(subject.checkpoint), contract.checkpoint_digest),
+        source_problem=_source_problem(subject.checkpoint),
         contract_problem=_contract_problem(subject, contract, saved, checkpoint),
         diagnostics=diagnostics,
         diagnostics_problem=diagnostics_problem,
@@ -176,6 +178,20 @@ def _diagnostics(package: Path) -> tuple[ConversionDiagnostics | None, str | Non
     diagnostics = read_json(path, ConversionDiagnostics)
     problem = _differs(f"the package that {path.name} describes", diagnostics.package_digest, digest(package))
     return (None, problem) if problem else (diagnostics, None)
+
+
+def _source_problem(checkpoint: Path) -> str | None:
+    """Return why the checkpoint is not known to compute what its source does; None if the comparison passed."""
+    path = layout.source_parity(checkpoint.parent)
+    if not path.is_file():
+        return f"there is no {path.name} next to the checkpoint: import it again with `coremill import`"
+    parity = read_json(path, SourceParity)
+    failed = [f"{gate.name}: {gate.reason}" for gate in parity.gates if gate.outcome is not Outcome.PASSED]
+    problems = [
+        _differs(f"the checkpoint of {path.name}", parity.checkpoint_digest, file_digest(checkpoint)),
+        f"in {parity.program}: {'; '.join(failed)}" if failed and not must_gates_ok(parity.gates) else None,
+    ]
+    return "; ".join(problem for problem in problems if problem) or None
 
 
 def _graph_problem(graph: Path, contract: Contract) -> str | None:

@@ -144,7 +144,7 @@ def setting_differences(
         *config_differences(source.config, checkpoint.config),
         *_tokenizer_differences(source.file.metadata, tokenizer_keys),
         *_general_differences(kind, source, checkpoint),
-        *_vocabulary_differences(llamacpp, tokenizer),
+        *vocabulary_differences(llamacpp, tokenizer),
     ]
 
 
@@ -208,7 +208,7 @@ def _general_differences(
             yield from _difference(key, None, found[key])
 
 
-def _vocabulary_differences(llamacpp: LlamaCpp, tokenizer: TextTokenizer) -> Iterator[SettingDifference]:
+def vocabulary_differences(llamacpp: LlamaCpp, tokenizer: TextTokenizer) -> Iterator[SettingDifference]:
     """llama.cpp's own view of the tokens, some of which it recognises by their names."""
     found = llamacpp.vocabulary()
     template = None if tokenizer.chat_template is None else tokenizer.chat_template.source

@@ -27,6 +27,7 @@ from coremill.core.answer_key import AnswerKey
 from coremill.core.config import GgufType
 from coremill.core.digest import file_digest
 from coremill.core.errors import GgufError, ParityError
+from coremill.core.gates import Gate, Severity, at_most
 from coremill.core.machine import available_memory_bytes
 from coremill.core.parity import (
     MAX_RELATIVE_ERR,
@@ -41,10 +42,15 @@ from coremill.core.parity import (
 from coremill.data.judge import judge
 from coremill.data.prompts import Prompts, RowPrompts
 from coremill.data.rows import Row
-from coremill.formats.gguf.contents import prompt_differences, setting_differences, weights_err
+from coremill.formats.gguf.contents import (
+    prompt_differences,
+    setting_differences,
+    vocabulary_differences,
+    weights_err,
+)
 from coremill.formats.gguf.reader import GgufWeights
 from coremill.formats.llamacpp.process import LlamaCpp
-from coremill.formats.parity import greedy_differences, questions, sequences, texts
+from coremill.formats.parity import greedy_differences, none_of, questions, sequences, texts
 from coremill.measures import kl_nats
 from coremill.model.checkpoint import Checkpoint
 from coremill.model.decoding import generate, greedy
@@ -259,7 +265,7 @@ def _measure_file(
         if kind == "f32":
             beyond = sum(not difference.is_tie for difference in differences)
             figures.append(_figure("greedy_differences", beyond, _Bound(0, "torch's own greedy tokens")))
-        mismatches = list(_mismatches(llamacpp, plan))
+        mismatches = list(_mismatches(llamacpp, plan.tokenizer, plan.texts))
         texts = len({mismatch.text for mismatch in mismatches})
         figures.append(_figure("tokenizer_mismatches", texts, _Bound(0, "the tokenizer of the checkpoint")))
         if plan.heldout:
@@ -382,13 +388,64 @@ def _own_exact(reference: Reference, row: Row, tokenizer: Tokenizer, key: Answer
 # --- tokenizers -------------------------------------------------------------------------------------
 
 
-def _mismatches(llamacpp: LlamaCpp, plan: _Plan) -> Iterator[TokenizerMismatch]:
-    for given in plan.texts:
-        text = plan.tokenizer.normalize(given)  # llama.cpp does not normalise Unicode
+def _mismatches(llamacpp: LlamaCpp, tokenizer: TextTokenizer, texts: Sequence[str]) -> Iterator[TokenizerMismatch]:
+    for given in texts:
+        text = tokenizer.normalize(given)  # llama.cpp does not normalise Unicode
         for allow_special in (False, True):
-            ours = plan.tokenizer.encode(text, allow_special=allow_special)
+            ours = tokenizer.encode(text, allow_special=allow_special)
             theirs = llamacpp.tokenize(text, allow_special=allow_special)
             if ours != theirs:
                 yield TokenizerMismatch(
                     text=text, allow_special=allow_special, ids=tuple(ours), llamacpp_ids=tuple(theirs)
                 )
+
+
+# --- the source of an import ------------------------------------------------------------------------
+
+
+def compare_source(
+    source: GgufWeights, reference: Reference, prompts: Prompts, compared: Sequence[Sequence[int]]
+) -> tuple[Gate, ...]:
+    """Run a file that coremill did not write in llama.cpp; return the gates on logits, token ids and vocabulary.
+
+    Args:
+        reference: the model with the file's dequantised weights.
+        prompts: of the file's tokenizer.
+        compared: the sequences whose logits are compared.
+
+    Raises:
+        GgufError: llama.cpp does not load the file.
+    """
+    tokenizer = prompts.text_tokenizer
+    with LlamaCpp(source.path, context=max(map(len, compared)), threads=os.cpu_count() or 1) as llamacpp:
+        logits = _source_logits(source, reference, llamacpp, compared)
+        given = texts(prompts, tokenizer)
+        wrong = [mismatch.text for mismatch in _mismatches(llamacpp, tokenizer, given)]
+        odd = [
+            f"{each.name}: {each.found} instead of {each.expected}"
+            for each in vocabulary_differences(llamacpp, tokenizer)
+        ]
+    return (
+        logits,
+        none_of("texts that are tokenized differently", wrong, len(given)),
+        none_of("settings of the vocabulary that differ", odd, len(odd)),
+    )
+
+
+def _source_logits(
+    source: GgufWeights, reference: Reference, llamacpp: LlamaCpp, compared: Sequence[Sequence[int]]
+) -> Gate:
+    """Return the gate on the logits: float32's have the bound of rounding, others that of rounded activations."""
+    error, largest, kl = 0.0, 0.0, 0.0
+    for ids, scores in zip(compared, reference.score_all(compared), strict=True):
+        found = llamacpp.logits(ids)
+        for rows, outputs in scores.chunks():
+            expected = outputs[LOGITS]
+            error = float(np.maximum(error, np.abs(found[rows] - expected).max()))
+            largest = max(largest, float(np.abs(expected).max()))
+            kl += float(kl_nats(expected, found[rows]).sum())
+    if source.dtypes[0] == "F32":
+        return at_most(error / largest, MAX_RELATIVE_ERR).gate("relative error of logits", Severity.MUST)
+    kind: GgufType = "f16" if source.dtypes[0] == "F16" else "q8_0"
+    bound = BOUNDS[(kind, "kl_nats" if kind == "f16" else "arithmetic_kl_nats")]
+    return at_most(kl / sum(map(len, compared)), bound.limit).gate("KL divergence of logits", Severity.MUST)

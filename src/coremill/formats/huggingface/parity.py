@@ -24,14 +24,14 @@ from torch import Tensor
 
 from coremill.core import layout
 from coremill.core.config import ModelConfig
-from coremill.core.errors import TokenizerError
-from coremill.core.gates import Gate, Severity, at_most, failed, not_run, passed
+from coremill.core.errors import ParityError, TokenizerError
+from coremill.core.gates import Gate, Severity, at_most, not_run
 from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
 from coremill.data.prompts import Prompts
 from coremill.formats.halt_head import HALT_HEAD
 from coremill.formats.huggingface.reader import WHOLE
-from coremill.formats.huggingface.settings import ExpectedSettings, Setting, check_represented, settings
-from coremill.formats.parity import ODD_TEXTS, greedy_differences, questions, sequences, texts
+from coremill.formats.huggingface.settings import ExpectedSettings, check_represented, settings
+from coremill.formats.parity import ODD_TEXTS, greedy_differences, none_of, questions, sequences, texts
 from coremill.formats.source import huggingface_name
 from coremill.model.reference import Array, Reference
 from coremill.model.student import HALT_LOGITS, LOGITS
@@ -49,25 +49,31 @@ _QUESTIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expected:
-    """The contents and outputs that a directory must have."""
+class ExpectedOutputs:
+    """The outputs that the model and the tokenizer in a directory must have."""
 
     config: ModelConfig
     """The checkpoint's."""
     reference: Reference
-    """The checkpoint's model, with its weights rounded to the file's type."""
+    """The checkpoint's model, with its weights rounded to the directory's type."""
+    tokenizer: TextTokenizer
+    prompts: Prompts
+    halt_head: Path | None
+    """The file of the halt head, or None if the model has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected(ExpectedOutputs):
+    """The contents and outputs that a directory must have."""
+
     architecture: str
     """The class of transformers that computes it."""
     stored: Mapping[str, Tensor]
     """The tensors of the file, by the student's names."""
     dtype: torch.dtype
     """Their type."""
-    tokenizer: TextTokenizer
-    prompts: Prompts
     files: Mapping[str, bytes]
     """The contents of all files except the weights, by name."""
-    halt_head: Path | None
-    """The file of the halt head, or None if the model has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +91,11 @@ def compare(folder: Path, expected: Expected) -> Findings:
         DatasetError: every prompt fills the model's context.
     """
     model = load_model(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     check_represented(tokenizer, expected.tokenizer, model.config.model_type)
     with torch.no_grad():
-        logits, max_abs = _logits(model, expected)
+        compared = sequences(expected.prompts, expected.config.max_seq_len, _POSITIONS)
+        logits, max_abs = _logits(model, expected, compared)
         answers, differences = _answers(model, expected)
     gates = (
         _files(folder, expected),
@@ -102,24 +109,40 @@ def compare(folder: Path, expected: Expected) -> Findings:
     return Findings(gates=gates, logits_max_abs=max_abs, differences=differences)
 
 
+def compare_source(folder: Path, expected: ExpectedOutputs, compared: Sequence[Sequence[int]]) -> tuple[Gate, ...]:
+    """Load a model that coremill did not write, and return the gates on its logits, token ids and conversations.
+
+    Args:
+        compared: the sequences whose logits are compared.
+
+    Raises:
+        ParityError: transformers does not load it.
+    """
+    try:
+        model, tokenizer = load_model(folder), load_tokenizer(folder)
+    except Exception as failure:  # transformers has no error type of its own
+        cause = (str(failure).strip().splitlines() or [""])[0]
+        raise ParityError(
+            f"transformers does not load {folder}: {type(failure).__name__}: {cause}",
+            expected="a directory that transformers loads; the import is compared with what it computes",
+            run=f"python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}')\"",
+        ) from failure
+    with torch.no_grad():
+        logits, _ = _logits(model, expected, compared)
+    return (*logits, *_tokenizer(tokenizer, expected))
+
+
+def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
+    """Return the tokenizer that transformers loads from `folder`."""
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
 def load_model(folder: Path) -> transformers.PreTrainedModel:
     """Return the model that transformers loads from `folder`, in float32."""
     transformers.utils.logging.disable_progress_bar()
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
-
-
-def _none_of(name: str, wrong: Sequence[str] | Sequence[Setting] | Sequence[list[Message]], count: int) -> Gate:
-    """Return a gate that passes if `wrong` is empty, and otherwise names the first of them.
-
-    Args:
-        count: the number of items that were compared.
-    """
-    if not wrong:
-        return passed(measured=0, threshold=0).gate(name, Severity.MUST)
-    reason = f"{len(wrong)} of {count}, such as {wrong[0]!r}"
-    return failed(reason, measured=len(wrong), threshold=0).gate(name, Severity.MUST)
 
 
 # --- files and settings ------------------------------------------------------------------------------------------
@@ -134,7 +157,7 @@ def _files(folder: Path, expected: Expected) -> Gate:
         for name in sorted(found | expected.files.keys())
         if name not in found or name not in expected.files or (folder / name).read_bytes() != expected.files[name]
     ]
-    return _none_of("files that differ", different, len(expected.files))
+    return none_of("files that differ", different, len(expected.files))
 
 
 def _settings(
@@ -150,7 +173,7 @@ def _settings(
         tokenizer=expected.tokenizer,
     )
     compared = settings(folder, model, tokenizer, meant)
-    return _none_of("settings that differ", [each for each in compared if each.differs], len(compared))
+    return none_of("settings that differ", [each for each in compared if each.differs], len(compared))
 
 
 # --- weights and logits -----------------------------------------------------------------------------
@@ -167,18 +190,19 @@ def _weights(folder: Path, expected: Expected) -> Gate:
         for name in sorted(found.keys() | names.keys())
         if name not in found or name not in names or not _are_equal(found[name], expected.stored[names[name]])
     ]
-    return _none_of("tensors that differ", different, len(names))
+    return none_of("tensors that differ", different, len(names))
 
 
 def _are_equal(found: Tensor, wanted: Tensor) -> bool:
     return found.dtype == wanted.dtype and torch.equal(found, wanted)
 
 
-def _logits(model: transformers.PreTrainedModel, expected: Expected) -> tuple[list[Gate], float]:
+def _logits(
+    model: transformers.PreTrainedModel, expected: ExpectedOutputs, compared: Sequence[Sequence[int]]
+) -> tuple[list[Gate], float]:
     """Return the gates on the logits and on those of a halt head, and the largest difference of logits."""
     logits, halting = _Difference(), _Difference()
     halt_head = load_file(expected.halt_head)[HALT_HEAD] if expected.halt_head is not None else None
-    compared = sequences(expected.prompts, expected.config.max_seq_len, _POSITIONS)
     for ids, scores in zip(compared, expected.reference.score_all(compared), strict=True):
         outputs = model(input_ids=torch.tensor([ids]), output_hidden_states=halt_head is not None, use_cache=False)
         for rows, wanted in scores.chunks():
@@ -249,18 +273,22 @@ def _ends_well(answer: Sequence[int], wanted: int, eos_ids: Sequence[int]) -> bo
 # --- tokenizer --------------------------------------------------------------------------------------
 
 
-def _tokenizer(theirs: transformers.PreTrainedTokenizerBase, expected: Expected) -> Iterator[Gate]:
+def _tokenizer(theirs: transformers.PreTrainedTokenizerBase, expected: ExpectedOutputs) -> Iterator[Gate]:
     ours = expected.tokenizer
-    compared = texts(expected.prompts, ours)
+    # Their tokens too: ours may lack one.
+    compared = [*texts(expected.prompts, ours), *(f"a{token}b" for token in theirs.added_tokens_encoder)]
     wrong = [text for text in compared if not _same_encoding(ours, theirs, text)]
-    yield _none_of("texts that are tokenized differently", wrong, len(compared))
+    yield none_of("texts that are tokenized differently", wrong, len(compared))
     name = "conversations that are rendered differently"
     if ours.chat_template is None:
         yield not_run("the model has no chat template").gate(name, Severity.NICE)
         return
+    if theirs.chat_template is None:
+        yield none_of(name, ["every conversation: transformers finds no chat template"], 1)
+        return
     chats = list(_conversations(expected))
     differing = [chat for chat, ends in chats if not _same_chat(ours, theirs, chat, ends)]
-    yield _none_of(name, differing, len(chats))
+    yield none_of(name, differing, len(chats))
 
 
 def _same_encoding(ours: TextTokenizer, theirs: transformers.PreTrainedTokenizerBase, text: str) -> bool:
@@ -276,7 +304,7 @@ def _same_encoding(ours: TextTokenizer, theirs: transformers.PreTrainedTokenizer
     return bool(found == (special, plain, begun, ours.decode(special)))
 
 
-def _conversations(expected: Expected) -> Iterator[tuple[list[Message], bool]]:
+def _conversations(expected: ExpectedOutputs) -> Iterator[tuple[list[Message], bool]]:
     """Yield conversations, and whether the start of an answer is appended to each.
 
     Questions are alone, answered, repeated, after a system prompt and after an answer. The last is unusual text.
