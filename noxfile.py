@@ -419,6 +419,7 @@ BENCHMARKS = {
     "mil": CONVERT[PRIMARY_LANE].name,
     "llamacpp": TRAIN.name,
     "huggingface_readers": TRAIN.name,
+    "scale": TRAIN.name,
 }
 
 
@@ -429,7 +430,7 @@ BENCHMARKS = {
     default=False,
 )
 def bench(session: nox.Session) -> None:
-    """Run a benchmark (training, conversion, mil, llamacpp, huggingface_readers): `nox -s bench -- NAME …`."""
+    """Run a benchmark by its name: training, conversion, mil, llamacpp, huggingface_readers or scale."""
     if not session.posargs or session.posargs[0] not in BENCHMARKS:
         session.error(f"expected one of {', '.join(BENCHMARKS)}: nox -s bench -- {next(iter(BENCHMARKS))}")
     name, *arguments = session.posargs

@@ -65,6 +65,7 @@ def test_smollm2_is_imported_completely(smollm2: Path) -> None:
         "chat_template.jinja",
         "generation_config.json",
         "smollm2.ckpt",
+        "source_parity.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -141,7 +142,9 @@ def test_a_padded_embedding_is_imported(tmp_path: Path, capsys: pytest.CaptureFi
     ckpt = load_checkpoint(out)
     assert (ckpt.config.vocab_size, ckpt.tokenizer.vocab_size) == (72, 64)
     check_vocabulary(ckpt, TextTokenizer.load(out.with_name("tokenizer.json")))
-    assert capsys.readouterr().out.splitlines() == [
+    *figures, duration, digest = capsys.readouterr().out.splitlines()
+    assert duration.startswith("source_check_s  ")
+    assert [*figures, digest] == [
         f"parameters  {sum(tensor.numel() for tensor in ckpt.state_dict.values())}",
         "layers  2",
         "max_seq_len  32",
@@ -149,6 +152,8 @@ def test_a_padded_embedding_is_imported(tmp_path: Path, capsys: pytest.CaptureFi
         "format  huggingface",
         "source_dtype  F32",
         f"checkpoint_bytes  {out.stat().st_size}",
+        f"source_program  transformers {transformers.__version__}",
+        "source_positions  98",
         f"{file_digest(out).removeprefix('sha256:')}  {out}",
     ]
 

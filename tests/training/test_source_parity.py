@@ -84,8 +84,8 @@ LOGITS, IDS, CHATS = (
 def test_a_right_import_passes(source: Path, tmp_path: Path) -> None:
     figures = prove_import(*imported(source, tmp_path))
     assert figures["source_program"] == f"transformers {transformers.__version__}"
-    # 4 sequences of 128 tokens, unusual text, and 3 added tokens between others.
-    assert figures["source_positions"] == 4 * 128 + 128 + 6
+    # 4 sequences of text, one of unusual text, 3 added tokens between others, and every fourth of 401 tokens.
+    assert figures["source_positions"] == 4 * 128 + 128 + 6 + 101
     assert outcomes(tmp_path / "model.ckpt") == dict.fromkeys((LOGITS, IDS, CHATS), Outcome.PASSED)
 
 

@@ -21,7 +21,7 @@ from coremill.data.corpora import bundled_texts, chat_prompts
 from coremill.data.prompts import TextPrompts
 from coremill.formats.gguf import parity as gguf
 from coremill.formats.huggingface import parity as huggingface
-from coremill.formats.parity import ODD_TEXTS, sequences
+from coremill.formats.parity import ODD_TEXTS
 from coremill.formats.weights import GgufWeights, HuggingFaceWeights
 from coremill.model.checkpoint import Checkpoint
 from coremill.model.reference import Reference
@@ -29,8 +29,8 @@ from coremill.text.model_tokenizer import TextTokenizer
 
 _POSITIONS = 512
 """Positions of running text whose logits are compared; a wrong weight or option changes all of them."""
-_ODD_TOKENS = 256
-"""The most tokens of unusual text, and of added tokens, whose logits are compared."""
+_LENGTH = 256
+"""The most tokens of a sequence."""
 
 
 def compare_with_source(
@@ -76,10 +76,11 @@ def require_source_parity(parity: SourceParity, source: Path) -> None:
 
 
 def _compared(prompts: TextPrompts, tokenizer: TextTokenizer, context: int) -> list[list[int]]:
-    """Return sequences of token ids: running text, unusual text, and every added token between others."""
-    running = sequences(prompts, context, _POSITIONS)
+    """Return sequences of token ids: running text, unusual text, added tokens, and tokens of all the vocabulary."""
+    length = min(_LENGTH, context)
+    running = prompts.packed_up_to(length, -(-_POSITIONS // length))  # none of a tokenizer of whole words
     odd = tokenizer.encode(" ".join(ODD_TEXTS))
-    added = sorted(tokenizer.added_tokens)
-    between = [token for pair in zip(added, itertools.cycle(running[0])) for token in pair]
-    found = [ids[: min(_ODD_TOKENS, context)] for ids in (odd, between)]
-    return [*running, *(ids for ids in found if ids)]
+    others = itertools.cycle(running[0] if running else range(tokenizer.vocab_size))
+    added = [token for pair in zip(sorted(tokenizer.added_tokens), others) for token in pair]  # noqa: B905 - endless
+    spread = list(range(0, tokenizer.vocab_size, -(-tokenizer.vocab_size // length)))
+    return [*running, *(ids[:length] for ids in (odd, added, spread) if ids)]
