@@ -417,6 +417,7 @@ def good_imported(pristine_imported: Build) -> Evidence:
         files=FileChecks(
             graph_problem=None,
             checkpoint_problem=None,
+            source_problem=None,
             contract_problem=None,
             diagnostics=read_json(layout.diagnostics_file(pristine_imported.package.parent), ConversionDiagnostics),
             diagnostics_problem=None,

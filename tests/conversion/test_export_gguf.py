@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,7 @@ from coremill.formats.gguf_file import GgufFile
 from coremill.formats.llamacpp.process import LlamaCpp
 from coremill.formats.weights import open_weights
 from coremill.model.checkpoint import IMPORTED_FROM, Checkpoint, build_student, checkpoint_of, save_checkpoint
-from coremill.model.student import Student, new_student
+from coremill.model.student import Student, new_student, parameter_shapes
 from coremill.text.model_tokenizer import STUDENT_TEMPLATE, TextTokenizer
 from coremill.text.student_tokenizer import Tokenizer
 
@@ -299,10 +300,11 @@ def test_an_invalid_name_is_rejected(source: Path, tmp_path: Path, name: str) ->
 
 
 def test_too_little_memory_is_reported(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = 5 * (source / "tiny_ball.ckpt").stat().st_size + 300_000_000
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(CONFIG).values())
+    needed = 1_200_000_000 + 2 * parameters
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: needed - 1)
     error = refusal(MachineError, source, tmp_path / "gguf")
-    assert error.expected == f"{needed / 1e6:,.0f} MB, for the weights, and for a file compared with them"
+    assert error.expected == f"{needed / 1e6:,.0f} MB, to export {parameters:,} parameters"
 
 
 def test_too_little_disk_space_is_reported(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

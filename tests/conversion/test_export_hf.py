@@ -799,15 +799,15 @@ def test_name_with_a_slash_is_rejected(toy: Path, tmp_path: Path) -> None:
 
 
 def test_too_little_memory_is_rejected(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = (toy / "tiny_ball.ckpt").stat().st_size
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 4 * size - 1)
+    (checkpoint,) = toy.glob("*.ckpt")
+    parameters = sum(tensor.numel() for tensor in load_checkpoint(checkpoint).state_dict.values())
+    needed = 700_000_000 + 4 * parameters
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: needed - 1)
     with pytest.raises(MachineError) as caught:
         export(toy, tmp_path / "hf")
-    assert caught.value.expected == (
-        f"{4 * size / 1e6:,.0f} MB, for the weights, as read, as stored and in two models"
-    )
+    assert caught.value.expected == f"{needed / 1e6:,.0f} MB, to export {parameters:,} parameters"
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 4 * size)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: needed)
     export(toy, tmp_path / "hf")
 
 

@@ -15,9 +15,11 @@ from coremill.core import layout
 from coremill.core.command import exit_on_error
 from coremill.core.config import ExportConfig
 from coremill.core.contract import ShapeOk, ShapeSet
-from coremill.core.documents import encode, read_json
+from coremill.core.digest import file_digest
+from coremill.core.documents import encode, read_json, write_json
 from coremill.core.errors import GATES_FAILED
-from coremill.core.gates import must_gates_ok
+from coremill.core.gates import Severity, failed, must_gates_ok
+from coremill.core.parity import SourceParity
 from coremill.core.reports import ShapeMeasured, StatefulError, StatefulMeasured, VerificationReport
 from coremill.core.stage import StageContext
 from coremill.coreml.interface import package_interfaces
@@ -280,3 +282,22 @@ def test_an_imported_model_has_no_held_out_questions(pristine_imported, capsys):
         verify_here(pristine_imported, "--heldout", "3")
     assert caught.value.code == 2
     assert "--heldout applies to trained models only; this model was imported" in capsys.readouterr().err
+
+
+def test_an_import_that_was_not_compared_with_its_source_fails_a_must_gate(imported):
+    gate = "The checkpoint computes what its source does"
+    path = layout.source_parity(imported.checkpoint.parent)
+    parity = read_json(path, SourceParity)
+    (passed_gate,) = parity.gates
+    failed_gate = failed("0.2 is above 1e-05", measured=0.2, threshold=1e-5).gate(passed_gate.name, Severity.MUST)
+    write_json(path, msgspec.structs.replace(parity, gates=(failed_gate,)))
+    assert bad_gates(verified(imported))[gate] == "in none: relative error of logits: 0.2 is above 1e-05"
+    write_json(path, msgspec.structs.replace(parity, checkpoint_digest="sha256:0"))
+    digest = file_digest(imported.checkpoint)
+    assert bad_gates(verified(imported))[gate] == (
+        f"the checkpoint of source_parity.json is sha256:0, not {digest}"
+    )
+    path.unlink()
+    assert bad_gates(verified(imported))[gate] == (
+        "there is no source_parity.json next to the checkpoint: import it again with `coremill import`"
+    )

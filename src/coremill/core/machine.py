@@ -125,12 +125,21 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+_checked: list[int] = []
+
+
+def largest_check_bytes() -> int | None:
+    """Return the most memory that :func:`check_memory` was asked for in this process: the estimate of its work."""
+    return max(_checked, default=None)
+
+
 def check_memory(needed_bytes: int, *, why: str) -> None:
     """Check that `needed_bytes` of memory are available.
 
     Raises:
         MachineError: less is available; names both figures.
     """
+    _checked.append(needed_bytes)
     if (available := available_memory_bytes()) < needed_bytes:
         raise MachineError(
             f"{whole_megabytes(available)} of memory is available",

@@ -13,8 +13,8 @@ from coremill.core.documents import Document, Record, read_json
 from coremill.core.errors import DigestError, StageError
 from coremill.core.layout import MANIFEST
 
-PEAK = "peak_anonymous_bytes"
-"""The figure that the pipeline adds to those of each stage."""
+PEAK, ESTIMATE = "peak_anonymous_bytes", "estimated_bytes"
+"""The figures that the pipeline adds to a stage's own: the memory that it held, and what it was checked for."""
 
 
 class Output(Record):

@@ -54,14 +54,15 @@ from coremill.data.prompts import load_prompts
 from coremill.infra.version_gate import check_export_versions
 from coremill.measures import Floats
 from coremill.model.checkpoint import Checkpoint, check_vocabulary, load_checkpoint
-from coremill.model.memory import check_shape_memory
+from coremill.model.memory import check_model_memory
 from coremill.model.reference import Reference, Scores
 from coremill.model.student import output_names
 
 log = logging.getLogger(__name__)
 
-_MODELS_IN_MEMORY = 5
-"""The checkpoint's tensors, the student, the decoder, the program and its archive."""
+_BYTES_PER_PARAMETER = 4.0
+"""The program in float32, which is run at every length."""
+_BASE_BYTES = 900_000_000
 
 _PROMPT_ROWS = 128
 
@@ -101,7 +102,14 @@ def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, program:
     check_vocabulary(ckpt, prompts.tokenizer)
     _check_context(ckpt, shapes, settings)
     fitting = [seq_len for seq_len in shapes.all if seq_len <= ckpt.config.max_seq_len]
-    check_shape_memory(ckpt, max(fitting), models=_MODELS_IN_MEMORY, logits=2, work="export")
+    check_model_memory(
+        ckpt,
+        bytes_per_parameter=_BYTES_PER_PARAMETER,
+        base_bytes=_BASE_BYTES,
+        seq_len=max(fitting),
+        logits=2,
+        work="export",
+    )
     sequences = {seq_len: prompts.packed(seq_len, prompts.export_count) for seq_len in fitting}
     scores = _reference_scores(Reference.of(ckpt), sequences)
     with replacing(program) as file:

@@ -1,10 +1,15 @@
-"""A check, before the work starts, that there is enough memory to run a model at a sequence length.
+"""How much memory a stage needs for a model, checked before the work starts.
+
+Weights stay mapped from their files, which needs no memory of a process; counted are those that a stage widens or
+copies, the logits of the longest sequence, and the libraries. `nox -s bench -- scale` compares the estimates with
+measured peaks.
 
 Legend: T sequence length, V vocabulary.
 """
 
 from __future__ import annotations
 
+from coremill.core.config import ModelConfig
 from coremill.core.contract import shape_key
 from coremill.core.machine import check_memory
 from coremill.model.checkpoint import Checkpoint
@@ -12,17 +17,28 @@ from coremill.model.checkpoint import Checkpoint
 _FLOAT32_BYTES = 4
 
 
-def check_shape_memory(ckpt: Checkpoint, seq_len: int, *, models: int, logits: int, work: str) -> None:
-    """Check that there is memory to run the checkpoint's model at `seq_len`.
+def check_model_memory(
+    ckpt: Checkpoint, *, bytes_per_parameter: float, base_bytes: int, seq_len: int = 0, logits: int = 0, work: str
+) -> int:
+    """Check that there is memory for work on the checkpoint's model, and return how much it needs, in bytes.
 
     Args:
-        models: number of copies of its weights in float32 that are in memory at a time.
-        logits: number of (T, V) tensors of float32 that are.
+        bytes_per_parameter: what the work holds of the weights at its peak.
+        base_bytes: what it needs for a tiny model: the libraries.
+        seq_len: the longest sequence, T.
+        logits: number of (T, V) tensors of float32 that are in memory at a time.
         work: the verb in the message, such as "verify".
 
     Raises:
         MachineError: there is not enough memory; states the length and both figures.
     """
     parameters = sum(tensor.numel() for tensor in ckpt.state_dict.values())
-    needed = _FLOAT32_BYTES * (models * parameters + logits * seq_len * ckpt.config.vocab_size)
-    check_memory(needed, why=f"to {work} {parameters:,} parameters at {shape_key(seq_len)}")
+    needed = base_bytes + int(bytes_per_parameter * parameters) + logits_bytes(ckpt.config, seq_len, logits)
+    at = f" at {shape_key(seq_len)}" if seq_len else ""
+    check_memory(needed, why=f"to {work} {parameters:,} parameters{at}")
+    return needed
+
+
+def logits_bytes(config: ModelConfig, seq_len: int, count: int) -> int:
+    """Return the bytes of `count` tensors of logits, (T, V) float32 each."""
+    return count * _FLOAT32_BYTES * seq_len * config.vocab_size

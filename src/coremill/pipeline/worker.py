@@ -17,7 +17,8 @@ from typing import NamedTuple
 from coremill.core.command import INTERRUPTED, log_to_stderr
 from coremill.core.config import RunConfig
 from coremill.core.errors import CoremillError, DefectError
-from coremill.core.manifest import PEAK
+from coremill.core.machine import largest_check_bytes
+from coremill.core.manifest import ESTIMATE, PEAK
 from coremill.core.processes import SAMPLE_S, ProcessWatch, allocation_failure
 from coremill.core.stage import Figures, StageContext
 from coremill.pipeline.stages import Stage
@@ -94,7 +95,9 @@ def _work(stage: Stage, context: StageContext[RunConfig], sender: Connection) ->
     faulthandler.enable()  # a crash prints where it happened
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        sender.send(stage.function()(context))
+        figures = stage.function()(context)
+        estimate = largest_check_bytes()
+        sender.send(figures if estimate is None else {**figures, ESTIMATE: estimate})
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the other process raises it

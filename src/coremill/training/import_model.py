@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import logging
+import math
 import sys
 import time
 import zipfile
@@ -39,8 +40,9 @@ if TYPE_CHECKING:  # heavy, and not needed for the first checks
 
 log = logging.getLogger(__name__)
 
-_MARGIN_BYTES = 300_000_000
-"""Memory in addition to the weights: for libraries, and for one tensor while it is written."""
+_BYTES_PER_PARAMETER = 4
+"""The source in the program that it is compared with, or its weights dequantised: float32."""
+_BASE_BYTES = 700_000_000
 _LOG_LINES = 4
 
 
@@ -71,6 +73,7 @@ def import_model(weights: WeightsConfig, out: Path, *, model_type: str | None = 
     source_path = find_source(weights)
     from coremill.formats.weights import open_weights
     from coremill.model.checkpoint import IMPORTED_FROM, Checkpoint, save_checkpoint
+    from coremill.model.student import parameter_shapes
 
     source = open_weights(source_path)
     if model_type is not None and source.model_type != model_type:
@@ -79,7 +82,8 @@ def import_model(weights: WeightsConfig, out: Path, *, model_type: str | None = 
             expected=f"model_type {source.model_type!r}, or another source",
         )
     tokenizer = _tokenizer(source)
-    check_memory(source.memory_bytes + _MARGIN_BYTES, why="for the weights as they are read")
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(source.config).values())
+    check_memory(_BASE_BYTES + _BYTES_PER_PARAMETER * parameters, why=f"to import {parameters:,} parameters")
     check_disk(out.parent, source.size_bytes, why="for the checkpoint")
     for note in source.notes:
         log.warning("%s: %s", source_path, note)

@@ -27,12 +27,16 @@ from coremill.coreml.interface import differences, package_interfaces
 from coremill.coreml.package import PackageFacts, check_package, read_spec
 from coremill.data.prompts import Prompts, RowPrompts, load_prompts
 from coremill.model.checkpoint import Checkpoint, check_vocabulary, load_checkpoint
-from coremill.model.memory import check_shape_memory
+from coremill.model.memory import check_model_memory
 from coremill.verification.checklist import evaluate, evaluate_failure
 from coremill.verification.evidence import Evidence, Facts, FileChecks
 from coremill.verification.measurement import measure
 
 log = logging.getLogger(__name__)
+
+_BYTES_PER_PARAMETER = 1.0
+"""Of the weights, which are mapped: one layer in float32, and the unembedding where arithmetic is in float32."""
+_BASE_BYTES = 1_200_000_000
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +88,14 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
     if (record := find_failure(subject.package)) is not None:
         return _report_failure(subject, config, contract, record, facts, lane)
     saved = check_package(subject.package)
-    check_shape_memory(checkpoint, max(contract.working_lengths), models=2, logits=4, work="verify")
+    check_model_memory(
+        checkpoint,
+        bytes_per_parameter=_BYTES_PER_PARAMETER,
+        base_bytes=_BASE_BYTES,
+        seq_len=max(contract.working_lengths),
+        logits=3,
+        work="verify",
+    )
     files = _check_files(subject, contract, saved, checkpoint)
     precision = files.diagnostics.compute_precision if files.diagnostics else None
     settings = ConvertConfig(compute_precision=precision) if precision else ConvertConfig()

@@ -15,7 +15,7 @@ from coremill.core import layout
 from coremill.core.config import GgufType
 from coremill.core.digest import file_digest
 from coremill.core.documents import write_json
-from coremill.core.machine import check_disk, check_memory
+from coremill.core.machine import check_disk
 from coremill.core.parity import GgufParity
 from coremill.core.stage import Figures
 from coremill.data.prompts import Prompts, check_kind, load_prompts
@@ -26,16 +26,16 @@ from coremill.formats.halt_head import save_halt_head
 from coremill.formats.ollama.modelfile import write_modelfile
 from coremill.formats.ollama.server import OllamaAnswered, run_with_ollama
 from coremill.model.checkpoint import Checkpoint, check_vocabulary, load_checkpoint
+from coremill.model.memory import check_model_memory
 
 log = logging.getLogger(__name__)
 
 _PROMPT_ROWS = 128
 _FIGURES = ("max_abs_err", "kl_nats", "tokenizer_mismatches", "heldout_exact")
 """The figures of a file that go into the manifest; its report has all of them."""
-_COPIES = 5
-"""Copies of the weights in memory: as read, in the checkpoint's model, and three for a file."""
-_MARGIN_BYTES = 300_000_000
-"""Memory for the libraries, and for one tensor while it is written."""
+_BYTES_PER_PARAMETER = 2.0
+"""llama.cpp's own layout of quantised weights, of the files that are measured at a time."""
+_BASE_BYTES = 1_200_000_000
 
 
 class _Source(NamedTuple):
@@ -93,12 +93,11 @@ def export_gguf(
         ParityError: the outputs or the metadata of a file differ from the checkpoint; `out` keeps what was written.
         MachineError, OutputError: memory or disk space is missing, or `out` cannot be written.
     """
-    size = checkpoint.stat().st_size if checkpoint.is_file() else 0  # loading reports a missing file
-    check_memory(_COPIES * size + _MARGIN_BYTES, why="for the weights, and for a file compared with them")
     ckpt = load_checkpoint(checkpoint)
     loaded = load_prompts(tokenizer, prompts, rows=_PROMPT_ROWS)
     check_kind(loaded, imported=ckpt.imported)
     check_vocabulary(ckpt, loaded.tokenizer)
+    check_model_memory(ckpt, bytes_per_parameter=_BYTES_PER_PARAMETER, base_bytes=_BASE_BYTES, work="export")
     check_writable(ckpt, types)
     check_disk(out, sum(size_bytes(ckpt.config, kind) for kind in types), why="for the files")
     source = _Source(ckpt, file_digest(checkpoint), loaded)

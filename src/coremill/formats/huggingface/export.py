@@ -15,7 +15,7 @@ from coremill.core.digest import file_digest
 from coremill.core.documents import write_json
 from coremill.core.errors import ParityError
 from coremill.core.gates import Outcome, must_gates_ok
-from coremill.core.machine import check_disk, check_memory
+from coremill.core.machine import check_disk
 from coremill.core.parity import HuggingFaceParity
 from coremill.core.publish import write_atomic
 from coremill.core.stage import Figures
@@ -27,14 +27,16 @@ from coremill.formats.huggingface.parity import Expected, Findings, compare
 from coremill.formats.huggingface.reader import CONFIG
 from coremill.formats.huggingface.writer import TokenIds, architecture_of, config_json, write_huggingface
 from coremill.model.checkpoint import IMPORTED_FROM, Checkpoint, check_vocabulary, load_checkpoint
+from coremill.model.memory import check_model_memory
 from coremill.model.reference import Reference
 
 log = logging.getLogger(__name__)
 
 _PROMPT_ROWS = 1000
 """The most rows of a held-out set that are read: the tokenizers are compared on their texts."""
-_COPIES = 4
-"""Copies of the weights in memory: as read, as stored, in the checkpoint's model and in transformers' model."""
+_BYTES_PER_PARAMETER = 4.0
+"""transformers' model, in float32."""
+_BASE_BYTES = 700_000_000
 
 
 class _Source(NamedTuple):
@@ -72,11 +74,11 @@ def export_hf(
         MachineError, OutputError: memory or disk space is missing, or `out` cannot be written.
     """
     size_bytes = checkpoint.stat().st_size if checkpoint.is_file() else 0  # loading reports a missing file
-    check_memory(_COPIES * size_bytes, why="for the weights, as read, as stored and in two models")
     check_disk(out, size_bytes, why="for model.safetensors")
     ckpt = load_checkpoint(checkpoint)
     loaded = load_prompts(tokenizer, prompts, rows=_PROMPT_ROWS)
     check_vocabulary(ckpt, loaded.tokenizer)
+    check_model_memory(ckpt, bytes_per_parameter=_BYTES_PER_PARAMETER, base_bytes=_BASE_BYTES, work="export")
     source = _Source(name, ckpt, file_digest(checkpoint), loaded, settings)
     expected = _write(source, out)
     parameters = _parameters(ckpt)
