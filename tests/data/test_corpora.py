@@ -17,8 +17,9 @@ from coremill.core.documents import read_toml
 from coremill.core.errors import DatasetError
 from coremill.core.layout import chat_prompts_file, texts_file
 from coremill.core.stage import StageContext
-from coremill.data.corpora import FOLDER, Sources, chat_prompts, run_stage
+from coremill.data.corpora import FOLDER, Sources, chat_prompts
 from coremill.data.texts import Text, read_chat_prompts, read_texts
+from coremill.data.write_texts import run_stage
 
 CONFIG = read_config(Path(__file__).parents[2] / "configs" / "smollm2-135m.toml")
 assert isinstance(CONFIG, ImportedRun)

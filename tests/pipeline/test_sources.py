@@ -39,16 +39,17 @@ def test_dataset_stage_depends_only_on_light_packages():
     }
 
 
+CORPORA = {
+    "data/corpora/__init__.py",
+    "data/corpora/sources.toml",
+    "data/corpora/chat_prompts.toml",
+    "data/corpora/king-james-bible.txt",
+}
 WORK = {
     "dataset": {"data/make_toy_kd.py"},
     "training": {"training/run_toy_distill.py"},
-    "texts": {
-        "data/corpora/__init__.py",
-        "data/corpora/sources.toml",
-        "data/corpora/chat_prompts.toml",
-        "data/corpora/king-james-bible.txt",
-    },
-    "import": {"training/import_model.py"},
+    "texts": {"data/write_texts.py", *CORPORA},
+    "import": {"training/import_model.py", *CORPORA},
     "export": {"conversion/export_pytorch.py", "coreml/export.py"},
     "convert": {"conversion/convert_coreml.py", "coreml/convert.py"},
     "verify": {"conversion/verify_contract.py", "verification/verify.py"},

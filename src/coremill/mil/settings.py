@@ -113,8 +113,8 @@ def neutral(device: torch.device) -> contextlib.ExitStack:
             stack.enter_context(device)
             stack.enter_context(_PROCESS_ON_CUDA)
         elif torch._C._len_torch_function_stack():
-            # Kernels name no device, because torch's own default is the CPU. A context for it would cost time at each
-            # operation; this one sets the caller's aside.
+            # Kernels name no device, because torch's own default is the CPU. A context for it would cost time at
+            # each operation; this one sets the caller's aside.
             stack.enter_context(torch._C.DisableTorchFunction())
         if _flushes_denormals():
             stack.callback(torch.set_flush_denormal, True)

@@ -130,7 +130,7 @@ DISTILLED = (
 IMPORTED = (
     Stage(
         name="texts",
-        module="coremill.data.corpora",
+        module="coremill.data.write_texts",
         reads=("texts",),
         needs=(),
         per_lane=False,

@@ -1,4 +1,4 @@
-"""The texts stage: real text to run an imported model on, the user's or that in this package.
+"""Real text to run an imported model on, the user's or that in this package.
 
 `sources.toml` lists the origin and the licence of each text in this package.
 """
@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coremill.core.config import ImportedRun, TextsConfig
+from coremill.core.config import TextsConfig
 from coremill.core.documents import Document, Record, read_toml
 from coremill.core.errors import DatasetError
-from coremill.core.layout import chat_prompts_file, texts_file
-from coremill.core.stage import Figures, StageContext
-from coremill.data.lines import write_lines
 from coremill.data.texts import ChatPrompt, Text
 
 FOLDER = Path(__file__).parent
@@ -92,16 +89,3 @@ def chat_prompts() -> list[ChatPrompt]:
     """Return the questions in `chat_prompts.toml`."""
     prompts = read_toml(FOLDER / "chat_prompts.toml", ChatPrompts).prompts
     return [ChatPrompt(id=f"chat-{number:02}", text=text) for number, text in enumerate(prompts, start=1)]
-
-
-def run_stage(context: StageContext[ImportedRun]) -> Figures:
-    """Run the texts stage of a pipeline: write `texts.jsonl` and `chat_prompts.jsonl` into `context.out`."""
-    config = context.config.texts
-    texts, prompts = own_texts(config) if config.files else bundled_texts(config), chat_prompts()
-    write_lines(texts_file(context.out), texts)
-    write_lines(chat_prompts_file(context.out), prompts)
-    return {
-        "texts": len(texts),
-        "characters": sum(len(text.text) for text in texts),
-        "chat_prompts": len(prompts),
-    }
