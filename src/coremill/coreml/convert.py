@@ -117,6 +117,8 @@ def record_failure(failure: FailedConversionError, graph: Path, contract: Path, 
 def _checked(graph: Path, contract: Path, out: Path, *, toy: bool) -> tuple[Program, Contract]:
     """Return the program and its contract, after all checks that need no conversion."""
     promised = read_contract(contract)
+    size = graph.stat().st_size if graph.is_file() else 0  # loading reports a missing file
+    check_memory(_BASE_BYTES + int(_MEMORY_COPIES * size), why=f"to convert a program of {size / 1e6:,.0f} MB")
     program = load_program(graph, promised.frontend, widened=False)
     check_export_versions(toy=toy, model_type=promised.model_type)
     # Shapes do not depend on the ids, and this stage has no tokenizer: zeros will do.
@@ -141,10 +143,6 @@ def _checked(graph: Path, contract: Path, out: Path, *, toy: bool) -> tuple[Prog
         out.parent,
         _COPIES * graph.stat().st_size + _SPARE_BYTES,
         why="for the package and the temporary copies of a conversion",
-    )
-    check_memory(
-        _BASE_BYTES + int(_MEMORY_COPIES * graph.stat().st_size),
-        why=f"to convert a program of {graph.stat().st_size / 1e6:,.0f} MB",
     )
     return program, promised
 
