@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import gguf
@@ -325,6 +328,113 @@ def test_too_little_disk_space_is_an_error_before_the_work(tmp_path: Path, monke
         f"{tmp_path} has 500 MB free\n  expected: 538 MB, for the checkpoint\n  run: df -h {tmp_path}"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+# --- files that change, and disks -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "gguf"])
+@pytest.mark.parametrize("when", ["before it is read", "while the checkpoint is written"])
+def test_a_source_that_changes_is_an_error_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, when: str
+) -> None:
+    if kind == "gguf":
+        source = shard = a_gguf(tmp_path / "m.gguf", hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    else:
+        source = huggingface(tmp_path / "source")
+        shard = source / "model.safetensors"
+    out = tmp_path / "out" / "m.ckpt"
+    main([str(source), "--out", str(out)])
+    before = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    size = shard.stat().st_size
+    if when == "before it is read":
+        found = f"it had {size} bytes and has 1000"
+        read = import_model._tokenizer
+        monkeypatch.setattr(import_model, "_tokenizer", lambda source: os.truncate(shard, 1000) or read(source))
+    else:
+        found = "it was rewritten"
+        save = torch.save
+
+        def save_and_rewrite(*arguments: object) -> None:
+            save(*arguments)
+            with shard.open("r+b") as file:
+                file.seek(size // 2)
+                file.write(b"\1\2\3\4")
+
+        monkeypatch.setattr(torch, "save", save_and_rewrite)
+    assert error_of(CheckpointUnreadableError, source, "--out", out) == (
+        f"{shard} changed while it was read: {found}\n"
+        "  expected: files that no other program writes until the import has ended\n"
+        f"  run: ls -lL {shard}"
+    )
+    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before
+
+
+LIMITED = """
+import resource, signal, sys
+from coremill.core.errors import OutputError
+from coremill.training.import_model import main
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+try:
+    main([sys.argv[1], "--out", sys.argv[2]])
+except OutputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("limit", "name"), [(60_000, "m.ckpt"), (2_000_000, "chat_template.jinja")])
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path, limit: int, name: str) -> None:
+    """A limit on the size of files simulates the disk: the checkpoint or a long template does not fit."""
+    source, out = huggingface(tmp_path / "source"), tmp_path / "out" / "m.ckpt"
+    (source / "chat_template.jinja").write_text("{# " + " " * 3_000_000 + " #}")
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(source), str(out), str(limit)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == (
+        f"cannot write {out.with_name(name)}: File too large\n"
+        "  expected: a writable directory with free space\n"
+        f"  run: ls -ld {out.parent}\n"
+    )
+    assert not out.with_name(name).exists()
+    assert not [path.name for path in out.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_read_only_target_is_an_error_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = huggingface(tmp_path / "source"), tmp_path / "out" / "m.ckpt"
+
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    assert error_of(OutputError, source, "--out", out) == (
+        f"cannot write {out}: Read-only file system\n"
+        "  expected: a writable directory with free space\n"
+        f"  run: ls -ld {out.parent}"
+    )
+
+
+def test_nothing_is_written_next_to_the_source(tmp_path: Path) -> None:
+    source = huggingface(tmp_path / "source")
+    before = {path: path.stat() for path in (source, *source.iterdir())}
+    assert main([str(source), "--out", str(tmp_path / "out" / "m.ckpt")]) == 0
+    after = {path: path.stat() for path in (source, *source.iterdir())}
+    assert {path: (stat.st_mtime_ns, stat.st_size) for path, stat in after.items()} == {
+        path: (stat.st_mtime_ns, stat.st_size) for path, stat in before.items()
+    }
+
+
+def test_ignored_weights_are_logged_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, out = huggingface(tmp_path / "source"), tmp_path / "out" / "m.ckpt"
+    (source / "model.safetensors.index.json").write_text("{}")
+    main([str(source), "--out", str(out)])
+    note = "the weights are those of model.safetensors, as in transformers; ignored: model.safetensors.index.json"
+    assert f"{source}: {note}" in [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert load_checkpoint(out).training["imported_from"]["notes"] == [note]
 
 
 # --- memory -----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coremill.core.config import ModelConfig
-from coremill.core.errors import CheckpointContentError
+from coremill.core.errors import CheckpointContentError, CheckpointUnreadableError
 from coremill.model.student import parameter_shapes
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
@@ -84,7 +85,10 @@ class WeightsSource(ABC):
     """`llama`, `mistral`, `qwen2` or `qwen3`."""
     config: ModelConfig
     notes: tuple[str, ...]
-    """Where the importer deviates from the source."""
+    """Where the importer deviates from the source, and the weights that it ignores."""
+
+    def __init__(self) -> None:
+        self._opened_as: dict[Path, _FileState] = {}
 
     @property
     @abstractmethod
@@ -106,9 +110,72 @@ class WeightsSource(ABC):
     def memory_bytes(self) -> int:
         """The memory that :meth:`read` needs, without mapped files, whose pages the system can drop."""
 
-    @abstractmethod
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the student's tensors by name, contiguous; those stored as floats are memory-mapped."""
+        """Yield the student's tensors by name, contiguous; those stored as floats are memory-mapped.
+
+        Raises:
+            CheckpointUnreadableError: a file changed since the source was opened; see :meth:`check_unchanged`.
+        """
+        self.check_unchanged()
+        for name, tensor in self._read():
+            self.check_unchanged()
+            yield name, tensor
+            self.check_unchanged()
+
+    @abstractmethod
+    def _read(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what :meth:`read` yields, without the check of the files."""
+
+    def check_unchanged(self) -> None:
+        """Check that no file was rewritten, truncated or replaced since it was opened.
+
+        The values of a mapped tensor are those that the file has when they are used, not when it was opened: other
+        weights if the file is rewritten, and the end of the process (SIGBUS) if it is truncated. Check before and
+        after the values are used.
+
+        Raises:
+            CheckpointUnreadableError: a file changed; names it.
+        """
+        for path, state in self._opened_as.items():
+            if (found := _file_state(path)) != state:
+                raise CheckpointUnreadableError(
+                    f"{path} changed while it was read: {_difference(state, found)}",
+                    expected="files that no other program writes until the import has ended",
+                    run=f"ls -lL {path}",
+                )
+
+    def _open(self, path: Path) -> None:
+        """Record the state of the file at `path`, which is read next; a missing file is the reader's error."""
+        if (state := _file_state(path)) is not None:
+            self._opened_as[path] = state
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FileState:
+    """What differs between a file and a changed one."""
+
+    file: tuple[int, int]
+    """Device and inode: another file has the name if they differ."""
+    size_bytes: int
+    mtime_ns: int
+
+
+def _file_state(path: Path) -> _FileState | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _FileState(file=(found.st_dev, found.st_ino), size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
+
+
+def _difference(opened: _FileState, found: _FileState | None) -> str:
+    if found is None:
+        return "it was removed"
+    if found.file != opened.file:
+        return "another file replaced it"
+    if found.size_bytes != opened.size_bytes:
+        return f"it had {opened.size_bytes} bytes and has {found.size_bytes}"
+    return "it was rewritten"
 
 
 def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], *, where: str) -> None:

@@ -11,7 +11,7 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -132,8 +132,11 @@ def checkpoint_of(
     )
 
 
-def save_checkpoint(path: Path, ckpt: Checkpoint) -> None:
+def save_checkpoint(path: Path, ckpt: Checkpoint, *, before_replacing: Callable[[], None] | None = None) -> None:
     """Write `ckpt` to `path` atomically; equal checkpoints give equal bytes, whatever the file's name.
+
+    Args:
+        before_replacing: called when everything is written; if it raises, `path` is left unchanged.
 
     Raises:
         OutputError: `path` cannot be written; an existing file is left unchanged.
@@ -150,6 +153,8 @@ def save_checkpoint(path: Path, ckpt: Checkpoint) -> None:
             if out.failure is not None:  # torch reports a full disk as an unexpected position
                 raise out.failure from None
             raise
+        if before_replacing is not None:
+            before_replacing()
 
 
 class _Outlet(io.BytesIO):

@@ -99,8 +99,9 @@ def import_model(weights: WeightsConfig, out: Path, *, model_type: str | None = 
         where=str(source_path),
         run=None,
     )
+    source.check_unchanged()  # before the mapped values are used again
     log.info("writing %s, %.0f MB", out, source.size_bytes / 1e6)
-    save_checkpoint(out, ckpt)
+    save_checkpoint(out, ckpt, before_replacing=source.check_unchanged)
     tokenizer.save(out.parent)
     return {
         "parameters": sum(tensor.numel() for tensor in tensors.values()),

@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +214,181 @@ def test_shards_are_combined(tmp_path: Path) -> None:
     assert [path.name for path in source.files] == ["config.json", *shards]
 
 
+def reread(folder: Path) -> transformers.PreTrainedModel:
+    """The model that transformers reads from the directory."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def two_sets(folder: Path) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedModel]:
+    """Write a model in shards, and another one next to them in one file; return both."""
+    sharded, whole = a_model("LlamaForCausalLM"), a_model("LlamaForCausalLM")
+    with torch.no_grad():
+        sharded.model.embed_tokens.weight.mul_(-1)
+    sharded.save_pretrained(folder, max_shard_size="20KB")
+    whole.save_pretrained(folder / "new")
+    (folder / "new" / "model.safetensors").rename(folder / "model.safetensors")
+    return sharded, whole
+
+
+def test_one_file_is_read_before_shards(tmp_path: Path) -> None:
+    _, whole = two_sets(tmp_path)
+    assert torch.equal(reread(tmp_path).model.embed_tokens.weight, whole.model.embed_tokens.weight)
+    source = check_same(whole, tmp_path)
+    assert source.files == (tmp_path / "config.json", tmp_path / "model.safetensors")
+    shards = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
+    assert source.notes == (
+        f"the weights are those of model.safetensors, as in transformers; ignored: {', '.join(shards[:4])} "
+        f"and {len(shards) - 3} more",  # the index too
+    )
+
+
+def test_config_names_the_weights_that_are_read(tmp_path: Path) -> None:
+    sharded, whole = two_sets(tmp_path)
+    index = "model.safetensors.index.json"
+    change_config(tmp_path, lambda config: config.update(transformers_weights=index))
+    assert torch.equal(reread(tmp_path).model.embed_tokens.weight, sharded.model.embed_tokens.weight)
+    source = check_same(sharded, tmp_path)
+    assert source.notes == (f"the weights are those of {index}, as in transformers; ignored: model.safetensors",)
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    change_config(tmp_path, lambda config: config.update(transformers_weights="other.safetensors"))
+    assert torch.equal(reread(tmp_path).model.embed_tokens.weight, whole.model.embed_tokens.weight)
+    check_same(whole, tmp_path)
+    change_config(tmp_path, lambda config: config.update(transformers_weights="absent.safetensors"))
+    with pytest.raises(OSError, match="absent"):
+        reread(tmp_path)
+    assert refusal(tmp_path, CheckpointUnreadableError).startswith(
+        f"{tmp_path} has its weights only in model-00001-"
+    )
+    change_config(tmp_path, lambda config: config.update(transformers_weights="../model.safetensors"))
+    assert refusal(tmp_path, DocumentError) == (
+        f"{tmp_path}/config.json: `transformers_weights` is '../model.safetensors'"
+    )
+
+
+def test_index_without_its_shards_is_ignored_beside_one_file(tmp_path: Path) -> None:
+    a_model("LlamaForCausalLM").save_pretrained(tmp_path, max_shard_size="20KB")
+    model = a_model("LlamaForCausalLM", rms_norm_eps=0.05)
+    model.save_pretrained(tmp_path)  # removes the shards, and leaves their index
+    assert not list(tmp_path.glob("model-*"))
+    source = check_same(reread(tmp_path), tmp_path)
+    assert source.notes == (
+        "the weights are those of model.safetensors, as in transformers; ignored: model.safetensors.index.json",
+    )
+
+
+def test_variants_and_pickles_beside_the_weights_are_ignored(saved: Path) -> None:
+    others = ["consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin"]
+    for name in (*others, "training_args.bin"):
+        (saved / name).write_bytes(b"")
+    source = check_same(reread(saved), saved)
+    assert source.notes == (
+        f"the weights are those of model.safetensors, as in transformers; ignored: {', '.join(others)}",
+    )
+
+
+def test_weights_that_transformers_does_not_look_for_are_named(saved: Path) -> None:
+    (saved / "model.safetensors").rename(saved / "consolidated.safetensors")
+    (saved / "model.gguf").write_bytes(b"")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        reread(saved)
+    assert refusal(saved, CheckpointUnreadableError) == (
+        f"{saved} has its weights only in consolidated.safetensors, model.gguf"
+    )
+
+
+def test_adapter_beside_the_weights_is_rejected(saved: Path) -> None:
+    (saved / "adapter_config.json").write_text("{}")
+    assert refusal(saved, UnsupportedModelError) == f"{saved}: an adapter, adapter_config.json"
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("shards", [False, True])
+def test_tied_weights_may_be_stored_as_the_head(tmp_path: Path, architecture: str, shards: bool) -> None:
+    options = {"sliding_window": None} if architecture == "MistralForCausalLM" else {}
+    model = a_model(architecture, tie_word_embeddings=True, **options)
+    model.save_pretrained(tmp_path, **({"max_shard_size": "20KB"} if shards else {}))
+    for path in tmp_path.glob("*.safetensors"):
+        tensors = load_file(path)
+        if "model.embed_tokens.weight" in tensors:
+            tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+            save_file(tensors, path)
+    if shards:
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace("model.embed_tokens.weight", "lm_head.weight"))
+    theirs = reread(tmp_path)
+    assert torch.equal(theirs.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    check_same(theirs, tmp_path)
+
+
+def test_untied_model_needs_both_ends(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    head, embedding = tensors.pop("lm_head.weight"), tensors.pop("model.embed_tokens.weight")
+    save_file({**tensors, "lm_head.weight": head}, saved / "model.safetensors")
+    assert refusal(saved, CheckpointContentError) == f"{saved}: embed_tokens.weight is missing"
+    save_file({**tensors, "model.embed_tokens.weight": embedding}, saved / "model.safetensors")
+    assert refusal(saved, CheckpointContentError) == f"{saved}: lm_head.weight is missing"
+    change_config(saved, lambda config: config.update(tie_word_embeddings=True))
+    check_same(reread(saved), saved)
+    save_file(tensors, saved / "model.safetensors")
+    assert refusal(saved, CheckpointContentError) == f"{saved}: embed_tokens.weight is missing"
+
+
+def rewrite_in_place(path: Path) -> str:
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\0\0")
+    return "it was rewritten"
+
+
+def truncate(path: Path) -> str:
+    size = path.stat().st_size
+    os.truncate(path, size // 2)
+    return f"it had {size} bytes and has {size // 2}"
+
+
+def replace(path: Path) -> str:
+    copy = path.with_suffix(".copy")
+    shutil.copy2(path, copy)
+    copy.rename(path)
+    return "another file replaced it"
+
+
+def remove(path: Path) -> str:
+    path.unlink()
+    return "it was removed"
+
+
+@pytest.mark.parametrize("change", [rewrite_in_place, truncate, replace, remove])
+@pytest.mark.parametrize("read", [0, 1, 8, 24])
+def test_shard_that_changes_while_it_is_read_is_rejected(
+    sharded: Path, change: Callable[[Path], str], read: int
+) -> None:
+    """Before the first tensor, and while tensors of this shard and of others are read."""
+    source = open_weights(sharded)
+    tensors = source.read()
+    for _ in range(read):
+        next(tensors)
+    shard = sorted(sharded.glob("model-*.safetensors"))[3]
+    found = change(shard)
+    with pytest.raises(CheckpointUnreadableError) as caught:
+        next(tensors)
+    assert str(caught.value) == (
+        f"{shard} changed while it was read: {found}\n"
+        "  expected: files that no other program writes until the import has ended\n"
+        f"  run: ls -lL {shard}"
+    )
+    with pytest.raises(CheckpointUnreadableError, match="changed while it was read"):
+        source.check_unchanged()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_configuration_that_changes_is_rejected(sharded: Path, name: str) -> None:
+    source = open_weights(sharded)
+    (sharded / name).write_text((sharded / name).read_text() + " ")
+    with pytest.raises(CheckpointUnreadableError, match=f"{name} changed while it was read: it had "):
+        next(source.read())
+
+
 def test_dynamic_ntk_is_plain_rope_with_a_note(tmp_path: Path) -> None:
     architecture, options = OPTIONS["dynamic"]
     a_model(architecture, **options).save_pretrained(tmp_path)
@@ -309,17 +486,25 @@ def sharded(tmp_path: Path) -> Path:
         ({"no_rope_layers": [1, 0]}, "layers without RoPE, `no_rope_layers`"),
         ({"quantization_config": {"bits": 4}}, "quantised weights, `quantization_config`"),
         (
-            {"architectures": ["MistralForCausalLM"], "sliding_window": 32},
+            {"per_layer_config": {"0": {"intermediate_size": 56}}},
+            "layers with options of their own, `per_layer_config`",
+        ),
+        (
+            {"model_type": "mistral"},
+            "the architecture LlamaForCausalLM with `model_type` 'mistral'",
+        ),
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 32},
             "a sliding window of 32 positions in a context of 64",
         ),
         (
             {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 32}
-            | {"max_window_layers": 2},
+            | {"model_type": "qwen2", "max_window_layers": 2},
             "a sliding window of 32 positions in a context of 64",
         ),
         (
             {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "sliding_window": 32}
-            | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            | {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
             "a sliding window of 32 positions in a context of 64",
         ),
     ],

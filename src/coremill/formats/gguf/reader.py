@@ -51,7 +51,9 @@ class GgufWeights(WeightsSource):
     format = "gguf"
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
+        self._open(path)
         self.file = GgufFile(path)
         facts = _Facts(self.file)
         for name, tensor in self.file.tensors.items():
@@ -102,7 +104,7 @@ class GgufWeights(WeightsSource):
     def _is_permuted(self, name: str) -> bool:
         return self._permuted and (".q_proj." in name or ".k_proj." in name)
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
+    def _read(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.tensors.items()
 
     @property

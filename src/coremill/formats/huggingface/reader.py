@@ -10,8 +10,8 @@ import contextlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -43,10 +43,15 @@ from coremill.model.student import parameter_shapes
 log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HEAD, _EMBEDDING = "lm_head.weight", huggingface_name("embed_tokens.weight")
+_OTHER_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "pytorch_model*.bin", "consolidated*.pth")
+"""Sets of weights that a directory may have beside the one that transformers reads."""
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _BUFFER = ".rotary_emb.inv_freq"
 """The end of the names of tensors in old files that can be computed from the configuration."""
 
@@ -80,6 +85,7 @@ _WINDOW = 4096
 """The default of `sliding_window`."""
 _NOT_COMPUTED = {
     "quantization_config": "quantised weights",
+    "per_layer_config": "layers with options of their own",
     "final_logit_softcapping": "soft-capped logits",
     "attn_logit_softcapping": "soft-capped attention scores",
     "no_rope_layers": "layers without RoPE",
@@ -88,6 +94,16 @@ _NOT_COMPUTED = {
     "num_local_experts": "a mixture of experts",
 }
 """Options that change the outputs and that coremill does not support, by their keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """The set of weights that transformers reads."""
+
+    shards: tuple[Path, ...]
+    index: Path | None = None
+    listed: Mapping[str, str] = field(default_factory=dict)
+    """The file name of each tensor in the index."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,23 +121,35 @@ class HuggingFaceWeights(WeightsSource):
     format = "huggingface"
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
+        if (path / ADAPTER).exists():
+            raise UnsupportedModelError(
+                f"{path}: an adapter, {ADAPTER}", expected="weights with the adapter merged"
+            )
+        self._open(path / CONFIG)
         settings = _Settings(path / CONFIG)
-        self.model_type = settings.architecture.removesuffix("ForCausalLM").lower()
+        self.model_type = settings.model_type
         self.config = _config(settings)
-        self.notes = _notes(settings)
-        self._shards, listed = _shards(path)
+        stored = _stored(path, settings)
+        self.notes = (*_notes(settings), *_ignored(path, stored))
+        self._shards = stored.shards
+        for file in (*self._shards, *filter(None, [stored.index])):
+            self._open(file)
         self._tensors = _located(self._shards)  # by their names in the source
-        for name, shard in listed.items():
+        for name, shard in stored.listed.items():
             if name not in self._tensors or self._tensors[name].shard.name != shard:
                 raise CheckpointContentError(
-                    f"{path / INDEX}: {name} is not in {shard}",
+                    f"{stored.index}: {name} is not in {shard}",
                     expected="shards with the tensors that the index lists",
                 )
-        if self.config.arch.tie_embeddings:
-            self._drop_tied_head()
         plausible = self.config.n_layers <= len(self._tensors)
         known = {huggingface_name(name): name for name in parameter_shapes(self.config)} if plausible else {}
+        if self.config.arch.tie_embeddings and _HEAD in self._tensors:
+            if _EMBEDDING in self._tensors:
+                self._drop_tied_head()
+            else:  # either name may have the weights, as in transformers
+                known[_HEAD] = known.pop(_EMBEDDING, _HEAD)
         self._names = {known.get(name, name): name for name in self._tensors}  # by the student's names
         shapes = {name: self._tensors[theirs].shape for name, theirs in self._names.items()}
         check_shapes(self.config, shapes, where=str(path))
@@ -145,7 +173,7 @@ class HuggingFaceWeights(WeightsSource):
     def memory_bytes(self) -> int:
         return 0  # every tensor is mapped
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
+    def _read(self) -> Iterator[tuple[str, Tensor]]:
         for number, shard in enumerate(self._shards, 1):
             names = [name for name, theirs in self._names.items() if self._tensors[theirs].shard == shard]
             log.info("%s, %d of %d: %d tensors", shard.name, number, len(self._shards), len(names))
@@ -155,16 +183,13 @@ class HuggingFaceWeights(WeightsSource):
 
     def _drop_tied_head(self) -> None:
         """Ignore a tied head that is stored as well, if it equals the embedding."""
-        head, embedding = "lm_head.weight", huggingface_name("embed_tokens.weight")
-        if head not in self._tensors or embedding not in self._tensors:
-            return
-        with _opened(self._tensors[head].shard) as one, _opened(self._tensors[embedding].shard) as other:
-            if not same_values(one.get_tensor(head), other.get_tensor(embedding)):
+        with _opened(self._tensors[_HEAD].shard) as one, _opened(self._tensors[_EMBEDDING].shard) as other:
+            if not same_values(one.get_tensor(_HEAD), other.get_tensor(_EMBEDDING)):
                 raise CheckpointContentError(
                     f"{self.path}: {CONFIG} ties lm_head.weight to the embedding, and the two differ",
                     expected="a tied model without a separate head, or `tie_word_embeddings` false",
                 )
-        del self._tensors[head]
+        del self._tensors[_HEAD]
 
 
 # --- files ------------------------------------------------------------------------------------------
@@ -184,32 +209,62 @@ def _read_json(path: Path) -> Mapping[str, Plain]:
     return value
 
 
-def _shards(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """Return the files with tensors, and the file name of each tensor in the index (empty without an index)."""
-    if (path / INDEX).exists():
-        listed = _read_json(path / INDEX).get("weight_map")
-        files = (
-            {key: name for key, name in listed.items() if isinstance(name, str)} if isinstance(listed, dict) else {}
-        )
-        if not files or files != listed:
-            raise DocumentError(f"{path / INDEX}: no `weight_map` at `$`", expected="the file of each tensor")
-        names = sorted(set(files.values()))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise DocumentError(f"{path / INDEX}: the shard {outside[0]!r}", expected="files next to the index")
-        if missing := [name for name in names if not (path / name).is_file()]:
-            raise CheckpointUnreadableError(
-                f"{path} lacks {', '.join(missing)}", expected=f"the {len(names)} shards that {INDEX} lists"
-            )
-        return [path / name for name in names], files
-    if (path / WHOLE).is_file():
-        return [path / WHOLE], {}
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
-    if pickles:
+def _stored(path: Path, settings: _Settings) -> _Stored:
+    """Choose among several sets of weights as transformers does (`_get_resolved_checkpoint_files`): the file that
+    config.json names, else model.safetensors, else the shards of model.safetensors.index.json."""
+    named = settings.values.get("transformers_weights")
+    if named is not None and not (
+        isinstance(named, str)
+        and Path(named).name == named
+        and named.endswith((".safetensors", ".safetensors.index.json"))
+    ):
+        raise settings.refuse("transformers_weights", named, "a safetensors file or an index next to it")
+    for name in (WHOLE, INDEX) if named is None else (named,):
+        if (path / name).is_file():
+            return _sharded(path / name) if name.endswith(".json") else _Stored(shards=(path / name,))
+    expected = f"{WHOLE}, or shards and {INDEX}" if named is None else f"{named}, which {CONFIG} names"
+    if others := [name for name in _files(path, _OTHER_WEIGHTS) if name.endswith((".safetensors", ".gguf"))]:
+        raise CheckpointUnreadableError(f"{path} has its weights only in {_some(others)}", expected=expected)
+    if pickles := _files(path, _PICKLES):
         raise UnsafeCheckpointError(
             f"{path} has its weights only in {', '.join(pickles)}, pickles that may contain code",
-            expected=f"{WHOLE}, or shards and {INDEX}; the pickle was not executed",
+            expected=f"{expected}; the pickle was not executed",
         )
-    raise CheckpointUnreadableError(f"{path} contains no weights", expected=f"{WHOLE}, or shards and {INDEX}")
+    raise CheckpointUnreadableError(f"{path} contains no weights", expected=expected)
+
+
+def _sharded(index: Path) -> _Stored:
+    listed = _read_json(index).get("weight_map")
+    files = {key: name for key, name in listed.items() if isinstance(name, str)} if isinstance(listed, dict) else {}
+    if not files or files != listed:
+        raise DocumentError(f"{index}: no `weight_map` at `$`", expected="the file of each tensor")
+    names = sorted(set(files.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise DocumentError(f"{index}: the shard {outside[0]!r}", expected="files next to the index")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise CheckpointUnreadableError(
+            f"{index.parent} lacks {', '.join(missing)}",
+            expected=f"the {len(names)} shards that {index.name} lists",
+        )
+    return _Stored(shards=tuple(index.with_name(name) for name in names), index=index, listed=files)
+
+
+def _ignored(path: Path, stored: _Stored) -> tuple[str, ...]:
+    chosen = stored.index or stored.shards[0]
+    read = {chosen.name, *(shard.name for shard in stored.shards)}
+    others = [name for name in _files(path, _OTHER_WEIGHTS) if name not in read]
+    return (
+        (f"the weights are those of {chosen.name}, as in transformers; ignored: {_some(others)}",) if others else ()
+    )
+
+
+def _files(path: Path, patterns: Sequence[str]) -> list[str]:
+    return sorted({file.name for pattern in patterns for file in path.glob(pattern)})
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 @contextlib.contextmanager
@@ -228,7 +283,7 @@ def _opened(shard: Path) -> Iterator[safe_open]:
         ) from failure
 
 
-def _located(shards: list[Path]) -> dict[str, _Located]:
+def _located(shards: Sequence[Path]) -> dict[str, _Located]:
     found: dict[str, _Located] = {}
     for shard in shards:
         with _opened(shard) as file:
@@ -264,6 +319,12 @@ class _Settings:
                 f"{path}: the architecture {self.architecture}", expected=f"one of {', '.join(FAMILIES)}"
             )
         self.family = FAMILIES[self.architecture]
+        self.model_type = self.architecture.removesuffix("ForCausalLM").lower()
+        if (found := self.values.get("model_type", self.model_type)) != self.model_type:
+            raise UnsupportedModelError(
+                f"{path}: the architecture {self.architecture} with `model_type` {found!r}",
+                expected=f"`model_type` {self.model_type!r}",
+            )
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.values.get(key)
