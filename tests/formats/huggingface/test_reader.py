@@ -182,6 +182,18 @@ def test_names_of_version_4_give_the_same_config(tmp_path: Path, option: str) ->
     check_same(reread, tmp_path)
 
 
+@pytest.mark.parametrize("option", [{"sliding_window": 8}, {"attention_chunk_size": 8}])
+def test_llama_with_a_window_contradicts_itself_in_transformers(option: dict[str, int]) -> None:
+    """Why these options are rejected: with a cache, later tokens do not attend to the first ones."""
+    model = a_model("LlamaForCausalLM", **option)
+    with torch.no_grad():
+        at_once = model(some_ids()).logits
+        head = model(some_ids()[:, :40], use_cache=True)
+        continued = model(some_ids()[:, 40:], past_key_values=head.past_key_values).logits
+    assert torch.allclose(at_once[:, :40], head.logits, atol=1e-5)
+    assert (at_once[:, 40:] - continued).abs().max() > 0.1
+
+
 def test_options_change_the_logits(tmp_path: Path) -> None:
     """If both sides ignored an option, their logits would still be equal."""
     seen = []
@@ -485,6 +497,16 @@ def sharded(tmp_path: Path) -> Path:
         ({"final_logit_softcapping": 30.0}, "soft-capped logits, `final_logit_softcapping`"),
         ({"no_rope_layers": [1, 0]}, "layers without RoPE, `no_rope_layers`"),
         ({"quantization_config": {"bits": 4}}, "quantised weights, `quantization_config`"),
+        ({"is_causal": False}, "attention to later positions, `is_causal`"),
+        ({"is_causal": None}, "attention to later positions, `is_causal`"),
+        ({"attention_chunk_size": 8}, "attention in chunks, `attention_chunk_size`"),
+        ({"sliding_window": 32}, "a sliding window of 32 positions in a context of 64"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "a layer of type 'sliding_attention', `layer_types`",
+        ),
+        ({"rope_parameters": {"full_attention": YARN}}, "RoPE that differs between layers"),
+        ({"rope_scaling": {"rope_type": None, "type": "linear", "factor": 2.0}}, "RoPE scaling 'None'"),
         (
             {"per_layer_config": {"0": {"intermediate_size": 56}}},
             "layers with options of their own, `per_layer_config`",
@@ -550,11 +572,19 @@ def test_unreadable_configuration_is_rejected(saved: Path, text: str | None, fou
         ({"num_key_value_heads": 3}, "d_model 32, n_heads 4 and n_kv_heads 3 must each be a multiple of the next"),
         ({"num_attention_heads": 0}, "`n_heads` must be positive, found 0"),
         ({"rope_scaling": {"type": "linear"}}, "`factor` is missing"),
+        ({"rope_scaling": {"type": "dynamic"}}, "`factor` is missing"),
+        ({"rope_scaling": {"type": "yarn"}}, "`factor` is missing"),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 16.5}}, "`O` is 16.5"),
+        ({"rope_scaling": YARN, "original_max_position_embeddings": 16.5}, "`O` is 16.5"),
+        ({"rope_parameters": {"rope_theta": None}, "rope_theta": 500.0}, "`rope_theta` is missing"),
+        ({"rope_theta": 1e39, "rope_parameters": None}, "`rope_theta` is 1e+39"),
+        ({"layer_types": ["full_attention"]}, "`layer_types` is ['full_attention']"),
         ({"rope_scaling": {"type": "linear", "factor": -2}}, "`factor` must be positive, found -2.0"),
     ],
 )
 def test_invalid_configuration_is_rejected(saved: Path, change: dict[str, Any], found: str) -> None:
     change_config(saved, lambda config: config.update(change))
+    found = found.replace("`O`", "`original_max_position_embeddings`")
     assert refusal(saved, DocumentError) == f"{saved}/config.json: {found}"
 
 

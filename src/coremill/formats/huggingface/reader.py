@@ -69,8 +69,8 @@ class _Family:
     """None: the number of heads."""
     head_size: int | None = None
     """None: hidden_size / num_attention_heads."""
-    window: Literal["none", "always", "configured"] = "none"
-    """Whether `sliding_window` applies: never, always, or if `use_sliding_window` is true."""
+    window: Literal["cache", "always", "configured"] = "cache"
+    """Whether `sliding_window` applies: only to the cache, always, or if `use_sliding_window` is true."""
 
 
 FAMILIES = {
@@ -82,10 +82,12 @@ FAMILIES = {
     ),
 }
 _WINDOW = 4096
-"""The default of `sliding_window`."""
+"""The default of `sliding_window`, except for Llama, which has none."""
+_MOST_THETA = torch.finfo(torch.float32).max
 _NOT_COMPUTED = {
     "quantization_config": "quantised weights",
     "per_layer_config": "layers with options of their own",
+    "attention_chunk_size": "attention in chunks",
     "final_logit_softcapping": "soft-capped logits",
     "attn_logit_softcapping": "soft-capped attention scores",
     "no_rope_layers": "layers without RoPE",
@@ -398,6 +400,8 @@ def _refuse_unsupported(settings: _Settings) -> None:
         raise refuse(f"the activation {activation!r}", "silu")
     if (part := settings.number("partial_rotary_factor", 1.0)) != 1:
         raise refuse(f"RoPE on {part:g} of each head", "RoPE on all of a head's dimensions")
+    if values.get("is_causal", True) is not True:
+        raise refuse("attention to later positions, `is_causal`", "causal attention")
     window, max_seq_len = _window(settings), settings.integer("max_position_embeddings")
     if window is not None and window < max_seq_len:
         raise refuse(
@@ -407,27 +411,48 @@ def _refuse_unsupported(settings: _Settings) -> None:
 
 
 def _window(settings: _Settings) -> int | None:
-    """Return the sliding window, or None if no layer has one."""
+    """Return the sliding window, or None if no layer has one.
+
+    transformers ignores a window in Llama if it computes a whole text, but not if it has a cache.
+    """
     family, values = settings.family, settings.values
-    used = family.window == "always" or (family.window == "configured" and settings.flag("use_sliding_window"))
-    if not used or values.get("sliding_window", _WINDOW) is None:
-        return None
+    layer_types = values.get("layer_types")
+    if layer_types is not None:
+        _check_layer_types(settings, layer_types)
     if family.window == "configured":
-        layer_types = values.get("layer_types")
-        if isinstance(layer_types, list):
-            windowed = "sliding_attention" in layer_types
-        else:
+        if not settings.flag("use_sliding_window"):
+            return None
+        if layer_types is None:
             windowed = settings.integer("max_window_layers", 28) < settings.integer("num_hidden_layers")
+        else:
+            windowed = isinstance(layer_types, list) and "sliding_attention" in layer_types
         if not windowed:
             return None
-    return settings.integer("sliding_window", _WINDOW)
+    default = None if family.window == "cache" else _WINDOW
+    return None if values.get("sliding_window", default) is None else settings.integer("sliding_window", default)
+
+
+def _check_layer_types(settings: _Settings, found: Plain) -> None:
+    """Check that `layer_types` has a supported type for each layer.
+
+    Raises:
+        UnsupportedModelError: it has another type, or windows that the family or `use_sliding_window` excludes.
+    """
+    kinds = found if isinstance(found, list) else [found]
+    supported = ["full_attention"]
+    if settings.family.window == "configured" and settings.flag("use_sliding_window"):
+        supported.append("sliding_attention")
+    if unsupported := [kind for kind in kinds if kind not in supported]:
+        raise UnsupportedModelError(
+            f"{settings.path}: a layer of type {unsupported[0]!r}, `layer_types`", expected=" or ".join(supported)
+        )
+    if len(kinds) != settings.integer("num_hidden_layers"):
+        raise settings.refuse("layer_types", found, "a list with the type of each layer")
 
 
 def _rope_values(settings: _Settings) -> Mapping[str, Plain]:
     """Return RoPE's options; the key of version 4 takes precedence over that of version 5, as in transformers 5."""
     values = settings.values.get("rope_scaling") or settings.values.get("rope_parameters") or {}
-    if isinstance(values, dict) and set(values) == {"full_attention"}:
-        values = values["full_attention"]
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise UnsupportedModelError(
             f"{settings.path}: RoPE that differs between layers", expected="the same for all layers"
@@ -436,12 +461,15 @@ def _rope_values(settings: _Settings) -> Mapping[str, Plain]:
 
 
 def _rope_theta(settings: _Settings) -> float:
-    values = _rope_values(settings)
-    return settings.number("rope_theta", settings.number("rope_theta", 10_000.0), among=values)
+    values = next((each for each in (_rope_values(settings), settings.values) if "rope_theta" in each), None)
+    theta = 10_000.0 if values is None else settings.number("rope_theta", among=values)
+    if theta > _MOST_THETA:
+        raise settings.refuse("rope_theta", theta, "a number that float32 has")
+    return theta
 
 
 def _rope_type(values: Mapping[str, Plain]) -> str:
-    return str(values.get("rope_type") or values.get("type") or "default")
+    return str(values.get("rope_type", values.get("type", "default")))
 
 
 def _rope_scaling(settings: _Settings) -> RopeScaling | None:
@@ -456,14 +484,15 @@ def _rope_scaling(settings: _Settings) -> RopeScaling | None:
             f"{settings.path}: RoPE on {number('partial_rotary_factor'):g} of each head",
             expected="RoPE on all of a head's dimensions",
         )
-    if kind in ("default", "dynamic"):
+    if kind == "default":
+        return None
+    if kind == "dynamic":
+        number("factor")
         return None  # dynamic NTK equals plain RoPE within the context; see _notes
     if kind == "linear":
         return LinearScaling(factor=number("factor"))
-    max_seq_len = settings.number("max_position_embeddings")
-    original = int(
-        settings.number("original_max_position_embeddings", number("original_max_position_embeddings", max_seq_len))
-    )
+    max_seq_len = settings.integer("max_position_embeddings")
+    original = _original_max_seq_len(settings, values, default=max_seq_len)
     if kind == "llama3":
         return Llama3Scaling(
             factor=number("factor"),
@@ -478,11 +507,23 @@ def _rope_scaling(settings: _Settings) -> RopeScaling | None:
     )
 
 
-def _yarn(settings: _Settings, values: Mapping[str, Plain], *, original: int, max_seq_len: float) -> YarnScaling:
+def _original_max_seq_len(settings: _Settings, values: Mapping[str, Plain], *, default: int) -> int:
+    """Return the length that the model was first trained with; the key outside RoPE's options takes precedence."""
+    key = "original_max_position_embeddings"
+    among = next((each for each in (settings.values, values) if key in each), {key: default})
+    value = settings.number(key, among=among)
+    if not value.is_integer():
+        raise settings.refuse(key, value, "an integer")
+    return int(value)
+
+
+def _yarn(settings: _Settings, values: Mapping[str, Plain], *, original: int, max_seq_len: int) -> YarnScaling:
     def number(key: str, default: float) -> float:
         return settings.number(key, default, among=values)
 
-    factor = number("factor", max_seq_len / max(original, 1))
+    if "factor" not in values:
+        raise settings.refuse("factor", None, "a number")
+    factor = number("factor", max_seq_len / max(original, 1))  # for null
     attention = yarn_attention_factor(factor)
     mscale, over_all = number("mscale", 0.0), number("mscale_all_dim", 0.0)
     if mscale and over_all:
