@@ -317,7 +317,7 @@ def test_too_little_memory_is_an_error_before_the_work(
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1_200_000_000)
     assert error_of(MachineError, SMOLLM2, "--out", tmp_path / "m.ckpt") == (
         "1,200 MB of memory is available\n"
-        "  expected: 1,238 MB, to import 134,515,008 parameters\n"
+        "  expected: 1,369 MB, to import 134,515,008 parameters\n"
         "  run: coremill doctor"
     )
     assert "read" not in caplog.text

@@ -40,9 +40,9 @@ if TYPE_CHECKING:  # heavy, and not needed for the first checks
 
 log = logging.getLogger(__name__)
 
-_BYTES_PER_PARAMETER = 4
-"""The source in the program that it is compared with, or its weights dequantised: float32."""
-_BASE_BYTES = 700_000_000
+_BYTES_PER_PARAMETER = 4.6
+"""The source in the program that it is compared with, in float32, and what loading adds."""
+_BASE_BYTES = 750_000_000
 _LOG_LINES = 4
 
 
@@ -83,7 +83,7 @@ def import_model(weights: WeightsConfig, out: Path, *, model_type: str | None = 
         )
     tokenizer = _tokenizer(source)
     parameters = sum(math.prod(shape) for shape in parameter_shapes(source.config).values())
-    check_memory(_BASE_BYTES + _BYTES_PER_PARAMETER * parameters, why=f"to import {parameters:,} parameters")
+    check_memory(_BASE_BYTES + int(_BYTES_PER_PARAMETER * parameters), why=f"to import {parameters:,} parameters")
     check_disk(out.parent, source.size_bytes, why="for the checkpoint")
     for note in source.notes:
         log.warning("%s: %s", source_path, note)
