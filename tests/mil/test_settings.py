@@ -28,8 +28,12 @@ def _flushes() -> bool:
     return sys.float_info.min * float("0.5") == 0.0
 
 
+def _set_default_device(device: torch.device) -> None:
+    torch.set_default_device(None if device == CPU else device)  # None also removes the context
+
+
 SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None], Any]] = {
-    "default device": (torch.get_default_device, torch.set_default_device, torch.device("meta")),
+    "default device": (torch.get_default_device, _set_default_device, torch.device("meta")),
     "default dtype float16": (torch.get_default_dtype, torch.set_default_dtype, torch.float16),
     "default dtype float64": (torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     "grad": (torch.is_grad_enabled, torch.set_grad_enabled, False),
