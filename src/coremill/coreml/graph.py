@@ -161,7 +161,7 @@ def stand_ins(weights: Sequence[Tensor]) -> list[Tensor]:
     A graph does not depend on the values of the weights: it is captured, and its interface is read, with these.
     """
     # numpy's zeros are memory that the system provides when it is written; torch writes its own.
-    zeros = torch.from_numpy(np.zeros(max(weight.numel() for weight in weights), np.float32))
+    zeros = torch.from_numpy(np.zeros(max((weight.numel() for weight in weights), default=0), np.float32))
     return [zeros[: weight.numel()].view(weight.shape) for weight in weights]
 
 
