@@ -157,20 +157,14 @@ def test_stages_wait_for_one_another(run, monkeypatch, reason):
 
 
 def test_estimate_grows_with_the_checkpoint(run, layout, monkeypatch):
-    """Two stages of 500 MB and half the checkpoint's size need 1,010 MB, of which one already holds some."""
-    stages = tuple(Stage(**{**_fields(stage), "memory_per_checkpoint_byte": 0.5}) for stage in STAGES)
-    left, right = (Task(stage, None) for stage in stages[1:3])
+    """A stage of 1.5 GB and three times the checkpoint's 10 MB: two need 3,060 MB."""
     layout.stage("training").mkdir(parents=True)
     checkpoint_file(layout.stage("training"), run.config.name).write_bytes(b"x" * 10_000_000)
     with Build(Path(), CONFIG, run.config, layout, env={}, force=None, dry_run=True, show=run.show) as build:
-        for available, fits in ((1_009_999_999, False), (1_010_000_000, True)):
+        for available, fits in ((3_059_999_999, False), (3_060_000_000, True)):
             monkeypatch.setattr(build_module, "available_memory_bytes", lambda available=available: available)
-            assert build._fits(right, {object(): left}) is fits
-        assert build._fits(right, {})
-
-
-def _fields(stage: Stage) -> dict[str, object]:
-    return {name: getattr(stage, name) for name in stage.__struct_fields__}
+            assert build._fits(1) is fits
+        assert build._fits(0)
 
 
 def test_failure_stops_only_what_needs_it(run, layout):

@@ -24,8 +24,9 @@ from coremill.pipeline.lock import TOKEN_VARIABLE, RunLock
 from coremill.pipeline.stages import Stage, find_stage, stage_folder, stages_of
 from coremill.pipeline.status import run_status
 
-_BASE_BYTES = 500_000_000
-"""The memory of a stage with a tiny model."""
+_BASE_BYTES = 1_500_000_000
+_BYTES_PER_CHECKPOINT_BYTE = 3
+"""No stage needs more than 1.5 GB and 6 bytes for each parameter, which has at least 2 in the checkpoint."""
 
 
 class Task(NamedTuple):
@@ -115,7 +116,7 @@ class Build:
                     self._skip_blocked(waiting, succeeded)
                     for task in list(waiting):
                         ready = all(need in succeeded for need in self._needs(task))
-                        if ready and len(running) < jobs and self._fits(task, running):
+                        if ready and len(running) < jobs and self._fits(len(running)):
                             waiting.remove(task)
                             running[threads.submit(self._built, task)] = task
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -170,18 +171,18 @@ class Build:
         stages = [find_stage(need, self.stages) for need in task.stage.needs]
         return [Task(stage, task.lane if stage.per_lane else None) for stage in stages]
 
-    def _fits(self, task: Task, running: Mapping[Future[bool], Task]) -> bool:
-        """Return whether the task's memory is likely to fit beside what runs. What runs alone always starts."""
+    def _fits(self, running: int) -> bool:
+        """Return whether another stage's memory fits beside the stages that run. What runs alone always starts."""
         if not running:
             return True
         held = sum(held_bytes(process.pid) for process in list(self._processes.values()))
-        return sum(map(self._memory_bytes, (task, *running.values()))) <= available_memory_bytes() + held
+        return (running + 1) * self._stage_bytes() <= available_memory_bytes() + held
 
-    def _memory_bytes(self, task: Task) -> int:
-        """Estimate the task's peak memory."""
+    def _stage_bytes(self) -> int:
+        """Return the most memory that a stage of this run needs."""
         checkpoint = checkpoint_file(self._layout.stage(self._run.model_stage), self._run.name)
         size_bytes = checkpoint.stat().st_size if checkpoint.is_file() else 0
-        return _BASE_BYTES + int(task.stage.memory_per_checkpoint_byte * size_bytes)
+        return _BASE_BYTES + _BYTES_PER_CHECKPOINT_BYTE * size_bytes
 
     def _built(self, task: Task) -> bool:
         """Run the task in its interpreter, unless it is fresh; return whether it succeeded."""

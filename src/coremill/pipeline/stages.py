@@ -32,9 +32,6 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     records: tuple[str, ...] = ()
     """Outputs that no stage reads, such as logs with times; a change of them makes no stage stale."""
 
-    memory_per_checkpoint_byte: float = 0
-    """The growth of its peak memory with the checkpoint's size, as measured with SmolLM2-135M."""
-
     def environment(self, lane: str | None) -> Environment:
         return TRAIN if lane is None else CONVERT[lane]
 
@@ -63,7 +60,6 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             needs=model,
             per_lane=True,
             purpose="export the graph and its contract",
-            memory_per_checkpoint_byte=4.6,
         ),
         Stage(
             name="convert",
@@ -72,7 +68,6 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             needs=("export",),
             per_lane=True,
             purpose="convert the graph to a Core ML package",
-            memory_per_checkpoint_byte=2.2,
             records=("conversion.log",),
         ),
         Stage(
@@ -82,7 +77,6 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             needs=(*model, "export", "convert"),
             per_lane=True,
             purpose="run the package and check it",
-            memory_per_checkpoint_byte=8.1,
         ),
         Stage(
             name="hf",
@@ -91,7 +85,6 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             needs=model,
             per_lane=False,
             purpose="write the Hugging Face directory and run it with transformers",
-            memory_per_checkpoint_byte=0.3,
         ),
         Stage(
             name="gguf",
@@ -100,7 +93,6 @@ def _shared_stages(kind: type[BaseRun]) -> tuple[Stage, ...]:
             needs=model,
             per_lane=False,
             purpose="write GGUF files and the Modelfile, and run them with llama.cpp",
-            memory_per_checkpoint_byte=1.8,
         ),
     )
 

@@ -19,15 +19,15 @@ from coremill.data.judge import judge
 from coremill.data.prompts import Probe, Prompts, conversation
 from coremill.data.rows import Row
 from coremill.data.teacher import entropy, halt_labels, teacher_targets
-from coremill.measures import Agreement, Comparison, log_softmax, max_abs_err, sqnr_db
+from coremill.measures import Agreement, Comparison, Floats, log_softmax, max_abs_err, sqnr_db
 from coremill.model.decoding import Sampler, greedy
 from coremill.model.reference import Reference
 from coremill.model.student import LOGITS
 from coremill.text.student_tokenizer import TOOL_CALL, Tokenizer
-from coremill.verification.backends import Array, Runner
+from coremill.verification.backends import Runner
 from coremill.verification.scoring import ScoredAnswer, Scorer, answer_question, score_answer
 
-Outputs = Mapping[str, Array]
+Outputs = Mapping[str, Floats]
 """Outputs by name, each (T, …) without the batch dimension."""
 
 
@@ -38,7 +38,7 @@ class ShapeRun(NamedTuple):
     ids: list[int]
     """The first compared sequence, T tokens."""
     outputs: Outputs
-    """The package's outputs for `ids`; empty if the shape did not run."""
+    """The package's outputs for `ids`, as :func:`compact` returns them; empty if the shape did not run."""
 
 
 def measure_shape(
@@ -58,7 +58,7 @@ def measure_shape(
             found = scorer.score(ids)
             reference.score(ids).compare(found, by_output, judged=judged, tokens=ids if is_scored else None)
             if not first:
-                first, outputs = ids, found
+                first, outputs = ids, compact(found)
             del found  # it may take 800 MB; free it before the next one is computed
         report = _measured(runner, {name: comparison.result() for name, comparison in by_output.items()})
         return ShapeRun(report, first, outputs)
@@ -70,6 +70,21 @@ def measure_shape(
     ) as failure:  # from the backend at this shape, or because logits are not finite
         error = f"{type(failure).__name__}: {failure}"
     return ShapeRun(ShapeError(backend=runner.backend, error=error), [], {})
+
+
+def compact(outputs: Outputs) -> dict[str, Floats]:
+    """Return the same values: in float16 where that holds each of them exactly, as a float16 package's outputs."""
+    return {name: _halved(array) for name, array in outputs.items()}
+
+
+def _halved(array: Floats) -> Floats:
+    half = np.empty(array.shape, np.float16)
+    with np.errstate(over="ignore"):  # infinity then, which differs
+        for found, row in zip(half, array, strict=True):
+            found[...] = row
+            if not np.array_equal(found, row):
+                return array
+    return half
 
 
 def perplexity_of(agreement: Agreement) -> Perplexity | None:
@@ -107,14 +122,15 @@ def causality_leak(runner: Runner, probes: Sequence[Probe], known: ShapeRun) -> 
     """
     leaks = []
     for ids, changes in probes:
-        before = known.outputs if ids == known.ids else runner.run(ids)
+        before = known.outputs if ids == known.ids else compact(runner.run(ids))
         for place, token in changes:
             after = runner.run([*ids[:place], token, *ids[place + 1 :]])
             leaks += [_largest_change(before[name][:place], after[name][:place]) for name in before]
+            del after  # before the next one is computed
     return float(np.max(leaks)) if leaks else None  # unlike Python's max, NaN if there is one
 
 
-def _largest_change(before: Array, after: Array) -> float:
+def _largest_change(before: Floats, after: Floats) -> float:
     """Return the largest difference, row by row: a float64 copy of all logits may take 1.6 GB."""
     return float(np.max([max_abs_err(*rows) for rows in zip(before, after, strict=True)], initial=0.0))
 
