@@ -82,6 +82,12 @@ def build() -> Callable[..., Any]:
     return build_model
 
 
+def reset_default_device() -> None:
+    """Undo `torch.set_default_device`. After its own None, `torch.get_default_device` of torch 2.9 fails."""
+    torch.set_default_device(None)
+    del torch._GLOBAL_DEVICE_CONTEXT.device_context
+
+
 @contextlib.contextmanager
 def hostile_settings() -> Iterator[None]:
     """Set everything that a caller can set, and that would change values or fail; `evaluate` must not notice."""
@@ -97,7 +103,7 @@ def hostile_settings() -> Iterator[None]:
         stack.callback(torch.backends.cuda.enable_math_sdp, True)
         torch.backends.cuda.enable_math_sdp(False)
         stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
-        stack.callback(torch.set_default_device, None)
+        stack.callback(reset_default_device)
         torch.set_default_device("meta")
         stack.enter_context(np.errstate(all="raise"))
         yield

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813
+from tests.mil.conftest import reset_default_device
 
 from coremill.core.errors import PredictionInputError
 from coremill.measures import max_abs_err
@@ -29,7 +30,10 @@ def _flushes() -> bool:
 
 
 def _set_default_device(device: torch.device) -> None:
-    torch.set_default_device(None if device == CPU else device)  # None also removes the context
+    if device == CPU:
+        reset_default_device()
+    else:
+        torch.set_default_device(device)
 
 
 SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None], Any]] = {
