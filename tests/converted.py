@@ -68,6 +68,7 @@ from coremill.training.batches import encode_rows
 from coremill.training.distill import distill
 from coremill.verification.evidence import Evidence, Facts, FileChecks
 from coremill.verification.measurement import Measurement
+from coremill.verification.stored_weights import StoredWeights
 
 QUESTIONS = 10
 
@@ -207,22 +208,41 @@ class Build(msgspec.Struct, frozen=True):
         self.sign()
 
     def scale_weight(self, name: str, factor: float) -> None:
-        """Scale one float16 tensor of `main`, the one with `name` in its name, as if coremill had saved it so.
+        """Scale one float16 tensor, the one of `main` with `name` in its name, as if coremill had saved it so."""
 
-        Offsets in the weight file point to a header whose third and fourth fields are the data's size and place.
+        def scale(values: np.ndarray) -> None:
+            values[:] = (values * np.float16(factor)).astype(np.float16)
+
+        self.change_weight(name, scale)
+
+    def change_weight(
+        self, name: str, change: Callable[[np.ndarray], None], *, function: str = "main", alone: bool = False
+    ) -> None:
+        """Change one float16 tensor, the one of `function` with `name` in its name, as if coremill had saved it so.
+
+        Functions share it; `alone` gives this one a changed copy. Offsets in the weight file point to a record
+        whose third and fourth fields are the data's size and place.
         """
-        function = read_spec(self.package).mlProgram.functions["main"]
+        spec = read_spec(self.package)
         (operation,) = [
             operation
-            for operation in function.block_specializations[function.opset].operations
+            for operation in spec.mlProgram.functions[function].block_specializations["CoreML8"].operations
             if operation.type == "const" and name in operation.outputs[0].name
         ]
+        stored = operation.attributes["val"]
         path = self.package / "Data" / WEIGHT_FILE
         data = bytearray(path.read_bytes())
-        _, _, size, start = struct.unpack_from("<IIQQ", data, operation.attributes["val"].blobFileValue.offset)
-        values = np.frombuffer(data, np.float16, size // 2, start)
-        data[start : start + size] = (values * np.float16(factor)).astype(np.float16).tobytes()
+        sentinel, kind, size, start = struct.unpack_from("<IIQQ", data, stored.blobFileValue.offset)
+        if alone:
+            data += bytes(-len(data) % 64)
+            stored.blobFileValue.offset = len(data)
+            data += struct.pack("<IIQQ", sentinel, kind, size, len(data) + 64).ljust(64, b"\0")
+            start, values = len(data), bytes(data[start : start + size])
+            data += values
+        shape = [each.constant.size for each in stored.type.tensorType.dimensions]
+        change(np.frombuffer(data, np.float16, size // 2, start).reshape(shape))
         path.write_bytes(bytes(data))
+        (self.package / "Data" / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
         self.sign()
 
     def sign(self) -> None:
@@ -422,6 +442,7 @@ def good_imported(pristine_imported: Build) -> Evidence:
             diagnostics=read_json(layout.diagnostics_file(pristine_imported.package.parent), ConversionDiagnostics),
             diagnostics_problem=None,
             interface_problems=(),
+            weights=StoredWeights(tensors=20, values=100, functions=1),
             parameters=100,
             package_bytes=400,
         ),

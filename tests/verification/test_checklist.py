@@ -28,6 +28,7 @@ from coremill.verification.checklist import ROWS, SUMMARY_ROWS, evaluate, evalua
 from coremill.verification.evidence import Evidence, Facts, FileChecks
 from coremill.verification.main_checks import Heldout
 from coremill.verification.measurement import Measurement
+from coremill.verification.stored_weights import StoredWeights
 
 MEASURED = shape_measured()
 
@@ -49,6 +50,7 @@ def good(pristine) -> Evidence:
             diagnostics=read_json(layout.diagnostics_file(pristine.package.parent), ConversionDiagnostics),
             diagnostics_problem=None,
             interface_problems=(),
+            weights=StoredWeights(tensors=20, values=100, functions=1),
             parameters=100,
             package_bytes=400,
         ),
@@ -139,6 +141,11 @@ def test_the_checklists_own_rows_have_its_severities(good):
         ("Checkpoint loads and validates", {"checkpoint_problem": "another"}, "another"),
         ("Contract file generated and valid", {"contract_problem": "another"}, "another"),
         ("Inputs, outputs and shapes match the contract", {"interface_problems": ("a", "b")}, "a; b"),
+        (
+            "Every weight of the package is the checkpoint's",
+            {"weights": StoredWeights(tensors=2, values=9, functions=1, problem="main: norm.weight")},
+            "main: norm.weight",
+        ),
         (
             "No position depends on a later token",
             {"leak": 1e-9},

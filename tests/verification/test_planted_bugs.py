@@ -10,10 +10,12 @@ The model has random weights, a halt head and a cache.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from tests.converted import prove_source
@@ -49,6 +51,7 @@ KL = "KL divergence at the primary shape"
 TOP1 = "Top-1 agreement at the primary shape"
 PERPLEXITY = "Perplexity matches the checkpoint's"
 ROUNDING = "Matches the checkpoint up to weight rounding"
+WEIGHTS = "Every weight of the package is the checkpoint's"
 PRIMARY = "Primary shape validation succeeds"
 INTERFACE = "Inputs, outputs and shapes match the contract"
 PREFILL = "Prefill matches main"
@@ -308,11 +311,11 @@ BUGS = {
             "the primary shape T24 failed: the program returns [1, 24, 2], the model [1, 24, 300]",
             OTHER_NUMBERS | {PRIMARY, CAUSALITY},
         ),
-        Bug(interleaved_rope, WRONG, OTHER_NUMBERS),
-        Bug(heads_ungrouped, WRONG, OTHER_NUMBERS),
+        Bug(interleaved_rope, WRONG, OTHER_NUMBERS | {WEIGHTS}),
+        Bug(heads_ungrouped, WRONG, OTHER_NUMBERS | {WEIGHTS}),
         # Float16's own noise is as large.
-        Bug(scaled_weight, WRONG, frozenset({ROUNDING})),
-        Bug(other_epsilon, WRONG, frozenset({ROUNDING})),
+        Bug(scaled_weight, WRONG, frozenset({ROUNDING, WEIGHTS})),
+        Bug(other_epsilon, WRONG, frozenset({ROUNDING, WEIGHTS})),
         Bug(
             cache_ignored,
             "`decode` at position 12 differs",
@@ -320,7 +323,7 @@ BUGS = {
             "decode",
         ),
         # From an empty cache on, all tokens are late alike, and RoPE is about distances.
-        Bug(late_angle, "`decode` at position 12 differs", frozenset({ROUNDING, CONTINUED}), "decode"),
+        Bug(late_angle, "`decode` at position 12 differs", frozenset({ROUNDING, CONTINUED, WEIGHTS}), "decode"),
         Bug(
             row_after_the_last,
             "`prefill` at position 11 differs",
@@ -433,11 +436,81 @@ def test_the_honest_functions_with_a_cache_are_main_with_rounding_aside(honest):
 @pytest.mark.parametrize("name", ["scaled_weight", "other_epsilon"])
 def test_so_it_does_where_decode_alone_has_it(broken, name):
     build = broken(msgspec.structs.replace(BUGS[name], function="decode"))
-    assert bad_gates(verified(build)).keys() == {ROUNDING}
+    assert bad_gates(verified(build)).keys() == {ROUNDING, WEIGHTS}
     found = cached_rounding_aside(build)
     assert found.prefill_sqnr_db > 110
     assert 30 < found.decode_sqnr_db < 60
     assert 30 < found.continued_sqnr_db < 60
+
+
+# Weights that no prompt of the verification reads
+
+
+@pytest.fixture(scope="module")
+def untied(pristine_imported, tmp_path_factory):
+    """A finished build whose embedding is not its unembedding: a row of it changes one token alone."""
+    config = msgspec.structs.replace(pristine_imported.config, export=STATELESS)
+    build = msgspec.structs.replace(pristine_imported, root=tmp_path_factory.mktemp("untied"), config=config)
+    for folder in (pristine_imported.dataset, pristine_imported.model):
+        shutil.copytree(folder, build.root / folder.name)
+    known = load_checkpoint(build.checkpoint)
+    arch = msgspec.structs.replace(known.config.arch, tie_embeddings=False)
+    student = new_student(msgspec.structs.replace(known.config, arch=arch), seed=6)
+    save_checkpoint(
+        build.checkpoint,
+        dataclasses.replace(known, model_arch=arch, config=student.config, state_dict=student.state_dict()),
+    )
+    prove_source(build.checkpoint)
+    exported(build)
+    converted(build)
+    return build
+
+
+def scaled_row(build, unread: list[int]) -> str:
+    def scale(rows: np.ndarray) -> None:
+        rows[unread[0]] *= np.float16(1.1)
+
+    build.change_weight("embed_tokens", scale)
+    return (
+        "main: embed_tokens.weight, stored as 'decoder_embed_tokens_weight': 32 of 9,600 values differ, by up to "
+    )
+
+
+def swapped_rows(build, unread: list[int]) -> str:
+    def swap(rows: np.ndarray) -> None:
+        rows[unread] = rows[unread[::-1]]
+
+    build.change_weight("embed_tokens", swap)
+    return (
+        "main: embed_tokens.weight, stored as 'decoder_embed_tokens_weight': 64 of 9,600 values differ, by up to "
+    )
+
+
+def turned_angle(build, unread: list[int]) -> str:
+    def turn(rows: np.ndarray) -> None:
+        rows[40, 0] = 0.5  # no length is over 40 tokens
+
+    build.change_weight("decoder_cos", turn)
+    return "main: cos, stored as 'decoder_cos': 1 of 328 values differ, by up to "
+
+
+def test_the_untied_build_passes(untied):
+    report = verified(untied)
+    assert bad_gates(report) == {}
+    (gate,) = [gate for gate in report.gates if gate.name == WEIGHTS]
+    assert gate.measured == "21 tensors, 37,792 values, in 1 function"
+
+
+@pytest.mark.parametrize("plant", [scaled_row, swapped_rows, turned_angle])
+def test_what_no_prompt_reads_is_caught_by_the_comparison_of_constants_alone(untied, tmp_path, plant):
+    build = msgspec.structs.replace(untied, root=tmp_path / "build")
+    shutil.copytree(untied.root, build.root)
+    prompts = build.read_prompts()
+    read = {token for length in (16, 24, 40) for each in prompts.compared(length) for token in each.ids}
+    reason = plant(build, sorted(set(range(300)) - read)[-2:])
+    bad = bad_gates(verified(build))
+    assert bad.keys() == {WEIGHTS}
+    assert bad[WEIGHTS].startswith(reason)
 
 
 # Bugs of the export's and the converter's own work

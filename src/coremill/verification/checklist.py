@@ -159,6 +159,10 @@ def _interface(evidence: Evidence) -> Finding:
     return _problem("; ".join(evidence.files.interface_problems) or None)
 
 
+def _weights(evidence: Evidence) -> Finding:
+    return _problem(evidence.files.weights.problem, str(evidence.files.weights))
+
+
 def _causality(evidence: Evidence) -> Finding:
     if evidence.measured.leak is None:
         return not_run(evidence.unmeasured)
@@ -436,6 +440,7 @@ ROWS = (
     Row("Core ML conversion completes", MUST, _conversion),
     Row("The Core ML model loads", MUST, _loads),
     Row("Inputs, outputs and shapes match the contract", MUST, _interface),
+    Row("Every weight of the package is the checkpoint's", MUST, _weights),
     Row("No position depends on a later token", MUST, _causality),
     Row("Padding does not change the logits", MUST, _padding),
     Row("Matches the checkpoint up to weight rounding", MUST, _rounding),

@@ -9,6 +9,7 @@ from coremill.core.contract import Contract, shape_key
 from coremill.core.diagnostics import ConversionDiagnostics
 from coremill.core.reports import ShapeError, ShapeMeasured
 from coremill.verification.measurement import Measurement
+from coremill.verification.stored_weights import StoredWeights
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +43,8 @@ class FileChecks(msgspec.Struct, frozen=True, kw_only=True):
     diagnostics_problem: str | None
     interface_problems: tuple[str, ...]
     """Differences between the interfaces of the package and of the contract."""
+    weights: StoredWeights
+    """The constants of the package, compared with the checkpoint's tensors."""
     parameters: int
     """Of the checkpoint's model."""
     package_bytes: int

@@ -31,6 +31,7 @@ from coremill.model.memory import check_model_memory
 from coremill.verification.checklist import evaluate, evaluate_failure
 from coremill.verification.evidence import Evidence, Facts, FileChecks
 from coremill.verification.measurement import measure
+from coremill.verification.stored_weights import compare_stored_weights
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ def _check_files(subject: Subject, contract: Contract, saved: PackageFacts, chec
         diagnostics=diagnostics,
         diagnostics_problem=diagnostics_problem,
         interface_problems=_interface_problems(subject.package, contract),
+        weights=compare_stored_weights(subject.package, checkpoint),
         parameters=sum(tensor.numel() for tensor in checkpoint.state_dict.values()),
         package_bytes=size_bytes(subject.package),
     )
