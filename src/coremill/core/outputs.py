@@ -1,8 +1,7 @@
-"""Checks of output paths before the work, and atomic writes of several files."""
+"""Checks of output paths before the work."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import tempfile
@@ -12,7 +11,6 @@ from pathlib import Path
 from coremill.core.digest import file_digest
 from coremill.core.errors import ConfigError, CoremillError, OutputError
 from coremill.core.layout import parity_report
-from coremill.core.publish import replacing
 
 
 def check_writable(folder: Path) -> None:
@@ -73,17 +71,3 @@ def check_own_folder(folder: Path, digests: Callable[[Path], Mapping[str, str]],
             continue
         found = "coremill did not write" if path.name not in known else "has changed since"
         raise OutputError(f"{folder} contains {path.name}, which {found}", expected=expected, run=f"ls -l {folder}")
-
-
-def write_together(files: Mapping[Path, bytes]) -> None:
-    """Write several files, or none of them: all are on disk before the first is renamed.
-
-    Raises:
-        OutputError: a file cannot be written.
-    """
-    with contextlib.ExitStack() as stack:
-        for path, data in files.items():
-            file = stack.enter_context(replacing(path))
-            file.write(data)
-            file.flush()  # a full disk fails here, before any old file is replaced
-            os.fsync(file.fileno())

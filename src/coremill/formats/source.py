@@ -105,11 +105,6 @@ class WeightsSource(ABC):
     def size_bytes(self) -> int:
         """The size of the tensors that :meth:`read` yields."""
 
-    @property
-    @abstractmethod
-    def memory_bytes(self) -> int:
-        """The memory that :meth:`read` needs, without mapped files, whose pages the system can drop."""
-
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the student's tensors by name, contiguous; those stored as floats are memory-mapped.
 

@@ -86,10 +86,6 @@ class GgufWeights(WeightsSource):
     def size_bytes(self) -> int:
         return sum(self._read_bytes(name) for name in self._names)
 
-    @property
-    def memory_bytes(self) -> int:
-        return sum(self._read_bytes(name) for name in self._names if not self._is_mapped(name))
-
     def kind(self, name: str) -> gguf.GGMLQuantizationType:
         """The type that the parameter `name` is stored as."""
         return self.file.tensors[self._names[name]].kind
@@ -97,9 +93,6 @@ class GgufWeights(WeightsSource):
     def _read_bytes(self, name: str) -> int:
         tensor = self.file.tensors[self._names[name]]
         return math.prod(tensor.shape) * int(_FLOATS.get(tensor.kind, torch.float32).itemsize)
-
-    def _is_mapped(self, name: str) -> bool:
-        return self.file.tensors[self._names[name]].kind in _FLOATS and not self._is_permuted(name)
 
     def _is_permuted(self, name: str) -> bool:
         return self._permuted and (".q_proj." in name or ".k_proj." in name)

@@ -171,10 +171,6 @@ class HuggingFaceWeights(WeightsSource):
     def size_bytes(self) -> int:
         return sum(math.prod(each.shape) * DTYPES[each.dtype].itemsize for each in self._tensors.values())
 
-    @property
-    def memory_bytes(self) -> int:
-        return 0  # every tensor is mapped
-
     def _read(self) -> Iterator[tuple[str, Tensor]]:
         for number, shard in enumerate(self._shards, 1):
             names = [name for name, theirs in self._names.items() if self._tensors[theirs].shard == shard]
