@@ -75,6 +75,14 @@ def test_kill_that_the_control_group_counted_is_certain(run, tmp_path, monkeypat
     assert unsure.startswith("stage dataset was killed (SIGKILL), most likely because memory ran out; ")
 
 
+ENDS = "a process that ends by itself; its log is above"
+TRUNCATED = (
+    "a process that ends by itself; SIGBUS most likely means that a file became shorter while it was read, or that "
+    "the disk became full; its log is above"
+)
+EXPECTED = {"SIGSEGV": ENDS, "SIGABRT": ENDS, "SIGBUS": TRUNCATED}
+
+
 @pytest.mark.parametrize(
     ("name", "text"), [("SIGSEGV", "Segmentation fault"), ("SIGABRT", "Aborted"), ("SIGBUS", "Bus error")]
 )
@@ -83,8 +91,25 @@ def test_crash_names_its_signal(run, capfd, layout, name, text):
     assert type(error) is CrashError
     assert re.fullmatch(rf"stage dataset crashed: {name}, {text}; it {MEMORY}", error.found)
     assert error.exit_code == 54
+    assert error.expected == EXPECTED[name]
     assert read_manifest(layout.failed_stage("dataset")).error_kind == "crash"
     assert "tiny_dataset.py" in capfd.readouterr().err  # the traceback of the crash
+
+
+def test_file_that_is_truncated_while_it_is_read_is_suspected(run, tmp_path):
+    """Reading a mapped file beyond its end ends the process."""
+    (tmp_path / "weights").write_bytes(b"x" * 100_000)
+    body = f"""
+        import mmap
+        with open({str(tmp_path / "weights")!r}, "r+b") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            os.truncate(file.fileno(), 10)
+            bytes(mapped)
+    """
+    error = failure(run, body)
+    assert (type(error), error.exit_code) == (CrashError, 54)
+    assert error.found.startswith("stage dataset crashed: SIGBUS, Bus error; ")
+    assert error.expected == TRUNCATED
 
 
 def test_failed_allocation_is_an_error_of_memory(run, layout):

@@ -22,6 +22,12 @@ SAMPLE_S = 0.05
 _SEARCH_S = 0.5
 """How often its children are searched for, which reads all of /proc."""
 _PROC = Path("/proc")
+_HINTS = {
+    signal.SIGBUS: (
+        "SIGBUS most likely means that a file became shorter while it was read, or that the disk became full; "
+    )
+}
+"""What a signal most likely means: SIGBUS, that a part of a mapped file is not there."""
 _ADVICE = "a machine with more memory, or shorter `[shapes]`"
 
 
@@ -80,7 +86,7 @@ def _ended_by_signal(what: str, number: int, memory: str, *, counted: bool) -> C
     if number != signal.SIGKILL:
         return CrashError(
             f"{what} crashed: {name}, {signal.strsignal(number)}; {memory}",
-            expected="a process that ends by itself; its log is above",
+            expected=f"a process that ends by itself; {_HINTS.get(number, '')}its log is above",
             run="coremill doctor",
         )
     why = "because memory ran out" if counted else "most likely because memory ran out"
