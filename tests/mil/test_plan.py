@@ -12,8 +12,9 @@ from coremltools.converters.mil import Builder as mb  # noqa: N813
 from coremill.core.errors import PackageError
 from coremill.mil import MLModel, plan
 from coremill.mil.graph import read_function
-from coremill.mil.loader import open_package
+from coremill.mil.loader import Package, open_package
 from coremill.mil.plan import Plan, Target
+from coremill.mil.program import Program
 from coremill.mil.values import FP16, Numerics
 
 
@@ -316,3 +317,52 @@ def test_unknown_element_type_is_rejected(build):
         PackageError, match=r"^operation 'whole' \(cast\): unknown element type 'int33'\n  expected: one of"
     ):
         Plan(graph, Target(Numerics.DECLARED))
+
+
+# --- number of outputs ----------------------------------------------------------------------------------------
+
+
+def _suppression(boxes, scores):
+    return mb.non_maximum_suppression(
+        boxes=boxes, scores=scores, iou_threshold=0.5, score_threshold=0.0, max_boxes=2, name="nms"
+    )[0]
+
+
+def test_outputs_of_another_operation_set_are_rejected(build):
+    """iOS17 has no fourth output, the number of boxes."""
+    data = {name: np.ones((1, 4, 4), np.float32) for name in ("boxes", "scores")}
+    model = build(data, _suppression, ios=15)
+    package = Package("toy", model.get_spec(), open_package(model).weights)
+    function = package.spec.mlProgram.functions["main"]
+    function.block_specializations["CoreML7"].CopyFrom(function.block_specializations["CoreML5"])
+    function.opset = "CoreML7"
+    operations = function.block_specializations["CoreML7"].operations
+    (suppression,) = (each for each in operations if each.type == "non_maximum_suppression")
+    del suppression.inputs["score_threshold"]
+    names = [each.name for each in suppression.outputs]
+    assert len(names) == 4
+    with pytest.raises(PackageError) as caught:
+        Program(package, "main").run([torch.ones(1, 4, 4)] * 2, Target(Numerics.DECLARED))
+    assert str(caught.value) == (
+        "operation 'nms' (non_maximum_suppression) fails on float32[1, 4, 4], float32[1, 4, 4]: "
+        f"it has 3 outputs in iOS17; the program names {names}"
+    )
+
+
+def test_missing_output_of_a_rounded_operation_is_rejected(build):
+    weights = {"weight_ih": np.ones((8, 3), np.float16), "weight_hh": np.ones((8, 2), np.float16)}
+    x, state = np.ones((1, 1, 3), np.float16), np.ones((1, 2), np.float16)
+    model = build(
+        {"x": x, "h": state, "c": state},
+        lambda x, h, c: mb.lstm(x=x, initial_h=h, initial_c=c, name="lstm", **weights)[0],
+    )
+    arguments = [torch.from_numpy(each) for each in (x, state, state)]
+    for kept in (2, 1):
+        package = Package("toy", model.get_spec(), open_package(model).weights)
+        (block,) = package.spec.mlProgram.functions["main"].block_specializations.values()
+        (lstm,) = (each for each in block.operations if each.type == "lstm")
+        del lstm.outputs[kept:]
+        names = [each.name for each in lstm.outputs]
+        with pytest.raises(PackageError) as caught:
+            Program(package, "main").run(arguments, Target(Numerics.DECLARED))
+        assert str(caught.value).endswith(f": it has 3 outputs in iOS18; the program names {names}")

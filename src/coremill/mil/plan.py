@@ -130,7 +130,7 @@ class Section:
                 if step.single:
                     values[step.outputs[0]] = result
                 else:
-                    for slot, value in zip(step.outputs, _results(result), strict=True):
+                    for slot, value in zip(step.outputs, _outputs(self.graph, step.node, result), strict=True):
                         values[slot] = value
                 if observe is not None:
                     observe(step, values)
@@ -352,7 +352,7 @@ class _Compiler:
         """Run a step whose inputs are known."""
         try:
             result = step.call(*[self.values[slot] for slot in step.inputs])
-            results = (result,) if step.single else _results(result)
+            results = (result,) if step.single else _outputs(self._graph, step.node, result)
             self.values.update(zip(step.outputs, results, strict=True))
         except KERNEL_FAILURES as error:
             raise PackageError(f"{step.node}, whose inputs are constants: {error}") from error
@@ -556,12 +556,16 @@ def _rounding(call: Kernel, positions: tuple[int, ...], storages: tuple[torch.dt
 
         def call_one(*arguments: Value) -> Value:
             result = call(*widened(arguments))
-            return result if storage is None else as_tensor(result).to(storage)
+            if storage is None or isinstance(result, tuple):  # the caller reports a tuple
+                return result
+            return as_tensor(result).to(storage)
 
         return call_one
 
     def call_many(*arguments: Value) -> tuple[Value, ...]:
         results = _results(call(*widened(arguments)))
+        if len(results) != len(storages):
+            return results  # the caller reports it
         return tuple(
             value if storage is None else as_tensor(value).to(storage)
             for value, storage in zip(results, storages, strict=True)
@@ -572,3 +576,16 @@ def _rounding(call: Kernel, positions: tuple[int, ...], storages: tuple[torch.dt
 
 def _results(result: Value) -> tuple[Value, ...]:
     return result if isinstance(result, tuple) else (result,)
+
+
+def _outputs(graph: Graph, node: Node, result: Value) -> tuple[Value, ...]:
+    """Return the values of a node's outputs.
+
+    Raises:
+        ValueError: it has another number of outputs; versions of an operation differ in it.
+    """
+    results = _results(result)
+    if len(results) != len(node.outputs):
+        declared = [graph.names[slot] for slot in node.outputs]
+        raise ValueError(f"it has {len(results)} outputs in iOS{graph.ios_version}; the program names {declared}")
+    return results
