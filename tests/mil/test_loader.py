@@ -160,7 +160,7 @@ def test_other_model_types_are_rejected(tmp_path):
     (package / "Data" / "network.mlmodel").write_bytes(spec.SerializeToString())
     entries = {"id": {"path": "network.mlmodel"}}
     (package / "Manifest.json").write_text(json.dumps({"rootModelIdentifier": "id", "itemInfoEntries": entries}))
-    assert _refusal(package).startswith(f"{package}: the model is of type neuralNetwork\n  expected: ")
+    assert _refusal(package).startswith(f"{package}: a neural network (neuralNetwork)\n  expected: ")
 
 
 def _network(source, result):
@@ -172,8 +172,9 @@ def _network(source, result):
 
 def test_a_neural_network_in_memory_is_rejected():
     assert _refusal(_network("x", "y")) == (
-        "the coremltools model: the model is of type neuralNetwork\n"
-        "  expected: an ML Program, as coremltools.convert(…, convert_to='mlprogram') makes it"
+        "the coremltools model: a neural network (neuralNetwork)\n"
+        "  expected: an ML Program: convert the original model again, by "
+        "coremltools.convert(…, convert_to='mlprogram')"
     )
 
 

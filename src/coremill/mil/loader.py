@@ -66,6 +66,11 @@ def _check_type(name: str, spec: Model_pb2.Model) -> None:
             f"{name}: a pipeline ({kind}) of {len(models)} models: {listed or 'none'}",
             expected=f"one ML Program: open the models one by one, each made by {convert}",
         )
+    if kind is not None and kind.startswith("neuralNetwork"):
+        raise PackageError(
+            f"{name}: a neural network ({kind})",
+            expected=f"an ML Program: convert the original model again, by {convert}",
+        )
     raise PackageError(
         f"{name}: the model is of type {kind or 'none'}", expected=f"an ML Program, as {convert} makes it"
     )
