@@ -230,13 +230,31 @@ def test_another_model_type_is_an_error(tmp_path: Path) -> None:
 # --- errors -----------------------------------------------------------------------------------------
 
 
+TRAINED_WITH = (
+    "the tokenizer that the model was trained with, as AutoTokenizer reads it: to tokenizer.json it adds tokens of "
+    "tokenizer_config.json and of the class for the model's type"
+)
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_an_error(tmp_path: Path) -> None:
     source = huggingface(tmp_path / "source", vocab_size=60)
     assert error_of(VocabularyMismatchError, source, "--out", tmp_path / "m.ckpt") == (
-        f"{source}: its tokenizer has 64 tokens, its embedding 60 rows\n"
-        "  expected: the tokenizer that the model was trained with"
+        f"{source}: its tokenizer has 64 tokens, its embedding 60 rows, without one for 'w60' (60), "
+        "'<|endoftext|>' (61), '<s>' (62) and 1 more\n"
+        f"  expected: {TRAINED_WITH}"
     )
     assert not (tmp_path / "m.ckpt").exists()
+
+
+def test_a_token_that_transformers_adds_is_named(tmp_path: Path) -> None:
+    """Qwen2's class adds its end of text to a tokenizer.json that lacks it."""
+    source = huggingface(tmp_path / "source")
+    words = {f"w{token}": token for token in range(62)} | {"<s>": 62, "</s>": 63}
+    tokenizers.Tokenizer(models.BPE(words, [])).save(str(source / "tokenizer.json"))
+    assert error_of(VocabularyMismatchError, source, "--out", tmp_path / "m.ckpt") == (
+        f"{source}: its tokenizer has 65 tokens, its embedding 64 rows, without one for '<|endoftext|>' (64)\n"
+        f"  expected: {TRAINED_WITH}"
+    )
 
 
 def test_a_directory_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ STUDENT_TEMPLATE = """\
 """The chat template of a student. It renders one question and its answer as :meth:`Tokenizer.encode_prompt` and
 :meth:`Tokenizer.encode_answer` encode them."""
 
+_SHOWN = 3
+"""The most tokens that an error shows."""
+
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -176,6 +179,14 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """The highest id plus 1; a model's embedding has at least as many rows."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def tokens_from(self, first: int) -> str:
+        """Describe the tokens with ids of at least `first`: text and id of some, and the number of the others."""
+        ids = sorted((token, text) for text, token in self._backend.get_vocab().items() if token >= first)
+        shown = [f"{text!r} ({token})" for token, text in ids[:_SHOWN]]
+        others = [f"{len(ids) - _SHOWN} more"] if len(ids) > _SHOWN else []
+        *most, last = [*shown, *others]
+        return f"{', '.join(most)} and {last}" if most else last
 
     @property
     def special_tokens(self) -> Mapping[str, str]:

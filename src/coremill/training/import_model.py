@@ -192,15 +192,20 @@ def _tokenizer(source: GgufWeights | HuggingFaceWeights) -> TextTokenizer:
     from coremill.formats.weights import GgufWeights
     from coremill.text.model_tokenizer import TextTokenizer
 
+    expected = "the tokenizer that the model was trained with"
     if isinstance(source, GgufWeights):
         tokenizer = TextTokenizer.from_gguf(source.file.metadata, where=str(source.path))
     else:
         tokenizer = read_tokenizer(source.path)
-    if tokenizer.vocab_size > source.config.vocab_size:
+        expected += (
+            ", as AutoTokenizer reads it: to tokenizer.json it adds tokens of tokenizer_config.json and of the "
+            "class for the model's type"
+        )
+    if tokenizer.vocab_size > (rows := source.config.vocab_size):
         raise VocabularyMismatchError(
-            f"{source.path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding "
-            f"{source.config.vocab_size} rows",
-            expected="the tokenizer that the model was trained with",
+            f"{source.path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding {rows} rows, without "
+            f"one for {tokenizer.tokens_from(rows)}",
+            expected=expected,
         )
     return tokenizer
 

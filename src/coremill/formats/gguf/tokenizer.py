@@ -62,7 +62,8 @@ def gguf_metadata(tokenizer: TextTokenizer, *, vocab_size: int) -> dict[str, Val
     """
     if tokenizer.vocab_size > vocab_size:
         raise VocabularyMismatchError(
-            f"{tokenizer.where}: {tokenizer.vocab_size} tokens, the embedding has {vocab_size} rows",
+            f"{tokenizer.where}: {tokenizer.vocab_size} tokens, the embedding has {vocab_size} rows, without one "
+            f"for {tokenizer.tokens_from(vocab_size)}",
             expected="the tokenizer that the model was trained with",
         )
     described = _Described(tokenizer)
