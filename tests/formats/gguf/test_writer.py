@@ -11,6 +11,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from coremill.core.config import (
     FrequencyFactors,
@@ -18,6 +20,7 @@ from coremill.core.config import (
     LinearScaling,
     Llama3Scaling,
     ModelConfig,
+    RopeScaling,
     YarnScaling,
 )
 from coremill.core.contract import ModelArch, TokenizerRef
@@ -160,6 +163,37 @@ def test_numbers_differ_by_the_rounding_to_float32_at_most(
         other = msgspec.structs.replace(yarn, attention_factor=attention * share)
         differences = config_differences(found, msgspec.structs.replace(config, rope_scaling=other))
         assert [each.name for each in differences] == ["RoPE's factor"]
+
+
+def _positive(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high, allow_subnormal=False)
+
+
+_FACTORS = _positive(0.1, 1000)
+_SCALINGS = st.one_of(
+    st.none(),
+    st.builds(LinearScaling, factor=_FACTORS),
+    st.builds(
+        YarnScaling, factor=_FACTORS, original_max_seq_len=st.just(32), attention_factor=_positive(0.01, 100)
+    ),
+    st.builds(
+        Llama3Scaling,
+        factor=_FACTORS,
+        low_freq_factor=_positive(0.1, 2),
+        high_freq_factor=_positive(3, 8),
+        original_max_seq_len=st.just(32),
+    ),
+)
+
+
+@given(theta=_positive(10, 1e30), eps=_positive(1e-12, 0.1), scaling=_SCALINGS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_numbers_are_read_back_as_those_of_the_checkpoint(
+    tmp_path: Path, metadata: dict[str, Value], theta: float, eps: float, scaling: RopeScaling | None
+) -> None:
+    config = a_config(rope_scaling=scaling, rope_theta=theta, norm_eps=eps)
+    found = GgufWeights(write(tmp_path / "model.gguf", of(Student(config)), metadata)).config
+    assert list(config_differences(found, config)) == []
 
 
 @pytest.mark.parametrize(
