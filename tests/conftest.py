@@ -1,4 +1,7 @@
-"""Rules for all tests: only the markers of platforms skip a test, and the skipped ones are counted."""
+"""Rules for all tests: only the markers of platforms skip a test, and the skipped ones are counted.
+
+A test leaves torch's settings as they were: a later test would fail for them, far from the cause.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -62,6 +66,30 @@ def pytest_runtest_makereport(item, call):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} skipped itself; only a platform marker may: {', '.join(PLATFORMS)}"
     return report
+
+
+_TORCH_DEFAULTS = {"contexts of functions": 0, "dtype": "torch.float32", "gradients": True, "deterministic": False}
+
+
+def _torch_settings() -> dict[str, object]:
+    """Return torch's settings for new tensors; its defaults if nothing has imported it."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return _TORCH_DEFAULTS
+    found = (
+        torch._C._len_torch_function_stack(),  # one of them is the default device's
+        str(torch.get_default_dtype()),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    return dict(zip(_TORCH_DEFAULTS, found, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_torch_stay() -> Iterator[None]:
+    before = _torch_settings()
+    yield
+    assert _torch_settings() == before, "the test changed torch's settings and left them so"
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

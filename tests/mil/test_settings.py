@@ -179,13 +179,18 @@ def test_numbers_below_the_normal_range_are_kept(build):
 
 
 def test_overlapping_runs_share_the_neutral_precision():
-    """The first to end does not give the second the caller's precision, and the last one restores it."""
+    """The first to end does not give the second the caller's precision, and the last one restores it.
+
+    They are in two threads: the mode of inference, which belongs to a thread, must end in the order of its starts.
+    """
     torch.set_float32_matmul_precision("medium")
+    second = contextlib.ExitStack()
     try:
-        with contextlib.ExitStack() as second:
+        with ThreadPoolExecutor(1) as other:
             with neutral(CPU):
-                second.enter_context(neutral(CPU))
+                other.submit(lambda: second.enter_context(neutral(CPU))).result()
             assert torch.get_float32_matmul_precision() == "highest"
+            other.submit(second.close).result()
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
