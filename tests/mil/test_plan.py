@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 
 import numpy as np
@@ -134,6 +135,52 @@ def test_large_weights_are_widened_at_each_use(plan_of, monkeypatch):
         for each in not_kept.general.template
     )
     assert torch.equal(kept.run(x)[0], not_kept.run(x)[0])
+
+
+TABLE = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float16)
+
+
+def _selected(i, *, also=None):
+    """Rows, elements of rows, and elements of one table; `also` reads all of it."""
+    table = mb.const(val=TABLE)
+    rows = mb.gather(x=table, indices=i, axis=0)
+    along = mb.gather_along_axis(x=table, indices=mb.expand_dims(x=mb.tile(x=i, reps=[4]), axes=[0]), axis=0)
+    elements = mb.gather_nd(x=table, indices=mb.expand_dims(x=i, axes=[1]))
+    fixed = mb.gather(x=table, indices=np.array([3], np.int32), axis=0)
+    found = [mb.mul(x=each, y=np.float16(3)) for each in (rows, along, elements, fixed)]
+    return [*found, also(table)] if also else found
+
+
+@pytest.mark.parametrize(
+    ("numerics", "wide"), [(Numerics.ORACLE, torch.float32), (Numerics.ORACLE_FP64, torch.float64)]
+)
+@pytest.mark.parametrize("also", [None, lambda table: mb.relu(x=table)], ids=["selected", "read as well"])
+def test_large_table_is_widened_after_its_rows_are_selected(plan_of, monkeypatch, numerics, wide, also):
+    """An operation that reads all of it widens it once, when the plan is made."""
+    monkeypatch.setattr(plan, "WIDE_CONSTANT_BYTES", 1000)
+    compiled = plan_of({"i": ((2,), np.int32)}, functools.partial(_selected, also=also), numerics)
+    tables = [
+        each for each in compiled.general.template if isinstance(each, torch.Tensor) and each.shape == (64, 8)
+    ]
+    # the operation on the constant alone is computed
+    assert [each.dtype for each in tables] == ([torch.float16] if also is None else [wide, wide])
+    i = torch.tensor([5, 63], dtype=torch.int32)
+    table = torch.from_numpy(TABLE).to(wide)
+    rows = table[[5, 63]]
+    expected = [rows, torch.stack([table[i[at % 2], at] for at in range(8)])[None], rows, table[[3]]]
+    for _ in range(3):  # the later runs are of a section compiled for the shape
+        found = compiled.run([i])
+        for value, right in zip(found, expected, strict=False):
+            assert value.dtype is wide
+            assert torch.equal(value, right * 3)
+
+
+def test_small_table_is_widened_when_the_plan_is_made(plan_of):
+    compiled = plan_of({"i": ((2,), np.int32)}, _selected, Numerics.ORACLE)
+    tables = [
+        each for each in compiled.general.template if isinstance(each, torch.Tensor) and each.shape == (64, 8)
+    ]
+    assert [each.dtype for each in tables] == [torch.float32]
 
 
 def _masked(x):

@@ -58,6 +58,9 @@ Norms and biases are therefore converted once, and the fp32 copies of a large mo
 size of its package, are never in memory together. `linear` widens its weight in pieces."""
 
 
+_SELECTING = frozenset({"gather", "gather_along_axis", "gather_nd"})
+"""Operations that return elements of their first input. A large table that only they read is widened after it."""
+
 CPU = torch.device("cpu")
 
 
@@ -315,6 +318,16 @@ def _set_frees(steps: list[Step], outputs: tuple[int, ...], constant: frozenset[
         later.update(mentioned)
 
 
+def _tables(graph: Graph) -> frozenset[int]:
+    """Return the slots that nothing reads but operations that select elements of them."""
+    selected, read = set[int](), set(graph.outputs)
+    for node in graph.nodes:
+        first = node.tensor_slots[:1] if node.op_type in _SELECTING else ()
+        selected.update(first)
+        read.update(node.tensor_slots[len(first) :], node.attribute_slots)
+    return frozenset(selected - read)
+
+
 class _Compiler:
     """Binds nodes to calls, and keeps the values that are known at compilation."""
 
@@ -331,6 +344,7 @@ class _Compiler:
         self.slot_count = len(graph.names)
         self.nested_storages: list[frozenset[int]] = []
         self.values: dict[int, Value] = {NONE_SLOT: None}
+        self._tables = _tables(graph)
         for slot, value in graph.constants.items():
             if slot not in shared and slot not in own:
                 self.values[slot] = self._stored(slot, value)
@@ -342,7 +356,16 @@ class _Compiler:
         if not isinstance(value, torch.Tensor):
             return value
         storage = self._numerics.storage(self._graph.types[slot].element)
+        if slot in self._tables and value.numel() * storage.itemsize > WIDE_CONSTANT_BYTES:
+            storage = value.dtype
         return self._lasting.constants.get(value, storage, self._lasting.target.device)
+
+    def _is_narrow(self, slot: int) -> bool:
+        """Return whether a constant is in its declared type although the mode's is wider."""
+        value, value_type = self.values.get(slot), self._graph.types.get(slot)
+        if not isinstance(value, torch.Tensor) or value_type is None:
+            return False
+        return value.dtype is not self._numerics.storage(value_type.element)
 
     def _is_half(self, slot: int) -> bool:
         value_type = self._graph.types.get(slot)
@@ -384,6 +407,8 @@ class _Compiler:
         inputs = node.tensor_slots + tuple(slot for slots in dynamic.values() for slot in slots)
         if state is not None:
             inputs, call = (*inputs, state), _overwriting(call)
+        if node.op_type in _SELECTING and self._is_narrow(node.tensor_slots[0]):
+            call = _rounding(call, (), self._storages(node))
         if not definition.native:
             if self._numerics is Numerics.DECLARED:
                 inputs, call = self._with_rounding(node, inputs, call)

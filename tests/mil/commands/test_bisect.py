@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import threading
@@ -15,6 +16,7 @@ from coremltools.converters.mil.mil import types
 
 from coremill.core.errors import PredictionInputError
 from coremill.mil import MLModel
+from coremill.mil.commands import bisect as bisect_module
 from coremill.mil.commands.bisect import BOUND, bisect, sqnr_db
 from coremill.mil.commands.inspect import nonfinite_constants
 
@@ -262,6 +264,28 @@ def test_constants_of_nested_blocks_are_named(build):
         "up fp16[4]: 4 inf, an input of inner (add)",
         "bad fp16[]: 1 NaN, an input of other (mul)",
     ]
+
+
+PARTLY = np.array([1.3, np.nan, 2.1, np.inf, -60000, 1.9, 0.7, np.nan, 65504, 3.3, 0.1], np.float16)
+
+
+def test_values_are_compared_in_parts(deviations, monkeypatch):
+    def body(x):
+        raised = mb.add(x=x, y=np.full(11, 2048, np.float16), name="raised")
+        doubled = mb.mul(x=raised, y=np.float16(2), name="doubled")
+        return mb.mul(x=mb.sub(x=doubled, y=x, name="lowered"), y=np.zeros((0, 11), np.float16), name="empty")
+
+    for x in (PARTLY, PARTLY[[0, 2, 5, 6]].repeat(3)[:11]):
+        whole = deviations(body, x)
+        with monkeypatch.context() as patch:
+            patch.setattr(bisect_module, "_PART_ELEMENTS", 3)
+            parts = deviations(body, x)
+        assert list(parts) == list(whole)
+        for name, each in whole.items():
+            other = dataclasses.asdict(parts[name])
+            for key, value in dataclasses.asdict(each).items():
+                assert other[key] == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value), key
+    assert 0 < whole["raised"].relative < BOUND
 
 
 def test_large_float32_values_have_an_error(deviations):

@@ -28,7 +28,7 @@ from coremill.core.command import command_parser
 from coremill.core.errors import ConfigError
 from coremill.measures import MOST_DB, Array
 from coremill.mil.commands.arrays import as_images, draw_inputs, read_npz
-from coremill.mil.commands.inspect import NonfiniteConstant, nonfinite_constants
+from coremill.mil.commands.inspect import NonfiniteConstant, is_finite, nonfinite_constants
 from coremill.mil.commands.output import console, decibels, number, shape_text, table, title
 from coremill.mil.commands.run import finite_text
 from coremill.mil.graph import Graph, Node
@@ -45,6 +45,9 @@ One rounding to fp16 changes a value by at most 2⁻¹¹ ≈ 0.0005 of it; the e
 
 LISTED = 10
 """The number of operations in each list."""
+
+_PART_ELEMENTS = 1 << 22
+"""The number of elements that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -227,17 +230,30 @@ def _deviation(declared: Value, oracle: Value) -> tuple[float, float]:
     if declared.shape != oracle.shape:
         return (math.inf, math.nan)
     wide = torch.float32 if oracle.is_floating_point() and oracle.dtype is not torch.float64 else torch.float64
-    own, other = declared.to(wide), oracle.to(wide)
-    differs = (own != other) & ~(own.isnan() & other.isnan())
-    if not bool(differs.any()):
+    noise = signal = largest = 0.0
+    equal, lost = True, False
+    for own_part, other_part in zip(_parts(declared), _parts(oracle), strict=True):
+        own, other = own_part.to(wide), other_part.to(wide)
+        differs = (own != other) & ~(own.isnan() & other.isnan())
+        finite = own.isfinite() & other.isfinite()
+        error = torch.where(finite & differs, own - other, 0)
+        # in float64: the square of a large float32 is infinite
+        noise = math.hypot(noise, float(torch.linalg.vector_norm(error, dtype=torch.float64)))
+        signal = math.hypot(
+            signal, float(torch.linalg.vector_norm(torch.where(finite, other, 0), dtype=torch.float64))
+        )
+        largest = max(largest, float(error.abs().max()))
+        equal = equal and not bool(differs.any())
+        lost = lost or bool((differs & ~finite).any())
+    if equal:
         return (0.0, 0.0)
-    finite = own.isfinite() & other.isfinite()
-    error = torch.where(finite & differs, own - other, 0)
-    # in float64: the square of a large float32 is infinite
-    noise = float(torch.linalg.vector_norm(error, dtype=torch.float64))
-    signal = float(torch.linalg.vector_norm(torch.where(finite, other, 0), dtype=torch.float64))
-    lost = bool((differs & ~finite).any()) or signal == 0
-    return (math.inf if lost else noise / signal, float(error.abs().max()))
+    return (math.inf if lost or signal == 0 else noise / signal, largest)
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Return the elements in order, in parts: intermediate values of a whole weight would take several times its
+    memory."""
+    return tensor.reshape(-1).split(_PART_ELEMENTS) if tensor.numel() else ()
 
 
 def _worst_part(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -276,15 +292,15 @@ def _overflows(
 
 
 def _at_end(tensor: Tensor, end: float) -> int:
-    return int((tensor.abs() == end).sum())
+    return sum(int((part.abs() == end).sum()) for part in _parts(tensor))
 
 
 def _is_finite(value: Value) -> bool:
-    return not isinstance(value, Tensor) or not value.is_floating_point() or bool(value.isfinite().all())
+    return not isinstance(value, Tensor) or is_finite(value)
 
 
 def _has_nan(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and bool(tensor.isnan().any())
+    return not is_finite(tensor) and any(bool(part.isnan().any()) for part in _parts(tensor))
 
 
 def _agree_in_nonfinite(declared: Value, oracle: Value) -> bool:

@@ -145,7 +145,7 @@ def nonfinite_constants(graph: Graph) -> list[NonfiniteConstant]:
     for owner, node in all_nodes(graph):
         for slot in node.tensor_slots + node.attribute_slots:
             value = owner.constants.get(slot)
-            if isinstance(value, torch.Tensor) and not _is_finite(value):
+            if isinstance(value, torch.Tensor) and not is_finite(value):
                 owners.setdefault(id(value), (owner, slot))
                 readers.setdefault(id(value), {})[f"{node.name} ({node.op_type})"] = None
     found = []
@@ -158,7 +158,7 @@ def nonfinite_constants(graph: Graph) -> list[NonfiniteConstant]:
     return found
 
 
-def _is_finite(value: torch.Tensor) -> bool:
+def is_finite(value: torch.Tensor) -> bool:
     """Return whether every element is finite, without a mask of the value's size."""
     if not value.is_floating_point() or not value.numel():
         return True
