@@ -37,7 +37,11 @@ def sqnr_db(reference: Array, measured: Array) -> float:
     At most `MOST_DB`, the value for equal arrays; 0 if the reference is all zeros and `measured` is not; NaN if a
     value is not finite.
     """
-    return ratio_db(power(reference), power(_wide(reference) - _wide(measured)))
+    signal = noise = 0.0
+    for r, m in zip(_parts(reference), _parts(measured), strict=True):
+        signal += power(r)
+        noise += power(_wide(r) - _wide(m))
+    return ratio_db(signal, noise)
 
 
 def power(values: Array) -> float:
@@ -217,6 +221,12 @@ def compare(
 
 def _wide(values: Array) -> Wide:
     return values.astype(np.float64)
+
+
+def _parts(values: Array) -> list[Array]:
+    """Return the elements in order, in parts: a float64 copy of all logits may take 1.6 GB."""
+    flat = values.reshape(-1)
+    return [flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK)]
 
 
 def _chunks(logits: Floats) -> Iterator[slice]:

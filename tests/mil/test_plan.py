@@ -14,6 +14,7 @@ from coremill.core.errors import PackageError
 from coremill.mil import MLModel, plan
 from coremill.mil.graph import read_function
 from coremill.mil.loader import Package, open_package
+from coremill.mil.ops import linear
 from coremill.mil.plan import Plan, Target
 from coremill.mil.program import Program
 from coremill.mil.values import FP16, Numerics
@@ -173,6 +174,30 @@ def test_large_table_is_widened_after_its_rows_are_selected(plan_of, monkeypatch
         for value, right in zip(found, expected, strict=False):
             assert value.dtype is wide
             assert torch.equal(value, right * 3)
+
+
+@pytest.mark.parametrize(
+    ("numerics", "wide"), [(Numerics.ORACLE, torch.float32), (Numerics.ORACLE_FP64, torch.float64)]
+)
+def test_large_weight_of_a_linear_layer_is_widened_in_pieces(plan_of, monkeypatch, numerics, wide):
+    """The embedding of a tied model is one constant, which a gather and a linear layer read."""
+    monkeypatch.setattr(plan, "WIDE_CONSTANT_BYTES", 1000)
+    monkeypatch.setattr(linear, "_PIECE_ELEMENTS", 100)
+
+    def body(i):
+        table = mb.const(val=TABLE)
+        return mb.linear(x=mb.gather(x=table, indices=i, axis=0), weight=table)
+
+    compiled = plan_of({"i": ((8,), np.int32)}, body, numerics)
+    tables = [
+        each for each in compiled.general.template if isinstance(each, torch.Tensor) and each.shape == (64, 8)
+    ]
+    assert [each.dtype for each in tables] == [torch.float16]
+    i = torch.arange(8, dtype=torch.int32)
+    (found,) = compiled.run([i])
+    table = torch.from_numpy(TABLE).double()
+    assert found.dtype is wide
+    torch.testing.assert_close(found.double(), table[:8] @ table.T, rtol=0, atol=20 * torch.finfo(wide).eps)
 
 
 def test_small_table_is_widened_when_the_plan_is_made(plan_of):

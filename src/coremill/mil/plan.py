@@ -58,8 +58,9 @@ Norms and biases are therefore converted once, and the fp32 copies of a large mo
 size of its package, are never in memory together. `linear` widens its weight in pieces."""
 
 
-_SELECTING = frozenset({"gather", "gather_along_axis", "gather_nd"})
-"""Operations that return elements of their first input. A large table that only they read is widened after it."""
+_TABLE = {"gather": 0, "gather_along_axis": 0, "gather_nd": 0, "linear": 1}
+"""Operations that read a large table in its declared type, with the index of that input: `linear` widens its weight
+in pieces, and the others return elements, which are widened afterwards."""
 
 CPU = torch.device("cpu")
 
@@ -319,13 +320,13 @@ def _set_frees(steps: list[Step], outputs: tuple[int, ...], constant: frozenset[
 
 
 def _tables(graph: Graph) -> frozenset[int]:
-    """Return the slots that nothing reads but operations that select elements of them."""
-    selected, read = set[int](), set(graph.outputs)
+    """Return the slots that nothing reads but operations that take a table in its declared type."""
+    tables, others = set[int](), set(graph.outputs)
     for node in graph.nodes:
-        first = node.tensor_slots[:1] if node.op_type in _SELECTING else ()
-        selected.update(first)
-        read.update(node.tensor_slots[len(first) :], node.attribute_slots)
-    return frozenset(selected - read)
+        for index, slot in enumerate(node.tensor_slots):
+            (tables if _TABLE.get(node.op_type) == index else others).add(slot)
+        others.update(node.attribute_slots)
+    return frozenset(tables - others)
 
 
 class _Compiler:
@@ -407,7 +408,7 @@ class _Compiler:
         inputs = node.tensor_slots + tuple(slot for slots in dynamic.values() for slot in slots)
         if state is not None:
             inputs, call = (*inputs, state), _overwriting(call)
-        if node.op_type in _SELECTING and self._is_narrow(node.tensor_slots[0]):
+        if node.op_type in _TABLE and self._is_narrow(node.tensor_slots[_TABLE[node.op_type]]):
             call = _rounding(call, (), self._storages(node))
         if not definition.native:
             if self._numerics is Numerics.DECLARED:

@@ -17,6 +17,7 @@ import numpy as np
 from coremill.core.config import ConvertConfig, DistilledVerify, ImportedVerify, VerifyConfig
 from coremill.core.contract import Contract, ShapeFailed, shape_key
 from coremill.core.errors import CoremillError, PackageError, UnsupportedOperationError
+from coremill.core.machine import release_memory
 from coremill.core.reports import (
     Answer,
     Backend,
@@ -117,6 +118,7 @@ def measure(
     core_ml = _CoreML(package, contract)
     for seq_len in contract.shapes.all:
         shapes.measure(seq_len, core_ml)
+        release_memory()
     if contract.shapes.primary not in shapes.running:
         return Measurement(shapes=shapes.reports, operations=runner.operations, has_core_ml=has_core_ml())
     asked = stateful and bool(contract.functions)
@@ -133,6 +135,7 @@ def measure(
         questions = prompts.rows[: config.sampled_answers]
         answers = ask_sampled(scorer, questions, prompts.tokenizer, prompts.answer_key, sampler)
     core_ml_sqnr_db, core_ml_problem = core_ml.result()
+    release_memory()
     padding_db = padding_sqnr_db(runner, reference, prompts, shapes.running)
     rounding_db, rounding_problem = _rounding(package, contract, checkpoint, prompts, settings)
     return Measurement(

@@ -28,8 +28,8 @@ _onednn_linear = (
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (M, D_in) · weight (D_out, D_in) transposed + bias (D_out,), all fp32."""
-    if _onednn_linear is None or x.device.type != "cpu":
+    """x (M, D_in) · weight (D_out, D_in) transposed + bias (D_out,), all of one type."""
+    if _onednn_linear is None or x.device.type != "cpu" or x.dtype is not torch.float32:
         return F.linear(x, weight, bias)
     product: Tensor = _onednn_linear(x, weight, bias, "none", [], "")
     return product
@@ -38,35 +38,38 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @op("linear", native=True)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """linear: x (..., D_in) · weight (D_out, D_in) transposed + bias (D_out,)."""
-    if x.dtype is torch.float16 and weight.dtype is torch.float16:
-        product = _half_linear(x.reshape(-1, x.shape[-1]), weight, bias)
-        return product.reshape(*x.shape[:-1], weight.shape[0])
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    if dtype.is_floating_point:
-        dtype = torch.promote_types(dtype, torch.float32)
-        product = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    else:  # torch has no F.linear of integers
+    if not dtype.is_floating_point:  # torch has no F.linear of integers
         product = torch.matmul(x.to(dtype), weight.to(dtype).transpose(0, 1))
-        product = product if bias is None else product + bias
-    return product.to(x.dtype)
+        return (product if bias is None else product + bias).to(x.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    if x.dtype is weight.dtype is dtype:
+        return F.linear(x, weight, None if bias is None else bias.to(dtype))
+    product = _widened_linear(x.reshape(-1, x.shape[-1]), weight, bias, dtype)
+    return product.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (M, D_in), weight (D_out, D_in), bias (D_out,), all fp16: (M, D_out) fp16, summed in fp32 and rounded once.
+def _widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x (M, D_in), weight (D_out, D_in), bias (D_out,): (M, D_out) of x's dtype, summed in `dtype`, rounded once.
 
-    The weight is never widened to fp32 as a whole: that would take twice its size.
+    The weight is never widened as a whole: that would take twice its size.
     """
-    if 0 < len(x) <= _FEW_ROWS and bias is None and x.device.type == "cpu":
+    if (
+        x.dtype is weight.dtype is torch.float16
+        and 0 < len(x) <= _FEW_ROWS
+        and bias is None
+        and x.device.type == "cpu"
+    ):
         # torch's product of an fp16 matrix and one vector sums in fp32; its products of two matrices are slow here.
         return torch.cat([F.linear(x[row : row + 1], weight) for row in range(len(x))])
-    product = torch.empty((len(x), len(weight)), dtype=torch.float16, device=x.device)
+    product = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
     piece_rows = max(1, _PIECE_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, len(weight), piece_rows):
         columns = slice(start, start + piece_rows)
-        wide_weight, wide_bias = weight[columns].float(), None if bias is None else bias[columns].float()
+        wide_weight, wide_bias = weight[columns].to(dtype), None if bias is None else bias[columns].to(dtype)
         for first in range(0, len(x), _BLOCK_ROWS):
             rows = slice(first, first + _BLOCK_ROWS)
-            product[rows, columns] = _product(x[rows].float(), wide_weight, wide_bias)
+            product[rows, columns] = _product(x[rows].to(dtype), wide_weight, wide_bias)
     return product
 
 
