@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from coremill.core.errors import CoremillError, CrashError, OutOfMemoryError
@@ -22,7 +23,7 @@ SAMPLE_S = 0.05
 _SEARCH_S = 0.5
 """How often its children are searched for, which reads all of /proc."""
 _PROC = Path("/proc")
-_HINTS = {
+_HINTS: Mapping[int, str] = {
     signal.SIGBUS: (
         "SIGBUS most likely means that a file became shorter while it was read, or that the disk became full; "
     )

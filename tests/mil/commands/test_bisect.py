@@ -445,16 +445,24 @@ def test_inputs_that_do_not_fit_end_both_runs(build):
     assert threading.active_count() == before
 
 
-def test_the_oracle_alone_failing_ends_both(build, monkeypatch):
-    model = build({"x": X}, _cancel)
-    declared, oracle = MLModel(model), MLModel(model, mode="oracle")
+def test_failure_of_the_oracle_alone_is_named_as_such(build):
+    """2050.9 is rounded to 2050, so that the declared run reads row 20 and the oracle row 29."""
 
-    def fail(*_, **__):
-        raise PredictionInputError("only the oracle")
+    def body(x):
+        lowered = mb.sub(x=mb.add(x=x, y=np.float16(2048)), y=np.float16(2048))
+        row = mb.cast(x=mb.mul(x=lowered, y=np.float16(10)), dtype="int32")
+        return mb.gather(x=np.zeros((21, 2), np.float16), indices=row, axis=0, name="y")
 
-    monkeypatch.setattr(oracle, "predict", fail)
-    with pytest.raises(PredictionInputError, match=r"^only the oracle$"):
-        bisect(declared, oracle, {"x": X})
+    x = np.full(4, 2.9, np.float16)
+    model = build({"x": x}, body)
+    assert MLModel(model).predict({"x": x})["y"].shape == (4, 2)
+    with pytest.raises(PredictionInputError) as caught:
+        bisect(MLModel(model), MLModel(model, mode="oracle"), {"x": x})
+    assert str(caught.value) == (
+        "only the oracle's run fails: operation 'y' (gather): index 29 is out of bounds: axis 0 has 21 elements, "
+        "indices are 0 to 20\n"
+        "  expected: inputs for which rounding changes no index or shape that an operation rejects"
+    )
 
 
 def test_invalid_bound_is_rejected(mil, save):

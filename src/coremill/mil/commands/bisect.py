@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from rich.text import Text
 from torch import Tensor
 
 from coremill.core.command import command_parser
-from coremill.core.errors import ConfigError
+from coremill.core.errors import ConfigError, CoremillError
 from coremill.measures import MOST_DB, Array
 from coremill.mil.commands.arrays import as_images, draw_inputs, read_npz
 from coremill.mil.commands.inspect import NonfiniteConstant, is_finite, nonfinite_constants
@@ -173,11 +173,24 @@ def bisect(declared: MLModel, oracle: MLModel, data: Mapping[str, Array | Image]
             ahead.advance()
             declared.predict(data, declared.make_state() if declared.states else None, observe=observe)
         except _StoppedError:
-            running.result()  # raises what ended the oracle
+            _raise_as_the_oracles(running)
             raise
         finally:
             ahead.stop()
     return found
+
+
+def _raise_as_the_oracles(running: Future[None]) -> None:
+    """Raise the error that ended the oracle; the declared run has passed the same operation."""
+    try:
+        running.result()
+    except CoremillError as error:
+        raise type(error)(
+            f"only the oracle's run fails: {error.found}",
+            expected=error.expected
+            or "inputs for which rounding changes no index or shape that an operation rejects",
+            run=error.run,
+        ) from error
 
 
 def _overflows_of_constants(declared: MLModel, oracle: MLModel) -> list[Deviation]:
