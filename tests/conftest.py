@@ -68,7 +68,13 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-_TORCH_DEFAULTS = {"contexts of functions": 0, "dtype": "torch.float32", "gradients": True, "deterministic": False}
+_TORCH_DEFAULTS = {
+    "contexts of functions": 0,
+    "has a default device": False,
+    "dtype": "torch.float32",
+    "gradients": True,
+    "deterministic": False,
+}
 
 
 def _torch_settings() -> dict[str, object]:
@@ -78,6 +84,8 @@ def _torch_settings() -> dict[str, object]:
         return _TORCH_DEFAULTS
     found = (
         torch._C._len_torch_function_stack(),  # one of them is the default device's
+        # torch.get_default_device() fails if it was set to None, as torch.set_default_device(None) does
+        hasattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context"),
         str(torch.get_default_dtype()),
         torch.is_grad_enabled(),
         torch.are_deterministic_algorithms_enabled(),
