@@ -193,9 +193,10 @@ def _largest_error(found: Floats, name: str, expected: Scores) -> _Error:
     """Compare an output (N, …) with the reference's, of the same shape."""
     largest, magnitude = [0.0], [0.0]
     for rows, outputs in expected.chunks():
-        magnitude.append(float(np.abs(outputs[name]).max()))
+        magnitude += [float(outputs[name].max()), -float(outputs[name].min())]
         difference = np.subtract(found[rows], outputs[name], out=outputs[name])
         largest.append(float(np.abs(difference, out=difference).max()))
+        del outputs, difference  # before the next are computed
     # Unlike Python's max, numpy's returns NaN if any value is NaN.
     return _Error(float(np.max(largest)), float(np.max(magnitude)))
 

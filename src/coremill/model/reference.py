@@ -26,7 +26,7 @@ from coremill.model.student import Layer, RMSNorm, output_names
 
 Array = npt.NDArray[np.float32]
 
-_ROWS_BYTES = 64 << 20
+_ROWS_BYTES = 32 << 20
 """Logits that are computed at a time (at least one row)."""
 _UNEMBEDDED = 1 << 24
 """Elements of the unembedding that are widened at a time."""
