@@ -7,8 +7,11 @@ Legend: N positions, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -124,9 +127,7 @@ class Comparison:
 
     def __init__(self, *, margin: float) -> None:
         self._margin = margin
-        self._positions = self._judged = self._counted = self._same = self._predicted = 0
-        self._max_abs_err = self._signal = self._noise = self._kl_nats = 0.0
-        self._reference_nats = self._measured_nats = 0.0
+        self._sums = _Sums()
 
     def add(
         self,
@@ -147,44 +148,20 @@ class Comparison:
         """
         if reference.shape != measured.shape or reference.ndim != 2 or not len(reference):
             raise ValueError(f"logits of shape {measured.shape} cannot be compared with {reference.shape}")
-        for name, logits in (("reference", reference), ("measured", measured)):
-            if bad := sum(int((~np.isfinite(logits[rows])).sum()) for rows in _chunks(logits)):
-                raise ValueError(f"{bad} of the {logits.size} {name} logits are NaN or infinite")
         is_judged = np.zeros(len(reference), bool)
         is_judged[judged] = True
-        for rows in _chunks(reference):
-            following = () if tokens is None else tokens[rows.start + 1 : rows.stop + 1]
-            self._add(reference[rows], measured[rows], is_judged[rows], following)
 
-    def _add(
-        self, reference: Floats, measured: Floats, is_judged: npt.NDArray[np.bool_], following: Sequence[int]
-    ) -> None:
-        """Add a few rows; the first rows predict the tokens `following`."""
-        x, y = _wide(reference), _wide(measured)
-        difference = x - y
-        each = np.arange(len(x))
-        best = x.argmax(-1)
-        first = x[each, best]
-        same = y.argmax(-1) == best
-        x[each, best] = -np.inf
-        counts = is_judged & (first - x.max(-1) > self._margin)
-        x[each, best] = first
-        self._positions += len(x)
-        self._judged += int(is_judged.sum())
-        self._counted += int(counts.sum())
-        self._same += int(same[counts].sum())
-        self._max_abs_err = max(self._max_abs_err, float(np.abs(difference).max()))
-        self._signal += float(np.vdot(x, x))
-        self._noise += float(np.vdot(difference, difference))
-        predicted, tokens = each[: len(following)], np.asarray(following, np.intp)
-        said_x, said_y = x[predicted, tokens], y[predicted, tokens]
-        log_sum_x, log_sum_y = _log_sum_exp_in_place(x), _log_sum_exp_in_place(y)
-        # Σ p·(log p − log q) = Σ p·(x − y) − (log Σ e^x − log Σ e^y), and x holds e^x up to a factor by now.
-        mean_difference = np.einsum("nv,nv->n", x, difference) / x.sum(-1)
-        self._kl_nats += float((mean_difference - (log_sum_x - log_sum_y)).sum())
-        self._predicted += len(following)
-        self._reference_nats += float((log_sum_x[predicted] - said_x).sum())
-        self._measured_nats += float((log_sum_y[predicted] - said_y).sum())
+        def sums_of(rows: slice) -> _Sums:
+            following = () if tokens is None else tokens[rows.start + 1 : rows.stop + 1]
+            return _sums(reference[rows], measured[rows], is_judged[rows], following, self._margin)
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy uses one
+            total = functools.reduce(_Sums.plus, threads.map(sums_of, _chunks(reference)))
+        if not (math.isfinite(total.signal) and math.isfinite(total.noise)):
+            for name, logits in (("reference", reference), ("measured", measured)):
+                if bad := sum(int((~np.isfinite(logits[rows])).sum()) for rows in _chunks(logits)):
+                    raise ValueError(f"{bad} of the {logits.size} {name} logits are NaN or infinite")
+        self._sums = self._sums.plus(total)
 
     def result(self) -> Agreement:
         """Return the measures over everything that was added.
@@ -192,22 +169,84 @@ class Comparison:
         Raises:
             ValueError: nothing was added.
         """
-        if not self._positions:
+        sums = self._sums
+        if not sums.positions:
             raise ValueError("nothing was compared")
+        count = sums.predicted
         return Agreement(
-            max_abs_err=self._max_abs_err,
-            sqnr_db=ratio_db(self._signal, self._noise),
-            kl_nats=self._kl_nats / self._positions,
-            top1_agreement=self._same / self._counted if self._counted else 0.0,
-            positions=self._positions,
-            judged=self._judged,
-            excluded=self._judged - self._counted,
-            cross_entropies=self._cross_entropies(),
+            max_abs_err=sums.max_abs_err,
+            sqnr_db=ratio_db(sums.signal, sums.noise),
+            kl_nats=sums.kl_nats / sums.positions,
+            top1_agreement=sums.same / sums.counted if sums.counted else 0.0,
+            positions=sums.positions,
+            judged=sums.judged,
+            excluded=sums.judged - sums.counted,
+            cross_entropies=CrossEntropies(sums.reference_nats / count, sums.measured_nats / count, count)
+            if count
+            else None,
         )
 
-    def _cross_entropies(self) -> CrossEntropies | None:
-        count = self._predicted
-        return CrossEntropies(self._reference_nats / count, self._measured_nats / count, count) if count else None
+
+class _Sums(NamedTuple):
+    """What :class:`Comparison` keeps of the positions that were compared."""
+
+    positions: int = 0
+    judged: int = 0
+    counted: int = 0
+    """Judged and not excluded."""
+    same: int = 0
+    """Counted, with the same argmax."""
+    predicted: int = 0
+    max_abs_err: float = 0.0
+    signal: float = 0.0
+    noise: float = 0.0
+    kl_nats: float = 0.0
+    reference_nats: float = 0.0
+    measured_nats: float = 0.0
+
+    def plus(self, other: _Sums) -> _Sums:
+        added = _Sums(*(own + more for own, more in zip(self, other, strict=True)))
+        return added._replace(max_abs_err=max(self.max_abs_err, other.max_abs_err))
+
+
+def _sums(
+    reference: Floats,
+    measured: Floats,
+    is_judged: npt.NDArray[np.bool_],
+    following: Sequence[int],
+    margin: float,
+) -> _Sums:
+    """Compare a few rows; the first rows predict the tokens `following`."""
+    with np.errstate(all="ignore"):  # the caller looks for values that are not finite
+        x, y = _wide(reference), _wide(measured)
+        difference = x - y
+        each = np.arange(len(x))
+        best = x.argmax(-1)
+        first = x[each, best]
+        same = y.argmax(-1) == best
+        x[each, best] = -np.inf
+        counts = is_judged & (first - x.max(-1) > margin)
+        x[each, best] = first
+        signal, noise = float(np.vdot(x, x)), float(np.vdot(difference, difference))
+        max_abs_err = float(max(difference.max(), -difference.min()))
+        predicted, tokens = each[: len(following)], np.asarray(following, np.intp)
+        said_x, said_y = x[predicted, tokens], y[predicted, tokens]
+        log_sum_x, log_sum_y = _log_sum_exp_in_place(x), _log_sum_exp_in_place(y)
+        # Σ p·(log p − log q) = Σ p·(x − y) − (log Σ e^x − log Σ e^y), and x holds e^x up to a factor by now.
+        mean_difference = np.einsum("nv,nv->n", x, difference) / x.sum(-1)
+    return _Sums(
+        positions=len(x),
+        judged=int(is_judged.sum()),
+        counted=int(counts.sum()),
+        same=int(same[counts].sum()),
+        predicted=len(following),
+        max_abs_err=max_abs_err,
+        signal=signal,
+        noise=noise,
+        kl_nats=float((mean_difference - (log_sum_x - log_sum_y)).sum()),
+        reference_nats=float((log_sum_x[predicted] - said_x).sum()),
+        measured_nats=float((log_sum_y[predicted] - said_y).sum()),
+    )
 
 
 def compare(

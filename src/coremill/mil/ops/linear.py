@@ -54,12 +54,10 @@ def _widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch
 
     The weight is never widened as a whole: that would take twice its size.
     """
-    if (
-        x.dtype is weight.dtype is torch.float16
-        and 0 < len(x) <= _FEW_ROWS
-        and bias is None
-        and x.device.type == "cpu"
-    ):
+    # coremltools adds zeros as the bias of a layer without one.
+    unbiased = bias is None or not bias.any()
+    is_half = x.dtype is weight.dtype is torch.float16
+    if is_half and unbiased and 0 < len(x) <= _FEW_ROWS and x.device.type == "cpu":
         # torch's product of an fp16 matrix and one vector sums in fp32; its products of two matrices are slow here.
         return torch.cat([F.linear(x[row : row + 1], weight) for row in range(len(x))])
     product = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
