@@ -119,7 +119,7 @@ def test_attention_follows_its_mask(evaluate):
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-# A mask with a causal effect: half of the work, and bit-identical results
+# Keys that no query of a block sees are left out
 
 LONG = 1024
 
@@ -134,23 +134,54 @@ def _queries_and_keys(scale=1.0):
     return [scale * torch.randn(1, 2, LONG, 8, generator=generator) for _ in range(3)]
 
 
-@pytest.mark.parametrize("kind", ["bool", "-inf", "-3e4"])
-def test_causal_mask_is_recognised_and_bit_identical(kind, monkeypatch):
-    query, key, value = _queries_and_keys()
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=_causal(kind))
-    asked = []
+@pytest.fixture
+def keys_read(monkeypatch):
+    """The number of keys in each call of torch's attention."""
+    counts = []
     whole = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        transformer.F, "scaled_dot_product_attention", lambda *a, **k: asked.append(sorted(k)) or whole(*a, **k)
-    )
-    found = transformer.scaled_dot_product_attention(query, key, value, _causal(kind))
-    assert asked == [["is_causal"]]
-    assert torch.equal(found, expected)
+
+    def counted(query, key, value, **options):
+        counts.append(key.shape[-2])
+        return whole(query, key, value, **options)
+
+    monkeypatch.setattr(transformer.F, "scaled_dot_product_attention", counted)
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["bool", "-inf", "-3e4"])
+def test_each_block_of_queries_reads_the_keys_that_it_sees(kind, keys_read):
+    query, key, value = _queries_and_keys()
+    arrays = (each.numpy() for each in (query, key, value, _causal(kind)))
+    found = transformer.scaled_dot_product_attention(query, key, value, _causal(kind)).numpy()
+    assert keys_read == [256, 512, 768, 1024]
+    np.testing.assert_allclose(found, _attention(*arrays), rtol=1e-4, atol=1e-5)
+
+
+def test_one_query_reads_the_keys_of_the_cache_that_it_sees(keys_read):
+    """Of several heads that share keys, whose queries are rows; the rest of the cache has other numbers."""
+    query, key, value = (each.half() for each in _queries_and_keys())
+    mask = torch.where(torch.arange(LONG) > 9, -3e4, 0.0).half()[None]
+    found = transformer.scaled_dot_product_attention(query[:, :, :3], key, value, mask)
+    assert keys_read == [10]
+    assert found.dtype is torch.float16
+    arrays = (each.numpy() for each in (query[:, :, :3], key, value, mask))
+    np.testing.assert_allclose(found.numpy(), _attention(*arrays), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("what", "number"), [("key", np.nan), ("value", np.inf)])
+def test_a_hidden_number_that_is_not_finite_is_read(what, number, keys_read):
+    """0 times infinity is not 0, on a device either."""
+    query, key, value = _queries_and_keys()
+    {"key": key, "value": value}[what][0, 0, -1] = number
+    found = transformer.scaled_dot_product_attention(query, key, value, _causal("-3e4"))
+    assert keys_read == [1024]
+    assert found[0, 0, :-1].isnan().all()  # the last query sees it
+    assert found[0, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("row", [1, 255, 256, 700, LONG - 1])
 @pytest.mark.parametrize("change", ["one seen key hidden", "one later key seen", "a bias on one seen key"])
-def test_mask_with_one_different_value_is_not_causal(row, change):
+def test_mask_with_one_different_value_is_followed(row, change):
     query, key, value = _queries_and_keys()
     mask = _causal("-3e4")
     place, number = {

@@ -15,65 +15,76 @@ from torch import Tensor
 
 from coremill.mil.ops.registry import op
 
-_LEAST_CAUSAL = 1024
-"""Number of queries from which inspecting the mask costs less than a causal kernel saves (half of the work)."""
-
 _BLOCK_ROWS = 256
-"""Rows of a mask that are inspected at a time."""
+"""Queries that are computed at a time, with the keys that they see."""
 
 
-@op("scaled_dot_product_attention", since=18)
+@op("scaled_dot_product_attention", since=18, native=True)
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
 ) -> Tensor:
     """scaled_dot_product_attention: softmax(Q · Kᵀ / sqrt(E) + mask) · V.
 
     query (B, …, L, E), key (B, …, S, E), value (B, …, S, EV). A bool mask keeps where it is true, any other is
-    added. Computed in fp32 as one operation: only its result is rounded.
+    added. Computed in fp32 as one operation: only its result is rounded. Keys after the last one that a block of
+    queries sees are left out: half of the work of a causal mask, and most of an almost empty cache.
     """
-    if attn_mask is not None and _is_causal(query, key, attn_mask):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    wide_query = query.to(wide)
+    if attn_mask is None:
+        return F.scaled_dot_product_attention(wide_query, key.to(wide), value.to(wide)).to(query.dtype)
+    blocks = _blocks(wide_query, key, value, attn_mask)
+    if blocks is None:
+        mask = attn_mask if attn_mask.dtype is torch.bool else attn_mask.to(wide)
+        mixed = F.scaled_dot_product_attention(wide_query, key.to(wide), value.to(wide), attn_mask=mask)
+        return mixed.to(query.dtype)
+    most = max(count for _, _, count in blocks)
+    key, value = key[..., :most, :].to(wide), value[..., :most, :].to(wide)
+    parts = [
+        F.scaled_dot_product_attention(
+            wide_query[..., rows, :],
+            key[..., :count, :],
+            value[..., :count, :],
+            attn_mask=added[:, :count].to(wide),
+        ).to(query.dtype)
+        for rows, added, count in blocks
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
-def _is_causal(query: Tensor, key: Tensor, mask: Tensor) -> bool:
-    """Whether `mask` has exactly the effect of a causal mask for these queries and keys.
+def _blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tuple[slice, Tensor, int]] | None:
+    """Return blocks of queries: their rows, what is added to their scores (rows or 1, S), and the keys they see.
 
-    It must not change the scores up to the diagonal, and must lower the others so far that their weights are
-    0. A weight is exp(score − the row's largest score); no score is beyond the longest query times the longest key,
-    and the diagonal's is among those that are seen.
+    The weights of the other keys are 0 in the type of `query`. A weight is at most exp(score − the row's largest
+    score), and no score is beyond the longest query times the longest key, over sqrt(E). None if the mask differs
+    between heads, or if a value is not finite: 0 times it is not 0.
     """
-    length = mask.shape[-1]
-    if length < _LEAST_CAUSAL or mask.shape[-2] != length or mask.numel() != length * length:
-        return False
-    if query.shape[-2] != length or key.shape[-2] != length:  # a mask may be broadcast
-        return False
-    largest_hidden = _largest_hidden(mask.reshape(length, length))
-    if largest_hidden is None:
-        return False
+    n_queries, n_keys = query.shape[-2], key.shape[-2]
+    if mask.dim() < 2 or mask.shape[-1] != n_keys or mask.shape[-2] not in (1, n_queries):
+        return None
+    if not mask.numel() or mask.numel() != mask.shape[-2] * n_keys:
+        return None
     limits = torch.finfo(query.dtype)
     underflow = math.log(limits.tiny) + math.log(limits.eps) - 1  # of exp, below the smallest subnormal number
-    largest_score = float(_longest(query) * _longest(key)) / math.sqrt(query.shape[-1])
-    return largest_hidden + 2 * largest_score < underflow  # false where one is not a number
-
-
-def _largest_hidden(mask: Tensor) -> float | None:
-    """The largest value that `mask` (L, L) adds after the diagonal; None if it changes a score up to the diagonal.
-
-    By rows, because a copy of the mask may need more memory than the attention itself.
-    """
-    largest, is_bool = -math.inf, mask.dtype is torch.bool
-    for start in range(0, len(mask), _BLOCK_ROWS):
-        rows = mask[start : start + _BLOCK_ROWS]
-        added = torch.zeros_like(rows, dtype=torch.float32).masked_fill(~rows, -math.inf) if is_bool else rows
-        is_hidden = torch.ones_like(added[:, start:], dtype=torch.bool).triu(1)  # (rows, L - start)
-        if added[:, :start].any() or added[:, start:].masked_fill(is_hidden, 0.0).any():
-            return None
-        largest = max(largest, float(added[:, start:].masked_fill(~is_hidden, -math.inf).max()))
-    return largest
+    spread = 2 * float(_longest(query) * _longest(key)) / math.sqrt(query.shape[-1])
+    if not math.isfinite(spread) or not bool(torch.stack(torch.aminmax(value)).isfinite().all()):
+        return None
+    table = mask.reshape(-1, n_keys)
+    blocks = []
+    for start in range(0, len(table), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS) if len(table) > 1 else slice(None)
+        added = table[start : start + _BLOCK_ROWS]
+        if added.dtype is torch.bool:
+            added = torch.zeros(added.shape, dtype=query.dtype, device=added.device).masked_fill(~added, -math.inf)
+        largest = added.amax(0).to(query.dtype)  # of each key
+        least = float(added.amax(1).amin())  # of the row whose largest is the smallest
+        is_hidden = largest - least + spread < underflow  # false where one is not a number
+        blocks.append((rows, added, int((~is_hidden).nonzero()[-1]) + 1))
+    return blocks
 
 
 def _longest(vectors: Tensor) -> Tensor:
-    """The largest Euclidean norm of the vectors (…, E)."""
-    longest: Tensor = vectors.norm(dim=-1).amax()
+    """The largest Euclidean norm of the vectors (…, E), in fp32 at least."""
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    longest: Tensor = vectors.norm(dim=-1, dtype=dtype).amax()
     return longest
