@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tests.sharp import sharpened
 
 from coremill.conversion import export_hf
 from coremill.conversion.export_hf import main, run_stage
@@ -831,3 +832,18 @@ def test_missing_package_is_named(toy: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(export_hf, "NEEDS", ("torch", "no_such_package"))
     with pytest.raises(Exception, match=r"^no_such_package is not installed in "):
         export(toy, tmp_path / "hf")
+
+
+def test_a_model_that_float32_computes_less_exactly(imported: Path, tmp_path: Path) -> None:
+    """transformers differs by more than the usual bound, and the bound says why it is wider."""
+    folder = tmp_path / "sharp"
+    shutil.copytree(imported, folder)
+    (path,) = folder.glob("*.ckpt")
+    save_checkpoint(path, sharpened(load_checkpoint(path), 40))
+    export(folder, tmp_path / "out")
+    report = read_json(layout.parity_report(tmp_path / "out"), HuggingFaceParity)
+    (gate,) = (gate for gate in report.gates if gate.name == "relative error of logits")
+    assert gate.measured is not None
+    assert gate.measured > 1e-5
+    assert gate.reason is not None
+    assert gate.reason.startswith("4 times float32's own error, ")

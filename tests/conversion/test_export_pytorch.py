@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import msgspec
+import numpy as np
 import pytest
 import torch
+from tests.sharp import sharpened
 
 from coremill.conversion.export_pytorch import main, parse_shapes
 from coremill.core.command import exit_on_error
-from coremill.core.contract import ShapeFailed, ShapeOk, ShapeSet, read_contract
+from coremill.core.config import ExportConfig
+from coremill.core.contract import ShapeFailed, ShapeOk, ShapeSet, ShapeValidation, read_contract
 from coremill.core.digest import file_digest
 from coremill.core.errors import ConfigError, ExportError
 from coremill.coreml import export
@@ -19,6 +23,7 @@ from coremill.coreml.export import MAX_RELATIVE_ERR, validate
 from coremill.coreml.graph import as_input, load_program, run_program
 from coremill.infra.compatibility import Versions
 from coremill.model.checkpoint import build_student, load_checkpoint, save_checkpoint
+from coremill.model.float32 import Float32Bounds
 from coremill.model.reference import Reference
 from coremill.text.student_tokenizer import Tokenizer
 
@@ -116,14 +121,44 @@ def test_a_program_that_differs_from_the_model_fails_validation(pristine):
     ckpt = load_checkpoint(pristine.checkpoint)
     program = load_program(pristine.graph)
     sequences = pristine.read_prompts().packed(80, 2)
-    assert isinstance(validate(program, Reference.of(ckpt).score_all(sequences), sequences), ShapeOk)
+
+    def validated(**changed: torch.Tensor) -> ShapeValidation:
+        reference = Reference(ckpt.config, {**ckpt.state_dict, **changed})
+        return validate(program, reference.score_all(sequences), sequences, Float32Bounds(reference, sequences))
+
+    assert isinstance(validated(), ShapeOk)
     norm = ckpt.state_dict["norm.weight"]
-    scaled = Reference(ckpt.config, {**ckpt.state_dict, "norm.weight": norm * 1.01}).score_all(sequences)
-    result = validate(program, scaled, sequences)
+    result = validated(**{"norm.weight": norm * 1.01})
     assert isinstance(result, ShapeFailed)
     assert result.error.startswith("differs from the model by ")
-    broken = Reference(ckpt.config, {**ckpt.state_dict, "norm.weight": norm * float("nan")}).score_all(sequences)
-    assert validate(program, broken, sequences) == ShapeFailed(error="differs from the model by nan, more than nan")
+    broken = validated(**{"norm.weight": norm * float("nan")})
+    assert broken == ShapeFailed(error="differs from the model by nan, more than nan")
+
+
+def test_a_model_that_float32_computes_less_exactly_is_exported(pristine, tmp_path):
+    """The program differs by more than 1e-5 of the largest logit, and a wrong weight by more than float32."""
+    ckpt = sharpened(load_checkpoint(pristine.checkpoint), 60)
+    with (tmp_path / "sharp.pt").open("wb") as file:
+        export.capture(ckpt, ShapeSet(primary=80, all=(80,)), ExportConfig(), file)
+    program = load_program(tmp_path / "sharp.pt")
+    sequences = pristine.read_prompts().packed(80, 2)
+
+    def validated(**changed: torch.Tensor) -> ShapeValidation:
+        reference = Reference(ckpt.config, {**ckpt.state_dict, **changed})
+        bounds = Float32Bounds(reference, sequences, angles=torch.float64)
+        return validate(program, reference.score_all(sequences), sequences, bounds)
+
+    result = validated()
+    assert isinstance(result, ShapeOk)
+    largest = max(np.abs(Reference.of(ckpt).logits(ids)).max() for ids in sequences)
+    assert result.max_abs_err > MAX_RELATIVE_ERR * largest
+    failed = validated(**{"norm.weight": ckpt.state_dict["norm.weight"] * 1.01})
+    assert isinstance(failed, ShapeFailed)
+    assert re.fullmatch(
+        r"differs from the model by [\d.e-]+, more than [\d.e-]+: (4 times|the largest bound there is, .*) "
+        r"float32's own error, [\d.e-]+ of the largest output",
+        failed.error,
+    )
 
 
 @pytest.mark.parametrize(

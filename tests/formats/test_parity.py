@@ -21,6 +21,8 @@ from coremill.formats.parity import (
     sequences,
     texts,
 )
+from coremill.model.float32 import Float32Bounds
+from coremill.model.reference import Reference
 from coremill.text.model_tokenizer import TextTokenizer
 from coremill.text.student_tokenizer import SPECIAL_TOKENS
 
@@ -113,22 +115,28 @@ def logits_with(gap: float, *, scale: float = 10.0) -> np.ndarray:
     return rows
 
 
-def test_greedy_tokens_of_the_checkpoint_do_not_differ() -> None:
-    assert list(greedy_differences(0, [BEST] * 3, logits_with(1.0))) == []
+@pytest.fixture
+def bounds(toy: Toy) -> Float32Bounds:
+    """Of a model that float32 computes as exactly as most."""
+    return Float32Bounds(Reference.of(toy.checkpoint), [[1, 2, 3]])
+
+
+def test_greedy_tokens_of_the_checkpoint_do_not_differ(bounds: Float32Bounds) -> None:
+    assert list(greedy_differences(0, [BEST] * 3, logits_with(1.0), bounds)) == []
 
 
 @pytest.mark.parametrize(("gap", "is_tie"), [(0.0, True), (1e-4, True), (4e-4, False), (1.0, False)])
-def test_gap_within_rounding_is_a_tie(gap: float, is_tie: bool) -> None:
+def test_gap_within_rounding_is_a_tie(bounds: Float32Bounds, gap: float, is_tie: bool) -> None:
     """With logits of 10, each side may have an error of 1e-4."""
     assert pytest.approx(2e-4) == 2 * MAX_RELATIVE_ERR * 10
-    (found,) = greedy_differences(7, [BEST, OTHER, BEST], logits_with(gap))
+    (found,) = greedy_differences(7, [BEST, OTHER, BEST], logits_with(gap), bounds)
     assert found == TokenDifference(
         prompt=7, place=1, token=OTHER, expected=BEST, gap=pytest.approx(gap, abs=1e-6), is_tie=is_tie
     )
 
 
-def test_tokens_after_a_difference_are_compared() -> None:
-    found = list(greedy_differences(0, [OTHER, BEST, 6], logits_with(0.5)))
+def test_tokens_after_a_difference_are_compared(bounds: Float32Bounds) -> None:
+    found = list(greedy_differences(0, [OTHER, BEST, 6], logits_with(0.5), bounds))
     assert [(each.place, each.token) for each in found] == [(0, OTHER), (2, 6)]
 
 

@@ -351,7 +351,7 @@ def broken(build, models):
         with Patch.context() as patch:
             bug.plant(patch)
             patch.setattr(export, "validate", lambda *_: ShapeOk(max_abs_err=0.0))
-            patch.setattr(export, "_too_far", lambda _: None)
+            patch.setattr(export, "_too_far", lambda *_: None)
             exported(subject)
         with Patch.context() as patch:
             if bug.function is not None:

@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
+import torch
 
 from coremill.core.config import ExportConfig
 from coremill.core.contract import (
@@ -54,6 +55,7 @@ from coremill.data.prompts import load_prompts
 from coremill.infra.version_gate import check_export_versions
 from coremill.measures import Floats
 from coremill.model.checkpoint import Checkpoint, check_vocabulary, load_checkpoint
+from coremill.model.float32 import Float32Bounds
 from coremill.model.memory import check_model_memory
 from coremill.model.reference import Reference, Scores
 from coremill.model.student import output_names
@@ -111,7 +113,11 @@ def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, program:
         work="export",
     )
     sequences = {seq_len: prompts.packed(seq_len, prompts.export_count) for seq_len in fitting}
-    scores = _reference_scores(Reference.of(ckpt), sequences)
+    reference = Reference.of(ckpt)
+    scores = _reference_scores(reference, sequences)
+    # The program has the reference's own rotary tables.
+    every = [ids for each in sequences.values() for ids in each]
+    bounds = Float32Bounds(reference, every, angles=torch.float64)
     with replacing(program) as file:
         capture(ckpt, shapes, settings, file)
         file.flush()
@@ -123,14 +129,15 @@ def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, program:
         for seq_len in shapes.all:
             key = shape_key(seq_len)
             validation[key] = (
-                validate(loaded, scores[seq_len], sequences[seq_len])
+                validate(loaded, scores[seq_len], sequences[seq_len], bounds)
                 if seq_len in sequences
                 else ShapeFailed(error=f"beyond the model's context of {ckpt.config.max_seq_len} tokens")
             )
             _report(key, validation[key], shapes)
             release_memory()
         working = [seq_len for seq_len in fitting if isinstance(validation[shape_key(seq_len)], ShapeOk)]
-        functions = _stateful_functions(loaded, working, scores[min(working)][0], sequences[min(working)][0])
+        shortest = min(working)
+        functions = _stateful_functions(loaded, working, scores[shortest][0], sequences[shortest][0], bounds)
         with without_weights(loaded):
             interface = read_interface(loaded, [[0] * length for length in interface_lengths(working)])
         described = Contract(
@@ -160,7 +167,9 @@ def _reference_scores(reference: Reference, sequences: Mapping[int, list[list[in
     return {seq_len: [next(found) for _ in each] for seq_len, each in sequences.items()}
 
 
-def validate(program: Program, scores: Sequence[Scores], sequences: Sequence[Sequence[int]]) -> ShapeValidation:
+def validate(
+    program: Program, scores: Sequence[Scores], sequences: Sequence[Sequence[int]], bounds: Float32Bounds
+) -> ShapeValidation:
     """Run `program` on `sequences`, all of one length, and compare every output with the reference's."""
     worst = 0.0
     try:
@@ -171,7 +180,7 @@ def validate(program: Program, scores: Sequence[Scores], sequences: Sequence[Seq
                 if list(output.shape) != (wanted := [1, len(expected), widths[name]]):
                     return ShapeFailed(error=f"the program returns {list(output.shape)}, the model {wanted}")
                 error = _largest_error(output[0].numpy(), name, expected)
-                if problem := _too_far(error):
+                if problem := _too_far(name, error, bounds):
                     return ShapeFailed(error=problem)
                 worst = max(worst, error.largest)
             del found, output  # logits of a long sequence may take 800 MB
@@ -201,11 +210,15 @@ def _largest_error(found: Floats, name: str, expected: Scores) -> _Error:
     return _Error(float(np.max(largest)), float(np.max(magnitude)))
 
 
-def _too_far(error: _Error) -> str | None:
-    bound = MAX_RELATIVE_ERR * error.magnitude
+def _too_far(name: str, error: _Error, bounds: Float32Bounds) -> str | None:
+    """Describe an error of the output `name` that exceeds its bound."""
+    relative = error.largest / error.magnitude if error.magnitude else error.largest
+    limit, reason = bounds.bound(name, relative)
+    bound = limit * error.magnitude
     if error.largest <= bound:
         return None
-    return f"differs from the model by {error.largest:.3g}, more than {bound:.3g}"
+    why = f": {reason}" if reason else ""
+    return f"differs from the model by {error.largest:.3g}, more than {bound:.3g}{why}"
 
 
 def _check_context(ckpt: Checkpoint, shapes: ShapeSet, settings: ExportConfig) -> None:
@@ -255,7 +268,7 @@ def capture(ckpt: Checkpoint, shapes: ShapeSet, settings: ExportConfig, file: Bi
 
 
 def _stateful_functions(
-    program: Program, working: Sequence[int], expected: Scores, ids: Sequence[int]
+    program: Program, working: Sequence[int], expected: Scores, ids: Sequence[int], bounds: Float32Bounds
 ) -> tuple[StatefulFunction, ...]:
     """Describe `prefill` and `decode` of the program, after comparing them with the model.
 
@@ -268,7 +281,7 @@ def _stateful_functions(
     """
     with without_weights(program):
         interfaces = read_stateful(program, [[0] * length for length in interface_lengths(working)])
-    errors = _stateful_errors(program, expected, ids) if interfaces else {}
+    errors = _stateful_errors(program, expected, ids, bounds) if interfaces else {}
     return tuple(
         StatefulFunction(
             name=interface.name,
@@ -280,7 +293,9 @@ def _stateful_functions(
     )
 
 
-def _stateful_errors(program: Program, scores: Scores, ids: Sequence[int]) -> dict[str, float]:
+def _stateful_errors(
+    program: Program, scores: Scores, ids: Sequence[int], bounds: Float32Bounds
+) -> dict[str, float]:
     """The largest error of each function: most of `ids` (T,) is the prompt, the rest is decoded token by token."""
     n = max(1, len(ids) - _DECODED)
     padded = [*ids[:n], *[ids[0]] * (len(ids) - n)]
@@ -295,7 +310,7 @@ def _stateful_errors(program: Program, scores: Scores, ids: Sequence[int]) -> di
             expected = scores.at(slice(position, position + 1))
             for name, output in zip(scores.names, outputs, strict=True):
                 largest = float(np.abs(output[0].numpy() - expected[name]).max())
-                if problem := _too_far(_Error(largest, magnitudes[name])):
+                if problem := _too_far(name, _Error(largest, magnitudes[name]), bounds):
                     raise ExportError(
                         f"`{function}` at position {position} {problem}",
                         expected="the model's outputs",

@@ -18,8 +18,10 @@ import numpy.typing as npt
 
 from coremill.core.errors import DatasetError
 from coremill.core.gates import Gate, Severity, failed, passed
-from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
+from coremill.core.parity import TokenDifference
 from coremill.data.prompts import Prompts, RowPrompts, TextPrompts, conversation
+from coremill.model.float32 import Float32Bounds
+from coremill.model.student import LOGITS
 from coremill.text.model_tokenizer import TextTokenizer
 
 TEXTS = 1000
@@ -92,7 +94,7 @@ def questions(prompts: Prompts, context: int, count: int) -> list[list[int]]:
 
 
 def greedy_differences(
-    number: int, answer: Sequence[int], logits: npt.NDArray[np.float32]
+    number: int, answer: Sequence[int], logits: npt.NDArray[np.float32], bounds: Float32Bounds
 ) -> Iterator[TokenDifference]:
     """Yield the tokens of `answer` that are not the checkpoint's choice after the same tokens.
 
@@ -102,14 +104,15 @@ def greedy_differences(
     Args:
         number: the index of the prompt.
         logits: the checkpoint's logits (A, V), float32, before each token of the answer.
+        bounds: those of the checkpoint's logits.
     """
-    rows = logits
     # Rounding may change both logits, so two that differ by at most twice the bound may swap ranks.
-    near = 2 * MAX_RELATIVE_ERR * float(np.abs(rows).max(initial=0))
-    for place in np.flatnonzero(rows.argmax(-1) != np.asarray(answer)).tolist():
-        row, token = rows[place], answer[place]
+    twice_largest = 2 * float(np.abs(logits).max(initial=0))
+    for place in np.flatnonzero(logits.argmax(-1) != np.asarray(answer)).tolist():
+        row, token = logits[place], answer[place]
         best = int(row.argmax())
         gap = float(row[best] - row[token])
+        near = bounds.bound(LOGITS, gap / twice_largest if gap else 0.0).limit * twice_largest
         yield TokenDifference(prompt=number, place=place, token=token, expected=best, gap=gap, is_tie=gap <= near)
 
 

@@ -102,6 +102,9 @@ class Reference:
         rounded_to: round the weights and the rotary tables to this type first, as a package stores them.
         dtype: the type of the arithmetic, `torch.float64` to measure the error of float32's. Outputs are float32
             in either case.
+        angles: the type of the rotary angles.
+        channels: a permutation of the C channels, (C,) int64, in which the model keeps them. The model is the same,
+            but its sums are taken in another order. None for the checkpoint's own.
     """
 
     def __init__(
@@ -111,8 +114,11 @@ class Reference:
         *,
         rounded_to: torch.dtype | None = None,
         dtype: torch.dtype = torch.float32,
+        angles: torch.dtype = torch.float64,
+        channels: Tensor | None = None,
     ) -> None:
         self._config, self._weights, self._rounded_to, self._dtype = config, weights, rounded_to, dtype
+        self._angles, self._channels = angles, channels
         self.names = output_names(config)
         with torch.device("meta"):
             self._layer = Layer(config).eval()
@@ -125,6 +131,15 @@ class Reference:
     def of(cls, checkpoint: Checkpoint) -> Reference:
         """Return the checkpoint's model, with its weights as they are."""
         return cls(checkpoint.config, checkpoint.state_dict)
+
+    def in_float64(self) -> Reference:
+        """Return the same model with its arithmetic in float64."""
+        return Reference(self._config, self._weights, rounded_to=self._rounded_to, dtype=torch.float64)
+
+    def reordered(self, seed: int, *, angles: torch.dtype) -> Reference:
+        """Return the same model with its channels in a random order, and with the rotary angles in that type."""
+        channels = torch.randperm(self._config.d_model, generator=torch.Generator().manual_seed(seed))
+        return Reference(self._config, self._weights, rounded_to=self._rounded_to, angles=angles, channels=channels)
 
     def score(self, ids: Sequence[int]) -> Scores:
         """Return the outputs for `ids` (N,)."""
@@ -160,9 +175,13 @@ class Reference:
         if longest > self._config.max_seq_len:
             raise ValueError(f"{longest} tokens exceed the model's max_seq_len of {self._config.max_seq_len}")
         with torch.no_grad():
-            tables = [self._wide(table) for table in rotary_tables(self._config, torch.arange(longest))]
-            embedding = self._weights["embed_tokens.weight"]
-            states = [self._wide(F.embedding(torch.tensor([list(ids)]), embedding)) for ids in sequences]
+            tables = [
+                self._wide(table)
+                for table in rotary_tables(self._config, torch.arange(longest), dtype=self._angles)
+            ]
+            name = "embed_tokens.weight"
+            embedded = (F.embedding(torch.tensor([list(ids)]), self._weights[name]) for ids in sequences)
+            states = [self._ordered(name, self._wide(x)) for x in embedded]
             for index in range(self._config.n_layers):
                 weights = {name: self._weight(f"layers.{index}.{name}") for name in self._layer_names}
                 for number, x in enumerate(states):
@@ -193,20 +212,37 @@ class Reference:
         return {name: tensor.float().numpy() for name, tensor in outputs.items()}
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        tied = self._config.arch.tie_embeddings
-        unembedding = self._weights["embed_tokens.weight" if tied else "lm_head.weight"]  # (V, C)
-        if unembedding.dtype is self._dtype and self._rounded_to is None:
+        name = "embed_tokens.weight" if self._config.arch.tie_embeddings else "lm_head.weight"
+        unembedding = self._weights[name]  # (V, C)
+        if unembedding.dtype is self._dtype and self._rounded_to is None and self._channels is None:
             return F.linear(hidden, unembedding)
         logits = hidden.new_empty(len(hidden), len(unembedding))
         step = max(1, _UNEMBEDDED // unembedding.shape[1])
         for start in range(0, len(unembedding), step):
-            part = self._wide(unembedding[start : start + step])
+            part = self._ordered(name, self._wide(unembedding[start : start + step]))
             torch.mm(hidden, part.T, out=logits[:, start : start + len(part)])
         return logits
 
     def _weight(self, name: str) -> Tensor:
-        return self._wide(self._weights[name])
+        return self._ordered(name, self._wide(self._weights[name]))
+
+    def _ordered(self, name: str, value: Tensor) -> Tensor:
+        """Return a weight, or rows of it, with the channels in this model's order."""
+        axis = _channel_axis(name)
+        if self._channels is None or axis is None:
+            return value
+        return value.index_select(axis, self._channels)
 
     def _wide(self, value: Tensor) -> Tensor:
         """Return `value` in the type of the arithmetic, rounded first if the weights are."""
         return (value if self._rounded_to is None else value.to(self._rounded_to)).to(self._dtype)
+
+
+def _channel_axis(name: str) -> int | None:
+    """Return the axis of a parameter that the C channels are on, or None if it has none."""
+    module, parameter = name.split(".")[-2:]
+    if module in ("q_norm", "k_norm"):
+        return None
+    if module in ("o_proj", "down_proj") or module.endswith("norm"):
+        return 0
+    return -1 if parameter == "weight" else None

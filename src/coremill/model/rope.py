@@ -37,10 +37,16 @@ def attention_factor(config: ModelConfig) -> float:
     return scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
 
 
-def rotary_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the angles of each position: (positions, D) float32, with equal halves of D."""
-    frequencies = inverse_frequencies(config).to(positions.device)  # (D/2,)
-    angles = positions.to(torch.float64).unsqueeze(1) * frequencies
+def rotary_tables(
+    config: ModelConfig, positions: Tensor, *, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the angles of each position: (positions, D) float32, with equal halves of D.
+
+    Args:
+        dtype: the type of the frequencies and angles; other programs compute them in float32.
+    """
+    frequencies = inverse_frequencies(config).to(positions.device, dtype)  # (D/2,)
+    angles = positions.to(dtype).unsqueeze(1) * frequencies
     angles = torch.cat((angles, angles), dim=1)  # (positions, D)
     factor = attention_factor(config)
     return (angles.cos() * factor).float(), (angles.sin() * factor).float()

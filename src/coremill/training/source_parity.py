@@ -15,7 +15,7 @@ from pathlib import Path
 
 from coremill.core.config import TextsConfig
 from coremill.core.errors import ParityError
-from coremill.core.gates import must_gates_ok
+from coremill.core.gates import Outcome, must_gates_ok
 from coremill.core.parity import SourceParity
 from coremill.data.corpora import bundled_texts, chat_prompts
 from coremill.data.prompts import TextPrompts
@@ -67,7 +67,7 @@ def require_source_parity(parity: SourceParity, source: Path) -> None:
     """
     if must_gates_ok(parity.gates):
         return
-    failed = [f"{gate.name}: {gate.reason}" for gate in parity.gates if gate.reason is not None]
+    failed = [f"{gate.name}: {gate.reason}" for gate in parity.gates if gate.outcome is not Outcome.PASSED]
     raise ParityError(
         f"the imported model differs from {source} in {parity.program}: {'; '.join(failed)}",
         expected="the same logits, token ids and chat template; this is a defect of the importer or of the source",

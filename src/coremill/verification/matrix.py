@@ -45,7 +45,7 @@ from coremill.core.matrix import (
     all_within,
     outside,
 )
-from coremill.core.parity import MAX_RELATIVE_ERR, GgufParity, HuggingFaceParity
+from coremill.core.parity import GgufParity, HuggingFaceParity, RelativeBound
 from coremill.coreml.export import capture
 from coremill.coreml.graph import Program, as_input, check_main, load_program, run_program
 from coremill.coreml.package import check_package
@@ -55,6 +55,7 @@ from coremill.formats.huggingface.parity import load_model
 from coremill.formats.llamacpp.process import LlamaCpp
 from coremill.measures import Comparison
 from coremill.model.checkpoint import Checkpoint, check_vocabulary, load_checkpoint
+from coremill.model.float32 import Float32Bounds
 from coremill.model.reference import Reference
 from coremill.model.student import LOGITS
 from coremill.verification.backends import Array, core_ml_runner, has_core_ml, reference_runner
@@ -146,7 +147,11 @@ def agreement_matrix(
     measured = _Measured(compared, verify)
     found = [row for group in groups for row in measured.rows(group, chosen)]
     judged = max((row.judged for row in found if isinstance(row, FormatMeasured)), default=0)
-    tolerances = _tolerances(formats, verify, measured.largest, judged)
+    errors = {row.format: row.max_abs_err for row in found if isinstance(row, FormatMeasured)}
+    worst = max((errors.get(each.name, 0.0) for each in formats if each.is_float32), default=0.0)
+    bounds = Float32Bounds(Reference.of(checkpoint), [each.ids for each in compared])
+    float32 = bounds.bound(LOGITS, worst / measured.largest if measured.largest else 0.0)
+    tolerances = _tolerances(formats, verify, float32, measured.largest, judged)
     rows = tuple(
         msgspec.structs.replace(row, outside=outside(row, tolerances)) if isinstance(row, FormatMeasured) else row
         for row in found
@@ -401,11 +406,12 @@ class _Measured:
 
 
 def _tolerances(
-    formats: Sequence[Format], verify: VerifyConfig, largest: float, judged: int
+    formats: Sequence[Format], verify: VerifyConfig, float32: RelativeBound, largest: float, judged: int
 ) -> tuple[Tolerance, ...]:
     """Return the bounds of each row, with their sources.
 
     Args:
+        float32: the bound of float32's errors.
         largest: the largest magnitude of the reference's logits; 0 if it did not run.
         judged: the positions that the top-1 agreement considers; 0 if nothing was compared.
     """
@@ -421,9 +427,10 @@ def _tolerances(
     return (
         Tolerance(
             measure=Measure.MAX_ABS_ERR,
-            bound=MAX_RELATIVE_ERR * largest,
+            bound=float32.limit * largest,
             rows=in_float32,
-            source=f"float32 rounding, as at export: {MAX_RELATIVE_ERR:g} of the largest logit, {largest:.4g}",
+            source=f"{float32.reason or 'float32 rounding, as at export'}: {float32.limit:g} of the largest logit, "
+            f"{largest:.4g}",
         ),
         Tolerance(
             measure=Measure.SQNR_DB,

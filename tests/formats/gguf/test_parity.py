@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 import torch
 from tests.formats.toy_gguf import CONFIG, Kind, Toy, train_toy, write_toy
+from tests.sharp import sharpened
 from tokenizers import processors
 
 from coremill.core.config import GgufType
@@ -58,6 +59,30 @@ def right(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> GgufParity:
     folder = tmp_path_factory.mktemp("gguf")
     files = {name: write_toy(folder / f"toy-{name}.gguf", toy, kind) for name, kind in KINDS.items()}
     return measure_gguf(files, toy.checkpoint, toy.prompts, checkpoint_digest=DIGEST, quick=True)
+
+
+def test_a_model_that_float32_computes_less_exactly(toy: Toy, tmp_path: Path, fewer_texts: None) -> None:
+    """llama.cpp differs by more than the usual bound, though it is right; a wrong row of a weight still fails."""
+    sharp = replace(toy, checkpoint=sharpened(toy.checkpoint, 30))
+    right = measure_gguf(
+        {"f32": write_toy(tmp_path / "right.gguf", sharp)}, sharp.checkpoint, toy.prompts,
+        checkpoint_digest=DIGEST, quick=True,
+    )  # fmt: skip
+    require_parity(right)
+    (figure,) = (each for each in right.files["f32"].figures if each.name == "relative_err")
+    assert figure.measured > 1e-5
+    assert figure.bound is not None
+    assert 4e-5 < figure.bound < 4e-4
+    assert figure.source is not None
+    assert figure.source.startswith("4 times float32's own error, ")
+    weights = {name: value.clone() for name, value in sharp.checkpoint.state_dict.items()}
+    weights["layers.1.mlp.up_proj.weight"][3] *= 1.05
+    wrong = replace(sharp, checkpoint=replace(sharp.checkpoint, state_dict=weights))
+    found = measure_gguf(
+        {"f32": write_toy(tmp_path / "wrong.gguf", wrong)}, sharp.checkpoint, toy.prompts,
+        checkpoint_digest=DIGEST, quick=True,
+    )  # fmt: skip
+    assert outcomes(found.files["f32"])["relative_err"] == "failed"
 
 
 @pytest.fixture

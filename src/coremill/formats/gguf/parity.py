@@ -30,7 +30,6 @@ from coremill.core.errors import GgufError, ParityError
 from coremill.core.gates import Gate, Severity, at_most
 from coremill.core.machine import available_memory_bytes
 from coremill.core.parity import (
-    MAX_RELATIVE_ERR,
     FileParity,
     GgufParity,
     Measure,
@@ -54,6 +53,7 @@ from coremill.formats.parity import greedy_differences, none_of, questions, sequ
 from coremill.measures import kl_nats
 from coremill.model.checkpoint import Checkpoint
 from coremill.model.decoding import generate, greedy
+from coremill.model.float32 import Float32Bounds
 from coremill.model.reference import Reference, Scores
 from coremill.model.student import LOGITS
 from coremill.text.model_tokenizer import TextTokenizer
@@ -103,15 +103,13 @@ _STORED = "the rounding of the type"
 _RUINED = "allows for few bits: a file with Q and K in the wrong order has 1.8 or more"
 _QUANTISED: tuple[GgufType, ...] = ("q8_0", "q4_0", "q4_k", "q5_k", "q6_k")
 BOUNDS: Mapping[tuple[GgufType, Measure], _Bound] = {
-    ("f32", "relative_err"): _Bound(MAX_RELATIVE_ERR, _FLOAT32),
     ("f16", "kl_nats"): _Bound(1e-4, _FLOAT16),
     **{(kind, "kl_nats"): _Bound(1.0, _RUINED) for kind in _QUANTISED},
     ("q8_0", "kl_nats"): _Bound(5e-3, _CONTRACT),
     **{(kind, "arithmetic_kl_nats"): _Bound(1e-2, _ACTIVATIONS) for kind in _QUANTISED},
 }
-"""Rounding errors are proportional to the logits, so that float32's have a relative bound, the same for every
-model. The largest error of float16 also grows with the number of layers; it is only reported, and the mean KL has a
-bound."""
+"""The bounds besides that of float32's relative error, which :class:`Float32Bounds` gives. The largest error of
+float16 grows with the number of layers; it is only reported, and the mean KL has a bound."""
 _EXACT: frozenset[GgufType] = frozenset({"f32", "f16"})
 """The types whose answers must equal the checkpoint's."""
 _AT_LEAST: frozenset[Measure] = frozenset({"top1_agreement", "heldout_exact"})
@@ -169,6 +167,8 @@ class _Plan:
     heldout: _Heldout | None
     """None for an imported model."""
     context: int
+    bounds: Float32Bounds
+    """Those of float32's error."""
 
 
 def measure_gguf(
@@ -235,6 +235,7 @@ def _plan(scope: _Scope, context: int, reference: Reference, prompts: Prompts) -
         if isinstance(prompts, RowPrompts)
         else None,
         context=min(context, longest),
+        bounds=Float32Bounds(reference, compared),
     )
 
 
@@ -258,7 +259,7 @@ def _measure_file(
         prompts = list(prompt_differences(llamacpp, plan.tokenizer))
         own = None if kind in _EXACT else _with_weights(checkpoint, source)
         compared = _compare(llamacpp, own, plan)
-        figures = [_figure(name, value, BOUNDS.get((kind, name))) for name, value in compared.items()]
+        figures = [_figure(name, value, _bound(kind, name, value, plan)) for name, value in compared.items()]
         figures.append(_figure("weights_err", weights, _Bound(1, _STORED)))
         figures.append(_figure("settings", len(settings), _Bound(0, "the checkpoint and its tokenizer")))
         differences, greedy_tokens = _greedy(llamacpp, reference, plan) if kind == "f32" else ([], 0)
@@ -284,6 +285,14 @@ def _measure_file(
         settings=tuple(settings),
         prompts=tuple(prompts),
     )
+
+
+def _bound(kind: GgufType, name: Measure, measured: float, plan: _Plan) -> _Bound | None:
+    """Return the bound of a figure of the logits, or None if it is only reported."""
+    if (kind, name) == ("f32", "relative_err"):
+        limit, reason = plan.bounds.bound(LOGITS, measured)
+        return _Bound(limit, reason or _FLOAT32)
+    return BOUNDS.get((kind, name))
 
 
 def _with_weights(checkpoint: Checkpoint, source: GgufWeights) -> Reference:
@@ -335,7 +344,7 @@ def _greedy(llamacpp: LlamaCpp, reference: Reference, plan: _Plan) -> tuple[list
     count = 0
     for number, ids in enumerate(plan.prompts):
         tokens = llamacpp.generate(ids, min(plan.greedy_tokens, plan.context - len(ids)), ())
-        found += greedy_differences(number, tokens, _following(reference, ids, tokens))
+        found += greedy_differences(number, tokens, _following(reference, ids, tokens), plan.bounds)
         count += len(tokens)
     return found, count
 
@@ -445,7 +454,9 @@ def _source_logits(
             largest = max(largest, float(np.abs(expected).max()))
             kl += float(kl_nats(expected, found[rows]).sum())
     if source.dtypes[0] == "F32":
-        return at_most(error / largest, MAX_RELATIVE_ERR).gate("relative error of logits", Severity.MUST)
+        relative = error / largest
+        bound = Float32Bounds(reference, compared).bound(LOGITS, relative)
+        return bound.finding(relative).gate("relative error of logits", Severity.MUST)
     kind: GgufType = "f16" if source.dtypes[0] == "F16" else "q8_0"
-    bound = BOUNDS[(kind, "kl_nats" if kind == "f16" else "arithmetic_kl_nats")]
-    return at_most(kl / sum(map(len, compared)), bound.limit).gate("KL divergence of logits", Severity.MUST)
+    limit, _ = BOUNDS[(kind, "kl_nats" if kind == "f16" else "arithmetic_kl_nats")]
+    return at_most(kl / sum(map(len, compared)), limit).gate("KL divergence of logits", Severity.MUST)

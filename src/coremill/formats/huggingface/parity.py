@@ -26,13 +26,14 @@ from coremill.core import layout
 from coremill.core.config import ModelConfig
 from coremill.core.errors import ParityError, TokenizerError
 from coremill.core.gates import Gate, Severity, at_most, not_run
-from coremill.core.parity import MAX_RELATIVE_ERR, TokenDifference
+from coremill.core.parity import TokenDifference
 from coremill.data.prompts import Prompts
 from coremill.formats.halt_head import HALT_HEAD
 from coremill.formats.huggingface.reader import WHOLE
 from coremill.formats.huggingface.settings import ExpectedSettings, check_represented, settings
 from coremill.formats.parity import ODD_TEXTS, greedy_differences, none_of, questions, sequences, texts
 from coremill.formats.source import huggingface_name
+from coremill.model.float32 import Float32Bounds
 from coremill.model.reference import Array, Reference
 from coremill.model.student import HALT_LOGITS, LOGITS
 from coremill.text.chat import Message
@@ -95,8 +96,9 @@ def compare(folder: Path, expected: Expected) -> Findings:
     check_represented(tokenizer, expected.tokenizer, model.config.model_type)
     with torch.no_grad():
         compared = sequences(expected.prompts, expected.config.max_seq_len, _POSITIONS)
-        logits, max_abs = _logits(model, expected, compared)
-        answers, differences = _answers(model, expected)
+        bounds = Float32Bounds(expected.reference, compared)
+        logits, max_abs = _logits(model, expected, compared, bounds)
+        answers, differences = _answers(model, expected, bounds)
     gates = (
         _files(folder, expected),
         _settings(folder, model, tokenizer, expected),
@@ -128,7 +130,7 @@ def compare_source(folder: Path, expected: ExpectedOutputs, compared: Sequence[S
             run=f"python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}')\"",
         ) from failure
     with torch.no_grad():
-        logits, _ = _logits(model, expected, compared)
+        logits, _ = _logits(model, expected, compared, Float32Bounds(expected.reference, compared))
     return (*logits, *_tokenizer(tokenizer, expected))
 
 
@@ -198,7 +200,10 @@ def _are_equal(found: Tensor, wanted: Tensor) -> bool:
 
 
 def _logits(
-    model: transformers.PreTrainedModel, expected: ExpectedOutputs, compared: Sequence[Sequence[int]]
+    model: transformers.PreTrainedModel,
+    expected: ExpectedOutputs,
+    compared: Sequence[Sequence[int]],
+    bounds: Float32Bounds,
 ) -> tuple[list[Gate], float]:
     """Return the gates on the logits and on those of a halt head, and the largest difference of logits."""
     logits, halting = _Difference(), _Difference()
@@ -209,11 +214,10 @@ def _logits(
             logits.add(outputs.logits[0, rows], wanted[LOGITS])  # (rows, V)
             if halt_head is not None:
                 halting.add(outputs.hidden_states[-1][0, rows] @ halt_head.T, wanted[HALT_LOGITS])  # (rows, 2)
-    gates = [at_most(logits.relative, MAX_RELATIVE_ERR).gate("relative error of logits", Severity.MUST)]
+    measured = [(LOGITS, "relative error of logits", logits.relative)]
     if halt_head is not None:
-        gates.append(
-            at_most(halting.relative, MAX_RELATIVE_ERR).gate("relative error of halt logits", Severity.MUST)
-        )
+        measured.append((HALT_LOGITS, "relative error of halt logits", halting.relative))
+    gates = [bounds.bound(name, err).finding(err).gate(gate, Severity.MUST) for name, gate, err in measured]
     return gates, logits.max_abs
 
 
@@ -239,7 +243,9 @@ class _Difference:
 # --- greedy answers ---------------------------------------------------------------------------------
 
 
-def _answers(model: transformers.PreTrainedModel, expected: Expected) -> tuple[Gate, tuple[TokenDifference, ...]]:
+def _answers(
+    model: transformers.PreTrainedModel, expected: Expected, bounds: Float32Bounds
+) -> tuple[Gate, tuple[TokenDifference, ...]]:
     """Return the gate on greedy answers, and each token that the checkpoint would not choose at its position."""
     count = _TEXT_ANSWERS if expected.prompts.imported else _ROW_ANSWERS
     limit = expected.config.max_seq_len
@@ -250,7 +256,7 @@ def _answers(model: transformers.PreTrainedModel, expected: Expected) -> tuple[G
         answer = _generated(model, ids, wanted)
         wrong += not _ends_well(answer, wanted, expected.tokenizer.eos_ids)
         following = expected.reference.score([*ids, *answer[:-1]]).at(slice(len(ids) - 1, None))
-        differences += greedy_differences(number, answer, following[LOGITS])
+        differences += greedy_differences(number, answer, following[LOGITS], bounds)
     wrong += sum(not difference.is_tie for difference in differences)
     return at_most(wrong, 0).gate("greedy tokens that differ", Severity.MUST), tuple(differences)
 
