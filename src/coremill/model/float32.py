@@ -68,8 +68,8 @@ class Float32Bounds:
             for wanted, found in zip(exact, run.score_all(self._sequences), strict=True):
                 for name, err in _relative_errs(wanted, found).items():
                     worst[name] = float(np.maximum(worst[name], err))  # NaN if one is
-        found = ", ".join(f"{err:.2g} of the largest {name}" for name, err in worst.items())
-        log.warning("float32's own error in this model: %s", found)
+        shown = ", ".join(f"{err:.2g} of the largest {name}" for name, err in worst.items())
+        log.warning("float32's own error in this model: %s", shown)
         return worst
 
 
