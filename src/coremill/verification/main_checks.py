@@ -111,23 +111,42 @@ def _measured(runner: Runner, by_output: Mapping[str, Agreement]) -> ShapeMeasur
     )
 
 
-def causality_leak(runner: Runner, probes: Sequence[Probe], known: ShapeRun) -> float | None:
+def causality_leak(
+    runner: Runner, probes: Sequence[Probe], known: ShapeRun, shorter: ShapeRun | None = None
+) -> float | None:
     """Return the largest change of any output before the position of a token that changes.
+
+    Compared with `shorter`, `known` has other tokens from the end of `shorter` on. If none of its outputs before
+    that differs in a bit, changes before the end of `shorter`, each of which would take a run, are not made.
 
     Args:
         known: the package's outputs for a sequence, which is not run again.
+        shorter: its outputs at a smaller length.
 
     Returns:
         None if nothing was compared; NaN if an output is NaN.
     """
-    leaks = []
+    unchanged = 0 if shorter is None else _unchanged(shorter, known)
+    leaks = [0.0] if unchanged else []
     for ids, changes in probes:
+        left = [change for change in changes if ids != known.ids or change[0] > unchanged]
+        if not left:
+            continue
         before = known.outputs if ids == known.ids else compact(runner.run(ids))
-        for place, token in changes:
+        for place, token in left:
             after = runner.run([*ids[:place], token, *ids[place + 1 :]])
             leaks += [_largest_change(before[name][:place], after[name][:place]) for name in before]
             del after  # before the next one is computed
     return float(np.max(leaks)) if leaks else None  # unlike Python's max, NaN if there is one
+
+
+def _unchanged(shorter: ShapeRun, longer: ShapeRun) -> int:
+    """Return the length of `shorter` if `longer` begins with its ids and has the same outputs for them; else 0."""
+    n = len(shorter.ids)
+    same = longer.ids[:n] == shorter.ids and all(
+        np.array_equal(found, longer.outputs[name][:n]) for name, found in shorter.outputs.items()
+    )
+    return n if same else 0
 
 
 def _largest_change(before: Floats, after: Floats) -> float:

@@ -182,6 +182,7 @@ class _Shapes:
         self._runner, self._contract, self._reference, self._prompts = runner, contract, reference, prompts
         self._config = config
         self._leaks: list[float] = []
+        self._shorter: ShapeRun | None = None
         self.reports: dict[str, ShapeReport] = {}
         self.running: list[int] = []
         """The lengths at which the package runs."""
@@ -203,8 +204,9 @@ class _Shapes:
             return
         self.running.append(seq_len)
         probes = self._prompts.probes(seq_len)
-        if (leak := causality_leak(self._runner, probes, run)) is not None:
+        if (leak := causality_leak(self._runner, probes, run, self._shorter)) is not None:
             self._leaks.append(leak)
+        self._shorter = run
         for ids, _ in probes:
             core_ml.compare(ids, run, self._runner)
         if seq_len == max(self.running):
