@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[np.generic]
+Float32Array: TypeAlias = npt.NDArray[np.float32]
 Floats: TypeAlias = npt.NDArray[np.floating]
 Wide: TypeAlias = npt.NDArray[np.float64]
 

@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from coremltools.libmilstoragepython import _BlobStorageReader, _BlobStorageWriter
 
 from coremill.core.contract import MAIN
 from coremill.coreml.converter import MLModel, Spec, ct
-
-Array = npt.NDArray[np.generic]
+from coremill.measures import Array
 
 _MIL = ct.proto.MIL_pb2
 _ACCESS = {

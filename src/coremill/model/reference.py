@@ -12,19 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
 from coremill.core.config import ModelConfig
-from coremill.measures import Comparison
+from coremill.measures import Comparison, Float32Array
 from coremill.model.checkpoint import Checkpoint
 from coremill.model.rope import rotary_tables
 from coremill.model.student import Layer, RMSNorm, output_names
-
-Array = npt.NDArray[np.float32]
 
 _ROWS_BYTES = 32 << 20
 """Logits that are computed at a time (at least one row)."""
@@ -43,7 +40,7 @@ class Scores:
     """
 
     def __init__(
-        self, hidden: Tensor, heads: Callable[[Tensor], dict[str, Array]], names: Sequence[str], rows: int
+        self, hidden: Tensor, heads: Callable[[Tensor], dict[str, Float32Array]], names: Sequence[str], rows: int
     ) -> None:
         self._hidden, self._heads, self._rows = hidden, heads, rows
         self.names = tuple(names)
@@ -51,15 +48,15 @@ class Scores:
     def __len__(self) -> int:
         return len(self._hidden)
 
-    def at(self, rows: slice) -> dict[str, Array]:
+    def at(self, rows: slice) -> dict[str, Float32Array]:
         """Return the outputs by name of some positions: (rows, V) and (rows, 2)."""
         return self._heads(self._hidden[rows])
 
-    def all(self) -> dict[str, Array]:
+    def all(self) -> dict[str, Float32Array]:
         """Return the outputs of every position: (N, V) and (N, 2)."""
         return self.at(slice(None))
 
-    def chunks(self) -> Iterator[tuple[slice, dict[str, Array]]]:
+    def chunks(self) -> Iterator[tuple[slice, dict[str, Float32Array]]]:
         """Yield all positions, a few at a time, with their outputs by name."""
         for start in range(0, len(self), self._rows):
             rows = slice(start, min(start + self._rows, len(self)))
@@ -67,7 +64,7 @@ class Scores:
 
     def compare(
         self,
-        found: Mapping[str, Array],
+        found: Mapping[str, Float32Array],
         by_output: Mapping[str, Comparison],
         *,
         judged: slice = slice(None),
@@ -190,20 +187,20 @@ class Reference:
             norm = {"weight": self._weight("norm.weight")}
             return [functional_call(self._norm, norm, (x,))[0] for x in states]
 
-    def run(self, ids: Sequence[int]) -> dict[str, Array]:
+    def run(self, ids: Sequence[int]) -> dict[str, Float32Array]:
         """Return the outputs by name for `ids` (N,), without the batch dimension: (N, V) and (N, 2)."""
         return self.score(ids).all()
 
-    def logits(self, ids: Sequence[int]) -> Array:
+    def logits(self, ids: Sequence[int]) -> Float32Array:
         """Return the logits (N, V) for `ids` (N,)."""
         return self.run(ids)[self.names[0]]
 
-    def next_logits(self, ids: list[int]) -> Array:
+    def next_logits(self, ids: list[int]) -> Float32Array:
         """Return the logits (V,) of the token after `ids`."""
-        last: Array = self.score(ids).at(slice(-1, None))[self.names[0]][0]
+        last: Float32Array = self.score(ids).at(slice(-1, None))[self.names[0]][0]
         return last
 
-    def _heads(self, hidden: Tensor) -> dict[str, Array]:
+    def _heads(self, hidden: Tensor) -> dict[str, Float32Array]:
         """Map hidden states (rows, C) to the outputs by name."""
         with torch.no_grad():
             outputs = {self.names[0]: self._logits(hidden)}

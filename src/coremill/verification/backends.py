@@ -18,10 +18,8 @@ from coremill.core.errors import CacheFullError, ContractMismatchError, Predicti
 from coremill.core.reports import Backend
 from coremill.coreml.converter import ct
 from coremill.coreml.graph import DECODE, PREFILL
+from coremill.measures import Float32Array
 from coremill.mil import MLModel
-
-Array = npt.NDArray[np.float32]
-"""An output of a package."""
 
 Input = npt.NDArray[np.int32]
 
@@ -32,14 +30,14 @@ State = Any
 class Predictor(Protocol):
     """The part of coremltools' MLModel that both backends have."""
 
-    def predict(self, data: Mapping[str, Input]) -> dict[str, Array]: ...
+    def predict(self, data: Mapping[str, Input]) -> dict[str, Float32Array]: ...
 
 
 class StatefulPredictor(Protocol):
     """The same for a function with states."""
 
     def make_state(self) -> State: ...
-    def predict(self, data: Mapping[str, Input], state: State) -> dict[str, Array]: ...
+    def predict(self, data: Mapping[str, Input], state: State) -> dict[str, Float32Array]: ...
 
 
 class Runner:
@@ -55,7 +53,7 @@ class Runner:
         (self._input,) = contract.inputs
         self._outputs = contract.outputs
 
-    def run(self, ids: Sequence[int]) -> dict[str, Array]:
+    def run(self, ids: Sequence[int]) -> dict[str, Float32Array]:
         """Return the outputs by name for `ids` (T,), T one of the package's lengths, without the batch dimension.
 
         Raises:
@@ -129,7 +127,7 @@ class StatefulRunner:
 
     def prefill(
         self, ids: Sequence[int], *, seq_len: int | None = None, pad_id: int | None = None
-    ) -> dict[str, Array]:
+    ) -> dict[str, Float32Array]:
         """Read a prompt into the empty cache.
 
         Args:
@@ -160,7 +158,7 @@ class StatefulRunner:
         self._position = len(ids)
         return outputs
 
-    def decode(self, token: int) -> dict[str, Array]:
+    def decode(self, token: int) -> dict[str, Float32Array]:
         """Append `token` to the cache.
 
         Returns:
@@ -191,7 +189,7 @@ class _Function:
         self._ids, self._number = function.inputs
         self._outputs = function.outputs
 
-    def run(self, ids: Sequence[int], number: int, state: State) -> dict[str, Array]:
+    def run(self, ids: Sequence[int], number: int, state: State) -> dict[str, Float32Array]:
         """Return the outputs for `ids` and the function's number: the length of the prompt, or the position."""
         given = {
             self._ids.name: _given(self._ids, [list(ids)]),
@@ -252,7 +250,7 @@ def _given(spec: TensorSpec, values: Sequence[int] | Sequence[list[int]]) -> Inp
     return np.asarray(values, dtype=spec.dtype.value)
 
 
-def _checked(spec: TensorSpec, found: Mapping[str, Array], seq_len: int) -> Array:
+def _checked(spec: TensorSpec, found: Mapping[str, Float32Array], seq_len: int) -> Float32Array:
     """Return the output that `spec` describes, without its batch dimension."""
     if spec.name not in found:
         raise ContractMismatchError(
@@ -264,5 +262,5 @@ def _checked(spec: TensorSpec, found: Mapping[str, Array], seq_len: int) -> Arra
             f"the package returns `{spec.name}` as {array.dtype} {list(array.shape)}",
             expected=f"{spec.dtype.value} {list(shape)}",
         )
-    valid: Array = array[0]
+    valid: Float32Array = array[0]
     return valid

@@ -15,11 +15,11 @@ import numpy.typing as npt
 from coremill.core.errors import CacheFullError, CoremillError
 from coremill.core.reports import Answer, StatefulError, StatefulMeasured, StatefulReport
 from coremill.data.prompts import Chat, TextPrompts
-from coremill.measures import max_abs_err, power, ratio_db, sqnr_db
+from coremill.measures import Float32Array, max_abs_err, power, ratio_db, sqnr_db
 from coremill.model.decoding import generate, greedy
 from coremill.model.reference import Reference
 from coremill.model.student import LOGITS
-from coremill.verification.backends import Array, StatefulRunner
+from coremill.verification.backends import StatefulRunner
 from coremill.verification.main_checks import Outputs
 
 CONTINUED = 2
@@ -109,7 +109,7 @@ class MainRows:
         )
 
 
-def _difference(reference: Array, measured: Array) -> npt.NDArray[np.float64]:
+def _difference(reference: Float32Array, measured: Float32Array) -> npt.NDArray[np.float64]:
     return reference.astype(np.float64) - measured.astype(np.float64)
 
 
@@ -241,8 +241,8 @@ def answer_greedily(
 def _answer(runner: StatefulRunner, chat: Chat, prompts: TextPrompts) -> list[int]:
     runner.reset()
 
-    def next_logits(tokens: list[int]) -> Array:
-        said: Mapping[str, Array] = runner.decode(tokens[-1]) if runner.position else runner.prefill(tokens)
+    def next_logits(tokens: list[int]) -> Float32Array:
+        said: Mapping[str, Float32Array] = runner.decode(tokens[-1]) if runner.position else runner.prefill(tokens)
         return said[LOGITS]
 
     count = min(ANSWER_TOKENS, runner.capacity - len(chat.ids) + 1)  # the last token need not be in the cache

@@ -53,12 +53,12 @@ from coremill.data.prompts import Compared, Prompts, load_prompts
 from coremill.formats.gguf.parity import BOUNDS
 from coremill.formats.huggingface.parity import load_model
 from coremill.formats.llamacpp.process import LlamaCpp
-from coremill.measures import Comparison
+from coremill.measures import Comparison, Float32Array
 from coremill.model.checkpoint import Checkpoint, check_vocabulary, load_checkpoint
 from coremill.model.float32 import Float32Bounds
 from coremill.model.reference import Reference
 from coremill.model.student import LOGITS
-from coremill.verification.backends import Array, core_ml_runner, has_core_ml, reference_runner
+from coremill.verification.backends import core_ml_runner, has_core_ml, reference_runner
 from coremill.verification.main_checks import Outputs, perplexity_of
 from coremill.verification.rounding import MIN_SQNR_DB, are_rounded, rounded_reference, wide_runner
 from coremill.verification.verify import lane_of
@@ -69,7 +69,7 @@ _FLOAT32 = "the checkpoint in float32"
 _AGAIN = "coremill status"
 _ROUNDED = "the checkpoint in float32, its weights rounded as the package's"
 
-Run = Callable[[Sequence[int]], Mapping[str, Array]]
+Run = Callable[[Sequence[int]], Mapping[str, Float32Array]]
 """The outputs by name, (N or T, …) each, for N ≤ T token ids; `logits` among them."""
 
 
@@ -303,7 +303,7 @@ def _transformers_run(folder: Path, contract: Contract) -> Run:
     _check_proved([folder / name for name in proof.files], proof, contract)
     model = load_model(folder)
 
-    def run(ids: Sequence[int]) -> dict[str, Array]:
+    def run(ids: Sequence[int]) -> dict[str, Float32Array]:
         with torch.no_grad():
             return {LOGITS: model(input_ids=as_input(ids).long(), use_cache=False).logits[0].numpy()}
 
@@ -332,7 +332,7 @@ def _program(frontend: Frontend, subject: Subject, contract: Contract, checkpoin
 
 
 def _program_run(program: Program, contract: Contract) -> Run:
-    def run(ids: Sequence[int]) -> dict[str, Array]:
+    def run(ids: Sequence[int]) -> dict[str, Float32Array]:
         outputs = run_program(program, ids)
         return {spec.name: tensor[0].numpy() for spec, tensor in zip(contract.outputs, outputs, strict=True)}
 

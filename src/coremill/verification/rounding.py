@@ -20,11 +20,11 @@ from coremill.core.config import ConvertConfig
 from coremill.core.contract import Contract
 from coremill.core.reports import Backend
 from coremill.data.prompts import Prompts
-from coremill.measures import sqnr_db
+from coremill.measures import Float32Array, sqnr_db
 from coremill.mil import MLModel
 from coremill.model.checkpoint import Checkpoint
 from coremill.model.reference import Reference
-from coremill.verification.backends import Array, Runner, StatefulRunner, wide_stateful_runner
+from coremill.verification.backends import Runner, StatefulRunner, wide_stateful_runner
 
 MIN_SQNR_DB = 90.0
 """Only float32 rounding remains: one rounding (2⁻²⁴) is 144 dB, a few hundred in sequence leave over 100 dB."""
@@ -52,7 +52,7 @@ def rounding_aside_db(
     return float(np.min(ratios))  # unlike Python's min, NaN if there is one
 
 
-def _cached_ratios(runner: StatefulRunner, ids: Sequence[int], expected: Mapping[str, Array]) -> list[float]:
+def _cached_ratios(runner: StatefulRunner, ids: Sequence[int], expected: Mapping[str, Float32Array]) -> list[float]:
     """Return the ratios for the first half of `ids` as a prompt, and for the tokens that follow."""
     n = max(1, len(ids) // 2)
     said = {n - 1: runner.prefill(ids[:n])}

@@ -12,10 +12,11 @@ import msgspec
 
 from coremill.data.prompts import conversation
 from coremill.data.rows import Row
+from coremill.measures import Float32Array
 from coremill.model.decoding import Sampler, generate
 from coremill.model.student import HALT_LOGITS, LOGITS
 from coremill.text.student_tokenizer import Tokenizer
-from coremill.verification.backends import Array, Runner
+from coremill.verification.backends import Runner
 
 MAX_NEW_TOKENS = 96
 """No answer of a toy's teacher is longer; an answer that does not end by then is not exact."""
@@ -46,7 +47,7 @@ class Scorer:
     def fits(self, n: int) -> bool:
         return n <= self.longest
 
-    def score(self, ids: Sequence[int]) -> dict[str, Array]:
+    def score(self, ids: Sequence[int]) -> dict[str, Float32Array]:
         """Return the outputs by name at each of the N tokens of `ids`: `logits` (N, V), `halt_logits` (N, 2).
 
         Raises:
@@ -57,13 +58,13 @@ class Scorer:
         seq_len = next(length for length in self._lengths if length >= len(ids))
         return {name: array[: len(ids)] for name, array in self.score_at(ids, seq_len).items()}
 
-    def score_at(self, ids: Sequence[int], seq_len: int) -> dict[str, Array]:
+    def score_at(self, ids: Sequence[int], seq_len: int) -> dict[str, Float32Array]:
         """Return the outputs at all T positions of `ids`, padded to the length `seq_len`."""
         return self._runner.run([*ids, *[self._pad_id] * (seq_len - len(ids))])
 
-    def next_logits(self, ids: list[int]) -> Array:
+    def next_logits(self, ids: list[int]) -> Float32Array:
         """Return the scores (V,) of the token after `ids`."""
-        last: Array = self.score(ids)[LOGITS][-1]
+        last: Float32Array = self.score(ids)[LOGITS][-1]
         return last
 
 
@@ -71,9 +72,9 @@ class ScoredAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """The scores of a row's conversation; A tokens of answer, including the end token."""
 
     answer: tuple[int, ...]
-    logits: Array
+    logits: Float32Array
     """(A, V): row i scores answer token i."""
-    halt_logits: Array | None
+    halt_logits: Float32Array | None
     """(A + 1, 2): from the last token of the prompt to the end token."""
 
 

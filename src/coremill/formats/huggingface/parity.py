@@ -33,8 +33,9 @@ from coremill.formats.huggingface.reader import WHOLE
 from coremill.formats.huggingface.settings import ExpectedSettings, check_represented, settings
 from coremill.formats.parity import ODD_TEXTS, greedy_differences, none_of, questions, sequences, texts
 from coremill.formats.source import huggingface_name
+from coremill.measures import Float32Array
 from coremill.model.float32 import Float32Bounds
-from coremill.model.reference import Array, Reference
+from coremill.model.reference import Reference
 from coremill.model.student import HALT_LOGITS, LOGITS
 from coremill.text.chat import Message
 from coremill.text.model_tokenizer import TextTokenizer
@@ -228,7 +229,7 @@ class _Difference:
         self.max_abs = 0.0
         self.scale = 0.0
 
-    def add(self, found: Tensor, expected: Array) -> None:
+    def add(self, found: Tensor, expected: Float32Array) -> None:
         difference = np.abs(found.numpy() - expected).max()
         self.max_abs = float(np.maximum(self.max_abs, difference))  # NaN if one is; Python's max may drop it
         self.scale = max(self.scale, float(np.abs(expected).max()))
