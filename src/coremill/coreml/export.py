@@ -62,9 +62,11 @@ from coremill.model.student import output_names
 
 log = logging.getLogger(__name__)
 
-_BYTES_PER_PARAMETER = 4.0
+_BYTES_PER_PARAMETER = 4.15
 """The program in float32, which is run at every length."""
-_BASE_BYTES = 900_000_000
+_BASE_BYTES = 880_000_000
+_LOGITS = 1.05
+"""Sets of logits of the longest length: the program's, and a part of the reference's."""
 
 _PROMPT_ROWS = 128
 
@@ -109,7 +111,7 @@ def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, program:
         bytes_per_parameter=_BYTES_PER_PARAMETER,
         base_bytes=_BASE_BYTES,
         seq_len=max(fitting),
-        logits=2,
+        logits=_LOGITS,
         work="export",
     )
     sequences = {seq_len: prompts.packed(seq_len, prompts.export_count) for seq_len in fitting}

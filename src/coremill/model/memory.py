@@ -9,7 +9,6 @@ Legend: T sequence length, V vocabulary.
 
 from __future__ import annotations
 
-from coremill.core.config import ModelConfig
 from coremill.core.contract import shape_key
 from coremill.core.machine import check_memory
 from coremill.model.checkpoint import Checkpoint
@@ -18,7 +17,13 @@ _FLOAT32_BYTES = 4
 
 
 def check_model_memory(
-    ckpt: Checkpoint, *, bytes_per_parameter: float, base_bytes: int, seq_len: int = 0, logits: int = 0, work: str
+    ckpt: Checkpoint,
+    *,
+    bytes_per_parameter: float = 0,
+    base_bytes: int,
+    seq_len: int = 0,
+    logits: float = 0,
+    work: str,
 ) -> int:
     """Check that there is memory for work on the checkpoint's model, and return how much it needs, in bytes.
 
@@ -26,19 +31,15 @@ def check_model_memory(
         bytes_per_parameter: what the work holds of the weights at its peak.
         base_bytes: what it needs for a tiny model: the libraries.
         seq_len: the longest sequence, T.
-        logits: number of (T, V) tensors of float32 that are in memory at a time.
+        logits: (T, V) tensors of float32 that are in memory at a time, or parts of them.
         work: the verb in the message, such as "verify".
 
     Raises:
         MachineError: there is not enough memory; states the length and both figures.
     """
     parameters = sum(tensor.numel() for tensor in ckpt.state_dict.values())
-    needed = base_bytes + int(bytes_per_parameter * parameters) + logits_bytes(ckpt.config, seq_len, logits)
+    logits_bytes = logits * _FLOAT32_BYTES * seq_len * ckpt.config.vocab_size
+    needed = base_bytes + int(bytes_per_parameter * parameters + logits_bytes)
     at = f" at {shape_key(seq_len)}" if seq_len else ""
     check_memory(needed, why=f"to {work} {parameters:,} parameters{at}")
     return needed
-
-
-def logits_bytes(config: ModelConfig, seq_len: int, count: int) -> int:
-    """Return the bytes of `count` tensors of logits, (T, V) float32 each."""
-    return count * _FLOAT32_BYTES * seq_len * config.vocab_size

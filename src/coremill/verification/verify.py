@@ -35,9 +35,10 @@ from coremill.verification.stored_weights import compare_stored_weights
 
 log = logging.getLogger(__name__)
 
-_BYTES_PER_PARAMETER = 1.0
-"""Of the weights, which are mapped: one layer in float32, and the unembedding where arithmetic is in float32."""
-_BASE_BYTES = 1_200_000_000
+_LOGITS = 2.25
+"""Sets of logits in memory at a time: those kept of one run in float16, and another's in float16 and in float32."""
+_BASE_BYTES = 550_000_000
+"""Weights are mapped, and one layer is widened at a time."""
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,10 +92,9 @@ def verify(subject: Subject, config: VerifyConfig) -> VerificationReport:
     saved = check_package(subject.package)
     check_model_memory(
         checkpoint,
-        bytes_per_parameter=_BYTES_PER_PARAMETER,
         base_bytes=_BASE_BYTES,
         seq_len=max(contract.working_lengths),
-        logits=3,
+        logits=_LOGITS,
         work="verify",
     )
     files = _check_files(subject, contract, saved, checkpoint)
