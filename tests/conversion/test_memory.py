@@ -25,7 +25,7 @@ def convert_here(build) -> int:
 def test_an_export_error_names_the_longest_length(build, monkeypatch, capsys):
     monkeypatch.setattr("coremill.core.machine.available_memory_bytes", lambda: 1_000_000)
     assert export_here(build) == MachineError.exit_code
-    # The libraries, the weights and a little more than the logits in float32: 880 MB + 4.15 · 106,944 + 4.2 · 128 · 512 bytes.
+    # The libraries, the weights and the logits in float32: 880 MB + 4.15 · 106,944 + 4.2 · 128 · 512 bytes.
     assert capsys.readouterr().err == (
         "machine error: 1 MB of memory is available\n"
         "  expected: 881 MB, to export 106,944 parameters at T128\n"
