@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 _PROMPT_ROWS = 1000
 """The most rows of a held-out set that are read: the tokenizers are compared on their texts."""
-_BYTES_PER_PARAMETER = 4.0
+_BYTES_PER_PARAMETER = 4.45
 """transformers' model in float32; from a file in float32, it is mapped."""
-_BASE_BYTES = 720_000_000
+_BASE_BYTES = 680_000_000
 
 
 class _Source(NamedTuple):
