@@ -801,15 +801,22 @@ def test_name_with_a_slash_is_rejected(toy: Path, tmp_path: Path) -> None:
 
 def test_too_little_memory_is_rejected(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (checkpoint,) = toy.glob("*.ckpt")
-    parameters = sum(tensor.numel() for tensor in load_checkpoint(checkpoint).state_dict.values())
-    needed = 700_000_000 + 4 * parameters
+    loaded = load_checkpoint(checkpoint)
+    parameters = sum(tensor.numel() for tensor in loaded.state_dict.values())
+    length = min(256, loaded.config.max_seq_len)
+    logits = 2 * 4 * length * loaded.config.vocab_size
+    needed = 600_000_000 + logits  # transformers maps a directory in float32
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: needed - 1)
     with pytest.raises(MachineError) as caught:
         export(toy, tmp_path / "hf")
-    assert caught.value.expected == f"{needed / 1e6:,.0f} MB, to export {parameters:,} parameters"
+    assert caught.value.expected == f"{needed / 1e6:,.0f} MB, to export {parameters:,} parameters at T{length}"
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: needed)
     export(toy, tmp_path / "hf")
+    widened = 600_000_000 + int(4.25 * parameters + logits)
+    with pytest.raises(MachineError) as caught:
+        export(toy, tmp_path / "half", "--dtype", "float16")
+    assert caught.value.expected == f"{widened / 1e6:,.0f} MB, to export {parameters:,} parameters at T{length}"
 
 
 def test_inputs_are_not_replaced(toy: Path, directory: Path) -> None:

@@ -30,7 +30,7 @@ TEXTS = 1000
 POSITIONS = 2048
 """The number of positions that gives the mean KL divergence to within 2 %."""
 
-_LENGTH = 256
+LENGTH = 256
 """Tokens of a sequence of text."""
 _BEGINNING = 32
 """Tokens of the beginning of a text that replaces a missing question."""
@@ -64,7 +64,7 @@ def sequences(prompts: Prompts, context: int, positions: int = POSITIONS) -> lis
     Raises:
         DatasetError: there is not enough text.
     """
-    length = min(_LENGTH, context)
+    length = min(LENGTH, context)
     if not isinstance(prompts, RowPrompts):
         return prompts.packed_up_to(length, -(-positions // length)) or prompts.packed(length, 1)
     found, count = prompts.packed(context, 1), context

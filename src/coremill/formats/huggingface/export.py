@@ -26,6 +26,7 @@ from coremill.formats.huggingface.model_card import CARD, CardFacts, model_card
 from coremill.formats.huggingface.parity import Expected, Findings, compare
 from coremill.formats.huggingface.reader import CONFIG
 from coremill.formats.huggingface.writer import TokenIds, architecture_of, config_json, write_huggingface
+from coremill.formats.parity import LENGTH
 from coremill.model.checkpoint import IMPORTED_FROM, Checkpoint, check_vocabulary, load_checkpoint
 from coremill.model.memory import check_model_memory
 from coremill.model.reference import Reference
@@ -34,9 +35,11 @@ log = logging.getLogger(__name__)
 
 _PROMPT_ROWS = 1000
 """The most rows of a held-out set that are read: the tokenizers are compared on their texts."""
-_BYTES_PER_PARAMETER = 4.45
+_BYTES_PER_PARAMETER = 4.25
 """transformers' model in float32; from a file in float32, it is mapped."""
-_BASE_BYTES = 680_000_000
+_BASE_BYTES = 600_000_000
+_LOGITS = 2
+"""Sets of logits of a sequence: transformers', and the reference's."""
 
 
 class _Source(NamedTuple):
@@ -79,7 +82,14 @@ def export_hf(
     loaded = load_prompts(tokenizer, prompts, rows=_PROMPT_ROWS)
     check_vocabulary(ckpt, loaded.tokenizer)
     widened = 0 if settings.dtype == "float32" else _BYTES_PER_PARAMETER
-    check_model_memory(ckpt, bytes_per_parameter=widened, base_bytes=_BASE_BYTES, work="export")
+    check_model_memory(
+        ckpt,
+        bytes_per_parameter=widened,
+        base_bytes=_BASE_BYTES,
+        seq_len=min(LENGTH, ckpt.config.max_seq_len),
+        logits=_LOGITS,
+        work="export",
+    )
     source = _Source(name, ckpt, file_digest(checkpoint), loaded, settings)
     expected = _write(source, out)
     parameters = _parameters(ckpt)
