@@ -136,7 +136,7 @@ def test_a_program_that_differs_from_the_model_fails_validation(pristine):
 
 
 def test_a_model_that_float32_computes_less_exactly_is_exported(pristine, tmp_path):
-    """The program differs by more than 1e-5 of the largest logit, and a wrong weight by more than float32."""
+    """The program differs by more than 1e-5 of the largest logit; a wrong weight still fails."""
     ckpt = sharpened(load_checkpoint(pristine.checkpoint), 60)
     with (tmp_path / "sharp.pt").open("wb") as file:
         export.capture(ckpt, ShapeSet(primary=80, all=(80,)), ExportConfig(), file)
@@ -154,11 +154,7 @@ def test_a_model_that_float32_computes_less_exactly_is_exported(pristine, tmp_pa
     assert result.max_abs_err > MAX_RELATIVE_ERR * largest
     failed = validated(**{"norm.weight": ckpt.state_dict["norm.weight"] * 1.01})
     assert isinstance(failed, ShapeFailed)
-    assert re.fullmatch(
-        r"differs from the model by [\d.e-]+, more than [\d.e-]+: (4 times|the largest bound there is, .*) "
-        r"float32's own error, [\d.e-]+ of the largest output",
-        failed.error,
-    )
+    assert re.fullmatch(r"differs from the model by [\d.e-]+, more than [\d.e-]+", failed.error)
 
 
 @pytest.mark.parametrize(

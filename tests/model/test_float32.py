@@ -45,11 +45,12 @@ def test_another_order_of_the_channels_is_the_same_model(options: dict[str, obje
     assert not np.array_equal(other[LOGITS], reference.run(SEQUENCES[0])[LOGITS])  # the sums are in another order
 
 
-def test_float32_is_measured_only_beyond_the_usual_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_is_measured_only_where_it_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     bounds = Float32Bounds(Reference.of(a_model()), SEQUENCES)
     with monkeypatch.context() as patch:
         patch.setattr(Reference, "in_float64", None)
-        assert bounds.bound(LOGITS, 1e-5) == (1e-5, None)
+        for relative_err in (0.0, 1e-5, 1.1e-3, float("nan")):
+            assert bounds.bound(LOGITS, relative_err) == (1e-5, None)
     assert bounds.bound(LOGITS, 2e-5) == (1e-5, None)
     assert 1e-8 < bounds.own_err[LOGITS] < 2.5e-6
 
@@ -66,4 +67,5 @@ def test_a_value_that_is_not_a_number_has_the_usual_bound() -> None:
     checkpoint = a_model()
     checkpoint.state_dict["norm.weight"][0] = torch.nan
     bounds = Float32Bounds(Reference.of(checkpoint), SEQUENCES)
-    assert bounds.bound(LOGITS, 1.0) == (1e-5, None)
+    assert bounds.bound(LOGITS, 1e-4) == (1e-5, None)
+    assert np.isnan(bounds.own_err[LOGITS])

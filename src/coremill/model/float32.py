@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from coremill.core.parity import MAX_RELATIVE_ERR, RelativeBound, relative_bound
+from coremill.core.parity import MAX_RELATIVE_ERR, MOST_RELATIVE_ERR, RelativeBound, relative_bound
 from coremill.model.reference import Reference, Scores
 
 log = logging.getLogger(__name__)
@@ -50,10 +50,11 @@ class Float32Bounds:
     def bound(self, name: str, relative_err: float) -> RelativeBound:
         """Return the bound for an output that differs by `relative_err`.
 
-        float32's own error is only measured if that exceeds `MAX_RELATIVE_ERR`: it takes the time of six runs.
+        float32's own error is only measured if it decides, because it takes the time of six runs: not if
+        `relative_err` is within `MAX_RELATIVE_ERR`, or beyond the largest bound there is.
         """
-        # A model whose own error is too small to matter gets the same bound as one that was not measured.
-        return relative_bound(self.own_err[name] if relative_err > MAX_RELATIVE_ERR else 0.0)
+        decides = MAX_RELATIVE_ERR < relative_err <= MOST_RELATIVE_ERR
+        return relative_bound(self.own_err[name] if decides else 0.0)
 
     @functools.cached_property
     def own_err(self) -> Mapping[str, float]:
@@ -78,5 +79,5 @@ def _relative_errs(exact: Scores, found: Scores) -> dict[str, float]:
     for (_, wanted), (_, outputs) in zip(exact.chunks(), found.chunks(), strict=True):
         for name in exact.names:
             errs[name] = float(np.maximum(errs[name], np.abs(outputs[name] - wanted[name]).max()))
-            largest[name] = max(largest[name], float(np.abs(wanted[name]).max()))
+            largest[name] = float(np.maximum(largest[name], np.abs(wanted[name]).max()))
     return {name: errs[name] / largest[name] if largest[name] else 0.0 for name in errs}

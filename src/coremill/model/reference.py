@@ -9,6 +9,7 @@ Legend: N tokens of a sequence, C d_model, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -91,7 +92,7 @@ class Scores:
 
 
 class Reference:
-    """A model of the student's architecture, run eagerly in float32.
+    """A model of the student's architecture, run eagerly in float32; several threads may share it.
 
     Args:
         config: the model's configuration.
@@ -120,6 +121,8 @@ class Reference:
         with torch.device("meta"):
             self._layer = Layer(config).eval()
             self._norm = RMSNorm(config.d_model, config.norm_eps)
+        self._running = threading.Lock()
+        """Held while `_layer` and `_norm` have weights: a module has one set at a time, whatever the thread."""
         self._known: list[tuple[tuple[int, ...], Tensor]] = []
         """The sequences that were run, with their hidden states (N, C)."""
         self._layer_names = [name for name, _ in self._layer.named_parameters()]
@@ -151,12 +154,13 @@ class Reference:
         Raises:
             ValueError: a sequence is longer than the model's context.
         """
-        new: list[tuple[int, ...]] = []
-        for ids in sorted({tuple(ids) for ids in sequences}, key=len, reverse=True):
-            if self._known_hidden(ids) is None and not any(longer[: len(ids)] == ids for longer in new):
-                new.append(ids)
-        if new:
-            self._known += zip(new, self._hidden(new), strict=True)
+        with self._running:
+            new: list[tuple[int, ...]] = []
+            for ids in sorted({tuple(ids) for ids in sequences}, key=len, reverse=True):
+                if self._known_hidden(ids) is None and not any(longer[: len(ids)] == ids for longer in new):
+                    new.append(ids)
+            if new:
+                self._known += zip(new, self._hidden(new), strict=True)
         rows = max(1, _ROWS_BYTES // (4 * self._config.vocab_size))
         found = [self._known_hidden(tuple(ids)) for ids in sequences]
         return [Scores(hidden, self._heads, self.names, rows) for hidden in found if hidden is not None]

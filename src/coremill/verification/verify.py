@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _LOGITS = 2.25
 """Sets of logits in memory at a time: those kept of one run in float16, and another's in float16 and in float32."""
-_BASE_BYTES = 550_000_000
+_BASE_BYTES = 620_000_000
 """Weights are mapped, and one layer is widened at a time."""
 
 

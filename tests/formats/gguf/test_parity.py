@@ -569,4 +569,4 @@ def test_memory_limits_how_many_files_are_measured_at_once(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, available: int, files: int, expected: int
 ) -> None:
     monkeypatch.setattr(gguf_parity, "available_memory_bytes", lambda: available)
-    assert gguf_parity._at_once(files, toy.checkpoint) == expected
+    assert gguf_parity.files_at_once(files, toy.checkpoint) == expected

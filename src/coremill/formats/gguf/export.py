@@ -19,12 +19,13 @@ from coremill.core.machine import check_disk
 from coremill.core.parity import GgufParity
 from coremill.core.stage import Figures
 from coremill.data.prompts import Prompts, check_kind, load_prompts
-from coremill.formats.gguf.parity import measure_gguf, require_parity
+from coremill.formats.gguf.parity import files_at_once, measure_gguf, require_parity
 from coremill.formats.gguf.tokenizer import gguf_metadata, unheld_ends
 from coremill.formats.gguf.writer import check_writable, size_bytes, write_gguf
 from coremill.formats.halt_head import save_halt_head
 from coremill.formats.ollama.modelfile import write_modelfile
 from coremill.formats.ollama.server import OllamaAnswered, run_with_ollama
+from coremill.formats.parity import LENGTH
 from coremill.model.checkpoint import Checkpoint, check_vocabulary, load_checkpoint
 from coremill.model.memory import check_model_memory
 
@@ -33,9 +34,10 @@ log = logging.getLogger(__name__)
 _PROMPT_ROWS = 128
 _FIGURES = ("max_abs_err", "kl_nats", "tokenizer_mismatches", "heldout_exact")
 """The figures of a file that go into the manifest; its report has all of them."""
-_BYTES_PER_PARAMETER = 2.0
-"""llama.cpp's own layout of quantised weights, of the files that are measured at a time."""
-_BASE_BYTES = 1_200_000_000
+_BYTES_PER_PARAMETER, _LOGITS = 0.92, 6.8
+"""For each file that is measured at a time: llama.cpp's own layout of the weights, and its buffers and ours for the
+logits of a sequence."""
+_BASE_BYTES = 430_000_000
 
 
 class _Source(NamedTuple):
@@ -97,7 +99,15 @@ def export_gguf(
     loaded = load_prompts(tokenizer, prompts, rows=_PROMPT_ROWS)
     check_kind(loaded, imported=ckpt.imported)
     check_vocabulary(ckpt, loaded.tokenizer)
-    check_model_memory(ckpt, bytes_per_parameter=_BYTES_PER_PARAMETER, base_bytes=_BASE_BYTES, work="export")
+    at_once = files_at_once(len(types), ckpt)
+    check_model_memory(
+        ckpt,
+        bytes_per_parameter=at_once * _BYTES_PER_PARAMETER,
+        base_bytes=_BASE_BYTES,
+        seq_len=min(LENGTH, ckpt.config.max_seq_len),
+        logits=at_once * _LOGITS,
+        work="export",
+    )
     check_writable(ckpt, types)
     check_disk(out, sum(size_bytes(ckpt.config, kind) for kind in types), why="for the files")
     source = _Source(ckpt, file_digest(checkpoint), loaded)

@@ -191,7 +191,7 @@ def measure_gguf(
     reference = Reference.of(checkpoint)
     plan = _plan(scope, checkpoint.config.max_seq_len, reference, prompts)
     measured: dict[str, FileParity] = {}
-    at_once = _at_once(len(files), checkpoint)
+    at_once = files_at_once(len(files), checkpoint)
     threads = max(1, (os.cpu_count() or 1) // at_once)  # for each process of llama.cpp
     with ThreadPoolExecutor(max_workers=at_once) as pool:
         found = pool.map(
@@ -213,8 +213,8 @@ def measure_gguf(
     )
 
 
-def _at_once(count: int, checkpoint: Checkpoint) -> int:
-    """How many of `count` files are measured at a time, limited by the number of processors and by memory."""
+def files_at_once(count: int, checkpoint: Checkpoint) -> int:
+    """Return how many of `count` files are measured at a time, limited by processors and memory."""
     weights = 4 * sum(tensor.numel() for tensor in checkpoint.state_dict.values())
     fitting = available_memory_bytes() // (COPIES * weights)
     return int(max(1, min(count, os.cpu_count() or 1, fitting)))
