@@ -63,6 +63,17 @@ def written_twice(kept, at, x):
     return mb.reduce_sum(x=write(kept, first, start, mb.add(x=x, y=x)))
 
 
+def written_again_after_attention(kept, at, x):
+    """As a layer's keys are read between the writes of two layers; what attention returns is memory of its own."""
+    first = write(kept, mb.read_state(input=kept), at, x)
+    rows = mb.reshape(x=first, shape=[1, 1, SIZE // 2, 2])
+    query = np.ones((1, 1, 1, 2), np.float16)
+    mixed = mb.scaled_dot_product_attention(query=query, key=rows, value=rows)
+    start = mb.add(x=at, y=np.int32(1))
+    new = write(kept, first, start, mb.add(x=x, y=x))
+    return mb.add(x=mb.reduce_sum(x=new), y=mb.mul(x=mb.reduce_sum(x=mixed), y=np.float16(0)))
+
+
 def old_content_is_read_afterwards(kept, at, x):
     old = mb.read_state(input=kept)
     new = write(kept, old, at, x)
@@ -86,6 +97,7 @@ def the_result_is_not_what_is_written(kept, at, x):
 CASES = {
     written_once: 1,
     written_twice: 2,
+    written_again_after_attention: 2,
     old_content_is_read_afterwards: 0,
     a_view_of_the_old_content_is_returned: 0,
     the_result_is_not_what_is_written: 0,
@@ -113,7 +125,7 @@ def expected(body: Callable[..., Any], kept: np.ndarray, at: int, x: float) -> t
     new[at] = x
     if body is written_once:
         return [new.sum()], new
-    if body is written_twice:
+    if body in (written_twice, written_again_after_attention):
         new[at + 1] = 2 * x
         return [new.sum()], new
     if body is old_content_is_read_afterwards:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import coremltools as ct
@@ -247,8 +248,8 @@ def test_tensors_that_are_swapped_are_no_merged_ones(imported):
         (
             "prefill_T24",
             "cos",
-            "'cos1_1', float16 [24, 8], is no weight and no table; "
-            "cos, stored as 'cos1_1': 1 of 192 values differ, by up to ",
+            "'cos_1', float16 [24, 8], is no weight and no table; "
+            "cos, stored as 'cos_1': 1 of 192 values differ, by up to ",
         ),
     ],
 )
@@ -259,7 +260,9 @@ def test_one_angle_of_a_table(imported, function, name, problem):
         values[-1, 2] = -values[-1, 2] + 1
 
     imported.change_weight(name, turn, function=function, alone=True)
-    assert compared(imported).problem.startswith(f"{function}: {problem}")
+    # coremltools counts the names of a process.
+    found = re.sub(r"'cos\d+_1'", "'cos_1'", compared(imported).problem)
+    assert found.startswith(f"{function}: {problem}")
 
 
 def test_a_constant_of_one_function_alone(imported):

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from coremill.mil.graph import Graph, Node
 
 _RETURNS_VIEWS = frozenset({"einsum"})
-"""Operations that are not `native` but may return their input's memory; every `native` operation may."""
+"""Operations that are not `native` but may return their input's memory."""
+_RETURNS_NEW = frozenset({"linear", "scaled_dot_product_attention"})
+"""`native` operations that never do; every other one may."""
 
 
 def updates_in_place(graph: Graph) -> Mapping[int, int]:
@@ -70,4 +72,6 @@ def _may_overwrite(graph: Graph, position: int, state: int, aliases: set[int]) -
 
 
 def _may_return_memory_of_inputs(node: Node) -> bool:
-    return node.definition is None or node.definition.native or node.op_type in _RETURNS_VIEWS
+    if node.definition is None or node.op_type in _RETURNS_VIEWS:
+        return True
+    return node.definition.native and node.op_type not in _RETURNS_NEW

@@ -162,10 +162,23 @@ def test_one_query_reads_the_keys_of_the_cache_that_it_sees(keys_read):
     query, key, value = (each.half() for each in _queries_and_keys())
     mask = torch.where(torch.arange(LONG) > 9, -3e4, 0.0).half()[None]
     found = transformer.scaled_dot_product_attention(query[:, :, :3], key, value, mask)
-    assert keys_read == [10]
+    assert keys_read == [256]
     assert found.dtype is torch.float16
     arrays = (each.numpy() for each in (query[:, :, :3], key, value, mask))
     np.testing.assert_allclose(found.numpy(), _attention(*arrays), rtol=1e-3, atol=1e-3)
+
+
+def test_padding_changes_no_bit_of_what_comes_before_it():
+    """As in the prefill of a prompt of 300 tokens: later rows see no key after it."""
+    query, key, value = _queries_and_keys()
+    padded = _causal("-3e4")
+    padded[:, 300:] = -3e4
+    found = transformer.scaled_dot_product_attention(query, key, value, padded)
+    expected = transformer.scaled_dot_product_attention(query, key, value, _causal("-3e4"))
+    assert torch.equal(found[:, :, :300], expected[:, :, :300])
+    shorter = [each[:, :, :512] for each in (query, key, value)]
+    alone = transformer.scaled_dot_product_attention(*shorter, _causal("-3e4")[:512, :512])
+    assert torch.equal(alone, expected[:, :, :512])
 
 
 @pytest.mark.parametrize(("what", "number"), [("key", np.nan), ("value", np.inf)])

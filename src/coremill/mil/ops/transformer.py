@@ -16,7 +16,8 @@ from torch import Tensor
 from coremill.mil.ops.registry import op
 
 _BLOCK_ROWS = 256
-"""Queries that are computed at a time, with the keys that they see."""
+"""Queries that are computed at a time, with the keys that they see. The number of keys is rounded up to a multiple,
+so that the same keys are summed in the same order whatever comes after them."""
 
 
 @op("scaled_dot_product_attention", since=18, native=True)
@@ -53,9 +54,9 @@ def scaled_dot_product_attention(
 
 
 def _blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tuple[slice, Tensor, int]] | None:
-    """Return blocks of queries: their rows, what is added to their scores (rows or 1, S), and the keys they see.
+    """Return blocks of queries: their rows, what is added to their scores (rows or 1, S), and the keys they read.
 
-    The weights of the other keys are 0 in the type of `query`. A weight is at most exp(score − the row's largest
+    The weights of other keys are 0 in the type of `query`. A weight is at most exp(score − the row's largest
     score), and no score is beyond the longest query times the longest key, over sqrt(E). None if the mask differs
     between heads, or if a value is not finite: 0 times it is not 0.
     """
@@ -79,7 +80,8 @@ def _blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tup
         largest = added.amax(0).to(query.dtype)  # of each key
         least = float(added.amax(1).amin())  # of the row whose largest is the smallest
         is_hidden = largest - least + spread < underflow  # false where one is not a number
-        blocks.append((rows, added, int((~is_hidden).nonzero()[-1]) + 1))
+        seen = int((~is_hidden).nonzero()[-1]) + 1
+        blocks.append((rows, added, min(n_keys, -(-seen // _BLOCK_ROWS) * _BLOCK_ROWS)))
     return blocks
 
 
