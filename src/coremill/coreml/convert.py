@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from coremill.core import layout
 from coremill.core.config import ConvertConfig
-from coremill.core.contract import Contract, PackageFunction, read_contract
+from coremill.core.contract import Contract, Frontend, PackageFunction, read_contract
 from coremill.core.diagnostics import ConversionDiagnostics, ConversionFailure, Notice, NoticeKind, count_notices
 from coremill.core.digest import digest, file_digest
 from coremill.core.documents import write_json
@@ -31,9 +31,12 @@ log = logging.getLogger(__name__)
 _SPARE_BYTES = 64 << 20
 _COPIES = 4
 """Disk space per byte of the graph: coremltools' temporary package, the new package, the published one, a spare."""
-_MEMORY_COPIES = 1.8
-"""Memory per byte of the graph: the program as loaded, and what coremltools holds of its float16 weights."""
-_BASE_BYTES = 550_000_000
+_MEMORY: Mapping[Frontend, tuple[float, int]] = {
+    "torchscript": (1.8, 550_000_000),
+    "torch-export": (2.95, 460_000_000),
+}
+"""Memory for each byte of the graph: the program as loaded, and what coremltools holds of its float16 weights; and
+that for a tiny graph."""
 _TRACEBACK_LINES = 12
 
 
@@ -118,7 +121,8 @@ def _checked(graph: Path, contract: Path, out: Path, *, toy: bool) -> tuple[Prog
     """Return the program and its contract, after all checks that need no conversion."""
     promised = read_contract(contract)
     size = graph.stat().st_size if graph.is_file() else 0  # loading reports a missing file
-    check_memory(_BASE_BYTES + int(_MEMORY_COPIES * size), why=f"to convert a program of {size / 1e6:,.0f} MB")
+    copies, base_bytes = _MEMORY[promised.frontend]
+    check_memory(base_bytes + int(copies * size), why=f"to convert a program of {size / 1e6:,.0f} MB")
     program = load_program(graph, promised.frontend, widened=False)
     check_export_versions(toy=toy, model_type=promised.model_type)
     # Shapes do not depend on the ids, and this stage has no tokenizer: zeros will do.

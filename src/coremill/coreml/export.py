@@ -17,6 +17,7 @@ import torch
 from coremill.core.config import ExportConfig
 from coremill.core.contract import (
     Contract,
+    Frontend,
     ShapeFailed,
     ShapeOk,
     ShapeSet,
@@ -62,9 +63,11 @@ from coremill.model.student import output_names
 
 log = logging.getLogger(__name__)
 
-_BYTES_PER_PARAMETER = 4.15
-"""The program in float32, which is run at every length."""
-_BASE_BYTES = 880_000_000
+_MEMORY: Mapping[Frontend, tuple[float, int]] = {
+    "torchscript": (4.15, 880_000_000),
+    "torch-export": (5.6, 560_000_000),
+}
+"""Bytes for each parameter, of the program in float32, which is run at every length; and those of a tiny model."""
 _LOGITS = 1.05
 """Sets of logits of the longest length: the program's, and a part of the reference's."""
 
@@ -106,10 +109,11 @@ def export(source: Source, shapes: ShapeSet, settings: ExportConfig, *, program:
     check_vocabulary(ckpt, prompts.tokenizer)
     _check_context(ckpt, shapes, settings)
     fitting = [seq_len for seq_len in shapes.all if seq_len <= ckpt.config.max_seq_len]
+    bytes_per_parameter, base_bytes = _MEMORY[settings.frontend]
     check_model_memory(
         ckpt,
-        bytes_per_parameter=_BYTES_PER_PARAMETER,
-        base_bytes=_BASE_BYTES,
+        bytes_per_parameter=bytes_per_parameter,
+        base_bytes=base_bytes,
         seq_len=max(fitting),
         logits=_LOGITS,
         work="export",
